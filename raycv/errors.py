@@ -1,0 +1,45 @@
+"""The one error type that is meant for the user: printed without a traceback, exit code 2."""
+
+from collections.abc import Sequence
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something that the user can mend: a config value, a file, a missing model, an unreachable service.
+
+    The message says what happened, with which value, and what to do next. It never holds post text.
+    """
+
+    def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
+        """`what`: one or more sentences; `remedies`: what to do next, printed numbered when there are several."""
+        self.what = what
+        self.remedies = list(remedies)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        if not self.remedies:
+            return self.what
+        if len(self.remedies) == 1:
+            return f"{self.what}\n  What to do: {self.remedies[0]}"
+        lines = "\n".join(f"  {i}. {remedy}" for i, remedy in enumerate(self.remedies, 1))
+        return f"{self.what}\nWhat to do:\n{lines}"
+
+
+class FaultsError(UserError):
+    """Several faults found in one pass over a config or a data set, reported together."""
+
+    def __init__(self, title: str, faults: Sequence[str], *, remedies: Sequence[str] = (), most: int = 50) -> None:
+        """`title` names what was checked; at most `most` faults are printed, the rest are counted."""
+        self.faults = list(faults)
+        shown = [f"  - {fault}" for fault in self.faults[:most]]
+        if len(self.faults) > most:
+            shown.append(f"  ... and {len(self.faults) - most} more")
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        super().__init__(f"{title}: {count}\n" + "\n".join(shown), remedies=remedies)
+
+
+def shown(value: object, most: int = 40) -> str:
+    """`value` as it may stand in a message: quoted if short, else only its length, since a shifted column can hold text."""
+    text = str(value)
+    return repr(text) if len(text) <= most else f"a value of {len(text)} characters"
