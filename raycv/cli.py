@@ -1,0 +1,84 @@
+"""What the commands share: Hydra's entry, typed config, errors without tracebacks. The only module that knows Hydra."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from raycv.config import Section, validate
+from raycv.errors import USER_ERROR_EXIT_CODE, UserError
+from raycv.paths import bundled
+
+S = TypeVar("S", bound=Section)
+
+
+def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
+    """Composes `configs/<name>.yaml` with the command line, checks it against `schema` and calls `body`.
+
+    Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 1 anything else.
+    """
+    started = False
+
+    def task(config: object) -> None:
+        nonlocal started
+        started = True
+        try:
+            body(_checked(schema, config))
+        except UserError as error:
+            sys.stderr.write(f"\nraycv.{name}: {error}\n")
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+
+    try:
+        import hydra
+
+        configs = bundled("configs")
+        groups = {path.name for path in configs.iterdir() if path.is_dir()}
+        sys.argv[1:] = [_forced(argument, groups) for argument in sys.argv[1:]]
+        hydra.main(config_path=str(configs), config_name=name, version_base="1.3")(task)()
+    except UserError as error:
+        sys.stderr.write(f"\nraycv.{name}: {error}\n")
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except SystemExit as stop:
+        if stop.code == 1 and not started:
+            # Hydra has said why the command line cannot be composed: that, too, is for the user to mend.
+            sys.stderr.write(f"\nraycv.{name}: received {sys.argv[1:]}; python -m raycv.{name} --help shows what it takes\n")
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise
+
+
+def _forced(argument: str, groups: set[str]) -> str:
+    """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy."""
+    match = re.match(r"([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
+    if match is None or match[1].split(".")[0] == "hydra":
+        return argument
+    if match[1] in groups and re.fullmatch(r"[A-Za-z_][\w/,-]*", match[2]) and match[2] not in ("null", "true", "false"):
+        return argument  # a choice from a group, about which Hydra's own message is the better one
+    return f"++{argument}"
+
+
+def compose(name: str, overrides: list[str]) -> dict[str, object]:
+    """The plain values of `configs/<name>.yaml` under `overrides`, outside a command (tests, notebooks)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(bundled("configs")), version_base="1.3"):
+        return _plain(hydra_compose(name, overrides))
+
+
+def _checked(schema: type[S], config: object) -> S:
+    return validate(schema, _plain(config))
+
+
+def _plain(config: object) -> dict[str, object]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"The configuration cannot be resolved: {error}",
+            remedies=["give the missing value, or mend the ${...} reference; --cfg job shows the config as it stands"],
+        ) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

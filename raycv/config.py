@@ -1,0 +1,242 @@
+"""The typed schema of the configuration. YAML files in `configs/` hold the values, this file holds their meaning.
+
+Every fault of a config is reported at once, with the value received and what the key expects (FR-004).
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from raycv.errors import FaultsError, shown
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# YAML reads a bare `on` or `off` as a boolean.
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value),
+]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, and `"5"` is not 5."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: NonEmpty = Field(description="hub id, local folder, or raycv://models/... (FR-001)")
+    revision: NonEmpty | None = Field(description="branch, tag or commit on the hub; null is the newest")
+    target_modules: Literal["all-linear"] | list[NonEmpty] = Field(
+        description="modules that get DoRA: a list of names, or all-linear"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_modules(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("names no module; give at least one, or all-linear")
+        return value
+
+
+class DoraConfig(Section):
+    """DoRA: Liu et al. 2024, arXiv 2402.09353."""
+
+    r: Positive = Field(description="rank of the low-rank matrices A and B")
+    alpha: Positive = Field(description="the low-rank product is scaled by alpha / r")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability")
+
+
+class DataConfig(Section):
+    dir: NonEmpty = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
+    criteria_dir: NonEmpty = Field(description="folder with the criteria, CSV or JSON")
+    empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
+    shuffle_labels: bool = Field(
+        description="control experiment: permute the labels over the pairs; scores must fall to chance"
+    )
+
+
+class PromptConfig(Section):
+    max_length: Annotated[int, Field(ge=16)] = Field(description="tokens of one prompt, padding included (FR-002)")
+    long_post: Literal["head_tail", "head", "tail", "none", "sliding"] = Field(
+        description="how a post that exceeds the budget is fitted; none is the literal right cut of the whole prompt"
+    )
+    head_fraction: Fraction = Field(
+        description="head_tail: share of the kept tokens that come from the post's head (Sun et al. 2019: 128 of 510)"
+    )
+    stride_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="sliding: step between two windows as a share of the window"
+    )
+
+
+class CvConfig(Section):
+    folds: Annotated[int, Field(ge=2)] = Field(description="n_splits of StratifiedGroupKFold (FR-003)")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="random_state of StratifiedGroupKFold")
+    max_concurrent: Auto | Positive = Field(description="folds in flight at most; auto is what the resources allow")
+
+
+class TrainConfig(Section):
+    epochs: Positive = Field(description="at most so many epochs (FR-007)")
+    patience: Positive = Field(description="stop after so many epochs without a better validation F1 (FR-007)")
+    batch_size: Positive = Field(description="pairs in one micro-batch at the start; halved on out-of-memory (FR-007)")
+    effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
+    eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
+    lr: Annotated[float, Field(gt=0, lt=1)] = Field(description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4")
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="AdamW's decoupled weight decay")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(description="gradient norm is clipped to it; null: no clipping")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
+    )
+    imbalance: Literal["weighted_loss", "weighted_sampling", "none"] = Field(
+        description="answer to class imbalance; weights come from the training fold alone"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
+    )
+    gradient_checkpointing: bool = Field(description="recompute activations in the backward pass to save memory")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="seed of head, adapters, order and dropout (FR-009)")
+
+    @field_validator("effective_batch_size")
+    @classmethod
+    def _whole_micro_batches(cls, value: int, info: ValidationInfo) -> int:
+        batch_size = info.data.get("batch_size")
+        if batch_size is not None and value % batch_size:
+            raise ValueError(f"must be a multiple of train.batch_size, which is {batch_size}")
+        return value
+
+
+class ResourcesConfig(Section):
+    gpus_per_fold: Auto | Annotated[float, Field(ge=0)] = Field(
+        description="GPUs of one fold, fractions allowed; auto: 1 where the cluster has GPUs, else 0"
+    )
+    cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
+        description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1"
+    )
+    autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
+    ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
+
+
+class TrackingConfig(Section):
+    uri: NonEmpty = Field(description="MLflow tracking URI (FR-006)")
+    artifacts: NonEmpty = Field(description="folder of the artifacts of a database store; servers have their own")
+    experiment: NonEmpty = Field(description="MLflow experiment")
+
+
+class RunNameConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
+        description="name of the run's folder and of the MLflow parent; null: the time of its start"
+    )
+    dir: NonEmpty = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, value: str | None) -> str | None:
+        if value == "latest":
+            raise ValueError("is taken: `latest` stands for the newest run")
+        return value
+
+
+class RunConfig(Section):
+    """The config of `python -m raycv.run`."""
+
+    model: ModelConfig
+    dora: DoraConfig
+    data: DataConfig
+    prompt: PromptConfig
+    cv: CvConfig
+    train: TrainConfig
+    resources: ResourcesConfig
+    tracking: TrackingConfig
+    run: RunNameConfig
+
+
+class AggregateConfig(Section):
+    """The config of `python -m raycv.aggregate`."""
+
+    run: NonEmpty = Field(description="a run's name, latest, or the id of an MLflow parent run")
+    dir: NonEmpty = Field(description="folder that holds the runs")
+    tracking: TrackingConfig
+
+
+class SynthesizeConfig(Section):
+    """The config of `python -m raycv.synthesize`."""
+
+    out: NonEmpty = Field(description="folder to write; it must not exist or be empty")
+    posts: Positive = Field(description="posts to make; each is paired with all nine criteria")
+    seed: Annotated[int, Field(ge=0)] = Field(description="the same seed gives the same bytes")
+    profile: Literal["short", "realistic"] = Field(
+        description="short: a few sentences a post; realistic: about 295 words a post, some far over 512 tokens"
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validate(schema: type[S], values: Mapping[str, Any]) -> S:
+    """`values` as a checked `schema`.
+
+    Raises: FaultsError naming every unknown key, wrong type and impossible value at once.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise FaultsError("The configuration cannot be used", _faults(schema, error)) from error
+
+
+def _faults(schema: type[Section], error: ValidationError) -> list[str]:
+    known = dict(_keys(schema))
+    faults: dict[str, str] = {}
+    for fault in error.errors():
+        key = _key(fault["loc"], known)
+        if fault["type"] == "extra_forbidden":
+            key = ".".join(str(part) for part in fault["loc"])
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(_siblings(key, known))}"
+            faults[key] = f"{key}: unknown key; {hint}"
+        elif key in faults and fault["type"] not in ("missing",):
+            # A union reports a fault a member: one line, all that it expects.
+            if _expectation(fault) not in faults[key]:
+                head, received = faults[key].rsplit("; received", 1)
+                faults[key] = f"{head}, or {_expectation(fault)}; received{received}"
+        else:
+            received = "nothing" if fault["type"] == "missing" else _shown(fault["input"])
+            faults[key] = f"{key}: {_expectation(fault)}; received {received}"
+    return [f"{text} ({known[key]})" if known.get(key) else text for key, text in faults.items()]
+
+
+def _expectation(fault: Mapping[str, Any]) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return message[0].lower() + message[1:]
+
+
+def _shown(value: Any) -> str:
+    return shown(value) if isinstance(value, str) else shown(repr(value)).strip("'")
+
+
+def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
+    """The config key of a pydantic location, whose tail may name a member of a union."""
+    for end in range(len(loc), 0, -1):
+        key = ".".join(str(part) for part in loc[:end])
+        if key in known:
+            return key
+    return ".".join(str(part) for part in loc)
+
+
+def _keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield f"{prefix}{name}", ""
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def _siblings(key: str, known: Mapping[str, str]) -> list[str]:
+    parent = key.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == parent]
+    return inside or [name for name in known if "." not in name]

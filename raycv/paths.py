@@ -1,0 +1,110 @@
+"""Where things lie: what ships with the package, and the files of one run."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raycv.errors import UserError
+
+BUNDLED_SCHEME = "raycv://"
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def bundled(relative: str) -> Path:
+    """The path of something that ships with raycv: inside the package in a wheel, at top level in a checkout.
+
+    Raises: UserError if it is in neither place (a broken installation).
+    """
+    for root in (PACKAGE / "bundled", PACKAGE.parent):
+        if (root / relative).exists():
+            return root / relative
+    raise UserError(
+        f"raycv's own {relative!r} is missing beside {PACKAGE}: the installation is incomplete.",
+        remedies=["reinstall: pip install --force-reinstall --no-deps raycv (or pip install -e . in a checkout)"],
+    )
+
+
+def resolve(location: str) -> str:
+    """A config's location as it is on this node: `raycv://x` is what ships with the package, all else is unchanged.
+
+    Resolved at the point of use, not in the driver, since nodes may have the package installed in different places.
+    """
+    if location.startswith(BUNDLED_SCHEME):
+        return str(bundled(location.removeprefix(BUNDLED_SCHEME)))
+    return location
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` which takes its place when the block ends well, so that a reader never sees half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` whole or not at all."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, whole or not at all; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises: UserError if the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}).") from error
+
+
+def sha256_of(text: str) -> str:
+    """Hex digest of the UTF-8 bytes of `text`."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+class RunFolder:
+    """The files of one run. On several nodes it lies on storage that every node sees under the same path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.splits = root / "splits.json"
+        self.data_stats = root / "data_stats.json"
+        self.environment = root / "environment.json"
+        self.tracking = root / "tracking.json"
+        self.report = root / "report.json"
+        """Written last of all: its presence means that the run is complete."""
+        self.ray = root / "ray"
+        """Ray's own storage of this run (trial tables, the folds' checkpoints while they train)."""
+
+    def fold(self, fold: int) -> "FoldFolder":
+        """The files of fold `fold` (0-based)."""
+        return FoldFolder(self.root / f"fold_{fold}")
+
+
+class FoldFolder:
+    """The files of one finished fold."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.result = root / "result.json"
+        """Written last of the fold's files: its presence means that the fold is finished."""
+        self.predictions = root / "predictions.csv"
+        self.checkpoint = root / "checkpoint"
