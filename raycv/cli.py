@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from raycv.config import Section, validate
-from raycv.errors import USER_ERROR_EXIT_CODE, UserError
+from raycv.errors import USER_ERROR_EXIT_CODE, UserError, shown
 from raycv.paths import bundled
 
 S = TypeVar("S", bound=Section)
@@ -32,7 +32,9 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         import hydra
 
         configs = bundled("configs")
-        groups = {path.name for path in configs.iterdir() if path.is_dir()}
+        groups = {
+            folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in configs.iterdir() if folder.is_dir()
+        }
         sys.argv[1:] = [_forced(argument, groups) for argument in sys.argv[1:]]
         hydra.main(config_path=str(configs), config_name=name, version_base="1.3")(task)()
     except UserError as error:
@@ -46,14 +48,24 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         raise
 
 
-def _forced(argument: str, groups: set[str]) -> str:
-    """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy."""
+def _forced(argument: str, groups: dict[str, set[str]]) -> str:
+    """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy.
+
+    Raises: UserError if a whole group is set to a value.
+    """
     match = re.match(r"([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
     if match is None or match[1].split(".")[0] == "hydra":
         return argument
-    if match[1] in groups and re.fullmatch(r"[A-Za-z_][\w/,-]*", match[2]) and match[2] not in ("null", "true", "false"):
-        return argument  # a choice from a group, about which Hydra's own message is the better one
-    return f"++{argument}"
+    key, value = match[1], match[2]
+    if key not in groups:
+        return f"++{argument}"
+    if not re.fullmatch(r"[A-Za-z_][\w/,-]*", value) or value in ("null", "true", "false"):
+        choices = ", ".join(sorted(groups[key]))
+        raise UserError(
+            f"{argument}: {key!r} is a group of keys and cannot be set to {shown(value)}.",
+            remedies=[f"choose one of its files ({key}={choices}) or set a key in it ({key}.<key>=<value>)"],
+        )
+    return argument
 
 
 def compose(name: str, overrides: list[str]) -> dict[str, object]:

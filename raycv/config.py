@@ -195,9 +195,7 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
         key = _key(fault["loc"], known)
         if fault["type"] == "extra_forbidden":
             key = ".".join(str(part) for part in fault["loc"])
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(_siblings(key, known))}"
-            faults[key] = f"{key}: unknown key; {hint}"
+            faults[key] = f"{key}: unknown key; {_hint(key, known)}"
         elif key in faults and fault["type"] not in ("missing",):
             # A union reports a fault a member: one line, all that it expects.
             if _expectation(fault) not in faults[key]:
@@ -236,7 +234,10 @@ def _keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", field.description or ""
 
 
-def _siblings(key: str, known: Mapping[str, str]) -> list[str]:
-    parent = key.rpartition(".")[0]
-    inside = [name for name in known if name.rpartition(".")[0] == parent]
-    return inside or [name for name in known if "." not in name]
+def _hint(key: str, known: Mapping[str, str]) -> str:
+    """What may have been meant: a near name in the same section, the same name in another, else the section's keys."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)] or elsewhere
+    return f"did you mean {near[0]}?" if near else f"the keys here are: {', '.join(siblings)}"
