@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from raycv.config import Section, validate
-from raycv.errors import USER_ERROR_EXIT_CODE, UserError, shown
+from raycv.errors import UserError, shown
 from raycv.paths import bundled
 
 S = TypeVar("S", bound=Section)
@@ -26,25 +26,29 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
             body(_checked(schema, config))
         except UserError as error:
             sys.stderr.write(f"\nraycv.{name}: {error}\n")
-            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+            raise SystemExit(error.exit_code) from None
 
     try:
         import hydra
 
         configs = bundled("configs")
         groups = {
-            folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in configs.iterdir() if folder.is_dir()
+            folder.name: {path.stem for path in folder.glob("*.yaml")}
+            for folder in configs.iterdir()
+            if folder.is_dir()
         }
         sys.argv[1:] = [_forced(argument, groups) for argument in sys.argv[1:]]
         hydra.main(config_path=str(configs), config_name=name, version_base="1.3")(task)()
     except UserError as error:
         sys.stderr.write(f"\nraycv.{name}: {error}\n")
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise SystemExit(error.exit_code) from None
     except SystemExit as stop:
         if stop.code == 1 and not started:
             # Hydra has said why the command line cannot be composed: that, too, is for the user to mend.
-            sys.stderr.write(f"\nraycv.{name}: received {sys.argv[1:]}; python -m raycv.{name} --help shows what it takes\n")
-            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+            sys.stderr.write(
+                f"\nraycv.{name}: received {sys.argv[1:]}; python -m raycv.{name} --help shows what it takes\n"
+            )
+            raise SystemExit(UserError.exit_code) from None
         raise
 
 

@@ -85,9 +85,13 @@ class TrainConfig(Section):
     batch_size: Positive = Field(description="pairs in one micro-batch at the start; halved on out-of-memory (FR-007)")
     effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
     eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
-    lr: Annotated[float, Field(gt=0, lt=1)] = Field(description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4")
+    lr: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4"
+    )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="AdamW's decoupled weight decay")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(description="gradient norm is clipped to it; null: no clipping")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        description="gradient norm is clipped to it; null: no clipping"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
@@ -99,7 +103,9 @@ class TrainConfig(Section):
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
     gradient_checkpointing: bool = Field(description="recompute activations in the backward pass to save memory")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="seed of head, adapters, order and dropout (FR-009)")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        description="seed of head, adapters, order and dropout (FR-009)"
+    )
 
     @field_validator("effective_batch_size")
     @classmethod
@@ -160,7 +166,9 @@ class AggregateConfig(Section):
 
     run: NonEmpty = Field(description="a run's name, latest, or the id of an MLflow parent run")
     dir: NonEmpty = Field(description="folder that holds the runs")
-    tracking: TrackingConfig
+    tracking_uri: NonEmpty | None = Field(
+        description="MLflow tracking URI; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db"
+    )
 
 
 class SynthesizeConfig(Section):

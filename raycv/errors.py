@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-USER_ERROR_EXIT_CODE = 2
-
 
 class UserError(Exception):
     """Something that the user can mend: a config value, a file, a missing model, an unreachable service.
@@ -11,11 +9,17 @@ class UserError(Exception):
     The message says what happened, with which value, and what to do next. It never holds post text.
     """
 
+    exit_code = 2
+
     def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
         """`what`: one or more sentences; `remedies`: what to do next, printed numbered when there are several."""
         self.what = what
         self.remedies = list(remedies)
         super().__init__(self._text())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors travel from workers to the driver, and the default would call the constructor with the whole text.
+        return _rebuild, (self.what, self.remedies)
 
     def _text(self) -> str:
         if not self.remedies:
@@ -24,6 +28,16 @@ class UserError(Exception):
             return f"{self.what}\n  What to do: {self.remedies[0]}"
         lines = "\n".join(f"  {i}. {remedy}" for i, remedy in enumerate(self.remedies, 1))
         return f"{self.what}\nWhat to do:\n{lines}"
+
+
+def _rebuild(what: str, remedies: Sequence[str]) -> UserError:
+    return UserError(what, remedies=remedies)
+
+
+class RunFailedError(UserError):
+    """The run itself failed: a fold died, training broke down. Printed like any user error, but not a wrong input."""
+
+    exit_code = 1
 
 
 class FaultsError(UserError):
@@ -40,6 +54,6 @@ class FaultsError(UserError):
 
 
 def shown(value: object, most: int = 40) -> str:
-    """`value` as it may stand in a message: quoted if short, else only its length, since a shifted column can hold text."""
+    """`value` for a message: quoted if short, else only its length, since a shifted column can hold post text."""
     text = str(value)
     return repr(text) if len(text) <= most else f"a value of {len(text)} characters"

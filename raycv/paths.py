@@ -42,7 +42,7 @@ def resolve(location: str) -> str:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` which takes its place when the block ends well, so that a reader never sees half."""
+    """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -108,3 +108,5 @@ class FoldFolder:
         """Written last of the fold's files: its presence means that the fold is finished."""
         self.predictions = root / "predictions.csv"
         self.checkpoint = root / "checkpoint"
+        self.error = root / "error.json"
+        """Why the fold failed, if it did."""

@@ -1,77 +1,761 @@
 """Synthetic (post, criterion, label) data in the specification's schema: nobody wrote these posts, nobody is in them.
 
-A post is a shuffled row of sentences: evidence for its positive criteria, hard negatives about criteria that it does
-not meet (negated, about somebody else, or past), and neutral filler. Every sentence is drawn from the phrase book at
-the end of this module. Phrasings marked "~" are held out: the tiny base in `models/tiny_llama` never saw them in its
-pre-training, so that a data set made here asks for more than recall.
+A post is a shuffled row of sentences: evidence for each of its positive criteria, hard negatives about criteria that it
+does not meet (negated, about somebody else, or past), and neutral filler. Every sentence comes from the phrase book at
+the end of this module. Half of the evidence and of the hard negatives use phrasings marked "~", which the tiny base in
+`models/tiny_llama` never saw in its pre-training, so that a data set made here asks for more than recall.
 
-Counts, skew and lengths follow the published figures of ReDSM5 (1484 posts x 9 criteria, arXiv 2508.03399); its text
-was neither read nor paraphrased. The same arguments give the same bytes on every platform: the only source of chance
-is `random.Random`, and lines end in "\\n".
+Counts, skew and lengths follow the published figures of ReDSM5 (arXiv 2508.03399); its text was neither read nor
+paraphrased. The same arguments give the same bytes on every platform: `random.Random` is the only source of chance,
+files are UTF-8 and lines end in "\\n".
 """
 
 import csv
+import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from statistics import NormalDist, mean
 from typing import Any
 
-from raycv.errors import UserError
+from raycv.errors import FaultsError, UserError
 from raycv.records import Criterion
 
-# Own paraphrases, not the DSM-5 wording, and without its duration clauses: one sentence counts as evidence.
+# Own paraphrases, not the DSM-5 wording, and free of durations: a single sentence counts as evidence.
 CRITERIA = (
     Criterion("A.1", "Mood is low: feels sad, empty, tearful or without hope", "DEPRESSED_MOOD"),
     Criterion("A.2", "No longer enjoys or cares about things that used to matter", "ANHEDONIA"),
-    Criterion("A.3", "Eats much less or much more than usual, or weight shifts without trying", "APPETITE_CHANGE"),
+    Criterion("A.3", "Eats far less or far more than usual, or weight shifts without trying", "APPETITE_CHANGE"),
     Criterion("A.4", "Sleeps badly, or sleeps far too much", "SLEEP_ISSUES"),
-    Criterion("A.5", "Body slowed down, or too restless to keep still", "PSYCHOMOTOR"),
-    Criterion("A.6", "Worn out, with little strength left for ordinary things", "FATIGUE"),
+    Criterion("A.5", "Body has slowed down, or is too restless to keep still", "PSYCHOMOTOR"),
+    Criterion("A.6", "Is worn out, with little strength left for ordinary things", "FATIGUE"),
     Criterion("A.7", "Thinks badly of oneself: useless, a burden or always at fault", "WORTHLESSNESS"),
     Criterion("A.8", "Finds it hard to focus, to think clearly or to make up one's mind", "COGNITIVE_ISSUES"),
     Criterion("A.9", "Thinks about being dead or wishes not to be alive", "SUICIDAL_THOUGHTS"),
 )
-# Published counts of ReDSM5, scaled to the number of posts asked for.
-REDSM5_POSTS = 1484
-REDSM5_POSITIVES = (328, 124, 44, 102, 35, 124, 311, 59, 165)
-REDSM5_POSTS_WITHOUT = 392
+SYMPTOMS = tuple(str(criterion.symptom) for criterion in CRITERIA)
 
+# Published counts of ReDSM5: scaled to the number of posts asked for.
+REDSM5_POSTS = 1484
+REDSM5_POSTS_WITHOUT_SYMPTOM = 392
+REDSM5_POSITIVES = dict(zip(SYMPTOMS, (328, 124, 44, 102, 35, 124, 311, 59, 165), strict=True))
+MOST_SYMPTOMS_PER_POST = 4
+
+EVIDENCE = "evidence"
+NEUTRAL = "neutral"
 HARD_NEGATIVE_KINDS = ("negated", "third_person", "past")
-SENTENCE_KINDS = ("evidence", *HARD_NEGATIVE_KINDS, "neutral")
+HELD_OUT_RATE = 0.5
+
 SYNTHETIC_MARK = "SYNTHETIC DATA"
-MOST_SYMPTOMS = 4  # per post; more than four at once is rare in posts of this length
+DATASET_FILES = ("posts.csv", "groundtruth.csv", "criteria.csv", "README.md")
 
 
 @dataclass(frozen=True, slots=True)
 class LengthProfile:
-    """Words per post: log-normal, clipped. `sigma` is the standard deviation of the logarithm."""
+    """Words per post: log-normal, clipped to [words_min, words_max]."""
 
     words_mean: float
     sigma: float
+    """Standard deviation of the natural logarithm of the words."""
     words_min: int
     words_max: int
     stub_rate: float
-    """Share of posts that are only a title or a greeting (2 to 4 words)."""
-    paragraph: int
-    """Sentences per paragraph; 0 for a post of one paragraph."""
+    """Share of posts that are a title or a greeting only, 2 to 4 words; none of them meets a criterion."""
+    sentences_per_paragraph: int
 
-    @property
-    def mu(self) -> float:
-        """Mean of the logarithm, so that the mean of the words themselves is `words_mean`."""
-        return NormalDist(0, self.sigma).inv_cdf(0.5) + _log(self.words_mean) - self.sigma**2 / 2
+    def words(self, posts: int) -> list[int]:
+        """Word targets of `posts` posts, ascending: the quantile midpoints, so that every size has the same shape."""
+        normal = NormalDist(math.log(self.words_mean) - self.sigma**2 / 2, self.sigma)
+        drawn = [round(math.exp(normal.inv_cdf((i + 0.5) / posts))) for i in range(posts)]
+        return [min(max(words, self.words_min), self.words_max) for words in drawn]
+
+
+LENGTH_PROFILES = {
+    # A few sentences: trains in seconds on a CPU.
+    "short": LengthProfile(34, 0.45, 10, 90, stub_rate=0.0, sentences_per_paragraph=1000),
+    # ReDSM5: mean 294.7, min 2, max 6990; about a quarter of the prompts exceed 512 Llama tokens.
+    "realistic": LengthProfile(295, 1.0, 2, 6990, stub_rate=0.005, sentences_per_paragraph=6),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One sentence. `kind` is one of SENTENCE_KINDS; `symptom` is None for a neutral one."""
+    """One sentence: `kind` is EVIDENCE, NEUTRAL or one of HARD_NEGATIVE_KINDS; a neutral one has no symptom."""
 
     text: str
     kind: str
     symptom: str | None = None
     held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticPost:
+    """A post as the sentences that it was made of, in reading order, and the symptoms that it is positive for."""
+
+    post_id: str
+    text: str
+    symptoms: frozenset[str]
+    sentences: tuple[Sentence, ...]
+
+
+def write_dataset(
+    out: Path, *, posts: int, seed: int, profile: str = "realistic", words_mean: float | None = None, criteria: int = 9
+) -> dict[str, Any]:
+    """Write DATASET_FILES into `out` and return the statistics that the README states.
+
+    Args:
+        out: made if missing; may hold an earlier synthetic data set, but no other data.
+        posts: number of posts; 1484 is the size of ReDSM5.
+        seed: two data sets of different seeds share phrasings, not posts.
+        profile: a key of LENGTH_PROFILES.
+        words_mean: mean words per post instead of the profile's.
+        criteria: grid width; above nine the criteria repeat under suffixed ids, with equal labels (for cost studies).
+
+    Raises:
+        UserError: a value out of range, or `out` holds data that is not synthetic.
+    """
+    _check_arguments(posts, profile, words_mean, criteria)
+    _refuse_to_mix(out)
+    lengths = LENGTH_PROFILES[profile]
+    if words_mean is not None:
+        lengths = replace(lengths, words_mean=words_mean)
+    made = generate_posts(posts, seed=seed, lengths=lengths)
+    grid = criteria_grid(criteria)
+    command = f"python -m raycv.synthesize posts={posts} seed={seed} profile={profile}"
+    command += f" words_mean={words_mean}" if words_mean is not None else ""
+    command += f" criteria={criteria}" if criteria != len(CRITERIA) else ""
+    stats = _statistics(made, grid)
+
+    out.mkdir(parents=True, exist_ok=True)
+    # The README first: a folder whose writing was cut short is still marked as synthetic.
+    (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
+    _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
+    _write_csv(
+        out / "groundtruth.csv",
+        ("post_id", "criterion_id", "label"),
+        ((p.post_id, c.criterion_id, "yes" if c.symptom in p.symptoms else "no") for p in made for c in grid),
+    )
+    _write_csv(
+        out / "criteria.csv",
+        ("criterion_id", "criterion", "symptom"),
+        ((c.criterion_id, c.text, c.symptom) for c in grid),
+    )
+    return stats
+
+
+def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[SyntheticPost]:
+    """`posts` posts with ReDSM5's share of posts without symptom and its skew over the criteria, in random order."""
+    rng = random.Random(f"raycv-dataset-{seed}")
+    symptoms = _assign_symptoms(posts, rng)
+    words = lengths.words(posts)
+    rng.shuffle(words)
+    stubs = set([i for i, present in enumerate(symptoms) if not present][: round(lengths.stub_rate * posts)])
+    width = max(4, len(str(posts - 1)))
+    made = []
+    for index, present in enumerate(symptoms):
+        if index in stubs:
+            sentences = [Sentence(_spell(rng.choice(phrase_book()["STUB", NEUTRAL].seen), rng), NEUTRAL)]
+        else:
+            sentences = compose(rng, sorted(present), words[index], held_out_rate=HELD_OUT_RATE)
+        text = paragraphs(sentences, lengths.sentences_per_paragraph)
+        made.append(SyntheticPost(f"s{index:0{width}d}", text, frozenset(present), tuple(sentences)))
+    return made
+
+
+def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_rate: float) -> list[Sentence]:
+    """Sentences of a post that is positive for `present`, about `words` words, shuffled: evidence stands anywhere.
+
+    The evidence is always there, so a post can be longer than `words`; hard negatives and filler only fill up.
+    `held_out_rate` is the chance of a phrasing that pre-training leaves out: 0 for the pre-training corpus itself.
+    """
+
+    def labelled(kind: str, symptom: str) -> Sentence:
+        held_out = rng.random() < held_out_rate
+        phrasings = phrase_book()[symptom, kind]
+        template = rng.choice(phrasings.held_out if held_out else phrasings.seen)
+        return Sentence(_dress(_spell(template, rng), kind, rng), kind, symptom, held_out)
+
+    sentences = [labelled(EVIDENCE, symptom) for symptom in present for _ in range(1 + (rng.random() < 0.25))]
+    absent = [symptom for symptom in SYMPTOMS if symptom not in present]
+    rng.shuffle(absent)
+    count = sum(_words(sentence.text) for sentence in sentences)
+    for symptom in absent[: 1 + rng.randrange(2) + words // 150]:
+        if sentences and count + 8 > words:
+            break
+        sentences.append(labelled(rng.choice(HARD_NEGATIVE_KINDS), symptom))
+        count += _words(sentences[-1].text)
+    templates = list(phrase_book()["FILLER", NEUTRAL].seen)
+    rng.shuffle(templates)
+    for template in cycle(templates):
+        if count + 5 > words:  # half a filler sentence: neither above nor below the target on average
+            break
+        sentences.append(Sentence(_capitalise(_spell(template, rng)), NEUTRAL))
+        count += _words(sentences[-1].text)
+    rng.shuffle(sentences)
+    return sentences
+
+
+def criteria_grid(count: int) -> list[Criterion]:
+    """The first `count` criteria; from the tenth on they repeat as A.1.2, A.2.2, ... with the same wording."""
+    grid = []
+    for index in range(count):
+        criterion, copy = CRITERIA[index % len(CRITERIA)], 1 + index // len(CRITERIA)
+        suffix = f".{copy}" if copy > 1 else ""
+        grid.append(replace(criterion, criterion_id=criterion.criterion_id + suffix))
+    return grid
+
+
+def _assign_symptoms(posts: int, rng: random.Random) -> list[set[str]]:
+    """One set of symptoms per post: scaled published counts, every labelled post at least one, in random order."""
+    scale = posts / REDSM5_POSTS
+    deck = [symptom for symptom, count in REDSM5_POSITIVES.items() for _ in range(round(count * scale))]
+    rng.shuffle(deck)
+    labelled = min(posts - round(REDSM5_POSTS_WITHOUT_SYMPTOM * scale), len(deck))
+    symptoms: list[set[str]] = [{symptom} for symptom in deck[:labelled]]
+    for symptom in deck[labelled:]:
+        rng.choice([s for s in symptoms if symptom not in s and len(s) < MOST_SYMPTOMS_PER_POST]).add(symptom)
+    symptoms += [set() for _ in range(posts - labelled)]
+    rng.shuffle(symptoms)
+    return symptoms
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------
+
+_ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
+_SLOTS = {
+    "who": ("my brother", "my sister", "my best friend", "my dad", "my roommate", "a girl at work", "my cousin"),
+    "over": ("but that is over", "but it passed", "and that is long behind me", "now it is different"),
+}
+# Time phrases stand before evidence and hard negatives alike, so that they give nothing away.
+_OPENERS_NOW = ("lately", "these days", "this month", "since the move", "since the summer", "right now", "this week")
+_OPENERS_ANY = ("honestly,", "to be fair,", "for what it is worth,", "so", "well,", "I should say that")
+_ENDERS_NOW = ("these days", "at the moment", "this week", "right now", "as of late", "so far this year")
+
+
+def _spell(template: str, rng: random.Random) -> str:
+    """`template` with one of the alternatives in the place of each {a|b|c} or {slot}."""
+    return _ALTERNATIVES.sub(lambda match: rng.choice(_options(match[1])), template)
+
+
+def expansions(template: str) -> set[str]:
+    """Every text that `template` can spell."""
+    parts = _ALTERNATIVES.split(template)  # literal, alternatives, literal, ...
+    choices = [_options(part) if i % 2 else (part,) for i, part in enumerate(parts)]
+    return {"".join(choice) for choice in product(*choices)}
+
+
+def _options(alternatives: str) -> tuple[str, ...]:
+    return tuple(alternatives.split("|")) if "|" in alternatives else _SLOTS[alternatives]
+
+
+def _dress(clause: str, kind: str, rng: random.Random) -> str:
+    """`clause` as a sentence, with or without a time phrase or an opener; a past one tells its own time."""
+    draw = rng.random()
+    if draw < 0.35 and kind != "past":
+        clause = f"{rng.choice(_OPENERS_NOW)} {clause}"
+    elif draw < 0.5:
+        clause = f"{rng.choice(_OPENERS_ANY)} {clause}"
+    elif draw < 0.65 and kind != "past":
+        clause = f"{clause} {rng.choice(_ENDERS_NOW)}"
+    return _capitalise(clause)
+
+
+def _capitalise(clause: str) -> str:
+    return clause[0].upper() + clause[1:] + ("" if clause[-1] in ".?!" else ".")
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def paragraphs(sentences: Sequence[Sentence], per_paragraph: int) -> str:
+    """The sentences as text, a blank line after every `per_paragraph` of them."""
+    texts = [sentence.text for sentence in sentences]
+    starts = range(0, len(texts), per_paragraph)
+    return "\n\n".join(" ".join(texts[start : start + per_paragraph]) for start in starts)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(posts: int, profile: str, words_mean: float | None, criteria: int) -> None:
+    faults = []
+    if posts < 1:
+        faults.append(f"posts={posts}: must be at least 1")
+    if profile not in LENGTH_PROFILES:
+        faults.append(f"profile={profile!r}: must be one of {', '.join(LENGTH_PROFILES)}")
+    if words_mean is not None and not 5 <= words_mean <= 5000:
+        faults.append(f"words_mean={words_mean}: must lie in 5..5000 words")
+    if not 1 <= criteria <= 3 * len(CRITERIA):
+        faults.append(f"criteria={criteria}: must lie in 1..{3 * len(CRITERIA)}")
+    if faults:
+        raise FaultsError("Synthetic data set", faults)
+
+
+def _refuse_to_mix(out: Path) -> None:
+    """Gated or own data must never be overwritten by, or mistaken for, synthetic posts."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is not a folder.", remedies=["Give a new folder as out=..."])
+    readme = out / "README.md"
+    marked = readme.is_file() and SYNTHETIC_MARK in readme.read_text(encoding="utf-8", errors="replace")
+    strangers = sorted(path.name for path in out.iterdir() if not marked or path.name not in DATASET_FILES)
+    if strangers:
+        raise UserError(
+            f"{out} holds files that are not a synthetic data set: {', '.join(strangers[:5])}",
+            remedies=["Give an empty or a new folder as out=..."],
+        )
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _statistics(made: Sequence[SyntheticPost], grid: Sequence[Criterion]) -> dict[str, Any]:
+    """Counts of the data set, text-free. Words are split at white space."""
+    words = [_words(post.text) for post in made]
+    per_symptom = Counter(symptom for post in made for symptom in post.symptoms)
+    positives = {criterion.criterion_id: per_symptom[str(criterion.symptom)] for criterion in grid}
+    return {
+        "posts": len(made),
+        "criteria": len(grid),
+        "pairs": len(made) * len(grid),
+        "positives": sum(positives.values()),
+        "positive_rate": sum(positives.values()) / (len(made) * len(grid)),
+        "positives_per_criterion": positives,
+        "posts_without_symptom": sum(not post.symptoms for post in made),
+        "words_mean": mean(words),
+        "words_min": min(words),
+        "words_max": max(words),
+    }
+
+
+def _readme(command: str, stats: dict[str, Any]) -> str:
+    positives = ", ".join(f"{name} {count}" for name, count in stats["positives_per_criterion"].items())
+    return f"""# {SYNTHETIC_MARK}: not about real people, not ReDSM5
+
+Every post here was put together by a program from a fixed book of phrases. No person wrote these posts and none is
+described in them; no text of ReDSM5 or of any other corpus was used. Scores on this data say that the software works,
+and nothing about real posts. Not for diagnosis.
+
+Made by (`out` is this folder):
+
+    {command} out=...
+
+- {stats["posts"]} posts x {stats["criteria"]} criteria = {stats["pairs"]} pairs
+- {stats["positives"]} positive ({100 * stats["positive_rate"]:.2f} %): {positives}
+- {stats["posts_without_symptom"]} posts meet no criterion
+- words per post: mean {stats["words_mean"]:.1f}, min {stats["words_min"]}, max {stats["words_max"]}
+
+Files: `posts.csv` (post_id, post), `groundtruth.csv` (post_id, criterion_id, label: yes or no) and `criteria.csv`
+(criterion_id, criterion, symptom). The criteria are own paraphrases, not the wording of the DSM-5.
+"""
+
+
+# --- phrase book -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasings:
+    """Templates of one (symptom, kind): those that the tiny base saw in pre-training, and those held out from it."""
+
+    seen: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@cache
+def phrase_book() -> dict[tuple[str, str], Phrasings]:
+    """(symptom, kind) -> phrasings, read from `_PHRASE_BOOK`; neutral ones stand under FILLER and STUB."""
+    book: dict[tuple[str, str], Phrasings] = {}
+    for section in re.split(r"^\[", _PHRASE_BOOK, flags=re.MULTILINE)[1:]:
+        title, *lines = [line for line in section.splitlines() if line]
+        symptom, kind = title.rstrip("]").split()
+        seen = tuple(line for line in lines if not line.startswith("~"))
+        book[symptom, kind] = Phrasings(seen, tuple(line[2:] for line in lines if line.startswith("~")))
+    return book
+
+
+# One phrasing per line; {a|b} is a choice, {who} and {over} are slots, "~" marks a phrasing held out from pre-training.
+# Mild on purpose: no methods, no graphic detail.
+_PHRASE_BOOK = """
+[DEPRESSED_MOOD evidence]
+I feel {so|really|very} {sad|sad and empty|low}
+I {feel|am} {down|empty|sad} {all day|from morning to night|most of the time}
+everything {feels|seems} {hopeless|grey and hopeless|sad and pointless}
+I {cry|end up crying} {for no reason|in the car|almost every evening}
+my mood is {very low|at the bottom|lower than ever}
+there is {an emptiness|a sadness} in me that {will not lift|does not go away}
+I have {no hope|lost all hope} that {things|life} will get better
+~ I keep {tearing up|bursting into tears} over {nothing|small things}
+~ a {heavy|dark} cloud {hangs over me|follows me around}
+~ I {see no|cannot see any} {light ahead|bright side to anything}
+~ it is all {gloomy|bleak} inside and nothing cheers me up
+~ I am {miserable|deeply unhappy} {no matter what happens|even on good days}
+~ my heart {feels heavy|aches} {when I wake up|whatever I do}
+~ I {walk around|sit here} with {a lump in my throat|wet eyes} and {no hope|so much sadness}
+
+[DEPRESSED_MOOD negated]
+I do not feel {sad|down|empty}
+my mood is {good|fine|steady}
+I am not {sad|low|down} at all
+I have {no reason to cry|plenty of hope}
+~ I feel {cheerful|hopeful} {about things|when I wake up}
+~ I am {in good spirits|in a sunny mood} {most of the time|even on bad days}
+~ it is not {gloom|unhappiness} that {I write about|brings me here}
+
+[DEPRESSED_MOOD third_person]
+{who} {feels|is} {so sad|sad and empty|down most of the time}
+{who} {cries|ends up crying} {for no reason|almost every evening}
+{who} says that everything {feels|seems} hopeless
+~ {who} keeps {tearing up|bursting into tears} over {nothing|small things}
+~ a {heavy|dark} cloud follows {who} around
+~ I worry because {who} seems {miserable|deeply unhappy}
+
+[DEPRESSED_MOOD past]
+I used to {feel so sad|feel empty|cry almost every evening}, {over}
+{last year|two years ago} {my mood was very low|I felt hopeless}, {over}
+~ back in school I was {miserable|deeply unhappy}, {over}
+~ there was a time when {a dark cloud followed me around|nothing cheered me up}, {over}
+
+[ANHEDONIA evidence]
+I {do not|no longer} enjoy {anything|my hobbies|the things I loved}
+nothing {is fun|gives me joy|interests me} any more
+I have lost {all interest|interest} in {my hobbies|music|my friends}
+I do not care about {anything|my hobbies|the things I loved}
+I {get|feel} no {joy|pleasure} from {anything|music|seeing friends}
+I used to love {painting|football|cooking}, now {I do not care|it means nothing to me}
+~ my {guitar|camera|sketchbook} {gathers dust|lies in a corner} because I {cannot be bothered|see no point in it}
+~ even {my favourite show|a day at the sea|good news} leaves me {cold|numb}
+~ I {skip|turn down} every {party|trip|game} because it all feels flat
+~ {games|books|parties} that once {thrilled me|made my week} are just dull to me
+~ I {go through the motions|sit through the evening} without a spark of {delight|excitement}
+~ I {gave up on|dropped} {my choir|my team|the garden} because the fun is gone
+
+[ANHEDONIA negated]
+I still enjoy {my hobbies|music|the things I loved}
+I have not lost interest in {my hobbies|music|my friends}
+{music|cooking|football} still gives me joy
+~ I {look forward to|am excited about} {the weekend|the next game|my trip}
+~ {my guitar|the garden|my choir} never {bores me|leaves me cold}
+~ I had {a great time|so much fun} {at the party|with my team}
+
+[ANHEDONIA third_person]
+{who} {does not enjoy|no longer enjoys} {anything|music|hobbies}
+{who} has lost interest in {music|friends|football}
+{who} says that nothing is fun any more
+~ even good news leaves {who} {cold|numb}
+~ {who} {skips|turns down} every {party|trip|game}
+~ {who} finds {books|games|parties} dull now
+
+[ANHEDONIA past]
+I used to {enjoy nothing|care about nothing}, {over}
+{last year|two years ago} {nothing was fun|I lost interest in everything}, {over}
+~ back in school every {party|game} left me cold, {over}
+~ there was a time when my {guitar|camera} gathered dust, {over}
+
+[APPETITE_CHANGE evidence]
+I {have no appetite|barely eat|do not want to eat}
+I {eat|am eating} {all the time|far too much|much more than before}
+I have {lost|gained} {a lot of weight|ten pounds|five kilos} without trying
+my appetite is {gone|out of control|much bigger than before}
+I {forget|have no wish} to eat {lunch|dinner|all day}
+food {does not interest me|makes me feel sick}
+~ I {push my plate away|leave my plate full} {at every meal|after two bites}
+~ my {jeans|trousers} are {falling off me|suddenly too tight} and I did not plan it
+~ I {snack|binge} {until my stomach hurts|from noon to midnight}
+~ the scale {keeps dropping|keeps climbing} {by itself|although I changed nothing}
+~ I {live on|get by on} {a few crackers|toast and tea} because nothing tastes right
+~ I {raid the fridge|order pizza} {again and again|three times a night}
+
+[APPETITE_CHANGE negated]
+my appetite is {fine|normal|good}
+I eat {well|normally|three times a day}
+I have not {lost|gained} any weight
+~ I {clean my plate|finish my plate} {at every meal|with pleasure}
+~ my {jeans|trousers} fit {as ever|the same as before}
+~ the scale {shows the same|has not moved} {month after month|since spring}
+
+[APPETITE_CHANGE third_person]
+{who} {has no appetite|barely eats}
+{who} {eats all the time|eats far too much}
+{who} has {lost|gained} a lot of weight
+~ {who} {pushes the plate away|leaves a full plate} at every meal
+~ {who} {snacks|binges} from noon to midnight
+~ {who} {gets by|lives} on {crackers|toast and tea}
+
+[APPETITE_CHANGE past]
+I used to {eat far too much|barely eat}, {over}
+{last year|two years ago} I {lost|gained} a lot of weight, {over}
+~ back in school I {left my plate full|raided the fridge}, {over}
+~ there was a time when the scale kept {dropping|climbing}, {over}
+
+[SLEEP_ISSUES evidence]
+I {cannot|can not} {sleep|fall asleep} {at night|until four}
+I {lie|am} awake {until three|half the night|for hours}
+I sleep {only three hours|so badly|far too much|twelve hours a day}
+I wake up {at four|every hour} and cannot {sleep|get back to sleep}
+my sleep is {terrible|broken|a mess}
+I have {insomnia|trouble sleeping} {every night|again}
+~ I {stare at the ceiling|toss and turn} {until sunrise|night after night}
+~ I {count sheep|watch the clock} {till dawn|past midnight} with my eyes wide open
+~ I {doze|stay in bed} {past noon|through the whole day} and miss everything
+~ my nights are {short and restless|one long wait for the alarm}
+~ I {nod off|drift off} {at sunrise|around five} and not a minute before
+~ I {snooze|slumber} {fourteen|fifteen} hours and still {hide under the blanket|cannot get out of bed}
+
+[SLEEP_ISSUES negated]
+I sleep {fine|well|all night}
+my sleep is {good|fine|normal}
+I have no trouble {sleeping|falling asleep}
+~ I {nod off|drift off} {within minutes|as soon as I lie down}
+~ my nights are {calm|quiet} and I {rest well|get my eight hours}
+~ no {tossing and turning|staring at the ceiling} for me
+
+[SLEEP_ISSUES third_person]
+{who} cannot {sleep|fall asleep} {at night|until four}
+{who} {lies awake|is awake} {half the night|for hours}
+{who} has {insomnia|trouble sleeping}
+~ {who} {stares at the ceiling|tosses and turns} {until sunrise|night after night}
+~ {who} {dozes|stays in bed} past noon
+~ {who} {watches the clock|counts sheep} till dawn
+
+[SLEEP_ISSUES past]
+I used to {lie awake for hours|sleep so badly}, {over}
+{last year|two years ago} I {could not sleep|had insomnia}, {over}
+~ back in school I {tossed and turned|stared at the ceiling} until sunrise, {over}
+~ there was a time when I {counted sheep till dawn|dozed past noon}, {over}
+
+[PSYCHOMOTOR evidence]
+I {move|walk|speak} {so slowly|slower than before|in slow motion}
+I cannot {sit|keep|stand} still {for a minute|at all}
+I am so restless that I {pace|walk} {around the room|up and down}
+my body {feels|is} {slowed down|so slow}
+{my movements are|my speech is} {slow|very slow} and people {notice|ask about it}
+I {pace|walk up and down} {all evening|for hours} because I am restless
+~ I {fidget|squirm} {on every chair|through every meeting} and {tap my feet|wring my hands}
+~ it takes me {ages|forever} to {lift a cup|button a shirt|finish a sentence}, as if I were {under water|made of lead}
+~ my {legs bounce|hands fidget} {nonstop|the whole time} and I have to get up {again and again|every minute}
+~ people {say|tell me} that I {drag my feet|talk like a slow tape}
+~ I {creep|shuffle} through the {flat|office} like a {snail|very old man}
+
+[PSYCHOMOTOR negated]
+I can {sit|keep|stand} still {for hours|with no trouble}
+I am not restless {at all|or slow}
+I {move|walk|speak} {at a normal pace|as fast as before}
+~ my {hands|legs} are {calm|steady} and I do not {fidget|squirm}
+~ I am {quick|nimble} {on my feet|with my hands}
+~ nobody says that I {drag my feet|talk like a slow tape}
+
+[PSYCHOMOTOR third_person]
+{who} {moves|walks|speaks} {so slowly|in slow motion}
+{who} cannot {sit|keep} still
+{who} is restless and {paces|walks} up and down
+~ {who} {fidgets|squirms} on every chair
+~ {who} {creeps|shuffles} through the flat like a snail
+~ it takes {who} ages to {lift a cup|finish a sentence}
+
+[PSYCHOMOTOR past]
+I used to {pace for hours|move so slowly}, {over}
+{last year|two years ago} I could not {sit|keep} still, {over}
+~ back in school I {fidgeted|squirmed} on every chair, {over}
+~ there was a time when I {dragged my feet|talked like a slow tape}, {over}
+
+[FATIGUE evidence]
+I am {so tired|tired all the time|exhausted}
+I have no {energy|strength} {left|for anything|to get up}
+I feel {exhausted|worn out|tired} {after every small thing|all day}
+{a shower|the dishes|getting dressed} {takes|costs} all my {energy|strength}
+I {do not have the energy|am too tired} {to work|to cook|to go out}
+my energy is {gone|at zero|used up}
+~ I am {wiped out|running on fumes} {by noon|before the day begins}
+~ my {arms|legs} feel {like lead|heavy as stone} after {one flight of stairs|a trip to the shop}
+~ I {collapse|slump} {on the sofa|into a chair} {after every errand|at five}
+~ I am {drained|spent}, {whatever I do|no matter how much coffee I drink}
+~ my batteries are {flat|empty} and a {short walk|phone call} {flattens me|is too much}
+~ even {brushing my hair|making tea} {leaves me drained|is like climbing a hill}
+
+[FATIGUE negated]
+I have {plenty of energy|enough energy} {for work|for everything}
+I am not tired {at all|or worn out}
+I feel {rested|strong|full of energy}
+~ I am {fresh|wide awake} {by noon|after a long day}
+~ I {climb|run up} the stairs {with ease|and feel great}
+~ my batteries are {full|charged} {by morning|for the day}
+
+[FATIGUE third_person]
+{who} is {so tired|tired all the time|exhausted}
+{who} has no {energy|strength} {left|for anything}
+{who} feels worn out {all day|after every small thing}
+~ {who} is {wiped out|running on fumes} by noon
+~ {who} {collapses|slumps} on the sofa after every errand
+~ {who} looks {drained|spent} whatever happens
+
+[FATIGUE past]
+I used to be {tired all the time|exhausted}, {over}
+{last year|two years ago} I had no {energy|strength}, {over}
+~ back in school I was {wiped out|drained} by noon, {over}
+~ there was a time when my {batteries were flat|legs felt like lead}, {over}
+
+[WORTHLESSNESS evidence]
+I {feel|am} {worthless|useless|like a failure}
+I am {a burden|nothing but a burden} to {everyone|my family|my friends}
+I {hate|blame} myself for {everything|every mistake|being like this}
+I feel {so guilty|guilty} about {everything|every mistake|small things}
+everything is my fault
+I {am not good enough|am worth nothing|let everyone down}
+I think that I {am a bad person|deserve nothing good}
+~ I {apologise|say sorry} {for existing|for everything} because I {ruin it all|mess up whatever I touch}
+~ {the others|my people} would be {better off|happier} with {a better son|a better friend} than me
+~ I {look in the mirror|think of myself} and see {a total disappointment|someone of no value}
+~ I {beat myself up|cannot forgive myself} over {an old email|a silly joke|things from years ago}
+~ I {amount to nothing|am a waste of space} {next to my classmates|compared to everyone}
+~ I {carry|drag around} so much shame for {who I am|things that nobody else remembers}
+
+[WORTHLESSNESS negated]
+I do not feel {worthless|useless|guilty}
+I am not {a burden|a failure} to {anyone|my family}
+I know that it is not my fault
+~ I {like who I am|am proud of myself}
+~ I {forgive myself|do not beat myself up} over {an old email|a silly joke}
+~ I know {my own worth|that I am good enough} {as a friend|at my job}
+
+[WORTHLESSNESS third_person]
+{who} feels {worthless|useless|like a failure}
+{who} feels like a burden to everyone
+{who} {takes the blame|feels guilty} for {everything|every mistake}
+~ {who} {apologises|says sorry} {for existing|for everything}
+~ {who} sees {a total disappointment|someone of no value} in the mirror
+~ {who} carries so much shame
+
+[WORTHLESSNESS past]
+I used to {feel worthless|feel like a burden|hate myself}, {over}
+{last year|two years ago} I {felt guilty about everything|blamed myself}, {over}
+~ back in school I {beat myself up|apologised} for everything, {over}
+~ there was a time when I {felt of no value|was full of shame}, {over}
+
+[COGNITIVE_ISSUES evidence]
+I cannot {concentrate|focus|think straight} {at work|on anything|in class}
+I {cannot|am unable to} {decide|make up my mind} {what to do|what to wear}
+I have trouble {concentrating|thinking|focusing} {at work|on anything}
+my {head|brain} is {foggy|so slow to think|full of fog}
+I {forget everything|cannot remember anything} {that I read|I am told}
+every {small|simple} decision {is too hard|takes me hours}
+~ I read {one page|the same line} {ten times|over and over} and {nothing sticks|take in not a word}
+~ my thoughts {slip away|scatter} {in the middle of a sentence|before I can use them}
+~ I {stand in front of|stare at} {the shelf|the menu} and {cannot pick|go back and forth forever}
+~ I {lose the thread|zone out} {in every meeting|when people talk to me}
+~ my mind {goes blank|wanders off} {when I open my laptop|during every lecture}
+~ {picking a film|choosing a sandwich} {paralyses me|turns into a puzzle I cannot solve}
+
+[COGNITIVE_ISSUES negated]
+I can {concentrate|focus} {well|at work|with no trouble}
+my {head|mind} is clear
+I have no trouble {thinking|making decisions}
+~ my thoughts are {sharp|in order} {in every meeting|when I open my laptop}
+~ I {follow every lecture|read whole books} {with ease|without losing the thread}
+~ {picking a film|choosing a sandwich} takes me {a second|no time}
+
+[COGNITIVE_ISSUES third_person]
+{who} cannot {concentrate|focus} {at work|on anything}
+{who} cannot {decide|make decisions}
+{who} has trouble thinking
+~ {who} {loses the thread|zones out} in every meeting
+~ {who} reads the same line {ten times|over and over}
+~ {who} stares at the menu and cannot pick
+
+[COGNITIVE_ISSUES past]
+I used to have trouble {concentrating|thinking}, {over}
+{last year|two years ago} I could not {concentrate|focus|decide}, {over}
+~ back in school I {zoned out|lost the thread} in every lecture, {over}
+~ there was a time when my {mind went blank|thoughts scattered}, {over}
+
+[SUICIDAL_THOUGHTS evidence]
+I {do not want to|no longer want to} {live|be alive|be here}
+I {think|keep thinking} about {death|dying|being dead}
+I {wish|keep wishing} I {was dead|would not wake up|had never been born}
+I have thoughts {of death|of dying} {every day|again}
+I {want|would like} to {die|disappear for good}
+I feel that life is not worth living
+~ I {hope|pray} {at bedtime|each evening} that {there is no tomorrow for me|morning never comes for me}
+~ part of me {longs|would be relieved} to {leave this world|not exist}
+~ I {picture|imagine} {my own funeral|the world without me} {more often than I admit|far too often}
+~ I am {done with|tired of} {being alive|existing} and {do not want to go on|see no reason to stay}
+~ it would be {easier|fine by me} if I {simply ceased to exist|were gone for ever}
+~ I {daydream about|find comfort in the idea of} {not being around|never waking again}
+
+[SUICIDAL_THOUGHTS negated]
+I {do not want to die|want to live}
+I have no thoughts of {death|dying}
+I am glad {to be alive|to be here}
+~ I {would never|do not} want to leave this world
+~ I have {every reason to stay|so much to live for}
+~ being alive {feels good|is something I treasure}
+
+[SUICIDAL_THOUGHTS third_person]
+{who} {does not want to live|wants to die}
+{who} {thinks|keeps thinking} about {death|dying}
+{who} said that life is not worth living
+~ {who} is {done with|tired of} existing
+~ {who} told me {about not wanting to be around|that it would be easier not to exist}
+~ I am scared because {who} longs to leave this world
+
+[SUICIDAL_THOUGHTS past]
+I used to {think about death|wish I would not wake up}, {over}
+{last year|two years ago} I {wanted to die|had thoughts of death}, {over}
+~ back in school I {pictured the world without me|wanted to leave this world}, {over}
+~ there was a time when I {longed not to exist|saw no reason to stay}, {over}
+
+[FILLER neutral]
+I {work|have a job} in {a shop|an office|a school|a small town}
+{my class|my shift|the course} starts {at eight|on Monday|next week}
+we {moved|came} here {last spring|two years ago|for my job}
+the {bus|train} was late {again|this morning|on Friday}
+my {phone|laptop|car} is {old|broken|at the repair shop}
+I {posted|wrote} here {once before|last month|under another name}
+{thanks|thank you} for {reading|any advice|letting me write this}
+does anyone have {a tip|advice|a similar story}?
+I am {twenty|thirty two|in my forties} and live {alone|with my family|in the city}
+it {rained|was sunny} {all day|the whole weekend|on my birthday}
+my {mother|aunt|neighbour} {called|visited} {on Sunday|last week|after lunch}
+the {dog|cat} {wants to go out|chased a bird|sat on my keyboard}
+I {have|prepare for} {an exam|an interview|a meeting} {on Tuesday|soon|next month}
+we watched {a film|the game|a long series} {at home|last night|with the neighbours}
+my {landlord|boss|teacher} {sent a letter|changed the plan|wants an answer}
+I {bought|painted|fixed} {a chair|the old desk|a shelf} {yesterday|for the kitchen}
+the {doctor|counsellor} can see me {in May|next week|after the holidays}
+I have been {on the phone|in town|at the office} {all morning|since nine}
+my {parents|friends} live {far away|in another country|two streets down}
+there is {a park|a lake|a library} {near my house|behind the station}
+I do not know {where to post this|how this forum works|who else to ask}
+{rent|petrol|everything} is {getting expensive|more than I planned}
+the {soup|bread|cake} at the corner shop is {good|cheap|sold out by ten}
+the {film|song|book} was {sad|dark|a bit empty} but {well made|worth it}
+the {battery|signal|volume} is {low|down} {again|as usual}
+my {phone|printer} {died|went dead} {on the bus|in the middle of a call}
+the {shop|street} was {empty|slow|half asleep} {this morning|on Friday}
+I {changed|lost} my {password|keys|ticket} {last week|and had to wait}
+the {cat|baby next door} {sleeps|eats} {all day|whenever it wants}
+my {sister|brother} is {getting married|learning Spanish|coming to visit} {in June|soon}
+we {talked|argued} about {money|the holidays|politics} {for an hour|over lunch}
+I {took|missed} the {early train|last bus} and {read a paper|met an old neighbour}
+the {kitchen|hall|roof} needs {new paint|a repair|cleaning} {before winter|at some point}
+{long story short|in short}, {the plan changed|we had to start over|it went on for months}
+I {started|joined} {a course|a new project} {in March|after the holidays} and {it is going on|it ends soon}
+this is {a long post|my second post|a throwaway account}, {sorry|bear with me}
+{my manager|the office} {asked for|wants} the {papers|numbers} {by Thursday|before lunch}
+{tomorrow|on Saturday} we {drive|go} to {the coast|my uncle's place|the market}
+
+[STUB neutral]
+{any advice|anyone else|is this normal}?
+{first post here|just posting|hello everyone|hi all}
+{not sure|see title|see comments}
+"""

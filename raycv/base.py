@@ -1,0 +1,659 @@
+"""The base model: its files, from the hub or a folder, and what is loaded from them. No training (FR-001, FR-011)."""
+
+import errno
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raycv.errors import UserError, shown
+from raycv.paths import resolve
+from raycv.retry import BASE_SECONDS, ServiceError, call_with_retries, cause_of, is_passing, status_of
+
+if TYPE_CHECKING:
+    import torch
+
+WeightFormat = Literal["safetensors", "pytorch_bin"]
+
+LABELS = ("unmatched", "matched")
+"""Class names by label id, as in the groundtruth: 0 no, 1 yes."""
+
+CONFIG = "config.json"
+
+# In order of preference: the weights in one file, or the index that names the shards.
+_ENTRIES: tuple[tuple[WeightFormat, str, str], ...] = (
+    ("safetensors", "model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_INDEXES = frozenset(index for _, _, index in _ENTRIES)
+# Config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Never code.
+_SMALL = ("*.json", "*.model", "vocab*", "merges*.txt")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_GIT_LFS_POINTER = b"version https://git-lfs"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The files of one base model, complete and on this node."""
+
+    name: str
+    """as the config has it: hub id, folder, or raycv://..."""
+    path: Path
+    """the folder that holds the files"""
+    revision: str | None
+    """commit on the hub; None for a folder"""
+    weight_format: WeightFormat
+    files: Mapping[str, int]
+    """the files that are read: name -> bytes"""
+
+    def describe(self, tokenizer: Any, config: Any) -> dict[str, Any]:
+        """What was found, as plain values for `environment.json`; `tokenizer` and `config` were loaded from here."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weight_format": self.weight_format,
+            "files": dict(self.files),
+            "architectures": list(config.architectures or []),
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "tokenizer": type(tokenizer).__name__,
+            "tokenizer_is_fast": bool(tokenizer.is_fast),
+            "tokenizer_size": len(tokenizer),
+            "pad_token": tokenizer.pad_token,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def fetch_base(name: str, revision: str | None, *, base_seconds: float = BASE_SECONDS) -> BaseFiles:
+    """The files of base model `name`, downloaded if need be; several processes may call it at once (FR-001, FR-011).
+
+    `name` is a hub id, a folder, or raycv://...; `revision` a branch, tag or commit of the hub, None for main.
+    A commit that the cache holds costs no network. `base_seconds` is the wait before the second attempt.
+
+    Raises: UserError if the files cannot be had or are no model, with the cause and what to do.
+    """
+    location = resolve(name)
+    if not _is_folder(location):
+        return _from_hub(name, revision, base_seconds)
+    if revision is not None:
+        raise UserError(
+            f"model.revision={revision} means nothing for model.name={name}, which is a folder.",
+            remedies=["set model.revision=null"],
+        )
+    return _inspect(name, Path(os.path.expanduser(location)).absolute(), None)
+
+
+def absolute_name(name: str) -> str:
+    """`name` with a relative folder made absolute, all else unchanged: for the driver, as workers run elsewhere."""
+    return str(Path(os.path.expanduser(name)).absolute()) if _is_folder(name) else name
+
+
+def _is_folder(name: str) -> bool:
+    path = Path(os.path.expanduser(name))
+    return path.is_absolute() or name.startswith(".") or path.is_dir()
+
+
+def _inspect(name: str, folder: Path, revision: str | None) -> BaseFiles:
+    """Raises: UserError if `folder` does not hold a config and all of the weights."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} (model.name={name}).", remedies=["correct model.name"])
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if CONFIG not in present:
+        raise UserError(
+            f"{folder} is no model: it has no {CONFIG}; it holds {_listed(present)}.",
+            remedies=[
+                "model.name wants a base model; a fold's checkpoint is an adapter, which belongs on top of one"
+                if "adapter_config.json" in present
+                else "set model.name to a folder written by save_pretrained or by `hf download`"
+            ],
+        )
+    weight_format, entry = _entry(name, present)
+    weights = _weights(folder, entry)
+    faults = [file for file in weights if file not in present or _is_pointer(folder / file)]
+    if faults:
+        raise UserError(
+            f"{folder} lacks weights: {_listed(faults)} missing, or only a git-lfs pointer.",
+            remedies=[
+                "copy or download the folder again",
+                "after a git clone without git-lfs: `git lfs install && git lfs pull` in that folder",
+            ],
+        )
+    used = sorted({file for file in present if _is_small(file)} | {entry, *weights})
+    return BaseFiles(name, folder, revision, weight_format, {file: (folder / file).stat().st_size for file in used})
+
+
+def _entry(name: str, present: Iterable[str]) -> tuple[WeightFormat, str]:
+    """Format and entry file of the weights among the files `present`: safetensors if there are any, else .bin."""
+    names = set(present)
+    for weight_format, single, index in _ENTRIES:
+        for entry in (single, index):
+            if entry in names:
+                return weight_format, entry
+    raise UserError(
+        f"The base model {name} has no weights that PyTorch can read; it holds {_listed(names)}.",
+        remedies=[
+            "choose a model with model.safetensors or pytorch_model.bin, whole or in shards (GGUF, GPTQ, TensorFlow "
+            "and .pth files cannot be fine-tuned here)"
+        ],
+    )
+
+
+def _weights(folder: Path, entry: str) -> list[str]:
+    """The weight files behind `entry`, whether they are there or not."""
+    if entry not in _INDEXES:
+        return [entry]
+    try:
+        shards = sorted(set(json.loads((folder / entry).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{folder / entry} is damaged: {cause_of(error)}.", remedies=["copy or download the folder again"]
+        ) from error
+    # The index comes from outside: it must not lead out of the folder.
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise UserError(f"{folder / entry} does not name plain files of its own folder; it is not used.")
+    return shards
+
+
+def _is_small(file: str) -> bool:
+    return file not in _INDEXES and any(fnmatch(file, pattern) for pattern in _SMALL)
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more or "no files"
+
+
+# ------------------------------------------------------------------------------------------------------------ hub
+
+
+def _from_hub(name: str, revision: str | None, base_seconds: float) -> BaseFiles:
+    from huggingface_hub import constants
+
+    wanted = revision or constants.DEFAULT_REVISION
+    is_commit = _COMMIT.fullmatch(wanted) is not None
+    if is_commit or constants.HF_HUB_OFFLINE:
+        found = _cached(name, wanted)
+        if found is not None:
+            return found
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold {name} at revision {wanted}.",
+                remedies=["unset HF_HUB_OFFLINE", *_without_hub(name, revision)],
+            )
+    with _explained(name, revision), _single_attempts():
+        try:
+            commit, files = _listing(name, wanted, base_seconds)
+        except ServiceError as error:
+            found = _cached(name, wanted)
+            if found is None:
+                raise
+            logger.warning(
+                "the hub cannot be reached (%s): using commit %s of %s from the cache, which may not be the newest",
+                *(cause_of(error.cause), found.revision, name),
+            )
+            return found
+        found = _cached(name, commit) or _download(name, commit, files, base_seconds)
+        if not is_commit:
+            _remember(found.path, wanted, commit)
+        return found
+
+
+def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[str]]:
+    """The commit behind `revision`, and the files at the root of that commit."""
+    from huggingface_hub import HfApi
+
+    info = call_with_retries(
+        f"asking the hub for the files of {name}",
+        partial(HfApi().model_info, name, revision=revision),
+        passing=_can_pass,
+        remedies=_without_hub(name, revision),
+        base_seconds=base_seconds,
+    )
+    if info.sha is None or info.siblings is None:
+        raise UserError(f"The hub's answer about {name} names no commit or no files.", remedies=["check HF_ENDPOINT"])
+    return info.sha, {sibling.rfilename for sibling in info.siblings if "/" not in sibling.rfilename}
+
+
+def _cached(name: str, revision: str) -> BaseFiles | None:
+    """What the cache holds of `revision` if that is complete. No network, no lock."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with _explained(name, revision):
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+    try:
+        return _inspect(name, folder, folder.name)
+    except UserError as error:
+        logger.info("the cache's copy of %s cannot be used as it is: %s", name, error.what)
+        return None
+
+
+def _download(name: str, commit: str, present: set[str], base_seconds: float) -> BaseFiles:
+    weight_format, entry = _entry(name, present)
+    small = {file for file in present if _is_small(file)}
+    if CONFIG not in small:
+        raise UserError(f"{name} on the hub is no model: it has no {CONFIG}.", remedies=["check model.name"])
+    with _alone(name):
+        # Another process may have fetched it while this one waited.
+        found = _cached(name, commit)
+        if found is not None:
+            return found
+        # Weights go last: where they are complete, so is the rest, which `_cached` relies on.
+        folder = _snapshot(name, commit, small | ({entry} & _INDEXES), base_seconds)
+        weights = set(_weights(folder, entry))
+        if not weights <= present:
+            raise UserError(
+                f"{name} on the hub is incomplete: {entry} names {_listed(weights - present)}, which is not there.",
+                remedies=["choose another model.revision"],
+            )
+        logger.info("downloading %s at %s: %d %s file(s)", name, commit, len(weights), weight_format)
+        _snapshot(name, commit, weights, base_seconds)
+        return _inspect(name, folder, commit)
+
+
+def _snapshot(name: str, commit: str, files: Iterable[str], base_seconds: float) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(file) for file in sorted(files)]
+    fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
+    remedies = ["run again: the download goes on where it stopped", *_without_hub(name, commit)]
+    what = f"the download of {name} from the hub"
+    return Path(call_with_retries(what, fetch, passing=_can_pass, remedies=remedies, base_seconds=base_seconds))
+
+
+def _remember(snapshot: Path, revision: str, commit: str) -> None:
+    """Notes in the cache which commit `revision` was, as huggingface_hub does, so that it is found without the hub."""
+    reference = snapshot.parents[1] / "refs" / revision
+    try:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit, encoding="utf-8")
+    except OSError as error:  # a cache that was made elsewhere may be read-only
+        logger.info("cannot note %s in the cache: %s", revision, cause_of(error))
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """One process at a time among those that share the cache: the folds of a node do not all fetch 13 GB at once."""
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HUB_CACHE) / ".locks" / f"raycv--{name.replace('/', '--')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that downloads %s", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _HubError(ConnectionError):
+    """A failed request to the hub, of a type that huggingface_hub neither repeats nor answers with half a snapshot."""
+
+    def __init__(self, message: str, response: Any = None) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+@contextmanager
+def _single_attempts() -> Iterator[None]:
+    """Within it a request of huggingface_hub fails at once, so that `call_with_retries` alone decides (FR-011).
+
+    By itself huggingface_hub 0.36 sends a failing HEAD or GET 6 times, takes up a stalled stream 5 times, waits for
+    ever for a file list, and returns an incomplete snapshot when that list fails; the Xet transport was seen to go on
+    for 219 s against a refused connection. Three attempts on top would be 18 requests, or eleven minutes.
+    """
+    from huggingface_hub import configure_http_backend, constants
+    from huggingface_hub.utils import _http
+
+    outer: Callable[[], Any] = _http._GLOBAL_BACKEND_FACTORY
+    had_xet = constants.HF_HUB_DISABLE_XET
+
+    def session() -> Any:
+        made = outer()
+        made.request = partial(_request_once, made.request)
+        return made
+
+    configure_http_backend(session)
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        configure_http_backend(outer)
+        constants.HF_HUB_DISABLE_XET = had_xet
+
+
+def _request_once(request: Callable[..., Any], method: str, url: str, **options: Any) -> Any:
+    import requests
+    from huggingface_hub import constants
+
+    if options.get("timeout") is None:
+        options["timeout"] = constants.HF_HUB_ETAG_TIMEOUT
+    passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    try:
+        response = request(method=method, url=url, **options)
+    except passing as error:
+        raise _HubError(f"no answer to {method} {url} ({_root(error)})") from error
+    if response.status_code == 429 or response.status_code >= 500:
+        raise _HubError(f"HTTP {response.status_code} for {method} {url}", response)
+    stream = response.iter_content
+
+    def iter_content(*args: Any, **kwargs: Any) -> Iterator[bytes]:
+        try:
+            yield from stream(*args, **kwargs)
+        except passing as error:
+            raise _HubError(f"the answer to {method} {url} broke off ({_root(error)})") from error
+
+    response.iter_content = iter_content
+    return response
+
+
+def _root(error: BaseException) -> str:
+    """The innermost cause, which says it best: `Connection refused` rather than four wrappers around it."""
+    link = error
+    while link.__cause__ or link.__context__:
+        link = link.__cause__ or link.__context__ or link
+    return cause_of(link)
+
+
+def _can_pass(error: Exception) -> bool:
+    # huggingface_hub's OSError for a file that ended early without an error on the line
+    return is_passing(error) or "Consistency check failed" in str(error)
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a UserError; what it does not know leaves unchanged."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(
+            f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
+            remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
+        ) from error
+    except OSError as error:  # requests' and huggingface_hub's errors are OSErrors as well
+        raise _refusal(error, name, revision) or _disk_fault(error, name, revision) from error
+
+
+def _refusal(error: OSError, name: str, revision: str | None) -> UserError | None:
+    """The hub's own no, which no second attempt would change: 401, 403, 404."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it, on every node"
+    url = f"{constants.ENDPOINT}/{name}"
+    status = status_of(error)
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{name} is gated (HTTP {status}): its owner gives access to accounts that accept its license.",
+            remedies=[f"open {url} and accept the license with your account", log_in],
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(
+            f"{name} has no revision {revision or constants.DEFAULT_REVISION} on the hub.",
+            remedies=[f"choose a branch, tag or commit from {url}/commits, or set model.revision=null"],
+        )
+    if status in (401, 403, 404):
+        return UserError(
+            f"The hub has no {name} that you may read (HTTP {status}): it does not exist, or it is private or gated.",
+            remedies=[f"check the spelling of model.name: does {url} exist?", log_in],
+        )
+    return None
+
+
+def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
+    """Whatever else kept the files from arriving: this machine's disk, or an answer that is not the hub's."""
+    from huggingface_hub import constants
+
+    cache = constants.HF_HUB_CACHE
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The disk is full: {name} does not fit into {cache}.",
+            remedies=["free some space", "set HF_HOME to a folder on a larger disk, on every node"],
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            f"{name} cannot be written to {cache}: {error.strerror}.",
+            remedies=["set HF_HOME to a folder that you may write to, on every node"],
+        )
+    return UserError(
+        f"{name} cannot be fetched from the hub: {cause_of(error)}.",
+        remedies=[
+            "behind a proxy that has a certificate of its own: set REQUESTS_CA_BUNDLE to its file",
+            *_without_hub(name, revision),
+        ],
+    )
+
+
+def _without_hub(name: str, revision: str | None) -> list[str]:
+    from huggingface_hub import constants
+
+    at = f" --revision {revision}" if revision not in (None, constants.DEFAULT_REVISION) else ""
+    return [
+        "check the network of this node, and HTTPS_PROXY if there is a proxy",
+        f"set HF_ENDPOINT to a mirror (now {constants.ENDPOINT})",
+        f"download it beforehand where there is a network: `hf download {name}{at}`, then copy HF_HOME over",
+        "set model.name to the absolute path of a folder that holds the model",
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+def load_config(files: BaseFiles) -> Any:
+    """The model's transformers config. Raises: UserError if it is damaged or asks for code of its own."""
+    from transformers import AutoConfig
+
+    with _loading("config", files):
+        return AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+
+
+def check_max_length(config: Any, max_length: int) -> None:
+    """Raises: UserError if the model has fewer positions than `max_length` tokens (FR-002)."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"prompt.max_length={max_length}, but the base model has {positions} positions.",
+            remedies=[f"set prompt.max_length to {positions} or less", "choose a base model with a longer context"],
+        )
+
+
+def load_tokenizer(files: BaseFiles) -> Any:
+    """The model's tokenizer, padding and cutting on the right, with a pad token that the model has an embedding for.
+
+    Fast if it is or can be made so, else slow (sentencepiece). Never adds a token: the embedding would not match.
+    Raises: UserError if the folder has no tokenizer that can be read, or none that can pad.
+    """
+    from transformers import AutoTokenizer
+
+    load = partial(
+        AutoTokenizer.from_pretrained,
+        files.path,
+        trust_remote_code=False,
+        local_files_only=True,
+        padding_side="right",
+        truncation_side="right",
+    )
+    try:
+        with _loading("tokenizer", files):
+            tokenizer = load(use_fast=True)
+    except UserError as error:
+        with _loading("tokenizer", files):
+            tokenizer = load(use_fast=False)
+        logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
+    _choose_pad_token(tokenizer, load_config(files).vocab_size)
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
+    def is_usable(token_id: int | None) -> bool:
+        # Some Llama derivatives ship a [PAD] beyond the rows of their embedding.
+        return token_id is not None and token_id < vocab_size
+
+    if is_usable(tokenizer.pad_token_id):
+        return
+    before = tokenizer.pad_token
+    for token, token_id in (
+        (tokenizer.unk_token, tokenizer.unk_token_id),
+        (tokenizer.eos_token, tokenizer.eos_token_id),
+    ):
+        if is_usable(token_id):
+            tokenizer.pad_token = token
+            logger.info("pad token %s -> %s (id %d)", before, token, token_id)
+            return
+    raise UserError(
+        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded (FR-002).",
+        remedies=["set pad_token in the model's tokenizer_config.json to one of its tokens"],
+    )
+
+
+def set_pad_token(tokenizer: Any, config: Any) -> None:
+    """Gives `config` the tokenizer's pad id: the head pools at the last token that is not *the config's* pad token.
+
+    Raises: UserError if the tokenizer has none, or one without an embedding.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {config.vocab_size}.",
+            remedies=["load the tokenizer with raycv.base.load_tokenizer, which chooses one"],
+        )
+    config.pad_token_id = pad_id
+
+
+def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, seed: int, device: str = "cpu") -> Any:
+    """The base as `AutoModelForSequenceClassification` with two labels and a fresh head (FR-001), in eval mode.
+
+    Weights are in `dtype` on `device`. The head depends on `seed` alone, not on format, dtype, device or the global
+    random state, which is left as it was (FR-009).
+    Raises: UserError if the weights are damaged, unsafe, or not those of the config's architecture.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(files)
+    config.num_labels = len(LABELS)
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: i for i, label in enumerate(LABELS)}
+    config.use_cache = False
+    set_pad_token(tokenizer, config)
+    # Parts that the checkpoint lacks are drawn from the global generator. torch.manual_seed would also seed the GPUs'.
+    with torch.random.fork_rng(devices=[]), _loading("weights", files):
+        torch.default_generator.manual_seed(seed)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            files.path,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=files.weight_format == "safetensors",
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_loaded(model, found, files)
+    _renew_head(model, seed)
+    return model.eval()
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> None:
+    """transformers only warns about weights that the checkpoint lacks, and trains them from random values."""
+    body = f"{model.base_model_prefix}."
+    lacking = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    # An encoder trained as a language model has no pooler; that one is part of the fresh head.
+    broken = [key for key in lacking if key.startswith(body) and ".pooler." not in key]
+    if broken:
+        raise UserError(
+            f"The weights of {files.name} do not fit its {CONFIG}: {len(broken)} tensor(s) are missing or of another "
+            f"shape, the first being {sorted(broken)[0]}.",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
+    logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
+
+
+def _renew_head(model: Any, seed: int) -> None:
+    """Draws the head's weights as transformers does: normal with the config's deviation, biases zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", 0.02)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{model.base_model_prefix}."):
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+@contextmanager
+def _loading(part: str, files: BaseFiles) -> Iterator[None]:
+    """Turns what transformers raises for unusable files into a UserError, and keeps its own warnings quiet."""
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise UserError(
+            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause_of(error)}", remedies=_mended(files)
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _mended(files: BaseFiles) -> list[str]:
+    remedies = ["if a file may be damaged, delete the folder and download or copy it again"]
+    if files.weight_format == "pytorch_bin":
+        remedies.append(
+            "a .bin that holds more than tensors is refused, since it could run code: use a safetensors version"
+        )
+    remedies.append("a model that needs code of its own (trust_remote_code) is never run; choose another base model")
+    return remedies

@@ -1,0 +1,202 @@
+"""The driver: prepares a run, gives each fold to Ray Tune as a trial, reduces the trials into the parent summary."""
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Posts are sensitive: a tool that reads them does not talk to third parties. Set the variable yourself to differ.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's own table of trials would be printed over ours.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+
+from raycv.config import ResourcesConfig, RunConfig
+from raycv.errors import RunFailedError, UserError
+from raycv.fold import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays, fold_trial
+from raycv.live import DONE, FAILED, STARTING, LiveView
+from raycv.metrics import F1
+from raycv.paths import RunFolder, read_json
+from raycv.records import FoldResult
+
+if TYPE_CHECKING:
+    from raycv.driver import Prepared
+    from raycv.tracking import FoldRuns
+
+HEAD_NODE = "node:__internal_head__"
+POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one fold gets, and how many folds run at once."""
+
+    gpus: float
+    cpus: float
+    concurrent: int
+
+
+@contextmanager
+def ray_cluster(config: ResourcesConfig) -> Iterator[str | None]:
+    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts a local one; yields the dashboard's address."""
+    level = logging.INFO if config.ray_logs else logging.ERROR
+    context = ray.init(log_to_driver=config.ray_logs, logging_level=level, include_dashboard=None)
+    logging.getLogger("ray").setLevel(level)
+    try:
+        yield context.dashboard_url or None
+    finally:
+        ray.shutdown()
+
+
+def plan(config: RunConfig) -> Placement:
+    """What a fold gets on the cluster as it is now.
+
+    Raises: UserError if no node could ever hold a fold and the cluster does not grow (resources.autoscaling).
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = config.resources
+    total_gpus = sum(node.get("GPU", 0) for node in nodes)
+    gpus = float(total_gpus > 0) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    at_most = config.cv.folds if config.cv.max_concurrent == "auto" else config.cv.max_concurrent
+    at_most = min(at_most, config.cv.folds)
+    if asked.cpus_per_fold == "auto":
+        places = sum(int(node.get("GPU", 0) / gpus) for node in nodes) if gpus else at_most
+        total_cpus = sum(node.get("CPU", 0) for node in nodes)
+        cpus = float(max(1, int(total_cpus // max(1, min(places, at_most)))))
+        # A node with fewer cores than an even share still holds a fold.
+        cpus = min(cpus, max((node.get("CPU", 0) for node in nodes), default=cpus) or cpus)
+    else:
+        cpus = float(asked.cpus_per_fold)
+    fit = sum(_folds_that_fit(node, gpus, cpus) for node in nodes)
+    if fit == 0 and not asked.autoscaling:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise UserError(
+            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them (nodes: {have}).",
+            remedies=[
+                "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
+                "on a cluster that grows on demand: resources.autoscaling=true",
+            ],
+        )
+    return Placement(gpus, cpus, at_most if asked.autoscaling else min(fit, at_most))
+
+
+def _folds_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
+    by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
+    return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
+
+
+def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
+    """What trials and workers get. The arrays go through the object store once; weights never do."""
+    dataset = prepared.dataset
+    return FoldTask(
+        config=config,
+        run=folder.root.name,
+        root=str(folder.root),
+        shared=ray.put(SharedArrays(prepared.encoded, prepared.splits, dataset.pairs)),
+        base=prepared.base,
+        rules=prepared.encoder.rules,
+        criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
+        criteria_hash=dataset.stats["criteria_hash"],
+        gpus=placement.gpus,
+        cpus=placement.cpus,
+        board=ProgressBoard.remote(),
+    )
+
+
+def run_folds(
+    task: FoldTask, folds: list[int], placement: Placement, runs: "FoldRuns", view: LiveView
+) -> list[FoldResult]:
+    """Runs `folds` as Tune trials and returns their results.
+
+    Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
+    """
+    root = RunFolder(Path(task.root))
+    # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
+    trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
+    tuner = tune.Tuner(
+        trainable,
+        param_space={FOLD_KEY: tune.grid_search(folds)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=placement.concurrent,
+            trial_name_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
+            trial_dirname_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(root.ray),
+            callbacks=[runs, _FoldStates(view)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    )
+    with _followed(task.board, view):
+        tuner.fit()
+    failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
+    if failed:
+        raise RunFailedError(_why(task.run, root, failed), remedies=[f"finished folds are kept in {root.root}"])
+    shutil.rmtree(root.ray, ignore_errors=True)
+    return [FoldResult.read(root.fold(fold).result) for fold in folds]
+
+
+def _why(run: str, root: RunFolder, failed: list[int]) -> str:
+    lines = [f"Run {run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
+    for fold in failed:
+        error = root.fold(fold).error
+        message = read_json(error)["message"] if error.is_file() else "it was stopped before it ended"
+        lines.append(f"fold {fold}: {message}" + (f"\n  (traceback in {error})" if error.is_file() else ""))
+    return "\n".join(lines)
+
+
+class _FoldStates(tune.Callback):
+    """Tells the live view when trials start and end."""
+
+    def __init__(self, view: LiveView) -> None:
+        self.view = view
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks; a terminal cannot be
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.view.update(trial.config[FOLD_KEY], {"state": STARTING})
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.view.update(trial.config[FOLD_KEY], {"state": DONE})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.view.update(trial.config[FOLD_KEY], {"state": FAILED})
+
+
+@contextmanager
+def _followed(board: Any, view: LiveView) -> Iterator[None]:
+    """Carries what workers post on `board` to `view` while the block runs."""
+    over = threading.Event()
+    best: dict[int, float] = {}
+
+    def carry() -> None:
+        posts, events = ray.get(board.read.remote())
+        for fold, post in posts.items():
+            if "history" in post:
+                best[fold] = max(best.get(fold, 0.0), post["history"][F1])
+                post = {**post, "best_f1": best[fold]}
+            view.update(fold, post)
+        for fold, text in events:
+            view.tell(fold, text)
+
+    def follow() -> None:
+        while not over.wait(POLL_SECONDS):
+            carry()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)

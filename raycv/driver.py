@@ -1,0 +1,254 @@
+"""One cross-validation from config to summary: data -> splits -> base -> tokens -> folds -> report.
+
+Nothing heavy is imported before the config and the data have been found usable: bad input is refused in seconds.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from raycv import __version__
+from raycv.config import RunConfig
+from raycv.data import load_dataset
+from raycv.errors import UserError
+from raycv.paths import RunFolder, resolve, write_json, write_text
+from raycv.records import Dataset, FoldResult
+from raycv.report import summarize, summary_table
+from raycv.retry import mask_secrets
+from raycv.splits import Split, make_splits, positives_table, splits_record
+
+if TYPE_CHECKING:
+    from raycv.base import BaseFiles
+    from raycv.cv import Placement
+    from raycv.encoding import EncodedPairs, PromptEncoder
+    from raycv.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the folds need, made once in the driver."""
+
+    dataset: Dataset
+    splits: list[Split]
+    base: "BaseFiles"
+    encoder: "PromptEncoder"
+    encoded: "EncodedPairs"
+    base_facts: dict[str, Any]
+    encoding_facts: dict[str, Any]
+    warnings: list[str]
+
+
+def cross_validate(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
+    """Runs the whole cross-validation of `config` and returns its report (user stories 1 and 2).
+
+    Raises: UserError for anything that the user can mend, before Ray or torch start where that is possible;
+    RunFailedError if a fold fails.
+    """
+    console = console or Console()
+    dataset, splits = _data(config)
+    _announce_data(console, config, dataset, splits)
+    from raycv.tracking import Tracker
+
+    tracker = Tracker(config.tracking.uri)
+    experiment_id = tracker.open_experiment(config.tracking)
+    prepared = _prepare(config, dataset, splits, console)
+    folder = new_run_folder(config)
+    _write_inputs(folder, config, prepared)
+    with _parent_run(tracker, experiment_id, folder, config, prepared) as parent_id:
+        results = _folds(config, folder, prepared, parent_id, console)
+        report = summarize(folder.root.name, results, config.cv.folds)
+        write_json(folder.report, report)
+        tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
+        tracker.log_report(parent_id, report, folder.report)
+    _conclude(console, config, folder, report, parent_id)
+    return report
+
+
+def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
+    data_dir, criteria_dir = Path(resolve(config.data.dir)), Path(resolve(config.data.criteria_dir))
+    dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty)
+    if config.data.shuffle_labels:
+        dataset = _with_shuffled_labels(dataset, config.cv.seed)
+    return dataset, make_splits(dataset.pairs, config.cv.folds, config.cv.seed)
+
+
+def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
+    """The control: whatever a model learns from labels permuted over all pairs is not about the posts."""
+    import random
+
+    labels = [pair.label for pair in dataset.pairs]
+    random.Random(seed).shuffle(labels)
+    pairs = [replace(pair, label=label) for pair, label in zip(dataset.pairs, labels, strict=True)]
+    warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
+    return replace(dataset, pairs=pairs, warnings=[*dataset.warnings, warning])
+
+
+def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: Console) -> Prepared:
+    """Fetches the base once for all folds and tokenises once."""
+    from raycv.base import absolute_name, check_max_length, fetch_base, load_config, load_tokenizer, set_pad_token
+    from raycv.encoding import encode_dataset, encoding_warnings, prompt_encoder
+
+    with console.status(f"Fetching {config.model.name}"):
+        base = fetch_base(absolute_name(config.model.name), config.model.revision)
+        tokenizer, model_config = load_tokenizer(base), load_config(base)
+        check_max_length(model_config, config.prompt.max_length)
+        set_pad_token(tokenizer, model_config)
+    with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
+        encoder = prompt_encoder(tokenizer, config.prompt, [criterion.text for criterion in dataset.criteria.values()])
+        encoded, facts = encode_dataset(encoder, dataset)
+    warnings = encoding_warnings(facts)
+    for warning in warnings:
+        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+    share = facts["posts_shortened"] / len(dataset.posts)
+    console.print(
+        f"Prompts: {facts['prompt_tokens_mean']:.0f} tokens on average, {facts['prompt_tokens_max']} at most; "
+        f"{facts['posts_shortened']} posts ({share:.0%}) shortened ({facts['long_post']})",
+        highlight=False,
+    )
+    return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
+
+
+def new_run_folder(config: RunConfig) -> RunFolder:
+    """A fresh folder for the run, named `run.name`, or by the time.
+
+    Raises: UserError if the name is taken or the folder cannot be made.
+    """
+    runs = Path(config.run.dir).absolute()
+    base = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 100):
+        name = base if attempt == 1 else f"{base}-{attempt}"
+        try:
+            (runs / name).mkdir(parents=True)
+        except FileExistsError:
+            if config.run.name is None and runs.is_dir():
+                continue
+            raise UserError(
+                f"run.name={base}: {runs / name} exists, and a run never writes into another's folder.",
+                remedies=["choose another run.name, or leave it out", f"remove the old run: rm -r {runs / name}"],
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
+                remedies=["choose a folder that you may write to: run.dir=<folder>"],
+            ) from error
+        return RunFolder(runs / name)
+    raise UserError(f"run.dir={config.run.dir}: no free name for {base} was found.", remedies=["run.name=<name>"])
+
+
+def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> None:
+    from raycv.utils import describe_environment
+
+    write_text(folder.config, config_yaml(config))
+    write_json(folder.splits, splits_record(prepared.dataset, prepared.splits, config.cv.seed))
+    stats = {
+        **prepared.dataset.stats,
+        "labels_shuffled": config.data.shuffle_labels,
+        "positives_per_fold": positives_table(prepared.dataset, prepared.splits),
+        "encoding": prepared.encoding_facts,
+        "warnings": [*prepared.dataset.warnings, *prepared.warnings],
+    }
+    write_json(folder.data_stats, stats)
+    seeds = {"cv": config.cv.seed, "train": config.train.seed}
+    write_json(folder.environment, {**describe_environment(), "seeds": seeds, "base_model": prepared.base_facts})
+
+
+def config_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, with passwords in addresses masked (FR-004)."""
+    return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def flat_params(config: RunConfig) -> dict[str, Any]:
+    """`section.key` -> value: the config as MLflow parameters."""
+    return {
+        f"{section}.{key}": mask_secrets(str(value))
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+    }
+
+
+@contextmanager
+def _parent_run(
+    tracker: "Tracker", experiment_id: str, folder: RunFolder, config: RunConfig, prepared: Prepared
+) -> Iterator[str]:
+    """The MLflow parent run, ended as FINISHED, FAILED or KILLED whatever happens in the block."""
+    tags = {"raycv.version": __version__, "raycv.data_hash": prepared.dataset.stats["data_hash"]}
+    parent_id = tracker.start_parent(experiment_id, folder, flat_params(config), tags)
+    tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, prepared.dataset.stats["data_hash"])
+    write_json(folder.tracking, {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id})
+    status = "FAILED"
+    try:
+        yield parent_id
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(parent_id, status)
+
+
+def _folds(
+    config: RunConfig, folder: RunFolder, prepared: Prepared, parent_id: str, console: Console
+) -> list[FoldResult]:
+    """Trains all folds under Ray."""
+    from raycv import cv
+    from raycv.live import LiveView
+    from raycv.tracking import FoldRuns
+
+    console.print("Starting Ray", style="dim")
+    with cv.ray_cluster(config.resources) as dashboard:
+        placement = cv.plan(config)
+        _announce_ray(console, placement, dashboard)
+        task = cv.fold_task(config, folder, prepared, placement)
+        runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config), cv.FOLD_KEY)
+        folds = [split.fold for split in prepared.splits]
+        with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
+            return cv.run_folds(task, folds, placement, runs, view)
+
+
+def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:
+    stats = dataset.stats
+    console.print(
+        f"raycv {__version__}: {config.cv.folds} folds of {config.model.name} on {len(dataset.posts):,} posts x "
+        f"{len(dataset.criteria)} criteria = {len(dataset.pairs):,} pairs, {stats['positive_rate']:.1%} matched",
+        highlight=False,
+    )
+    for warning in dataset.warnings:
+        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+    table = Table(title="Matched pairs per validation fold and criterion", title_justify="left", box=None)
+    rows = positives_table(dataset, splits)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+
+
+def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:
+    gpus = f" and {placement.gpus:g} GPU" if placement.gpus else ", no GPU"
+    where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
+    console.print(
+        f"Up to {placement.concurrent} folds at once, {placement.cpus:g} CPU cores{gpus} each.{where}", highlight=False
+    )
+
+
+def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: dict[str, Any], parent_id: str) -> None:
+    console.print()
+    console.print(summary_table(report))
+    uri = mask_secrets(config.tracking.uri)
+    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    console.print(
+        f"Report:        {folder.report}\n"
+        f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

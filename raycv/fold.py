@@ -1,0 +1,292 @@
+"""One fold: a Tune trial that builds a TorchTrainer, whose worker runs the training loop. The Ray Train seam.
+
+Ray changes the working directory of trials and workers: every path in here is absolute.
+"""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from raycv.config import RunConfig
+from raycv.errors import UserError
+from raycv.metrics import THRESHOLD, TRAIN_LOSS, VAL_LOSS
+from raycv.paths import FoldFolder, RunFolder, write_json
+from raycv.prompts import PromptRules
+from raycv.records import FoldResult, Pair
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from raycv.base import BaseFiles
+    from raycv.encoding import EncodedPairs
+    from raycv.splits import Split
+    from raycv.train import EpochResult, TrainResult
+
+FOLD_KEY = "fold"
+"""The one parameter of a trial."""
+EPOCH_KEY = "epoch"
+
+STEP_POST_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class SharedArrays:
+    """What all folds read. Lives in the object store; workers map its arrays instead of copying them."""
+
+    encoded: "EncodedPairs"
+    splits: list["Split"]
+    pairs: list[Pair]
+
+
+@dataclass(frozen=True)
+class FoldTask:
+    """Everything that a trial needs besides its fold number. Travels to trials and workers, so it stays small."""
+
+    config: RunConfig
+    run: str
+    root: str
+    shared: "ray.ObjectRef"
+    """of SharedArrays"""
+    base: "BaseFiles"
+    rules: PromptRules
+    criteria: dict[str, str | None]
+    criteria_hash: str
+    gpus: float
+    cpus: float
+    board: Any
+    """handle of the ProgressBoard actor"""
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where workers post how far they are, and the driver's live view reads it. Never in the way of training."""
+
+    def __init__(self) -> None:
+        self._posts: dict[int, dict[str, Any]] = {}
+        self._events: list[tuple[int, str]] = []
+
+    def post(self, fold: int, post: dict[str, Any]) -> None:
+        self._posts.setdefault(fold, {}).update(post)
+
+    def tell(self, fold: int, text: str) -> None:
+        self._events.append((fold, text))
+
+    def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
+        """The latest post of each fold, and the events since the last call."""
+        events, self._events = self._events, []
+        return self._posts, events
+
+
+def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
+    """The Tune trainable: trains fold `trial["fold"]` under Ray Train and leaves its files in the run folder.
+
+    Raises: whatever the worker raised, after writing it to `fold_<k>/error.json`.
+    """
+    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    fold = trial[FOLD_KEY]
+    run_folder = RunFolder(Path(task.root))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task, "fold": fold},
+        scaling_config=ScalingConfig(
+            num_workers=1,
+            use_gpu=task.gpus > 0,
+            resources_per_worker={"CPU": task.cpus} | ({"GPU": task.gpus} if task.gpus else {}),
+        ),
+        run_config=RunConfig(
+            # Deterministic: the same storage and name is what Ray Train resumes from.
+            name=f"fold_{fold}",
+            storage_path=str(run_folder.ray),
+            callbacks=[TuneReportCallback()],
+            # A checkpoint is reported when an epoch is the best so far, so the newest is the best.
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        _keep_error(run_folder.fold(fold), error)
+        raise
+    _keep_fold(run_folder.fold(fold), result)
+
+
+def _keep_error(folder: FoldFolder, error: Exception) -> None:
+    """Writes why the fold failed where the driver and the user find it."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    cause = getattr(failures[0], "_base_exc", failures[0]) if failures else error
+    text = "".join(traceback.format_exception(cause))
+    message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+    write_json(folder.error, {"message": message, "traceback": f"{error}\n{text}"})
+
+
+def _keep_fold(folder: FoldFolder, result: Any) -> None:
+    """Moves the fold's files from Ray Train's storage into the run folder; `result.json` comes last."""
+    returned = result.return_value
+    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.error.unlink(missing_ok=True)
+    if folder.checkpoint.exists():
+        shutil.rmtree(folder.checkpoint)
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
+        with result.checkpoint.as_directory() as source:
+            shutil.copytree(source, Path(temporary) / "checkpoint")
+        os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
+    returned["predictions"].to_csv(folder.predictions, index=False, lineterminator="\n")
+    write_json(folder.result, asdict(returned["result"]))
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions."""
+    started = time.monotonic()
+    task: FoldTask = arguments["task"]
+    fold: int = arguments["fold"]
+    task.board.post.remote(fold, {"state": "loading"})
+    # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
+    from raycv.base import fetch_base, load_classifier, load_tokenizer
+    from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
+    from raycv.train import FoldTrainer
+    from raycv.utils import describe_device, set_seed
+
+    config = task.config
+    shared: SharedArrays = ray.get(task.shared)
+    split = shared.splits[fold]
+    precision, why = choose_precision(config.train.precision)
+    # On the driver's node this only finds the files; another node fetches them once for all of its folds.
+    base = fetch_base(task.base.name, task.base.revision)
+    tokenizer = load_tokenizer(base)
+    model = load_classifier(base, tokenizer, base_dtype(precision), seed=config.train.seed)
+    set_seed(config.train.seed)
+    adapted = add_dora(model, config.model, config.dora)
+    if config.train.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    listener = _RayListener(task, fold, adapted, tokenizer, precision)
+    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener)
+    outcome = trainer.fit(split.train_indices, split.val_indices)
+    worker = {
+        "host": socket.gethostname(),
+        "device": describe_device(trainer.accelerator.device),
+        "precision": precision,
+        "precision_reason": why,
+        **count_parameters(adapted),
+    }
+    result = _fold_result(fold, split, shared.encoded.labels, outcome, time.monotonic() - started, worker)
+    return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
+
+
+def _fold_result(
+    fold: int, split: "Split", labels: "np.ndarray", outcome: "TrainResult", seconds: float, worker: dict[str, Any]
+) -> FoldResult:
+    return FoldResult(
+        fold=fold,
+        threshold=outcome.best.threshold,
+        best_epoch=outcome.best.epoch,
+        epochs=len(outcome.epochs),
+        metrics=outcome.best.metrics,
+        seconds=seconds,
+        train_pairs=len(split.train_indices),
+        val_pairs=len(split.val_indices),
+        val_matched=int(labels[split.val_indices].sum()),
+        history=[epoch_metrics(epoch) for epoch in outcome.epochs],
+        events=outcome.events,
+        worker=worker,
+    )
+
+
+def _predictions(shared: SharedArrays, split: "Split", scores: "np.ndarray") -> Any:
+    """A DataFrame: post_id, criterion_id, label, score; a row per validation pair, no text."""
+    import pandas as pd
+
+    pairs = [shared.pairs[index] for index in split.val_indices]
+    return pd.DataFrame(
+        {
+            "post_id": [pair.post_id for pair in pairs],
+            "criterion_id": [pair.criterion_id for pair in pairs],
+            "label": [pair.label for pair in pairs],
+            "score": scores,
+        }
+    )
+
+
+def epoch_metrics(result: "EpochResult") -> dict[str, float]:
+    """An epoch as plain numbers: what goes to Tune, to MLflow and into `result.json`."""
+    return {
+        EPOCH_KEY: result.epoch,
+        TRAIN_LOSS: result.train_loss,
+        VAL_LOSS: result.val_loss,
+        **result.metrics,
+        THRESHOLD: result.threshold,
+        "learning_rate": result.learning_rate,
+        "micro_batch": result.micro_batch,
+        "seconds": result.seconds,
+    }
+
+
+class _RayListener:
+    """Carries the loop's news to Ray: epochs and best checkpoints through Ray Train, steps to the progress board."""
+
+    def __init__(self, task: FoldTask, fold: int, model: Any, tokenizer: Any, precision: str) -> None:
+        self.task = task
+        self.fold = fold
+        self.model = model
+        self.tokenizer = tokenizer
+        self.precision = precision
+        self._posted = 0.0
+
+    def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
+        now = time.monotonic()
+        if now - self._posted < STEP_POST_SECONDS and step < steps:
+            return
+        self._posted = now
+        post = {
+            "state": "training" if step < steps else "validating",
+            "epoch": epoch,
+            "step": step,
+            "steps": steps,
+            "loss": loss,
+            "micro_batch": micro_batch,
+        }
+        self.task.board.post.remote(self.fold, post)
+
+    def on_epoch(self, result: "EpochResult", scores: "np.ndarray", is_best: bool) -> None:
+        metrics = epoch_metrics(result)
+        self.task.board.post.remote(self.fold, {"history": metrics})
+        if not is_best:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), result)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def on_event(self, text: str) -> None:
+        self.task.board.tell.remote(self.fold, text)
+
+    def _save(self, folder: Path, result: "EpochResult") -> None:
+        from raycv.checkpoint import CheckpointInfo, save_checkpoint
+
+        task = self.task
+        info = CheckpointInfo(
+            base_model=task.base.name,
+            base_revision=task.base.revision,
+            rules=task.rules,
+            threshold=result.threshold,
+            criteria=task.criteria,
+            criteria_hash=task.criteria_hash,
+            criteria_dir=task.config.data.criteria_dir,
+            run=task.run,
+            fold=self.fold,
+            epoch=result.epoch,
+            precision=self.precision,
+        )
+        save_checkpoint(folder, self.model, self.tokenizer, info)

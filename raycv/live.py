@@ -1,0 +1,123 @@
+"""The live view of all folds in the driver: a table on a terminal, plain lines elsewhere. Knows no Ray."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+WAITING, STARTING, DONE, FAILED = "waiting", "starting", "done", "failed"
+
+
+class LiveView:
+    """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
+
+    `update` and `tell` may come from a thread; `console` decides between a live table and plain lines.
+    """
+
+    def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
+        self.epochs = epochs
+        self.effective_batch = effective_batch
+        self.console = console
+        self._started = time.monotonic()
+        self._folds: dict[int, dict[str, Any]] = {fold: {"state": WAITING} for fold in folds}
+        self._printed: dict[int, tuple[str, int]] = {}
+        self._live = (
+            Live(console=console, refresh_per_second=4, get_renderable=self.render) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> "LiveView":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, fold: int, post: dict[str, Any]) -> None:
+        """News of a fold; `post["history"]`, the metrics of an epoch that just ended, is printed on a plain console."""
+        state = self._folds[fold]
+        if state["state"] in (DONE, FAILED) and "state" in post:
+            post = {**post, "state": state["state"]}  # a late post of the worker does not reopen the fold
+        state.update(post)
+        if self._live is None:
+            self._print(fold, state)
+
+    def tell(self, fold: int | None, text: str) -> None:
+        """An event that stays on the screen."""
+        self.console.print(
+            f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}", markup=False, highlight=False
+        )
+
+    def render(self) -> Group:
+        """The table as it is now."""
+        table = Table(box=None, pad_edge=False)
+        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best F1", "left at most"):
+            table.add_column(name, justify="left" if name in ("state", "") else "right")
+        for fold, state in self._folds.items():
+            table.add_row(str(fold), *self._cells(state))
+        running = sum(state["state"] not in (WAITING, DONE, FAILED) for state in self._folds.values())
+        done = sum(state["state"] == DONE for state in self._folds.values())
+        head = Text(
+            f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the start", "dim"
+        )
+        return Group(head, table)
+
+    def _cells(self, state: dict[str, Any]) -> list[Any]:
+        if "epoch" not in state:
+            return [state["state"], *[""] * 8]
+        history = state.get("history", {})
+        micro = state["micro_batch"]
+        return [
+            state["state"],
+            f"{state['epoch']}/{self.epochs}",
+            f"{state['step']}/{state['steps']}",
+            ProgressBar(total=state["steps"], completed=state["step"], width=12),
+            f"{micro}x{-(-self.effective_batch // micro)}",
+            f"{state['loss']:.3f}",
+            f"{history['f1']:.3f}" if history else "",
+            f"{state['best_f1']:.3f}" if "best_f1" in state else "",
+            "" if state["state"] in (DONE, FAILED) else self._left(state, history),
+        ]
+
+    def _left(self, state: dict[str, Any], history: dict[str, float]) -> str:
+        """Until the last epoch, at the pace of the last one; early stopping may end it sooner."""
+        if not history:
+            return ""
+        epochs = self.epochs - state["epoch"] + 1 - state["step"] / state["steps"]
+        return duration(max(epochs, 0) * history["seconds"])
+
+    def _print(self, fold: int, state: dict[str, Any]) -> None:
+        history = state.get("history", {})
+        key = (
+            state["state"] if state["state"] in (WAITING, STARTING, DONE, FAILED) else "",
+            int(history.get("epoch", 0)),
+        )
+        if self._printed.get(fold) == key:
+            return
+        ended = history and self._printed.get(fold, ("", 0))[1] != key[1]
+        self._printed[fold] = key
+        if ended:
+            self.tell(
+                fold,
+                f"epoch {key[1]}/{self.epochs} train loss {history['train_loss']:.4f} val loss {history['val_loss']:.4f} "
+                f"F1 {history['f1']:.3f} ROC-AUC {history['roc_auc']:.3f} at threshold {history['threshold']:.2f} "
+                f"({history['seconds']:.0f} s)",
+            )
+        if key[0]:
+            self.tell(fold, key[0])
+
+    def _clock(self) -> str:
+        return duration(time.monotonic() - self._started)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

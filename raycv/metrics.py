@@ -1,0 +1,52 @@
+"""Scores -> numbers: the decision threshold and the five metrics of the specification."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PRECISION = "precision"
+RECALL = "recall"
+F1 = "f1"
+ACCURACY = "accuracy"
+ROC_AUC = "roc_auc"
+METRICS = (PRECISION, RECALL, F1, ACCURACY, ROC_AUC)
+
+THRESHOLD = "threshold"
+TRAIN_LOSS = "train_loss"
+VAL_LOSS = "val_loss"
+
+
+def tune_threshold(labels: "np.ndarray", scores: "np.ndarray") -> float:
+    """The threshold t of 0.00, 0.01, ..., 1.00 that maximises the F1 of `scores >= t` (FR-005).
+
+    Ties: of the thresholds with the highest F1, the one closest to 0.5, and of two equally close ones the lower.
+    `labels`: 0/1 [n]; `scores`: probabilities [n].
+    """
+    import numpy as np
+
+    thresholds = np.arange(101) / 100
+    matched = scores[None, :] >= thresholds[:, None]
+    true_positives = (matched & (labels == 1)[None, :]).sum(axis=1)
+    # F1 = 2 TP / (predicted + actual positives); the denominator is never 0 since the fold has a positive.
+    f1 = 2 * true_positives / np.maximum(matched.sum(axis=1) + (labels == 1).sum(), 1)
+    best = thresholds[f1 == f1.max()]
+    return float(min(best, key=lambda t: (abs(round(t - 0.5, 2)), t)))
+
+
+def binary_metrics(labels: "np.ndarray", scores: "np.ndarray", threshold: float) -> dict[str, float]:
+    """Precision, recall, F1, accuracy at `score >= threshold`, and the ROC-AUC; the positive class is 1 (SC-001).
+
+    Precision is 0 where nothing is predicted matched.
+    """
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score
+
+    predicted = (scores >= threshold).astype(int)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0)
+    return {
+        PRECISION: float(precision),
+        RECALL: float(recall),
+        F1: float(f1),
+        ACCURACY: float(accuracy_score(labels, predicted)),
+        ROC_AUC: float(roc_auc_score(labels, scores)),
+    }

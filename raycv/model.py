@@ -1,0 +1,114 @@
+"""Base model -> classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from raycv.config import DoraConfig, ModelConfig
+from raycv.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Precision = Literal["bf16", "fp32"]
+
+HEAD_NAMES = ("score", "classifier")
+"""What Hugging Face calls the classification head; PEFT trains and saves modules of these names in full."""
+
+
+class Float32Head(nn.Linear):
+    """A linear head that computes in float32 whatever runs around it.
+
+    In bf16 small updates of the head vanish and scores fall on a coarse grid. The parameters keep the names of
+    `nn.Linear`, so checkpoints stay plain PEFT folders.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
+
+
+def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision, str]:
+    """The precision that training will use, and why, in words for the log (FR-007)."""
+    if asked == "fp32":
+        return "fp32", "fp32 as asked"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16", "bf16 autocast on the GPU"
+    if asked == "bf16":
+        return "bf16", "bf16 autocast as asked (slow on most CPUs)"
+    return "fp32", "fp32: no GPU with bf16 support was found"
+
+
+def base_dtype(precision: Precision) -> torch.dtype:
+    """The type that the frozen base is loaded in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":
+    """Freezes `model`, gives DoRA to `config.target_modules`, and makes its head trainable in float32.
+
+    DoRA: Liu et al. 2024, arXiv 2402.09353; the layer is PEFT's. Adapters are float32 whatever the base is.
+    Raises: UserError if a target module does not exist in the model.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    _check_targets(model, config)
+    replace_head(model)
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        use_dora=True,
+        r=dora.r,
+        lora_alpha=dora.alpha,
+        lora_dropout=dora.lora_dropout,
+        target_modules=config.target_modules,
+    )
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    for parameter in trainable(adapted):
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def replace_head(model: nn.Module) -> None:
+    """Puts a Float32Head in the place of a plain linear head; other heads are cast to float32."""
+    for name in HEAD_NAMES:
+        head = getattr(model, name, None)
+        if type(head) is nn.Linear:
+            with torch.device("meta"):
+                replacement = Float32Head(head.in_features, head.out_features, bias=head.bias is not None)
+            replacement.weight = nn.Parameter(head.weight.float())
+            replacement.bias = None if head.bias is None else nn.Parameter(head.bias.float())
+            setattr(model, name, replacement)
+        elif isinstance(head, nn.Module):
+            head.float()
+
+
+def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that training changes."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of all and of trainable parameters."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model)),
+    }
+
+
+def _check_targets(model: nn.Module, config: ModelConfig) -> None:
+    if config.target_modules == "all-linear":
+        return
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [
+        target for target in config.target_modules if not any(f".{name}".endswith(f".{target}") for name in linear)
+    ]
+    if missing:
+        names = sorted({name.rpartition(".")[2] for name in linear} - set(HEAD_NAMES))
+        raise UserError(
+            f"model.target_modules: {', '.join(missing)} not found in {type(model).__name__} ({config.name}).",
+            remedies=[f"choose among its linear modules: {', '.join(names)}", "model.target_modules=all-linear"],
+        )

@@ -1,0 +1,124 @@
+"""(post, criterion) -> prompt string, the post fitted to the token budget first (FR-002).
+
+The template puts the post first and the tokenizer cuts on the right, so a long post would delete the criterion and the
+question, and the nine pairs of that post would become one input with different labels. The post is therefore shortened
+before the tokenizer sees the prompt, and the tokenizer's own truncation then cuts nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from raycv.errors import UserError
+
+TEMPLATE = "post: {post}, criterion: {criterion} Does the post match the criterion description? Output yes or no"
+GAP = " ... "
+"""Stands where the middle of a post was left out."""
+
+LongPost = Literal["head_tail", "head", "tail", "none", "sliding"]
+Spans = Sequence[tuple[int, int]]
+
+
+def render(post: str, criterion: str) -> str:
+    """The exact prompt of FR-002."""
+    return TEMPLATE.format(post=post, criterion=criterion)
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    """How a post becomes prompts; kept in the checkpoint, so that training and inference cannot drift apart."""
+
+    long_post: LongPost
+    max_length: int
+    """tokens, special tokens included"""
+    head_fraction: float
+    stride_fraction: float
+    post_limit: int
+    """Most tokens of `render(post, "")`: what `max_length` leaves after the longest criterion of the run.
+
+    One limit for all criteria, so that all prompts of a post hold the same post text.
+    """
+
+
+@dataclass(frozen=True)
+class FittedPost:
+    """A post as it enters the prompt: one text, or one a window for `sliding`."""
+
+    texts: list[str]
+    tokens: int
+    """tokens of `render(post, "")` before fitting"""
+    kept: int
+    """the same after fitting (the widest window for `sliding`)"""
+
+    @property
+    def shortened(self) -> bool:
+        return self.kept < self.tokens
+
+
+def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: Callable[[str], Spans]) -> FittedPost:
+    """Fits `post` to `rules.post_limit`.
+
+    `count`: tokens of a prompt, special tokens included. `spans`: the pieces, as (start, end) character positions, at
+    whose borders the post may be cut: tokens where the tokenizer knows their positions, else characters.
+    Raises: UserError if not even an empty post fits.
+    """
+
+    def fits(text: str) -> bool:
+        return count(render(text, "")) <= rules.post_limit
+
+    tokens = count(render(post, ""))
+    if rules.long_post == "none" or tokens <= rules.post_limit:
+        return FittedPost([post], tokens, tokens)
+    if not fits(""):
+        raise UserError(
+            f"prompt.max_length={rules.max_length} leaves no room for a post beside the longest criterion.",
+            remedies=["raise prompt.max_length", "shorten the criteria"],
+        )
+    pieces = spans(post)
+    if rules.long_post == "sliding":
+        texts = _windows(post, pieces, fits, rules.stride_fraction)
+    else:
+        texts = [_longest(lambda n: _kept(post, pieces, n, rules), fits, len(pieces))]
+    return FittedPost(texts, tokens, max(count(render(text, "")) for text in texts))
+
+
+def _longest(cut: Callable[[int], str], fits: Callable[[str], bool], most: int) -> str:
+    """The text of the most pieces that fits, found by bisection; `cut(n)` keeps n pieces."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(cut(middle)) else (low, middle - 1)
+    # Tokens of a text are not exactly monotone in its length: step down until it truly fits.
+    while low and not fits(cut(low)):
+        low -= 1
+    return cut(low)
+
+
+def _kept(post: str, pieces: Spans, n: int, rules: PromptRules) -> str:
+    if n >= len(pieces):
+        return post
+    head = {"head": n, "tail": 0}.get(rules.long_post, round(n * rules.head_fraction))
+    tail = n - head
+    start = post[: pieces[head - 1][1]] if head else ""
+    end = post[pieces[-tail][0] :] if tail else ""
+    if rules.long_post == "head_tail":
+        return f"{start.rstrip()}{GAP}{end.lstrip()}"
+    return start or end
+
+
+def _windows(post: str, pieces: Spans, fits: Callable[[str], bool], stride_fraction: float) -> list[str]:
+    """Overlapping windows that cover every piece, each as long as fits."""
+    texts, start = [], 0
+    while True:
+        rest = pieces[start:]
+        text = _longest(lambda n, rest=rest: post[rest[0][0] : rest[n - 1][1]] if n else "", fits, len(rest))
+        if not text:
+            raise UserError(
+                "A single piece of a post does not fit into a sliding window.", remedies=["raise prompt.max_length"]
+            )
+        texts.append(text)
+        end = rest[0][0] + len(text)
+        taken = sum(1 for _, piece_end in rest if piece_end <= end)
+        if taken == len(rest):
+            return texts
+        start += max(1, int(taken * stride_fraction))

@@ -1,0 +1,78 @@
+"""Fold results -> the summary: `report.json`, the table at the end of a run. Pure: no Ray, no MLflow, no torch."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from raycv.errors import RunFailedError
+from raycv.metrics import F1, METRICS, ROC_AUC, THRESHOLD
+from raycv.records import FoldResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = (*METRICS, THRESHOLD)
+
+
+def summarize(run: str, results: Sequence[FoldResult], folds: int) -> dict[str, Any]:
+    """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
+
+    Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
+    """
+    present = {result.fold for result in results}
+    missing = [fold for fold in range(folds) if fold not in present]
+    if missing:
+        raise RunFailedError(
+            f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
+            "and nothing is averaged over fewer folds than asked for."
+        )
+    ordered = sorted(results, key=lambda result: result.fold)
+    values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
+    pairs = sum(result.val_pairs for result in ordered)
+    prevalence = sum(result.val_matched for result in ordered) / pairs
+    return {
+        "run": run,
+        "folds": [asdict(result) for result in ordered],
+        "mean": {key: statistics.fmean(column) for key, column in values.items()},
+        "std": {key: statistics.stdev(column) for key, column in values.items()},
+        "std_kind": "sample standard deviation over the folds (ddof=1)",
+        "best_fold": best_fold(ordered),
+        "pairs": pairs,
+        "prevalence": prevalence,
+        "floors": {"all_matched_f1": 2 * prevalence / (1 + prevalence), "all_unmatched_accuracy": 1 - prevalence},
+        "threshold_note": "tuned on the fold that it is reported on, as FR-005 asks: F1 is flattered a little",
+    }
+
+
+def best_fold(results: Sequence[FoldResult]) -> int:
+    """The fold with the highest F1; of equal ones the higher ROC-AUC, then the lower number."""
+    return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold
+
+
+def summary_table(report: dict[str, Any]) -> "Table":
+    """The table that ends a run: a row per fold, then mean and deviation."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['run']}: {len(report['folds'])}-fold cross-validation", title_justify="left")
+    for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
+        table.add_column(name, justify="right")
+    for fold in report["folds"]:
+        mark = " *" if fold["fold"] == report["best_fold"] else ""
+        cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
+        cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
+        table.add_row(f"{fold['fold']}{mark}", *cells)
+    table.add_section()
+    for name, row in (("mean", report["mean"]), ("std", report["std"])):
+        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
+    floors = report["floors"]
+    table.caption = (
+        f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
+        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _value(result: FoldResult, key: str) -> float:
+    return result.threshold if key == THRESHOLD else result.metrics[key]

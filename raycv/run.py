@@ -1,0 +1,22 @@
+"""`python -m raycv.run`: one cross-validation.
+
+`ray submit cluster.yaml raycv/run.py` copies this one file to the head node and runs it there, so it imports the
+installed package by its full name and defines nothing that Ray would have to pickle.
+"""
+
+from raycv.cli import run_command
+from raycv.config import RunConfig
+
+
+def run(config: RunConfig) -> None:
+    from raycv.driver import cross_validate
+
+    cross_validate(config)
+
+
+def main() -> None:
+    run_command("run", RunConfig, run)
+
+
+if __name__ == "__main__":
+    main()

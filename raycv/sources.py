@@ -1,0 +1,235 @@
+"""Which file of the data folders is which table: told by the columns; names only help to explain what is missing."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raycv.faults import Faults, Kind, named
+from raycv.tables import UnreadableError, check_file, read_columns
+
+POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
+
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # The order matters: a file is the first table whose columns it has. Alternatives stand together.
+    ANNOTATIONS: (("post_id",), ("sentence_id",), ("dsm5_symptom",), ("status",)),
+    GROUNDTRUTH: (("post_id",), ("criterion_id",), ("label",)),
+    POSTS: (("post_id",), ("post", "text")),
+    CRITERIA: (("criterion_id",), ("criterion", "text")),
+}
+"""What each table must have, in small letters: the specification's tables and those of the ReDSM5 release."""
+_SPELT = {"dsm5_symptom": "DSM5_symptom"}
+_KNOWN_COLUMNS = {name for columns in COLUMNS.values() for names in columns for name in names} | {"id"}
+
+_HINTS = {
+    ANNOTATIONS: ("annotation",),
+    GROUNDTRUTH: ("groundtruth", "ground_truth", "ground-truth", "label"),
+    POSTS: ("post",),
+    CRITERIA: ("crite",),
+}
+_NAMED_LIKE = {
+    ANNOTATIONS: "redsm5_annotations.csv",
+    GROUNDTRUTH: "groundtruth.csv",
+    POSTS: "posts.csv or redsm5_posts.csv",
+    CRITERIA: "criteria.csv or criteria.json",
+}
+_SUFFIXES = (".csv", ".json")
+_MOST_NAMES = 12
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files to read; None where one is missing, which is then among the faults."""
+
+    posts: Path | None
+    groundtruth: Path | None
+    annotations: Path | None
+    criteria: Path | None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    columns: tuple[str, ...] = ()
+    problem: UnreadableError | None = None
+
+    @property
+    def table(self) -> str | None:
+        return next((table for table in COLUMNS if not missing_columns(table, self.columns)), None)
+
+    @property
+    def named_like(self) -> str | None:
+        stem = self.path.stem.casefold()
+        return next((table for table, hints in _HINTS.items() if any(hint in stem for hint in hints)), None)
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.path.name} (cannot be read: {self.problem.detail})"
+        return f"{self.path.name} ({_column_list(self.columns)})"
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    files: list[_File]
+    others: list[str]
+
+    def of(self, table: str) -> list[_File]:
+        return [file for file in self.files if file.table == table]
+
+    def found(self) -> str:
+        """What the folder holds, for a message: tables with their columns, then the names of everything else."""
+        names = [str(file) for file in self.files] + self.others
+        rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        return ", ".join(names[:_MOST_NAMES]) + rest if names else "nothing"
+
+
+def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources:
+    """The tables in `posts_dir` and the criteria in `criteria_dir`, which may be the same. Subfolders are left alone."""
+    folder = _scan(posts_dir, Kind.FOLDER, faults)
+    criteria_dir = _spelt_as_on_disk(criteria_dir, faults)
+    same = os.path.realpath(posts_dir) == os.path.realpath(criteria_dir)
+    criteria_folder = folder if same else _scan(criteria_dir, Kind.NO_CRITERIA, faults)
+    posts = groundtruth = annotations = criteria = None
+    if folder is not None:
+        posts = _pick(folder, (POSTS,), Kind.NO_TABLE, faults)
+        labels = _pick(folder, (GROUNDTRUTH, ANNOTATIONS), Kind.NO_TABLE, faults)
+        if labels is not None:
+            groundtruth, annotations = (labels.path, None) if labels.table == GROUNDTRUTH else (None, labels.path)
+    if criteria_folder is not None:
+        criteria = _pick(criteria_folder, (CRITERIA,), Kind.NO_CRITERIA, faults)
+    unused = [] if folder is None or same else folder.of(CRITERIA)
+    return Sources(
+        posts=posts.path if posts else None,
+        groundtruth=groundtruth,
+        annotations=annotations,
+        criteria=criteria.path if criteria else None,
+        warnings=[
+            f"{file.path} looks like criteria and is not used: data.criteria_dir is {criteria_dir}." for file in unused
+        ],
+    )
+
+
+def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
+    """The columns that `table` needs and `columns` lacks, for a message."""
+    return [_either(names) for names in COLUMNS[table] if not set(names) & set(columns)]
+
+
+def text_column(table: str, columns: tuple[str, ...]) -> list[str]:
+    """The columns that may hold the text of `table` (posts or criteria); more than one is a fault."""
+    return [name for name in COLUMNS[table][1] if name in columns]
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " (or ".join(f"`{_SPELT.get(name, name)}`" for name in names) + ")" * (len(names) - 1)
+
+
+def _column_list(columns: tuple[str, ...]) -> str:
+    """The columns of a file for a message, unless none is known: then the first line may be data, and hold text."""
+    if not columns:
+        return "no columns"
+    words = {word for column in columns for word in re.split(r"[;|\t]", column)}
+    if not words & _KNOWN_COLUMNS:
+        return f"{len(columns)} column{'s' if len(columns) != 1 else ''}, no known name in the first line"
+    rest = f" and {len(columns) - _MOST_NAMES} more" if len(columns) > _MOST_NAMES else ""
+    return "columns: " + ", ".join(named(name) for name in columns[:_MOST_NAMES]) + rest
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def _scan(path: Path, kind: Kind, faults: Faults) -> _Folder | None:
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        faults.add(kind, path, f"looked for the folder {os.path.abspath(path)}: {_folder_problem(path, error)}")
+        return None
+    tables = [entry for entry in entries if entry.suffix.casefold() in _SUFFIXES and not entry.name.startswith(".")]
+    others = [entry.name for entry in entries if entry not in tables]
+    return _Folder(path, [_peek(entry) for entry in tables], others)
+
+
+def _folder_problem(path: Path, error: OSError) -> str:
+    if isinstance(error, NotADirectoryError) and path.is_file():
+        return "a file; give the folder that holds it"
+    if not isinstance(error, FileNotFoundError):
+        return str(error.strerror)
+    parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    if parent is None:
+        return "it does not exist"
+    try:
+        names = sorted(entry.name for entry in parent.iterdir())
+    except OSError:
+        return "it does not exist"
+    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"it does not exist; {parent} holds: {', '.join(names[:_MOST_NAMES]) + rest or 'nothing'}"
+
+
+def _spelt_as_on_disk(path: Path, faults: Faults) -> Path:
+    """`path`, or where that does not exist its sibling of the same name spelt otherwise: data/DSM5 for data/dsm5."""
+    if os.path.lexists(path):
+        return path
+    try:
+        siblings = sorted(sibling for sibling in path.parent.iterdir() if _plain(sibling) == _plain(path))
+    except OSError:
+        return path
+    if len(siblings) > 1:
+        names = " and ".join(sibling.name for sibling in siblings)
+        faults.add(Kind.AMBIGUOUS, path, f"does not exist, and it is not clear which of its siblings is meant: {names}")
+    return siblings[0] if siblings else path
+
+
+def _plain(path: Path) -> str:
+    return "".join(character for character in path.name.casefold() if character.isalnum())
+
+
+def _peek(path: Path) -> _File:
+    try:
+        check_file(path)
+        return _File(path, read_columns(path))
+    except UnreadableError as problem:
+        return _File(path, problem=problem)
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Faults) -> _File | None:
+    """The one file of `folder` that is one of `tables`; several or none are reported."""
+    matches = [file for table in tables for file in folder.of(table)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(str(file) for file in matches)
+        faults.add(Kind.AMBIGUOUS, folder.path, f"{len(matches)} files look like {' or '.join(tables)}: {names}")
+        return None
+    suspects = [file for file in folder.files if file.table is None and file.named_like in tables]
+    suspects = suspects or [file for file in folder.files if file.table is None and _nearly(file, tables)]
+    for file in suspects:
+        _report_suspect(file, tables, faults)
+    if not suspects:
+        wanted = ", or ".join(
+            f"`{table}` with the columns {', '.join(map(_either, COLUMNS[table]))} (such as {_NAMED_LIKE[table]})"
+            for table in tables
+        )
+        where = os.path.abspath(folder.path)
+        faults.add(missing, folder.path, f"no table {wanted}; looked in {where}; found: {folder.found()}")
+    return None
+
+
+def _nearly(file: _File, tables: tuple[str, ...]) -> bool:
+    """All columns of a table but one, where at least two are there: most likely that table with a misnamed column."""
+    return any(len(missing_columns(table, file.columns)) == 1 and len(COLUMNS[table]) > 2 for table in tables)
+
+
+def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> None:
+    if file.problem is not None:
+        faults.add(file.problem.kind, file.path, file.problem.detail, file.problem.place)
+    elif file.path.suffix.casefold() == ".json":
+        faults.add(Kind.JSON, file.path, "holds no list of criteria")
+    else:
+        near = file.named_like if file.named_like in tables else None
+        table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
+        lacking = ", ".join(missing_columns(table, file.columns))
+        faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {_column_list(file.columns)}", "line 1")

@@ -1,0 +1,296 @@
+"""MLflow: the parent run, a child run per fold, and Ray's MLflow callback. The only module that imports mlflow.
+
+One writer, the driver: workers write files, and the driver logs them (several processes opening a new SQLite store at
+once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Posts are sensitive: a tool that reads them does not talk to third parties. Set the variable yourself to differ.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# The retries are ours (retry.py): the client's own 7 would multiply them.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as TrackedDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+from raycv.config import TrackingConfig
+from raycv.errors import UserError
+from raycv.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS
+from raycv.paths import FoldFolder, RunFolder
+from raycv.records import FoldResult
+from raycv.retry import call_with_retries, is_passing, mask_secrets
+
+T = TypeVar("T")
+
+PARENT_TAG = "mlflow.parentRunId"
+FOLD_TAG = "raycv.fold"
+RUN_TAG = "raycv.run"
+EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
+"""Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
+BEST_PREFIX = "best_"
+PARAM_LIMIT = 6000
+BATCH_LIMIT = 100
+
+
+class Tracker:
+    """An MLflow store, every call retried at most three times (FR-011).
+
+    Raises (any method): UserError once the store has stayed out of reach.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = absolute_uri(uri)
+        self.shown_uri = mask_secrets(self.uri)
+        self._client = MlflowClient(tracking_uri=self.uri)
+
+    def open_experiment(self, config: TrackingConfig) -> str:
+        """The id of the experiment of `config`, made if there is none."""
+        return self._call("open the experiment", lambda: self._experiment(config))
+
+    def start_parent(
+        self, experiment_id: str, folder: RunFolder, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """Starts the parent run, with its parameters and the files that exist already. Returns its id."""
+        name = folder.root.name
+        run = self._call(
+            "start the parent run",
+            lambda: self._client.create_run(experiment_id, run_name=name, tags={RUN_TAG: name, **tags}),
+        )
+        run_id = str(run.info.run_id)
+        self._log_params(run_id, params)
+        self.log_files(run_id, [folder.config, folder.splits, folder.data_stats, folder.environment])
+        return run_id
+
+    def log_dataset(self, run_id: str, name: str, source: str, digest: str) -> None:
+        """Names the data set of a run by its hash (no content)."""
+        dataset = TrackedDataset(name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "{source}"}}')
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        self._call("log the data set", lambda: self._client.log_inputs(run_id, inputs))
+
+    def children(self, parent_id: str) -> dict[int, Run]:
+        """Fold -> its child run; the newest where a fold has several."""
+        experiment_id = self.run(parent_id).info.experiment_id
+        query = f"tags.`{PARENT_TAG}` = '{parent_id}'"
+        runs = self._call(
+            "find the child runs",
+            lambda: self._client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"]),
+        )
+        return {int(run.data.tags[FOLD_TAG]): run for run in runs if FOLD_TAG in run.data.tags}
+
+    def start_child(self, parent_id: str, fold: int, params: Mapping[str, Any]) -> str:
+        """The child run of `fold`, found by its tag or newly made. Returns its id."""
+        found = self.children(parent_id).get(fold)
+        if found is not None:
+            self._call("reopen a child run", lambda: self._client.update_run(found.info.run_id, status="RUNNING"))
+            return str(found.info.run_id)
+        experiment_id = self.run(parent_id).info.experiment_id
+        tags = {PARENT_TAG: parent_id, FOLD_TAG: str(fold)}
+        run = self._call(
+            "start a child run",
+            lambda: self._client.create_run(experiment_id, run_name=f"fold_{fold}", tags=tags),
+        )
+        run_id = str(run.info.run_id)
+        self._log_params(run_id, {**params, "fold": fold})
+        return run_id
+
+    def log_epoch(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """The metrics that a person asked for, at the loop's own epoch number."""
+        self.log_metrics(run_id, {key: metrics[key] for key in EPOCH_METRICS}, step=int(metrics["epoch"]))
+
+    def log_fold(self, run_id: str, result: FoldResult, folder: FoldFolder, config: Path) -> None:
+        """A finished fold: epochs that are not logged yet, final metrics, threshold, checkpoint and files."""
+        history = self._call("read a child run", lambda: self._client.get_metric_history(run_id, VAL_LOSS))
+        logged = {metric.step for metric in history}
+        for epoch in result.history:
+            if int(epoch["epoch"]) not in logged:
+                self.log_epoch(run_id, epoch)
+        best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
+        best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
+        self.log_metrics(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        self.log_files(run_id, [config, folder.result, folder.predictions])
+        if folder.checkpoint.is_dir():
+            self._call(
+                "log a checkpoint",
+                lambda: self._client.log_artifacts(run_id, str(folder.checkpoint), "checkpoint"),
+            )
+
+    def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
+        """Logs from the run folder every fold whose child run is not complete (the store was away, say)."""
+        complete = {fold for fold, run in self.children(parent_id).items() if run.info.status == "FINISHED"}
+        for fold in sorted(set(range(folds)) - complete):
+            run_id = self.start_child(parent_id, fold, params)
+            files = folder.fold(fold)
+            self.log_fold(run_id, FoldResult.read(files.result), files, folder.config)
+            self.finish(run_id, "FINISHED")
+
+    def log_report(self, parent_id: str, report: Mapping[str, Any], report_file: Path) -> None:
+        """The parent summary: means, deviations, best fold, and a link to each child (user story 2)."""
+        numbers: dict[str, float] = {"best_fold": report["best_fold"]}
+        for key, value in report["mean"].items():
+            numbers[f"metric_mean_{key}"] = value
+            numbers[f"metric_std_{key}"] = report["std"][key]
+        self.log_metrics(parent_id, numbers)
+        children = self.children(parent_id)
+        tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
+        self.log_files(parent_id, [report_file])
+
+    def finish(self, run_id: str, status: str) -> None:
+        """`status`: FINISHED, FAILED or KILLED."""
+        self._call("end a run", lambda: self._client.set_terminated(run_id, status))
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """All of `metrics` in one request."""
+        now = int(time.time() * 1000)
+        batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self._call("log metrics", lambda: self._client.log_batch(run_id, metrics=batch))
+
+    def log_files(self, run_id: str, files: Sequence[Path]) -> None:
+        """Those of `files` that exist, as artifacts at the top."""
+        for file in files:
+            if file.is_file():
+                self._call(f"log {file.name}", lambda file=file: self._client.log_artifact(run_id, str(file)))
+
+    def download(self, run_id: str, artifact: str, folder: Path) -> Path:
+        """Copies an artifact of a run into `folder` and returns its path."""
+        got = self._call(f"fetch {artifact}", lambda: self._client.download_artifacts(run_id, artifact, str(folder)))
+        return Path(got)
+
+    def run(self, run_id: str) -> Run:
+        """Raises: UserError if the store has no such run."""
+        return self._call("read a run", lambda: self._client.get_run(run_id))
+
+    def _experiment(self, config: TrackingConfig) -> str:
+        found = self._client.get_experiment_by_name(config.experiment)
+        if found is None:
+            # A server has its own place for artifacts; a database in a file has none but the working directory.
+            local = self.uri.startswith(("sqlite:", "file:"))
+            place = Path(config.artifacts).absolute().as_uri() if local else None
+            return str(self._client.create_experiment(config.experiment, artifact_location=place))
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"The MLflow experiment {config.experiment!r} was deleted.",
+                remedies=[
+                    f"restore it: mlflow experiments restore -x {found.experiment_id}",
+                    "tracking.experiment=<other>",
+                ],
+            )
+        return str(found.experiment_id)
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        # Long values are cut here; config.yaml has them whole.
+        batch = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
+        for start in range(0, len(batch), BATCH_LIMIT):
+            part = batch[start : start + BATCH_LIMIT]
+            self._call("log parameters", lambda part=part: self._client.log_batch(run_id, params=part))
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        batch = [RunTag(key, value[:8000]) for key, value in tags.items()]
+        self._call("set tags", lambda: self._client.log_batch(run_id, tags=batch))
+
+    def _call(self, what: str, call: Callable[[], T]) -> T:
+        remedies = [
+            "see that the tracking server or database can be reached and written (tracking.uri)",
+            "or track into a local file: tracking.uri=sqlite:///mlflow.db",
+        ]
+        try:
+            return call_with_retries(f"MLflow at {self.shown_uri}: {what}", call, passing=_may_pass, remedies=remedies)
+        except MlflowException as error:
+            cause = mask_secrets(str(error))
+            raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
+
+
+class FoldRuns(MLflowLoggerCallback):
+    """Ray's MLflow callback, logging a child run per fold of the parent.
+
+    Ray's own logs every number that Tune passes on, one request each, under a generated name; this one logs what
+    Tracker chooses. A store that fails on the way stops nothing: what is missing is logged from the run folder later.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, parent_id: str, folder: RunFolder, params: Mapping[str, Any], fold_key: str
+    ) -> None:
+        super().__init__(tracking_uri=absolute_uri(config.uri), experiment_name=config.experiment)
+        self.tracking = config
+        self.parent_id = parent_id
+        self.folder = folder
+        self.params = dict(params)
+        self.fold_key = fold_key
+        self.trouble: list[str] = []
+        """why something could not be logged, if so"""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        super().setup(*args, **kwargs)
+        self.tracker = Tracker(self.tracking.uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks into its own state; connections stay behind.
+        return {key: value for key, value in self.__dict__.items() if key not in ("tracker", "mlflow_util")}
+
+    def log_trial_start(self, trial: Any) -> None:
+        fold = trial.config[self.fold_key]
+        self._try(lambda: self._trial_runs.update({trial: self.tracker.start_child(self.parent_id, fold, self.params)}))
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        if trial in self._trial_runs and VAL_LOSS in result:
+            self._try(lambda: self.tracker.log_epoch(self._trial_runs[trial], result))
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        if trial in self._trial_runs:
+            self._try(lambda: self._end(self._trial_runs[trial], trial.config[self.fold_key], failed))
+
+    def _end(self, run_id: str, fold: int, failed: bool) -> None:
+        if not failed:
+            folder = self.folder.fold(fold)
+            self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
+        self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
+
+    def _try(self, log: Callable[[], Any]) -> None:
+        try:
+            log()
+        except UserError as error:
+            self.trouble.append(error.what)
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
+    prefix = "sqlite:///"
+    if uri.startswith(prefix):
+        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+    if "://" not in uri:
+        raise UserError(
+            f"tracking.uri={uri}: MLflow needs a database or a server, a plain folder is no longer supported.",
+            remedies=["tracking.uri=sqlite:///mlflow.db", "tracking.uri=http://host:5000"],
+        )
+    return uri
+
+
+def _may_pass(error: Exception) -> bool:
+    """What a second attempt may not meet. The HTTP client wraps a lost connection into an MlflowException."""
+    return is_passing(error) or (isinstance(error, MlflowException) and "Max retries exceeded" in str(error))
+
+
+def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
+    """The parent's description in the MLflow page: a table of the folds with a link to each."""
+    lines = [
+        f"Best fold: {report['best_fold']}",
+        "",
+        "| fold | " + " | ".join(METRICS) + " | threshold |",
+        "|---" * (len(METRICS) + 2) + "|",
+    ]
+    for fold in report["folds"]:
+        number = fold["fold"]
+        run = children.get(number)
+        link = f"[{number}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})" if run else number
+        values = [fold["metrics"][key] for key in METRICS] + [fold["threshold"]]
+        lines.append(f"| {link} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,308 @@
+"""The training loop of one fold. Plain PyTorch with accelerate; knows neither Ray nor MLflow."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
+from torch.nn import functional
+
+from raycv.config import TrainConfig
+from raycv.encoding import EncodedPairs
+from raycv.errors import UserError
+from raycv.metrics import F1, binary_metrics, tune_threshold
+from raycv.model import Precision, trainable
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch of one fold came to. `epoch` counts from 1."""
+
+    epoch: int
+    train_loss: float
+    """mean over the epoch's pairs, class weights included"""
+    val_loss: float
+    """mean over the validation pairs, class weights included"""
+    threshold: float
+    metrics: dict[str, float]
+    """on the validation pairs at `threshold`"""
+    learning_rate: float
+    micro_batch: int
+    seconds: float
+
+
+@dataclass
+class TrainResult:
+    """A finished fold: all epochs, and the scores of the best one."""
+
+    epochs: list[EpochResult]
+    best: EpochResult
+    val_scores: np.ndarray
+    """float64 [n_val]: probability of `matched` at the best epoch, in the order of the validation pairs"""
+    events: list[str]
+    """what happened on the way that a reader of the results should know: out-of-memory, early stopping"""
+
+
+class Listener(Protocol):
+    """Who wants to know how training goes."""
+
+    def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
+        """After every optimizer step; `loss` is the mean over its pairs."""
+
+    def on_epoch(self, result: EpochResult, scores: np.ndarray, is_best: bool) -> None:
+        """After every epoch, the model still holding that epoch's weights; `scores`: float64 [n_val]."""
+
+    def on_event(self, text: str) -> None:
+        """Something worth telling."""
+
+
+class MicroBatch:
+    """The working size of a micro-batch. Halves on out-of-memory, and never grows again (FR-007)."""
+
+    def __init__(self, size: int, tell: Callable[[str], None]) -> None:
+        self.size = size
+        self._tell = tell
+
+    def run(self, work: Callable[[int], "torch.Tensor"], reset: Callable[[], None]) -> "torch.Tensor":
+        """`work(size)`, with half the size as often as memory demands; `reset` undoes what a broken attempt left.
+
+        Raises: UserError if one row at a time does not fit.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                cause = str(error).splitlines()[0]
+            # Outside the except block, where the traceback no longer keeps the broken attempt's tensors alive.
+            reset()
+            gc.collect()
+            release_memory()
+            if self.size == 1:
+                raise UserError(
+                    f"Out of memory with a micro-batch of 1: {cause}",
+                    remedies=[
+                        "turn gradient checkpointing on: train.gradient_checkpointing=true",
+                        "shorten the prompts: prompt.max_length=256",
+                        "use a device with more memory, or a smaller model",
+                    ],
+                )
+            self._tell(f"out of memory: micro-batch {self.size} -> {self.size // 2}")
+            self.size //= 2
+
+
+class FoldTrainer:
+    """Trains and validates one fold. One pass function serves both."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        encoded: EncodedPairs,
+        config: TrainConfig,
+        precision: Precision,
+        listener: Listener,
+    ) -> None:
+        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        self.model = model.to(self.accelerator.device)
+        self.encoded = encoded
+        self._rows_per_pair = np.bincount(encoded.pair_of_row)
+        self.config = config
+        self.listener = listener
+        self.events: list[str] = []
+        self.micro_batch = {
+            True: MicroBatch(config.batch_size, lambda text: self._tell(f"training: {text}")),
+            False: MicroBatch(config.eval_batch_size, lambda text: self._tell(f"validation: {text}")),
+        }
+        self.class_weights = torch.ones(2, device=self.accelerator.device)
+
+    def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> TrainResult:
+        """Trains on `train_pairs` until `val_pairs` show no better F1 for `patience` epochs (FR-005, FR-007).
+
+        Both are indices [n] of pairs. Raises: UserError on out-of-memory at 1 and on a loss that is not a number.
+        """
+        self._prepare(train_pairs)
+        self._val_labels = self.encoded.labels[val_pairs]
+        epochs: list[EpochResult] = []
+        best, best_scores = None, None
+        for epoch in range(1, self.config.epochs + 1):
+            result, scores = self._epoch(epoch, train_pairs, val_pairs)
+            epochs.append(result)
+            # Strictly better: of equal epochs the earliest stays.
+            is_best = best is None or result.metrics[F1] > best.metrics[F1]
+            if is_best:
+                best, best_scores = result, scores
+            self.listener.on_epoch(result, scores, is_best)
+            if epoch - best.epoch >= self.config.patience:
+                self._tell(f"stopped early after epoch {epoch}: no better F1 for {self.config.patience} epochs")
+                break
+        assert best is not None
+        assert best_scores is not None
+        return TrainResult(epochs, best, best_scores, self.events)
+
+    def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
+        """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
+        step_pairs = self.config.eval_batch_size * 4
+        steps = [pairs[start : start + step_pairs] for start in range(0, len(pairs), step_pairs)]
+        rows = [self.encoded.rows_of(step) for step in steps]
+        passed = list(self._pass(steps, training=False))
+        logits = torch.cat([logits for _, logits in passed])
+        probabilities = torch.softmax(logits.double(), dim=-1)[:, 1].numpy()
+        loss = sum(loss for loss, _ in passed) / len(pairs)
+        first = np.concatenate([[0], np.flatnonzero(np.diff(self.encoded.pair_of_row[np.concatenate(rows)])) + 1])
+        return np.maximum.reduceat(probabilities, first), loss
+
+    def _epoch(self, epoch: int, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
+        started = time.monotonic()
+        order = self._order(epoch, train_pairs)
+        size = self.config.effective_batch_size
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
+        learning_rate = self.schedule.get_last_lr()[0]
+        total = 0.0
+        for index, (loss, _) in enumerate(self._pass(steps, training=True), 1):
+            total += loss
+            self.listener.on_step(epoch, index, len(steps), loss / len(steps[index - 1]), self.micro_batch[True].size)
+        scores, val_loss = self.scores(val_pairs)
+        threshold = tune_threshold(self._val_labels, scores)
+        result = EpochResult(
+            epoch=epoch,
+            train_loss=total / len(order),
+            val_loss=val_loss,
+            threshold=threshold,
+            metrics=binary_metrics(self._val_labels, scores, threshold),
+            learning_rate=learning_rate,
+            micro_batch=self.micro_batch[True].size,
+            seconds=time.monotonic() - started,
+        )
+        return result, scores
+
+    def _pass(self, steps: list[np.ndarray], *, training: bool) -> Iterator[tuple[float, torch.Tensor]]:
+        """One pass over `steps` (pairs of each). Yields each step's summed loss and its logits [rows, 2] on the CPU.
+
+        Training updates the weights after each step; validation computes the same without gradients.
+        """
+        self.model.train(training)
+        for pairs in steps:
+            with torch.set_grad_enabled(training):
+                loss, logits = self._step(pairs, training)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The {'training' if training else 'validation'} loss is {loss}.",
+                    remedies=["lower train.lr", "train.precision=fp32", "raise train.warmup_steps"],
+                )
+            if training:
+                self._update()
+            yield loss, logits
+
+    def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, torch.Tensor]:
+        """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
+
+        On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
+        counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
+        """
+        rows = self.encoded.rows_of(pairs)
+        # A pair counts once, however many windows it has.
+        row_weights = (1 / self._rows_per_pair[self.encoded.pair_of_row[rows]]).astype(np.float32)
+        random_state = _random_state(self.accelerator.device)
+        losses: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
+
+        def work(size: int) -> torch.Tensor:
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                row_logits, loss = self._forward(rows[part], row_weights[part])
+                if training:
+                    self.accelerator.backward(loss / len(pairs))
+                losses.append(loss.detach())
+                logits.append(row_logits.detach())
+            return torch.stack(losses).sum()
+
+        def reset() -> None:
+            losses.clear()
+            logits.clear()
+            _restore_random_state(random_state, self.accelerator.device)
+            if training:
+                self.optimizer.zero_grad(set_to_none=True)
+
+        total = self.micro_batch[training].run(work, reset)
+        return float(total), torch.cat(logits).cpu()
+
+    def _forward(self, rows: np.ndarray, row_weights: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits float32 [n, 2] of `rows` and the sum of their weighted losses."""
+        device = self.accelerator.device
+        # Columns that are padding for every row are never computed: with padding on the right they change nothing.
+        width = int(self.encoded.lengths[rows].max())
+        input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(device)
+        lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(device)
+        mask = (torch.arange(width, device=device)[None, :] < lengths[:, None]).long()
+        labels = torch.from_numpy(self.encoded.labels[self.encoded.pair_of_row[rows]]).to(device)
+        with self.accelerator.autocast():
+            logits = self.model(input_ids=input_ids, attention_mask=mask).logits
+        logits = logits.float()
+        weights = self.class_weights[labels] * torch.from_numpy(row_weights).to(device)
+        return logits, (cross_entropy(logits, labels) * weights).sum()
+
+    def _update(self) -> None:
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _prepare(self, train_pairs: np.ndarray) -> None:
+        from transformers import get_scheduler
+
+        labels = self.encoded.labels[train_pairs]
+        counts = np.bincount(labels, minlength=2)
+        if self.config.imbalance == "weighted_loss":
+            # As sklearn's "balanced": the mean weight over the training fold is 1, so losses keep their scale.
+            balanced = len(labels) / (2 * counts)
+            self.class_weights = torch.tensor(balanced, dtype=torch.float32, device=self.accelerator.device)
+        self._sampling_weights = (1 / counts)[labels] / 2 if self.config.imbalance == "weighted_sampling" else None
+        self.optimizer = torch.optim.AdamW(
+            trainable(self.model), lr=self.config.lr, weight_decay=self.config.weight_decay
+        )
+        steps = math.ceil(len(train_pairs) / self.config.effective_batch_size) * self.config.epochs
+        name = {"constant": "constant_with_warmup"}.get(self.config.schedule, self.config.schedule)
+        self.schedule = get_scheduler(
+            name, self.optimizer, num_warmup_steps=min(self.config.warmup_steps, steps), num_training_steps=steps
+        )
+
+    def _order(self, epoch: int, train_pairs: np.ndarray) -> np.ndarray:
+        """The pairs of one epoch in their order: from seed and epoch alone, so that a restart finds it again."""
+        generator = np.random.default_rng([self.config.seed, epoch])
+        if self._sampling_weights is None:
+            return generator.permutation(train_pairs)
+        return generator.choice(train_pairs, size=len(train_pairs), replace=True, p=self._sampling_weights)
+
+    def _tell(self, text: str) -> None:
+        self.events.append(text)
+        self.listener.on_event(text)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of two-class `logits` [n, 2] against `labels` [n]; returns [n].
+
+    Written as softplus of the margin, which is the same number, since NLLLoss has no deterministic CUDA kernel.
+    """
+    margin = logits[:, 1] - logits[:, 0]
+    return functional.softplus(torch.where(labels == 1, -margin, margin))
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
