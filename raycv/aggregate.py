@@ -1,4 +1,4 @@
-"""`python -m raycv.aggregate run=<name|latest|MLflow parent id>`: recomputes and logs a run's summary (user story 2)."""
+"""`python -m raycv.aggregate run=<name|latest|MLflow parent id>`: recomputes and logs the summary (user story 2)."""
 
 import tempfile
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.console import Console
 from raycv.cli import run_command
 from raycv.config import AggregateConfig
 from raycv.errors import UserError
+from raycv.live import say
 from raycv.paths import RunFolder, read_json, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize, summary_table
@@ -28,7 +29,7 @@ def aggregate(config: AggregateConfig) -> None:
     report, where = _from_folder(folder, config) if folder else _from_mlflow(config)
     console = Console()
     console.print(summary_table(report))
-    console.print(where, highlight=False, markup=False, soft_wrap=True)
+    say(console, where)
 
 
 def find_run(runs: Path, run: str) -> RunFolder | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's own table of trials would be printed over ours.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# A fold is half a dozen processes that mostly wait: Ray's default of a start per core delays them, and it warns.
+os.environ.setdefault("RAY_maximum_startup_concurrency", "16")
 
 import ray
 from ray import tune
@@ -23,7 +25,7 @@ from raycv.errors import RunFailedError, UserError
 from raycv.fold import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays, fold_trial
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
-from raycv.paths import RunFolder, read_json
+from raycv.paths import RunFolder, absolute_folder, read_json
 from raycv.records import FoldResult
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Placement:
 
 @contextmanager
 def ray_cluster(config: ResourcesConfig) -> Iterator[str | None]:
-    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts a local one; yields the dashboard's address."""
+    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address."""
     level = logging.INFO if config.ray_logs else logging.ERROR
     context = ray.init(log_to_driver=config.ray_logs, logging_level=level, include_dashboard=None)
     logging.getLogger("ray").setLevel(level)
@@ -103,6 +105,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         base=prepared.base,
         rules=prepared.encoder.rules,
         criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
+        criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
         gpus=placement.gpus,
         cpus=placement.cpus,

@@ -213,8 +213,8 @@ def _repeat_warning(stats: Mapping[str, Any]) -> list[str]:
     if not stats["posts_with_repeated_text"]:
         return []
     return [
-        f"{stats['posts_with_repeated_text']:,} posts repeat the text of another post: where the two fall into different"
-        " folds, a validation post was seen in training, which flatters the scores."
+        f"{stats['posts_with_repeated_text']:,} posts repeat the text of another post: where the two fall into"
+        " different folds, a validation post was seen in training, which flatters the scores."
     ]
 
 

@@ -18,6 +18,7 @@ from raycv import __version__
 from raycv.config import RunConfig
 from raycv.data import load_dataset
 from raycv.errors import UserError
+from raycv.live import say
 from raycv.paths import RunFolder, resolve, write_json, write_text
 from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
@@ -105,12 +106,12 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
         encoded, facts = encode_dataset(encoder, dataset)
     warnings = encoding_warnings(facts)
     for warning in warnings:
-        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+        say(console, f"Warning: {warning}", "yellow")
     share = facts["posts_shortened"] / len(dataset.posts)
-    console.print(
+    say(
+        console,
         f"Prompts: {facts['prompt_tokens_mean']:.0f} tokens on average, {facts['prompt_tokens_max']} at most; "
         f"{facts['posts_shortened']} posts ({share:.0%}) shortened ({facts['long_post']})",
-        highlight=False,
     )
     return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
 
@@ -201,7 +202,7 @@ def _folds(
     from raycv.live import LiveView
     from raycv.tracking import FoldRuns
 
-    console.print("Starting Ray", style="dim")
+    say(console, "Starting Ray", "dim")
     with cv.ray_cluster(config.resources) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
@@ -214,13 +215,13 @@ def _folds(
 
 def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:
     stats = dataset.stats
-    console.print(
+    say(
+        console,
         f"raycv {__version__}: {config.cv.folds} folds of {config.model.name} on {len(dataset.posts):,} posts x "
         f"{len(dataset.criteria)} criteria = {len(dataset.pairs):,} pairs, {stats['positive_rate']:.1%} matched",
-        highlight=False,
     )
     for warning in dataset.warnings:
-        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+        say(console, f"Warning: {warning}", "yellow")
     table = Table(title="Matched pairs per validation fold and criterion", title_justify="left", box=None)
     rows = positives_table(dataset, splits)
     for column in rows[0]:
@@ -233,9 +234,7 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
 def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:
     gpus = f" and {placement.gpus:g} GPU" if placement.gpus else ", no GPU"
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
-    console.print(
-        f"Up to {placement.concurrent} folds at once, {placement.cpus:g} CPU cores{gpus} each.{where}", highlight=False
-    )
+    say(console, f"Up to {placement.concurrent} folds at once, each with {placement.cpus:g} CPU cores{gpus}.{where}")
 
 
 def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: dict[str, Any], parent_id: str) -> None:
@@ -243,12 +242,10 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
     console.print(summary_table(report))
     uri = mask_secrets(config.tracking.uri)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-    console.print(
+    say(
+        console,
         f"Report:        {folder.report}\n"
         f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )

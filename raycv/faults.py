@@ -48,7 +48,7 @@ class Kind(Enum):
     LABEL = "unknown labels", "write labels as yes or no, 1 or 0, true or false"
     SYMPTOM = (
         "unknown symptom names",
-        "correct the name, or teach raycv/labels.py the new one: dropping such rows would turn positives into negatives",
+        "correct the name, or teach raycv/labels.py the new one: to drop such rows would turn positives into negatives",
     )
     NO_POST = "post ids without a post", _IDS
     NO_CRITERION = "criterion ids without a criterion", f"{_IDS}; data.criteria_dir says which criteria are used"
@@ -102,6 +102,7 @@ class Faults:
             group.first.append(f"{place}: {detail}" if place else detail)
 
     def has(self, *kinds: Kind) -> bool:
+        """Whether a fault of one of `kinds` was added."""
         return any(kind in kinds for kind, _ in self._groups)
 
     def __bool__(self) -> bool:

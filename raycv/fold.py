@@ -59,6 +59,7 @@ class FoldTask:
     base: "BaseFiles"
     rules: PromptRules
     criteria: dict[str, str | None]
+    criteria_dir: str
     criteria_hash: str
     gpus: float
     cpus: float
@@ -99,7 +100,7 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     fold = trial[FOLD_KEY]
     run_folder = RunFolder(Path(task.root))
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
         train_loop_config={"task": task, "fold": fold},
         scaling_config=ScalingConfig(
             num_workers=1,
@@ -110,7 +111,7 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
             # Deterministic: the same storage and name is what Ray Train resumes from.
             name=f"fold_{fold}",
             storage_path=str(run_folder.ray),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # annotated with the callback of Train V1
             # A checkpoint is reported when an epoch is the best so far, so the newest is the best.
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -283,7 +284,7 @@ class _RayListener:
             threshold=result.threshold,
             criteria=task.criteria,
             criteria_hash=task.criteria_hash,
-            criteria_dir=task.config.data.criteria_dir,
+            criteria_dir=task.criteria_dir,
             run=task.run,
             fold=self.fold,
             epoch=result.epoch,

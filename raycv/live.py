@@ -50,9 +50,7 @@ class LiveView:
 
     def tell(self, fold: int | None, text: str) -> None:
         """An event that stays on the screen."""
-        self.console.print(
-            f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}", markup=False, highlight=False
-        )
+        say(self.console, f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}")
 
     def render(self) -> Group:
         """The table as it is now."""
@@ -93,27 +91,29 @@ class LiveView:
         return duration(max(epochs, 0) * history["seconds"])
 
     def _print(self, fold: int, state: dict[str, Any]) -> None:
+        """The plain console's lines: each start and end, and each epoch once."""
         history = state.get("history", {})
-        key = (
-            state["state"] if state["state"] in (WAITING, STARTING, DONE, FAILED) else "",
-            int(history.get("epoch", 0)),
-        )
-        if self._printed.get(fold) == key:
-            return
-        ended = history and self._printed.get(fold, ("", 0))[1] != key[1]
-        self._printed[fold] = key
-        if ended:
+        milestone = state["state"] if state["state"] in (STARTING, DONE, FAILED) else ""
+        epoch = int(history.get("epoch", 0))
+        last_milestone, last_epoch = self._printed.get(fold, ("", 0))
+        self._printed[fold] = (milestone, epoch)
+        if epoch > last_epoch:
             self.tell(
                 fold,
-                f"epoch {key[1]}/{self.epochs} train loss {history['train_loss']:.4f} val loss {history['val_loss']:.4f} "
-                f"F1 {history['f1']:.3f} ROC-AUC {history['roc_auc']:.3f} at threshold {history['threshold']:.2f} "
-                f"({history['seconds']:.0f} s)",
+                f"epoch {epoch}/{self.epochs}: train loss {history['train_loss']:.4f}, "
+                f"val loss {history['val_loss']:.4f}, F1 {history['f1']:.3f} at threshold {history['threshold']:.2f}, "
+                f"ROC-AUC {history['roc_auc']:.3f} ({history['seconds']:.0f} s)",
             )
-        if key[0]:
-            self.tell(fold, key[0])
+        if milestone and milestone != last_milestone:
+            self.tell(fold, milestone)
 
     def _clock(self) -> str:
         return duration(time.monotonic() - self._started)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

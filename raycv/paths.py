@@ -40,6 +40,11 @@ def resolve(location: str) -> str:
     return location
 
 
+def absolute_folder(location: str) -> str:
+    """`location` as it holds from any working directory; what ships with the package stays by its raycv:// name."""
+    return location if location.startswith(BUNDLED_SCHEME) else str(Path(location).absolute())
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half."""

@@ -52,11 +52,17 @@ def best_fold(results: Sequence[FoldResult]) -> int:
 
 def summary_table(report: dict[str, Any]) -> "Table":
     """The table that ends a run: a row per fold, then mean and deviation."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{report['run']}: {len(report['folds'])}-fold cross-validation", title_justify="left")
+    table = Table(
+        title=f"{report['run']}: {len(report['folds'])}-fold cross-validation",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for fold in report["folds"]:
         mark = " *" if fold["fold"] == report["best_fold"] else ""
         cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]

@@ -86,7 +86,7 @@ class _Folder:
 
 
 def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources:
-    """The tables in `posts_dir` and the criteria in `criteria_dir`, which may be the same. Subfolders are left alone."""
+    """The tables in `posts_dir` and the criteria in `criteria_dir`, which may be the same. Subfolders are not read."""
     folder = _scan(posts_dir, Kind.FOLDER, faults)
     criteria_dir = _spelt_as_on_disk(criteria_dir, faults)
     same = os.path.realpath(posts_dir) == os.path.realpath(criteria_dir)

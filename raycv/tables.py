@@ -5,7 +5,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ _UNDECODABLE = re.compile("[\udc80-\udcff]")
 _MAGIC = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"PK\x03\x04": "a zip archive or Excel workbook"}
 
 
-def _records(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, report: Report) -> Generator[tuple[int, list[str]], None, None]:
     """Yields the line on which each record starts (1-based) and its fields; blank lines are skipped.
 
     Raises: UnreadableError where the rest of the file cannot be read.

@@ -4,6 +4,7 @@ One writer, the driver: workers write files, and the driver logs them (several p
 once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ from raycv.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS
 from raycv.paths import FoldFolder, RunFolder
 from raycv.records import FoldResult
 from raycv.retry import call_with_retries, is_passing, mask_secrets
+
+# mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 T = TypeVar("T")
 

@@ -130,21 +130,20 @@ class FoldTrainer:
         self._prepare(train_pairs)
         self._val_labels = self.encoded.labels[val_pairs]
         epochs: list[EpochResult] = []
-        best, best_scores = None, None
+        best: tuple[EpochResult, np.ndarray] | None = None
         for epoch in range(1, self.config.epochs + 1):
             result, scores = self._epoch(epoch, train_pairs, val_pairs)
             epochs.append(result)
             # Strictly better: of equal epochs the earliest stays.
-            is_best = best is None or result.metrics[F1] > best.metrics[F1]
-            if is_best:
-                best, best_scores = result, scores
+            is_best = best is None or result.metrics[F1] > best[0].metrics[F1]
+            if best is None or is_best:
+                best = result, scores
             self.listener.on_epoch(result, scores, is_best)
-            if epoch - best.epoch >= self.config.patience:
+            if epoch - best[0].epoch >= self.config.patience:
                 self._tell(f"stopped early after epoch {epoch}: no better F1 for {self.config.patience} epochs")
                 break
         assert best is not None
-        assert best_scores is not None
-        return TrainResult(epochs, best, best_scores, self.events)
+        return TrainResult(epochs, *best, self.events)
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
