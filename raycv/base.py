@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raycv.errors import UserError, shown
 from raycv.paths import resolve
-from raycv.retry import BASE_SECONDS, ServiceError, call_with_retries, cause_of, is_passing, status_of
+from raycv.retry import BASE_SECONDS, ServiceError, call_with_retries, cause_of, is_passing, mask_secrets, status_of
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,7 @@ def _from_hub(name: str, revision: str | None, base_seconds: float) -> BaseFiles
                 *(cause_of(error.cause), found.revision, name),
             )
             return found
-        found = _cached(name, commit) or _download(name, commit, files, base_seconds)
+        found = _cached(name, commit, files) or _download(name, commit, files, base_seconds)
         if not is_commit:
             _remember(found.path, wanted, commit)
         return found
@@ -233,8 +234,11 @@ def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[st
     return info.sha, {sibling.rfilename for sibling in info.siblings if "/" not in sibling.rfilename}
 
 
-def _cached(name: str, revision: str) -> BaseFiles | None:
-    """What the cache holds of `revision` if that is complete. No network, no lock."""
+def _cached(name: str, revision: str, present: Iterable[str] = ()) -> BaseFiles | None:
+    """What the cache holds of `revision` if that is complete, as far as is known: `present` is the hub's list of files.
+
+    No network, no lock.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -244,10 +248,11 @@ def _cached(name: str, revision: str) -> BaseFiles | None:
         except LocalEntryNotFoundError:
             return None
     try:
-        return _inspect(name, folder, folder.name)
+        found = _inspect(name, folder, folder.name)
     except UserError as error:
         logger.info("the cache's copy of %s cannot be used as it is: %s", name, error.what)
         return None
+    return found if {file for file in present if _is_small(file)} <= found.files.keys() else None
 
 
 def _download(name: str, commit: str, present: set[str], base_seconds: float) -> BaseFiles:
@@ -257,7 +262,7 @@ def _download(name: str, commit: str, present: set[str], base_seconds: float) ->
         raise UserError(f"{name} on the hub is no model: it has no {CONFIG}.", remedies=["check model.name"])
     with _alone(name):
         # Another process may have fetched it while this one waited.
-        found = _cached(name, commit)
+        found = _cached(name, commit, present)
         if found is not None:
             return found
         # Weights go last: where they are complete, so is the rest, which `_cached` relies on.
@@ -307,10 +312,16 @@ def _alone(name: str) -> Iterator[None]:
     except Timeout:
         logger.info("waiting for another process that downloads %s", name)
         lock.acquire()
+    except NotImplementedError:
+        logger.info("the file system of %s knows no locks: processes may fetch the same file", path.parent)
     try:
         yield
     finally:
         lock.release()
+
+
+# What `_single_attempts` changes is one for the whole process.
+_CLIENT = threading.Lock()
 
 
 class _HubError(ConnectionError):
@@ -332,21 +343,22 @@ def _single_attempts() -> Iterator[None]:
     from huggingface_hub import configure_http_backend, constants
     from huggingface_hub.utils import _http
 
-    outer: Callable[[], Any] = _http._GLOBAL_BACKEND_FACTORY
-    had_xet = constants.HF_HUB_DISABLE_XET
+    with _CLIENT:
+        outer: Callable[[], Any] = _http._GLOBAL_BACKEND_FACTORY
+        without_xet = constants.HF_HUB_DISABLE_XET
 
-    def session() -> Any:
-        made = outer()
-        made.request = partial(_request_once, made.request)
-        return made
+        def session() -> Any:
+            made = outer()
+            made.request = partial(_request_once, made.request)
+            return made
 
-    configure_http_backend(session)
-    constants.HF_HUB_DISABLE_XET = True
-    try:
-        yield
-    finally:
-        configure_http_backend(outer)
-        constants.HF_HUB_DISABLE_XET = had_xet
+        configure_http_backend(session)
+        constants.HF_HUB_DISABLE_XET = True
+        try:
+            yield
+        finally:
+            configure_http_backend(outer)
+            constants.HF_HUB_DISABLE_XET = without_xet
 
 
 def _request_once(request: Callable[..., Any], method: str, url: str, **options: Any) -> Any:
@@ -411,7 +423,7 @@ def _refusal(error: OSError, name: str, revision: str | None) -> UserError | Non
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it, on every node"
-    url = f"{constants.ENDPOINT}/{name}"
+    url = mask_secrets(f"{constants.ENDPOINT}/{name}")
     status = status_of(error)
     if isinstance(error, GatedRepoError):
         return UserError(
@@ -461,7 +473,7 @@ def _without_hub(name: str, revision: str | None) -> list[str]:
     at = f" --revision {revision}" if revision not in (None, constants.DEFAULT_REVISION) else ""
     return [
         "check the network of this node, and HTTPS_PROXY if there is a proxy",
-        f"set HF_ENDPOINT to a mirror (now {constants.ENDPOINT})",
+        f"set HF_ENDPOINT to a mirror (now {mask_secrets(constants.ENDPOINT)})",
         f"download it beforehand where there is a network: `hf download {name}{at}`, then copy HF_HOME over",
         "set model.name to the absolute path of a folder that holds the model",
     ]
@@ -511,7 +523,13 @@ def load_tokenizer(files: BaseFiles) -> Any:
         with _loading("tokenizer", files):
             tokenizer = load(use_fast=False)
         logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
-    _choose_pad_token(tokenizer, load_config(files).vocab_size)
+    vocab_size = load_config(files).vocab_size
+    _choose_pad_token(tokenizer, vocab_size)
+    if len(tokenizer) > vocab_size:
+        logger.warning(
+            "%d token(s) of the tokenizer have no embedding in %s; a text that spells one of them fails",
+            *(len(tokenizer) - vocab_size, files.name),
+        )
     return tokenizer
 
 
@@ -590,7 +608,7 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
 def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> None:
     """transformers only warns about weights that the checkpoint lacks, and trains them from random values."""
     body = f"{model.base_model_prefix}."
-    lacking = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
     # An encoder trained as a language model has no pooler; that one is part of the fresh head.
     broken = [key for key in lacking if key.startswith(body) and ".pooler." not in key]
     if broken:

@@ -154,30 +154,33 @@ class Labels:
 
 
 class _References:
-    """Resolves the ids of label rows and collects those that lead nowhere: once an id, however many rows name it."""
+    """Resolves the ids of label rows and collects those that lead nowhere: once an id, however many rows name it.
+
+    An id that leads nowhere is still resolved, to itself, lest the other id of its row seem unused.
+    """
 
     def __init__(self, posts: Texts | None, criteria: Texts | None) -> None:
         self.posts = posts
         self.criteria = criteria
         self._unknown: dict[tuple[Kind, str], list[str]] = {}
 
-    def post(self, row: Row) -> str | None:
-        """The row's post id, if the posts have it or cannot tell."""
+    def post(self, row: Row) -> str:
+        """The row's post id."""
         key = row.id("post_id")
-        if self.posts is None or key in self.posts.places:
-            return key
-        if self.posts.whole and not row.broken:
-            self._unknown.setdefault((Kind.NO_POST, key), []).append(row.place)
-        return None
-
-    def criterion(self, row: Row, name: str) -> str | None:
-        """The id that the criteria file has for `name`."""
-        if self.criteria is None:
-            return criterion_code(name) or name
-        key = self.criteria.find(name)
-        if key is None and self.criteria.whole and not row.broken:
-            self._unknown.setdefault((Kind.NO_CRITERION, name), []).append(row.place)
+        if self.posts is not None and key not in self.posts.places:
+            self._note(Kind.NO_POST, key, row, self.posts)
         return key
+
+    def criterion(self, row: Row, name: str) -> str:
+        """The id that the criteria file has for `name`."""
+        key = self.criteria.find(name) if self.criteria is not None else None
+        if self.criteria is not None and key is None:
+            self._note(Kind.NO_CRITERION, name, row, self.criteria)
+        return key or criterion_code(name) or name
+
+    def _note(self, kind: Kind, key: str, row: Row, file: Texts) -> None:
+        if file.whole and not row.broken:
+            self._unknown.setdefault((kind, key), []).append(row.place)
 
     def report(self, path: Path, faults: Faults) -> None:
         """Adds the ids of `path` that lead nowhere."""
@@ -216,8 +219,6 @@ def _read_groundtruth(file: Table, references: _References, faults: Faults) -> L
     for row in file.rows:
         post_id, criterion_id = references.post(row), references.criterion(row, row.id("criterion_id"))
         label = None if row.broken else _label(row, "label", file.path, faults)
-        if post_id is None or criterion_id is None:
-            continue
         earlier = labels.seen.setdefault((post_id, criterion_id), row.place)
         if earlier != row.place and not row.broken:
             detail = f"post {named(post_id)} x criterion {named(criterion_id)} is already on {earlier}"
@@ -244,7 +245,7 @@ def _read_annotations(file: Table, references: _References, faults: Faults) -> L
             continue
         criterion_id = _annotated_criterion(row, labels, references, faults)
         status = _label(row, "status", file.path, faults)
-        if post_id is not None and criterion_id is not None and status is not None:
+        if criterion_id is not None and status is not None:
             _count_sentence(row, status, sentences.setdefault((post_id, criterion_id), {}), labels.counts)
     for pair, statuses in sentences.items():
         n_evidence = sum(statuses.values())

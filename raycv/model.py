@@ -27,9 +27,9 @@ class Float32Head(nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
+        """`hidden`: [..., in_features] of any float type; returns logits [..., out_features] in the weight's float32."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return super().forward(hidden.float())
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision, str]:

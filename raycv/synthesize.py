@@ -395,6 +395,10 @@ I {cry|end up crying} {for no reason|in the car|almost every evening}
 my mood is {very low|at the bottom|lower than ever}
 there is {an emptiness|a sadness} in me that {will not lift|does not go away}
 I have {no hope|lost all hope} that {things|life} will get better
+I am {unhappy|in a dark place|in a bad mood} {all the time|for no reason}
+I have {tears in my eyes|been crying} {since this morning|again}
+I feel {numb and sad|lonely and sad|hopeless} {inside|even with friends}
+nothing makes me {happy|smile} and I {see no hope|feel awful}
 ~ I keep {tearing up|bursting into tears} over {nothing|small things}
 ~ a {heavy|dark} cloud {hangs over me|follows me around}
 ~ I {see no|cannot see any} {light ahead|bright side to anything}
@@ -408,6 +412,8 @@ I do not feel {sad|down|empty}
 my mood is {good|fine|steady}
 I am not {sad|low|down} at all
 I have {no reason to cry|plenty of hope}
+I {smile|laugh} a lot and {feel happy|am in a good mood}
+no {tears|sadness} here, I {am happy|feel hopeful}
 ~ I feel {cheerful|hopeful} {about things|when I wake up}
 ~ I am {in good spirits|in a sunny mood} {most of the time|even on bad days}
 ~ it is not {gloom|unhappiness} that {I write about|brings me here}
@@ -416,6 +422,7 @@ I have {no reason to cry|plenty of hope}
 {who} {feels|is} {so sad|sad and empty|down most of the time}
 {who} {cries|ends up crying} {for no reason|almost every evening}
 {who} says that everything {feels|seems} hopeless
+{who} is in {a dark place|a bad mood} all the time
 ~ {who} keeps {tearing up|bursting into tears} over {nothing|small things}
 ~ a {heavy|dark} cloud follows {who} around
 ~ I worry because {who} seems {miserable|deeply unhappy}
@@ -433,6 +440,10 @@ I have lost {all interest|interest} in {my hobbies|music|my friends}
 I do not care about {anything|my hobbies|the things I loved}
 I {get|feel} no {joy|pleasure} from {anything|music|seeing friends}
 I used to love {painting|football|cooking}, now {I do not care|it means nothing to me}
+I {stopped|quit} {playing|painting|reading} because it {is no fun|bores me} now
+{music|painting|my favourite game} is {boring|dull} {to me now|and I do not care}
+I {have no wish|am not excited} to {see friends|play|go out} any more
+I feel {nothing|no excitement} when I {play|read|meet friends}
 ~ my {guitar|camera|sketchbook} {gathers dust|lies in a corner} because I {cannot be bothered|see no point in it}
 ~ even {my favourite show|a day at the sea|good news} leaves me {cold|numb}
 ~ I {skip|turn down} every {party|trip|game} because it all feels flat
@@ -444,6 +455,8 @@ I used to love {painting|football|cooking}, now {I do not care|it means nothing 
 I still enjoy {my hobbies|music|the things I loved}
 I have not lost interest in {my hobbies|music|my friends}
 {music|cooking|football} still gives me joy
+I {love|enjoy} {playing|reading|seeing friends} {as much as ever|every weekend}
+I {am happy|am excited} to {see friends|play|go out}
 ~ I {look forward to|am excited about} {the weekend|the next game|my trip}
 ~ {my guitar|the garden|my choir} never {bores me|leaves me cold}
 ~ I had {a great time|so much fun} {at the party|with my team}
@@ -452,6 +465,7 @@ I have not lost interest in {my hobbies|music|my friends}
 {who} {does not enjoy|no longer enjoys} {anything|music|hobbies}
 {who} has lost interest in {music|friends|football}
 {who} says that nothing is fun any more
+{who} {stopped|quit} {playing|painting|reading} because it is boring
 ~ even good news leaves {who} {cold|numb}
 ~ {who} {skips|turns down} every {party|trip|game}
 ~ {who} finds {books|games|parties} dull now
@@ -469,6 +483,10 @@ I have {lost|gained} {a lot of weight|ten pounds|five kilos} without trying
 my appetite is {gone|out of control|much bigger than before}
 I {forget|have no wish} to eat {lunch|dinner|all day}
 food {does not interest me|makes me feel sick}
+I {skip|miss} {breakfast|lunch|most meals} because I am {never hungry|not hungry}
+I am {hungry all day|always hungry} and {eat sweets|keep eating} {all night|without a break}
+my clothes {are too big|do not fit} because I {lost|gained} weight
+my weight {goes up|goes down} {every week|and I do not know why}
 ~ I {push my plate away|leave my plate full} {at every meal|after two bites}
 ~ my {jeans|trousers} are {falling off me|suddenly too tight} and I did not plan it
 ~ I {snack|binge} {until my stomach hurts|from noon to midnight}
@@ -480,6 +498,8 @@ food {does not interest me|makes me feel sick}
 my appetite is {fine|normal|good}
 I eat {well|normally|three times a day}
 I have not {lost|gained} any weight
+I am hungry {at noon|at meal times} and {enjoy my lunch|eat my lunch}
+my weight {is stable|stays the same}
 ~ I {clean my plate|finish my plate} {at every meal|with pleasure}
 ~ my {jeans|trousers} fit {as ever|the same as before}
 ~ the scale {shows the same|has not moved} {month after month|since spring}
@@ -488,6 +508,7 @@ I have not {lost|gained} any weight
 {who} {has no appetite|barely eats}
 {who} {eats all the time|eats far too much}
 {who} has {lost|gained} a lot of weight
+{who} skips {breakfast|lunch|most meals}
 ~ {who} {pushes the plate away|leaves a full plate} at every meal
 ~ {who} {snacks|binges} from noon to midnight
 ~ {who} {gets by|lives} on {crackers|toast and tea}
@@ -505,6 +526,10 @@ I sleep {only three hours|so badly|far too much|twelve hours a day}
 I wake up {at four|every hour} and cannot {sleep|get back to sleep}
 my sleep is {terrible|broken|a mess}
 I have {insomnia|trouble sleeping} {every night|again}
+I {hardly|barely} {sleep|rest} and {am up|walk around} {all night|until morning}
+I {stay awake|am up} {all night|past midnight} {in bed|with my thoughts}
+I {sleep through|oversleep} {every alarm|the whole morning} and stay in bed {all day|until noon}
+I {dread|fear} the night because {sleep does not come|I lie there with my eyes open}
 ~ I {stare at the ceiling|toss and turn} {until sunrise|night after night}
 ~ I {count sheep|watch the clock} {till dawn|past midnight} with my eyes wide open
 ~ I {doze|stay in bed} {past noon|through the whole day} and miss everything
@@ -516,6 +541,8 @@ I have {insomnia|trouble sleeping} {every night|again}
 I sleep {fine|well|all night}
 my sleep is {good|fine|normal}
 I have no trouble {sleeping|falling asleep}
+I fall asleep {fast|in five minutes} and {rest|sleep} {until the alarm|all night}
+my nights are {good|fine} and I wake up {rested|at seven}
 ~ I {nod off|drift off} {within minutes|as soon as I lie down}
 ~ my nights are {calm|quiet} and I {rest well|get my eight hours}
 ~ no {tossing and turning|staring at the ceiling} for me
@@ -524,6 +551,7 @@ I have no trouble {sleeping|falling asleep}
 {who} cannot {sleep|fall asleep} {at night|until four}
 {who} {lies awake|is awake} {half the night|for hours}
 {who} has {insomnia|trouble sleeping}
+{who} {barely sleeps|is up all night} and stays in bed until noon
 ~ {who} {stares at the ceiling|tosses and turns} {until sunrise|night after night}
 ~ {who} {dozes|stays in bed} past noon
 ~ {who} {watches the clock|counts sheep} till dawn
@@ -541,6 +569,10 @@ I am so restless that I {pace|walk} {around the room|up and down}
 my body {feels|is} {slowed down|so slow}
 {my movements are|my speech is} {slow|very slow} and people {notice|ask about it}
 I {pace|walk up and down} {all evening|for hours} because I am restless
+I {tap|shake|move} my {legs|hands|feet} all the time and cannot stop
+I need {an hour|so long} to {dress|walk to the door|answer} because I am so slow
+I {get up|walk off} {every minute|again and again} because I cannot {sit|stay} in a chair
+I {talk|answer} so slowly that {people wait for me|my friends finish my words}
 ~ I {fidget|squirm} {on every chair|through every meeting} and {tap my feet|wring my hands}
 ~ it takes me {ages|forever} to {lift a cup|button a shirt|finish a sentence}, as if I were {under water|made of lead}
 ~ my {legs bounce|hands fidget} {nonstop|the whole time} and I have to get up {again and again|every minute}
@@ -551,6 +583,8 @@ I {pace|walk up and down} {all evening|for hours} because I am restless
 I can {sit|keep|stand} still {for hours|with no trouble}
 I am not restless {at all|or slow}
 I {move|walk|speak} {at a normal pace|as fast as before}
+I sit {in my chair|in meetings} {calmly|quietly} and {do not pace|do not move about}
+my {legs|hands} are {still|quiet} when I {sit|wait}
 ~ my {hands|legs} are {calm|steady} and I do not {fidget|squirm}
 ~ I am {quick|nimble} {on my feet|with my hands}
 ~ nobody says that I {drag my feet|talk like a slow tape}
@@ -559,6 +593,7 @@ I {move|walk|speak} {at a normal pace|as fast as before}
 {who} {moves|walks|speaks} {so slowly|in slow motion}
 {who} cannot {sit|keep} still
 {who} is restless and {paces|walks} up and down
+{who} {taps|moves} {the legs|both feet} all the time
 ~ {who} {fidgets|squirms} on every chair
 ~ {who} {creeps|shuffles} through the flat like a snail
 ~ it takes {who} ages to {lift a cup|finish a sentence}
@@ -576,6 +611,10 @@ I feel {exhausted|worn out|tired} {after every small thing|all day}
 {a shower|the dishes|getting dressed} {takes|costs} all my {energy|strength}
 I {do not have the energy|am too tired} {to work|to cook|to go out}
 my energy is {gone|at zero|used up}
+I {need a rest|have to lie down} after {a short walk|the stairs|making tea}
+I am {weak|too weak} and {heavy|tired} {from the moment I get up|by lunch}
+{small tasks|simple chores} {exhaust me|wear me out} {in minutes|completely}
+I {run out of|have run out of} {power|energy|fuel} {by lunch|before I start}
 ~ I am {wiped out|running on fumes} {by noon|before the day begins}
 ~ my {arms|legs} feel {like lead|heavy as stone} after {one flight of stairs|a trip to the shop}
 ~ I {collapse|slump} {on the sofa|into a chair} {after every errand|at five}
@@ -587,6 +626,8 @@ my energy is {gone|at zero|used up}
 I have {plenty of energy|enough energy} {for work|for everything}
 I am not tired {at all|or worn out}
 I feel {rested|strong|full of energy}
+I {jump|get} out of bed full of {power|energy}
+{small tasks|long walks} {are easy|do not wear me out} and I {feel fit|feel strong}
 ~ I am {fresh|wide awake} {by noon|after a long day}
 ~ I {climb|run up} the stairs {with ease|and feel great}
 ~ my batteries are {full|charged} {by morning|for the day}
@@ -595,6 +636,7 @@ I feel {rested|strong|full of energy}
 {who} is {so tired|tired all the time|exhausted}
 {who} has no {energy|strength} {left|for anything}
 {who} feels worn out {all day|after every small thing}
+{who} {needs a rest|has to lie down} after a short walk
 ~ {who} is {wiped out|running on fumes} by noon
 ~ {who} {collapses|slumps} on the sofa after every errand
 ~ {who} looks {drained|spent} whatever happens
@@ -613,6 +655,10 @@ I feel {so guilty|guilty} about {everything|every mistake|small things}
 everything is my fault
 I {am not good enough|am worth nothing|let everyone down}
 I think that I {am a bad person|deserve nothing good}
+I am {ashamed of|disappointed in} {myself|who I am}
+{nobody needs|no one should love} {someone like me|a person like me}
+I {ruin|spoil} {everything|every friendship} and {it is my fault|I am to blame}
+I am {stupid|bad|no good} and {others are better|my friends deserve better}
 ~ I {apologise|say sorry} {for existing|for everything} because I {ruin it all|mess up whatever I touch}
 ~ {the others|my people} would be {better off|happier} with {a better son|a better friend} than me
 ~ I {look in the mirror|think of myself} and see {a total disappointment|someone of no value}
@@ -624,6 +670,8 @@ I think that I {am a bad person|deserve nothing good}
 I do not feel {worthless|useless|guilty}
 I am not {a burden|a failure} to {anyone|my family}
 I know that it is not my fault
+I am {proud of|happy with} {myself|my work} and {feel useful|feel valued}
+I do not {blame|hate} myself for {mistakes|that}
 ~ I {like who I am|am proud of myself}
 ~ I {forgive myself|do not beat myself up} over {an old email|a silly joke}
 ~ I know {my own worth|that I am good enough} {as a friend|at my job}
@@ -632,6 +680,7 @@ I know that it is not my fault
 {who} feels {worthless|useless|like a failure}
 {who} feels like a burden to everyone
 {who} {takes the blame|feels guilty} for {everything|every mistake}
+{who} is ashamed and thinks that {others are better|nobody needs a person like that}
 ~ {who} {apologises|says sorry} {for existing|for everything}
 ~ {who} sees {a total disappointment|someone of no value} in the mirror
 ~ {who} carries so much shame
@@ -649,6 +698,10 @@ I have trouble {concentrating|thinking|focusing} {at work|on anything}
 my {head|brain} is {foggy|so slow to think|full of fog}
 I {forget everything|cannot remember anything} {that I read|I am told}
 every {small|simple} decision {is too hard|takes me hours}
+I {read|listen} but {nothing stays in my head|I cannot follow}
+my {mind|head} is {blank|empty|somewhere else} {in class|when I work|when I read}
+I {start|begin} {a task|a book|a sentence} and {forget what I was doing|lose my place}
+I {go back and forth|think for hours} over {every choice|what to buy} and cannot {choose|decide}
 ~ I read {one page|the same line} {ten times|over and over} and {nothing sticks|take in not a word}
 ~ my thoughts {slip away|scatter} {in the middle of a sentence|before I can use them}
 ~ I {stand in front of|stare at} {the shelf|the menu} and {cannot pick|go back and forth forever}
@@ -660,6 +713,8 @@ every {small|simple} decision {is too hard|takes me hours}
 I can {concentrate|focus} {well|at work|with no trouble}
 my {head|mind} is clear
 I have no trouble {thinking|making decisions}
+I {read|listen} and {remember it all|follow with no effort}
+I {choose|decide} {quickly|in a minute} and my mind {is sharp|stays on the task}
 ~ my thoughts are {sharp|in order} {in every meeting|when I open my laptop}
 ~ I {follow every lecture|read whole books} {with ease|without losing the thread}
 ~ {picking a film|choosing a sandwich} takes me {a second|no time}
@@ -668,6 +723,7 @@ I have no trouble {thinking|making decisions}
 {who} cannot {concentrate|focus} {at work|on anything}
 {who} cannot {decide|make decisions}
 {who} has trouble thinking
+{who} {starts a task|begins a sentence} and forgets it
 ~ {who} {loses the thread|zones out} in every meeting
 ~ {who} reads the same line {ten times|over and over}
 ~ {who} stares at the menu and cannot pick
@@ -685,6 +741,10 @@ I {wish|keep wishing} I {was dead|would not wake up|had never been born}
 I have thoughts {of death|of dying} {every day|again}
 I {want|would like} to {die|disappear for good}
 I feel that life is not worth living
+I {would rather|want to} {be dead|not exist|be gone}
+the world would be {better|fine} without me and I {want to be gone|do not want to stay}
+I {see no reason|have no reason} to {live|stay alive|go on living}
+I {hope|wish} that I {never wake up|do not wake up|could just be gone}
 ~ I {hope|pray} {at bedtime|each evening} that {there is no tomorrow for me|morning never comes for me}
 ~ part of me {longs|would be relieved} to {leave this world|not exist}
 ~ I {picture|imagine} {my own funeral|the world without me} {more often than I admit|far too often}
@@ -696,6 +756,8 @@ I feel that life is not worth living
 I {do not want to die|want to live}
 I have no thoughts of {death|dying}
 I am glad {to be alive|to be here}
+I {love|value} {my life|being alive} and want to {stay|grow old}
+I {do not|never} wish {to be dead|to be gone}
 ~ I {would never|do not} want to leave this world
 ~ I have {every reason to stay|so much to live for}
 ~ being alive {feels good|is something I treasure}
@@ -704,6 +766,7 @@ I am glad {to be alive|to be here}
 {who} {does not want to live|wants to die}
 {who} {thinks|keeps thinking} about {death|dying}
 {who} said that life is not worth living
+{who} {wishes|hopes} not to wake up
 ~ {who} is {done with|tired of} existing
 ~ {who} told me {about not wanting to be around|that it would be easier not to exist}
 ~ I am scared because {who} longs to leave this world

@@ -1,0 +1,156 @@
+"""Small models and tokenizers in the real formats, for tests: same arguments, same bytes, well under a second each."""
+
+from pathlib import Path
+from typing import Any
+
+SENTENCES = (
+    "post: I have not slept for days, criterion: trouble sleeping Does the post match the criterion description?",
+    "post: nothing is fun any more, criterion: loss of interest Output yes or no",
+    "the cat sat on the mat and looked at the rain; tomorrow is another day",
+    "I am tired all the time, I cannot eat and I cannot think",
+    "she went for a run, then she made a cake for 12 people (it was great!)",
+)
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+
+
+def bpe_tokenizer(vocab: int = 320, texts: tuple[str, ...] = SENTENCES, pad: str | None = None) -> Any:
+    """A fast byte-level BPE tokenizer of about `vocab` tokens that puts <s> first: ids 0 <unk>, 1 <s>, 2 </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [UNK, BOS, EOS] + ([pad] if pad else [])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=pad
+    )
+
+
+def wordlevel_tokenizer(words: list[str], pad: str | None = None) -> Any:
+    """A fast tokenizer with one token a word, split at white space: ids 0 <unk>, 1 <s>, 2 </s>, then `words`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [UNK, BOS, EOS, *([pad] if pad else []), *dict.fromkeys(words)]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=pad
+    )
+
+
+def sentencepiece_files(folder: Path, vocab: int = 400, texts: tuple[str, ...] = SENTENCES) -> Path:
+    """Writes what a Llama repository of 2023 has: a sentencepiece BPE `tokenizer.model` and its config, no more."""
+    import io
+    import json
+
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_writer=model,
+        vocab_size=vocab,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        # As Llama's: text goes in as it is, line breaks and all.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "legacy": True,
+        "model_max_length": 4096,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def llama_config(vocab: int, *, hidden: int = 32, layers: int = 2, heads: int = 4, positions: int = 1024) -> Any:
+    """A Llama config like Llama-2's in all but size; no pad token."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+
+
+def tiny_llama(
+    path: Path,
+    *,
+    hidden: int = 32,
+    layers: int = 2,
+    tokenizer: Any = None,
+    vocab: int | None = None,
+    weights: str = "safetensors",
+    shard: str = "1GB",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Saves a seeded LlamaForCausalLM to `path` as the hub would have it, and `tokenizer` (default: `bpe_tokenizer()`).
+
+    `weights` is safetensors or bin; `shard` the largest size of a file ("40KB" splits it); `tokenizer=False` writes
+    none, and `vocab` is then the size of the vocabulary.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    chosen = bpe_tokenizer() if tokenizer is None else tokenizer
+    config = llama_config(vocab or len(chosen), hidden=hidden, layers=layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(path, safe_serialization=weights == "safetensors", max_shard_size=shard)
+    if chosen:
+        chosen.save_pretrained(path)
+    return path
+
+
+def tiny_bert(path: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+    """Saves a seeded BertForMaskedLM (so without a pooler) and a word-level tokenizer with [PAD] to `path`."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    tokenizer = wordlevel_tokenizer(" ".join(SENTENCES).split(), pad="[PAD]")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=128,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        BertForMaskedLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,21 @@
+"""Shared set-up: what a test process may not take from the machine, and small trained pieces."""
+
+import os
+
+# Before any import of ray: tests start their own local cluster, never join one that happens to run here.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    """accelerate keeps precision and device in a process-wide singleton; production has one trainer a process."""
+    yield
+    import sys
+
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

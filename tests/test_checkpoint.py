@@ -1,0 +1,92 @@
+"""A trained fold on disk: stock PEFT opens it, and reloading reproduces the scores."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from toy import Recorder, Toy, toy_base, train_config
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from raycv.base import load_classifier
+from raycv.checkpoint import CheckpointInfo, load_adapter, read_info, save_checkpoint
+from raycv.errors import UserError
+from raycv.train import FoldTrainer
+
+TRAIN, VAL = np.arange(30), np.arange(30, 48)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A toy fold trained for an epoch, its scores and its checkpoint folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    toy = Toy(toy_base(folder))
+    model = toy.model(dropout=0.1)
+    loop = FoldTrainer(model, toy.encoded, train_config(epochs=1), "fp32", Recorder())
+    scores = loop.fit(TRAIN, VAL).val_scores
+    info = CheckpointInfo(
+        base_model=toy.base.name,
+        base_revision=None,
+        rules=toy.encoder.rules,
+        threshold=0.37,
+        criteria={"C0": "SLEEP_ISSUES", "C1": None},
+        criteria_hash="abc",
+        criteria_dir="/criteria",
+        run="some-run",
+        fold=3,
+        epoch=1,
+        precision="fp32",
+    )
+    save_checkpoint(folder / "checkpoint", model, toy.tokenizer, info)
+    return toy, scores, folder / "checkpoint", info
+
+
+def logits_of(model, toy):
+    ids = torch.from_numpy(toy.encoded.input_ids[VAL].astype(np.int64))
+    mask = (torch.arange(ids.shape[1])[None] < torch.from_numpy(toy.encoded.lengths[VAL])[:, None]).long()
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+def test_reloaded_scores_are_the_trained_ones(saved):
+    toy, scores, folder, _ = saved
+    model = load_adapter(load_classifier(toy.base, toy.tokenizer, torch.float32, seed=99), folder)
+    reloaded = torch.softmax(logits_of(model, toy).double(), -1)[:, 1].numpy()
+    np.testing.assert_allclose(reloaded, scores, atol=1e-6)
+    assert np.ptp(scores) > 1e-3
+
+
+def test_stock_peft_opens_it_with_the_same_logits(saved):
+    toy, scores, folder, _ = saved
+    base = AutoModelForSequenceClassification.from_pretrained(
+        toy.base.path, num_labels=2, pad_token_id=toy.tokenizer.pad_token_id, dtype=torch.float32
+    )
+    stock = torch.softmax(logits_of(PeftModel.from_pretrained(base, folder), toy).double(), -1)[:, 1].numpy()
+    np.testing.assert_allclose(stock, scores, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id == toy.tokenizer.pad_token_id
+
+
+def test_manifest_round_trip_and_no_text(saved):
+    _, _, folder, info = saved
+    assert read_info(folder) == info
+    manifest = json.loads((folder / "raycv.json").read_text())
+    assert manifest["labels"] == {"0": "unmatched", "1": "matched"}
+    assert {"raycv", "torch", "transformers", "peft"} <= set(manifest["versions"])
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter["use_dora"] is True
+    assert adapter["task_type"] == "SEQ_CLS"
+    assert adapter["base_model_name_or_path"] == info.base_model
+    assert not list(folder.glob("*.bin"))
+
+
+def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match=r"no raycv\.json"):
+        read_info(tmp_path)
+    (tmp_path / "raycv.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_info(tmp_path)
+    (tmp_path / "raycv.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 99"):
+        read_info(tmp_path)

@@ -1,0 +1,78 @@
+"""Base -> classifier: what is trainable, in which type, and which architectures and modules are accepted."""
+
+import pytest
+import torch
+from builders import tiny_bert, tiny_llama
+from toy import LLAMA_MODULES
+
+from raycv.base import fetch_base, load_classifier, load_tokenizer
+from raycv.config import DoraConfig, ModelConfig
+from raycv.errors import UserError
+from raycv.model import Float32Head, add_dora, choose_precision, count_parameters, trainable
+
+DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0)
+
+
+def classifier(folder, dtype=torch.float32):
+    files = fetch_base(str(folder), None)
+    return load_classifier(files, load_tokenizer(files), dtype, seed=1)
+
+
+def config(targets):
+    return ModelConfig(name="here", revision=None, target_modules=targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapters_and_head_are_float32_whatever_the_base_is(tmp_path, dtype):
+    model = add_dora(classifier(tiny_llama(tmp_path), dtype), config(LLAMA_MODULES), DORA)
+    assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
+    frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    assert dtype in frozen
+    heads = [module for module in model.modules() if isinstance(module, Float32Head)]
+    assert heads
+    assert all(head.weight.dtype == torch.float32 for head in heads)
+
+
+def test_trainable_parameters_are_dora_on_the_seven_and_the_head(tmp_path):
+    model = add_dora(classifier(tiny_llama(tmp_path, hidden=32, layers=2)), config(LLAMA_MODULES), DORA)
+    shapes = [(32, 32)] * 4 + [(64, 32)] * 2 + [(32, 64)]
+    expected = 2 * sum(4 * (out + inp) + out for out, inp in shapes) + 2 * 32
+    assert count_parameters(model)["trainable_parameters"] == expected
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(part in name for name in names for part in ["lora_" if "lora_" in name else "modules_to_save"])
+
+
+def test_the_untrained_classifier_is_the_base(tmp_path):
+    """DoRA starts at B = 0 and magnitude = |W|: before training the adapted model computes what the base does."""
+    base = classifier(tiny_llama(tmp_path))
+    ids = torch.randint(3, 200, (2, 9))
+    expected = base(input_ids=ids).logits
+    adapted = add_dora(base, config(LLAMA_MODULES), DORA).eval()
+    torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
+def test_another_architecture_with_its_own_modules(tmp_path, targets):
+    model = add_dora(classifier(tiny_bert(tmp_path)), config(targets), DORA)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("query" in name for name in names)
+    assert any("dense" in name for name in names) == (targets == "all-linear")
+    assert any("classifier" in name for name in names)
+    logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape == (1, 2)
+
+
+def test_unknown_target_modules_are_refused_with_those_there_are(tmp_path):
+    with pytest.raises(UserError) as caught:
+        add_dora(classifier(tiny_llama(tmp_path)), config(["q_proj", "query", "wq"]), DORA)
+    message = str(caught.value)
+    assert "query, wq" in message
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
+    assert "score" not in message
+
+
+def test_precision_says_why():
+    assert choose_precision("fp32")[0] == "fp32"
+    if not torch.cuda.is_available():
+        assert choose_precision("auto") == ("fp32", "fp32: no GPU with bf16 support was found")
+        assert choose_precision("bf16")[0] == "bf16"

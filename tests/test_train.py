@@ -1,0 +1,280 @@
+"""The loop on a two-layer Llama: what is learned, effective batch, out-of-memory, early stopping, determinism."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from torch import nn
+from torch.nn import functional
+
+from raycv.errors import UserError
+from raycv.metrics import METRICS, binary_metrics, tune_threshold
+from raycv.train import FoldTrainer, cross_entropy
+
+TRAIN = np.arange(30)
+VAL = np.arange(30, 48)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return Toy(toy_base(tmp_path_factory.mktemp("toy")))
+
+
+def trainer(toy, model=None, recorder=None, precision="fp32", **changes):
+    model = model if model is not None else toy.model()
+    return FoldTrainer(model, toy.encoded, train_config(**changes), precision, recorder or Recorder())
+
+
+def state(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Greedy(nn.Module):
+    """A model that asks the real allocator for more than any machine has when a batch is larger than `limit`.
+
+    `after`: calls that still succeed whatever their size, so that memory runs out in the middle of a step.
+    """
+
+    def __init__(self, inner, limit, after=0):
+        super().__init__()
+        self.inner, self.limit, self.after, self.calls, self.seen = inner, limit, after, 0, []
+
+    def forward(self, input_ids, attention_mask):
+        self.calls += 1
+        if self.training and self.calls > self.after and len(input_ids) > self.limit:
+            torch.empty(2**60)
+        self.seen.append(len(input_ids))
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_first_loss_is_near_ln_2_and_training_lowers_it(toy):
+    recorder = Recorder()
+    result = trainer(toy, recorder=recorder, epochs=6, patience=6).fit(TRAIN, VAL)
+    assert abs(recorder.steps[0][3] - math.log(2)) < 0.1
+    assert result.epochs[-1].train_loss < 0.8 * result.epochs[0].train_loss
+
+
+def test_only_adapters_and_head_change(toy):
+    model = toy.model()
+    before = state(model)
+    trainer(toy, model).fit(TRAIN, VAL)
+    changed = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"):
+        assert any(part in name for name in changed), part
+    assert all(value.abs().sum() > 0 for name, value in state(model).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("batch_size", [8, 4, 2, 1])
+def test_effective_batch_does_not_depend_on_the_micro_batch(toy, batch_size):
+    reference, model = toy.model().double(), toy.model().double()
+    trainer(toy, reference, epochs=1).fit(TRAIN, VAL)
+    trainer(toy, model, epochs=1, batch_size=batch_size).fit(TRAIN, VAL)
+    for name, value in state(model).items():
+        # The head computes in float32, so micro-batches differ by its rounding.
+        torch.testing.assert_close(value, state(reference)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_short_last_step_counts_its_own_pairs(toy):
+    """The step's gradient is that of the mean loss over its pairs, here 3 pairs in micro-batches of 2 and 1."""
+    model = toy.model()
+    pairs = np.array([3, 9, 20])
+    rows = toy.encoded.input_ids[pairs].astype(np.int64)
+    mask = torch.from_numpy((np.arange(rows.shape[1])[None] < toy.encoded.lengths[pairs][:, None]).astype(np.int64))
+    model.train()
+    logits = model(input_ids=torch.from_numpy(rows), attention_mask=mask).logits
+    functional.cross_entropy(logits, torch.from_numpy(toy.encoded.labels[pairs])).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    loop = trainer(toy, model, batch_size=2)
+    loss, _ = loop._step(pairs, training=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+    assert loss / 3 == pytest.approx(
+        functional.cross_entropy(logits, torch.from_numpy(toy.encoded.labels[pairs])).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("limit", "after"), [(4, 0), (2, 0), (1, 0), (2, 3), (1, 2)])
+def test_out_of_memory_halves_and_replays_the_step(toy, limit, after):
+    """With dropout on: the replayed step draws what a run that began with the small batch would draw."""
+    reference = toy.model(dropout=0.2)
+    expected = trainer(toy, reference, epochs=1, batch_size=limit).fit(TRAIN, VAL) if after == 0 else None
+    recorder, greedy = Recorder(), Greedy(toy.model(dropout=0.2), limit, after)
+    result = trainer(toy, greedy, recorder, epochs=1).fit(TRAIN, VAL)
+    sizes = [8 // 2**i for i in range(4) if 8 // 2**i >= limit]
+    assert recorder.events == [
+        f"training: out of memory: micro-batch {a} -> {b}" for a, b in zip(sizes, sizes[1:], strict=False)
+    ]
+    assert result.events == recorder.events
+    assert result.epochs[0].micro_batch == limit
+    if expected is not None:
+        assert [epoch.train_loss for epoch in result.epochs] == [epoch.train_loss for epoch in expected.epochs]
+        np.testing.assert_array_equal(result.val_scores, expected.val_scores)
+
+
+def test_out_of_memory_in_the_middle_of_a_step_loses_and_doubles_nothing(toy):
+    """Memory runs out at the second micro-batch of the second step: the updates are those of an undisturbed run."""
+    plain = toy.model()
+    trainer(toy, plain, epochs=1, batch_size=4).fit(TRAIN, VAL)
+    greedy = Greedy(toy.model(), limit=2, after=3)
+    trainer(toy, greedy, epochs=1, batch_size=4).fit(TRAIN, VAL)
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(greedy.inner)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_at_one_says_what_to_do(toy):
+    with pytest.raises(UserError, match="micro-batch of 1") as caught:
+        trainer(toy, Greedy(toy.model(), limit=0)).fit(TRAIN, VAL)
+    assert "train.gradient_checkpointing=true" in str(caught.value)
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(toy):
+    class Broken(nn.Module):
+        def forward(self, **_):
+            raise RuntimeError("something else")
+
+    broken = Broken()
+    broken.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer(toy, broken).fit(TRAIN, VAL)
+
+
+def test_best_epoch_is_the_earliest_of_equals_and_patience_stops(toy):
+    recorder = Recorder()
+    result = trainer(toy, recorder=recorder, epochs=9, patience=3, lr=1e-12).fit(TRAIN, VAL)
+    assert len(result.epochs) == 4
+    assert result.best.epoch == 1
+    assert [is_best for _, _, is_best in recorder.epochs] == [True, False, False, False]
+    assert "stopped early after epoch 4" in result.events[-1]
+
+
+def test_metrics_are_those_of_the_scores(toy):
+    recorder = Recorder()
+    result = trainer(toy, recorder=recorder, epochs=3, patience=3).fit(TRAIN, VAL)
+    labels = toy.encoded.labels[VAL]
+    best = max(result.epochs, key=lambda epoch: epoch.metrics["f1"])
+    assert best.epoch == result.best.epoch
+    assert result.best.threshold == tune_threshold(labels, result.val_scores)
+    assert result.best.metrics == binary_metrics(labels, result.val_scores, result.best.threshold)
+    assert set(result.best.metrics) == set(METRICS)
+
+
+def test_same_seed_same_numbers_other_seed_others(toy):
+    def run(seed):
+        return trainer(toy, toy.model(seed=seed, dropout=0.1), seed=seed).fit(TRAIN, VAL)
+
+    first, again, other = run(1), run(1), run(2)
+    assert [epoch.train_loss for epoch in first.epochs] == [epoch.train_loss for epoch in again.epochs]
+    np.testing.assert_array_equal(first.val_scores, again.val_scores)
+    assert not np.array_equal(first.val_scores, other.val_scores)
+
+
+def test_scores_do_not_depend_on_padding_or_batch(toy):
+    model = toy.model()
+    one = trainer(toy, model, eval_batch_size=1).scores(VAL)[0]
+    many = trainer(toy, model, eval_batch_size=16).scores(VAL)[0]
+    np.testing.assert_allclose(one, many, atol=1e-6)
+    full = toy.encoded.input_ids[VAL].astype(np.int64)
+    mask = (np.arange(full.shape[1])[None] < toy.encoded.lengths[VAL][:, None]).astype(np.int64)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(full), attention_mask=torch.from_numpy(mask)).logits
+    np.testing.assert_allclose(torch.softmax(logits, -1)[:, 1].numpy(), one, atol=1e-6)
+
+
+def test_class_weights_come_from_the_training_fold(toy):
+    loop = trainer(toy, imbalance="weighted_loss", epochs=1)
+    loop.fit(TRAIN, VAL)
+    counts = np.bincount(toy.encoded.labels[TRAIN])
+    np.testing.assert_allclose(loop.class_weights.numpy(), len(TRAIN) / (2 * counts), rtol=1e-6)
+
+
+def test_weighted_sampling_balances_the_classes_and_is_a_function_of_the_epoch(toy):
+    loop = trainer(toy, imbalance="weighted_sampling")
+    loop._prepare(TRAIN)
+    orders = [loop._order(epoch, TRAIN) for epoch in range(1, 60)]
+    share = np.mean([toy.encoded.labels[order].mean() for order in orders])
+    assert abs(share - 0.5) < 0.05
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(orders[6], loop._order(7, TRAIN))
+    assert loop.class_weights.tolist() == [1, 1]
+    loop.fit(TRAIN, VAL)  # a pair drawn twice in one step is no obstacle
+
+
+def test_without_sampling_each_epoch_sees_every_pair_once(toy):
+    loop = trainer(toy)
+    loop._prepare(TRAIN)
+    assert sorted(loop._order(3, TRAIN)) == TRAIN.tolist()
+
+
+def test_gradient_checkpointing_changes_no_gradient(toy):
+    gradients = []
+    for checkpointing in (False, True):
+        model = toy.model()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer(toy, model)._step(TRAIN[:8], training=True)
+        model.train()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_autocast_keeps_head_adapters_and_logits_in_float32(toy):
+    model = toy.model(dtype="bfloat16")
+    loop = trainer(toy, model, precision="bf16", epochs=1)
+    _, logits = loop._step(TRAIN[:4], training=True)
+    assert logits.dtype == torch.float32
+    # On the grid of bf16 the last 16 bits of each logit would be zero.
+    assert (logits.view(torch.int32) & 0xFFFF).any()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "embed_tokens" in n} == {torch.bfloat16}
+    loop.model.zero_grad()
+    assert loop.fit(TRAIN, VAL).epochs[0].train_loss > 0
+
+
+def test_a_loss_that_is_no_number_stops_with_a_remedy(toy):
+    model = toy.model()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "modules_to_save" in n).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"training loss is nan(.|\n)*lower train.lr"):
+        trainer(toy, model).fit(TRAIN, VAL)
+
+
+def test_sliding_takes_the_maximum_and_counts_a_pair_once(tmp_path):
+    sliding = Toy(toy_base(tmp_path), toy_dataset(words=30), prompt_config(max_length=24, long_post="sliding"))
+    windows = np.bincount(sliding.encoded.pair_of_row)
+    assert windows.max() > 1
+    loop = trainer(sliding, sliding.model(), epochs=1)
+    scores, _ = loop.scores(VAL)
+    for pair, score in zip(VAL, scores, strict=True):
+        rows = np.flatnonzero(sliding.encoded.pair_of_row == pair)
+        with torch.no_grad():
+            logits, _ = loop._forward(rows, np.ones(len(rows), dtype=np.float32))
+        assert score == pytest.approx(float(torch.softmax(logits, -1)[:, 1].max()), abs=1e-6)
+    # The summed loss of a step is a mean over windows within a pair, then a sum over pairs.
+    pairs = VAL[:5]
+    expected = 0.0
+    for pair in pairs:
+        rows = np.flatnonzero(sliding.encoded.pair_of_row == pair)
+        with torch.no_grad():
+            expected += float(loop._forward(rows, np.ones(len(rows), dtype=np.float32))[1]) / len(rows)
+    with torch.no_grad():
+        assert loop._step(pairs, training=False)[0] == pytest.approx(expected, rel=1e-5)
+    assert len(loop.fit(TRAIN, VAL).val_scores) == len(VAL)
+
+
+def test_cross_entropy_is_torchs():
+    logits = torch.randn(50, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 2, (50,))
+    ours = cross_entropy(logits, labels)
+    torch.testing.assert_close(ours, functional.cross_entropy(logits, labels, reduction="none"))
+    (gradient,) = torch.autograd.grad(ours.sum(), logits)
+    (expected,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), logits)
+    torch.testing.assert_close(gradient, expected)

@@ -1,0 +1,104 @@
+"""A toy task for the loop: posts of words, a criterion is matched when its word stands in the post."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from builders import tiny_llama, wordlevel_tokenizer
+
+from raycv.base import BaseFiles, fetch_base, load_classifier, load_tokenizer
+from raycv.config import DoraConfig, ModelConfig, PromptConfig, TrainConfig
+from raycv.encoding import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
+from raycv.model import add_dora
+from raycv.records import Criterion, Dataset, Pair
+from raycv.utils import set_seed
+
+WORDS = [f"w{i}" for i in range(12)]
+FRAME = "post: , criterion: Does the post match the criterion description? Output yes or no ...".split()
+LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def toy_dataset(posts: int = 16, seed: int = 0, words: int = 6) -> Dataset:
+    """`posts` posts x 3 criteria; the words of a post vary in number, so that rows vary in length."""
+    generator = np.random.default_rng(seed)
+    criteria = {f"C{i}": Criterion(f"C{i}", WORDS[i]) for i in range(3)}
+    texts, pairs = {}, []
+    for index in range(posts):
+        chosen = generator.choice(WORDS, size=int(generator.integers(2, words + 1)), replace=True).tolist()
+        if index < 2:
+            chosen.append(WORDS[index])  # both classes are there for sure
+        post_id = f"p{index:02}"
+        texts[post_id] = " ".join(chosen)
+        pairs += [Pair(post_id, key, int(criterion.text in chosen)) for key, criterion in criteria.items()]
+    return Dataset(texts, criteria, sorted(pairs, key=lambda pair: (pair.post_id, pair.criterion_id)))
+
+
+def prompt_config(**changes: object) -> PromptConfig:
+    values = {"max_length": 48, "long_post": "head_tail", "head_fraction": 0.25, "stride_fraction": 0.5}
+    return PromptConfig(**(values | changes))
+
+
+def train_config(**changes: object) -> TrainConfig:
+    values = {
+        "epochs": 2,
+        "patience": 2,
+        "batch_size": 8,
+        "effective_batch_size": 8,
+        "eval_batch_size": 4,
+        "lr": 1e-2,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "imbalance": "none",
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+        "seed": 1,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def toy_base(folder: Path) -> BaseFiles:
+    words = [*FRAME, *WORDS, *(f"{word}," for word in WORDS)]
+    return fetch_base(str(tiny_llama(folder / "base", tokenizer=wordlevel_tokenizer(words))), None)
+
+
+@dataclass
+class Toy:
+    """Everything that a FoldTrainer wants."""
+
+    base: BaseFiles
+    dataset: Dataset = field(default_factory=toy_dataset)
+    prompt: PromptConfig = field(default_factory=prompt_config)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = load_tokenizer(self.base)
+        texts = [criterion.text for criterion in self.dataset.criteria.values()]
+        self.encoder: PromptEncoder = prompt_encoder(self.tokenizer, self.prompt, texts)
+        self.encoded: EncodedPairs = encode_dataset(self.encoder, self.dataset)[0]
+
+    def model(self, seed: int = 1, dropout: float = 0.0, dtype: str = "float32", modules: object = None):
+        import torch
+
+        base = load_classifier(self.base, self.tokenizer, getattr(torch, dtype), seed=seed)
+        set_seed(seed)
+        targets = ModelConfig(name=self.base.name, revision=None, target_modules=modules or LLAMA_MODULES)
+        return add_dora(base, targets, DoraConfig(r=4, alpha=8, lora_dropout=dropout))
+
+
+class Recorder:
+    """A listener that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple] = []
+        self.epochs: list[tuple] = []
+        self.events: list[str] = []
+
+    def on_step(self, *step: object) -> None:
+        self.steps.append(step)
+
+    def on_epoch(self, result: object, scores: np.ndarray, is_best: bool) -> None:
+        self.epochs.append((result, scores, is_best))
+
+    def on_event(self, text: str) -> None:
+        self.events.append(text)
