@@ -118,7 +118,7 @@ class TrainConfig(Section):
 
 class ResourcesConfig(Section):
     gpus_per_fold: Auto | Annotated[float, Field(ge=0)] = Field(
-        description="GPUs of one fold, fractions allowed; auto: 1 where the cluster has GPUs, else 0"
+        description="GPUs of one fold, fractions allowed; auto: 1 where the cluster has GPUs or grows, else 0"
     )
     cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
         description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1"

@@ -19,16 +19,18 @@ os.environ.setdefault("RAY_maximum_startup_concurrency", "16")
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.config import ResourcesConfig, RunConfig
-from raycv.errors import RunFailedError, UserError
+from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.fold import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays, fold_trial
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
-from raycv.paths import RunFolder, absolute_folder, read_json
+from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
 from raycv.records import FoldResult
 
 if TYPE_CHECKING:
+    from raycv.base import BaseFiles
     from raycv.driver import Prepared
     from raycv.tracking import FoldRuns
 
@@ -64,20 +66,14 @@ def plan(config: RunConfig) -> Placement:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = config.resources
-    total_gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus = float(total_gpus > 0) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
-    at_most = config.cv.folds if config.cv.max_concurrent == "auto" else config.cv.max_concurrent
-    at_most = min(at_most, config.cv.folds)
-    if asked.cpus_per_fold == "auto":
-        places = sum(int(node.get("GPU", 0) / gpus) for node in nodes) if gpus else at_most
-        total_cpus = sum(node.get("CPU", 0) for node in nodes)
-        cpus = float(max(1, int(total_cpus // max(1, min(places, at_most)))))
-        # A node with fewer cores than an even share still holds a fold.
-        cpus = min(cpus, max((node.get("CPU", 0) for node in nodes), default=cpus) or cpus)
-    else:
-        cpus = float(asked.cpus_per_fold)
+    at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
+    has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
+    gpus = float(has_gpus) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    cpus = _even_share(nodes, gpus, at_most) if asked.cpus_per_fold == "auto" else asked.cpus_per_fold
+    if asked.autoscaling:
+        return Placement(gpus, cpus, at_most)
     fit = sum(_folds_that_fit(node, gpus, cpus) for node in nodes)
-    if fit == 0 and not asked.autoscaling:
+    if fit == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise UserError(
             f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them (nodes: {have}).",
@@ -86,7 +82,16 @@ def plan(config: RunConfig) -> Placement:
                 "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, at_most if asked.autoscaling else min(fit, at_most))
+    return Placement(gpus, cpus, min(fit, at_most))
+
+
+def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
+    """Whole cores for each of the folds that can run at once, at least 1."""
+    if gpus:
+        shares = [node["CPU"] // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus]
+        return max(1.0, min(shares, default=1.0))
+    cores = [node.get("CPU", 0.0) for node in nodes]
+    return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
 
 
 def _folds_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
@@ -109,8 +114,32 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria_hash=dataset.stats["criteria_hash"],
         gpus=placement.gpus,
         cpus=placement.cpus,
-        board=ProgressBoard.remote(),
+        board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
     )
+
+
+def check_shared(folder: RunFolder, base: "BaseFiles") -> None:
+    """Every node that may hold a fold must see the run folder, and the base model if that is a folder.
+
+    Raises: UserError naming the nodes that do not. A cluster that grows later is not checked again.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    paths = [str(folder.config)]
+    if base.revision is None and not base.name.startswith(BUNDLED_SCHEME):
+        paths.append(str(base.path))
+    probe = ray.remote(num_cpus=0)(lambda: [path for path in paths if not os.path.exists(path)])
+    faults = []
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            missing = ray.get(probe.options(scheduling_strategy=there).remote())
+            faults += [f"{node['NodeManagerAddress']} does not see {path}" for path in missing]
+    if faults:
+        raise FaultsError(
+            "The cluster's nodes do not share what they need",
+            faults,
+            remedies=["put run.dir (and a local model.name) on storage that every node sees under the same path"],
+        )
 
 
 def run_folds(

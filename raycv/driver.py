@@ -54,20 +54,26 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     """
     console = console or Console()
     dataset, splits = _data(config)
+    _refuse_taken_name(config)
     _announce_data(console, config, dataset, splits)
+    from raycv import cv
     from raycv.tracking import Tracker
 
     tracker = Tracker(config.tracking.uri)
     experiment_id = tracker.open_experiment(config.tracking)
     prepared = _prepare(config, dataset, splits, console)
-    folder = new_run_folder(config)
-    _write_inputs(folder, config, prepared)
-    with _parent_run(tracker, experiment_id, folder, config, prepared) as parent_id:
-        results = _folds(config, folder, prepared, parent_id, console)
-        report = summarize(folder.root.name, results, config.cv.folds)
-        write_json(folder.report, report)
-        tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
-        tracker.log_report(parent_id, report, folder.report)
+    with cv.ray_cluster(config.resources) as dashboard:
+        placement = cv.plan(config)
+        _announce_ray(console, placement, dashboard)
+        folder = new_run_folder(config)
+        _write_inputs(folder, config, prepared)
+        cv.check_shared(folder, prepared.base)
+        with _parent_run(tracker, experiment_id, folder, config, prepared) as parent_id:
+            results = _folds(config, folder, prepared, placement, parent_id, console)
+            report = summarize(folder.root.name, results, config.cv.folds)
+            write_json(folder.report, report)
+            tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
+            tracker.log_report(parent_id, report, folder.report)
     _conclude(console, config, folder, report, parent_id)
     return report
 
@@ -116,31 +122,35 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
     return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
 
 
+def _refuse_taken_name(config: RunConfig) -> None:
+    if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
+        folder = Path(config.run.dir).absolute() / config.run.name
+        raise UserError(
+            f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
+            remedies=["choose another run.name, or leave it out", f"remove the old run: rm -r {folder}"],
+        )
+
+
 def new_run_folder(config: RunConfig) -> RunFolder:
     """A fresh folder for the run, named `run.name`, or by the time.
 
     Raises: UserError if the name is taken or the folder cannot be made.
     """
+    _refuse_taken_name(config)
     runs = Path(config.run.dir).absolute()
-    base = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 100):
-        name = base if attempt == 1 else f"{base}-{attempt}"
-        try:
-            (runs / name).mkdir(parents=True)
-        except FileExistsError:
-            if config.run.name is None and runs.is_dir():
-                continue
-            raise UserError(
-                f"run.name={base}: {runs / name} exists, and a run never writes into another's folder.",
-                remedies=["choose another run.name, or leave it out", f"remove the old run: rm -r {runs / name}"],
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
-                remedies=["choose a folder that you may write to: run.dir=<folder>"],
-            ) from error
-        return RunFolder(runs / name)
-    raise UserError(f"run.dir={config.run.dir}: no free name for {base} was found.", remedies=["run.name=<name>"])
+    name = first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    attempt = 1
+    while (runs / name).exists():
+        attempt += 1
+        name = f"{first}-{attempt}"
+    try:
+        (runs / name).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
+            remedies=["choose a folder that you may write to: run.dir=<folder>"],
+        ) from error
+    return RunFolder(runs / name)
 
 
 def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> None:
@@ -195,22 +205,23 @@ def _parent_run(
 
 
 def _folds(
-    config: RunConfig, folder: RunFolder, prepared: Prepared, parent_id: str, console: Console
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared,
+    placement: "Placement",
+    parent_id: str,
+    console: Console,
 ) -> list[FoldResult]:
-    """Trains all folds under Ray."""
+    """Trains all folds under Ray, with a child run each and the live view on."""
     from raycv import cv
     from raycv.live import LiveView
     from raycv.tracking import FoldRuns
 
-    say(console, "Starting Ray", "dim")
-    with cv.ray_cluster(config.resources) as dashboard:
-        placement = cv.plan(config)
-        _announce_ray(console, placement, dashboard)
-        task = cv.fold_task(config, folder, prepared, placement)
-        runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config), cv.FOLD_KEY)
-        folds = [split.fold for split in prepared.splits]
-        with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
-            return cv.run_folds(task, folds, placement, runs, view)
+    task = cv.fold_task(config, folder, prepared, placement)
+    runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config), cv.FOLD_KEY)
+    folds = [split.fold for split in prepared.splits]
+    with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
+        return cv.run_folds(task, folds, placement, runs, view)
 
 
 def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:

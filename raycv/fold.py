@@ -67,9 +67,8 @@ class FoldTask:
     """handle of the ProgressBoard actor"""
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Where workers post how far they are, and the driver's live view reads it. Never in the way of training."""
+    """An actor where workers post how far they are and the driver's live view reads it, never in training's way."""
 
     def __init__(self) -> None:
         self._posts: dict[int, dict[str, Any]] = {}
