@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's own table of trials would be printed over ours.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# A fold is half a dozen processes that mostly wait: Ray's default of a start per core delays them, and it warns.
-os.environ.setdefault("RAY_maximum_startup_concurrency", "16")
+# A fold is half a dozen processes that mostly wait; that these are many for few cores is no news to the user.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 
 import ray
 from ray import tune

@@ -59,7 +59,7 @@ def summary_table(report: dict[str, Any]) -> "Table":
         title=f"{report['run']}: {len(report['folds'])}-fold cross-validation",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)

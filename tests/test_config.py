@@ -386,7 +386,7 @@ def test_shown_quotes_short_values_and_measures_long_ones() -> None:
 
 def command(cwd: Path, *arguments: str, script: Path | None = None) -> subprocess.CompletedProcess[str]:
     start = [str(script)] if script else ["-m", "raycv.run"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA_", "PYTHONPATH"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA_")}
     return subprocess.run(
         [sys.executable, *start, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )

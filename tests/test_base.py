@@ -1,0 +1,946 @@
+"""The base model: fetched from a hub that fails on demand, read from every real format, with a reproducible head."""
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from builders import (
+    SENTENCES,
+    bpe_tokenizer,
+    llama_config,
+    sentencepiece_files,
+    tiny_bert,
+    tiny_llama,
+    wordlevel_tokenizer,
+)
+from hub_server import HubServer
+
+from raycv.base import (
+    BaseFiles,
+    absolute_name,
+    check_max_length,
+    fetch_base,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    set_pad_token,
+)
+from raycv.errors import UserError
+
+NAME = "org/model"
+# Enough for a client that only fetches: nothing is loaded from it. The cache keeps equal contents once, so all differ.
+REPO = {
+    "config.json": b'{"of": "model"}',
+    "tokenizer.json": b'{"of": "tokenizer"}',
+    "tokenizer_config.json": b'{"of": "tokenizer config"}',
+    "tokenizer.model": b"sentencepiece",
+    "model.safetensors": bytes(range(256)) * 16,
+    "pytorch_model.bin": b"the same weights again",
+    "tf_model.h5": b"and again",
+    "README.md": b"# a model",
+    "modeling_own.py": b"raise SystemExit",
+    "onnx/model.onnx": b"and again",
+    "original/params.json": b"{}",
+}
+WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "model.safetensors"}
+
+
+def index(*shards: str) -> bytes:
+    return json.dumps({"weight_map": {f"tensor{i}": shard for i, shard in enumerate(shards)}}).encode()
+
+
+BIN_SHARDS = {
+    "config.json": b"{}",
+    "tokenizer.model": b"sentencepiece",
+    "pytorch_model.bin.index.json": index("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
+    "pytorch_model-00001-of-00002.bin": b"one",
+    "pytorch_model-00002-of-00002.bin": b"two",
+    "pytorch_model-99999-of-99999.bin": b"not in the index",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    """A hub of its own, which the real client in this process is pointed at, with an empty cache."""
+    from huggingface_hub import constants, file_download
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # tests as a whole run offline
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+
+
+def fetch(name: str = NAME, revision: str | None = None) -> BaseFiles:
+    return fetch_base(name, revision, base_seconds=0.001)
+
+
+# ------------------------------------------------------------------------------------------------------ the hub
+
+
+def test_a_model_is_fetched_once_and_only_what_is_needed(hub):
+    commit = hub.add(NAME, REPO)
+    found = fetch()
+    assert (found.name, found.revision, found.weight_format) == (NAME, commit, "safetensors")
+    assert found.files == {file: len(REPO[file]) for file in WANTED}
+    assert {path.name for path in found.path.iterdir()} == WANTED
+    assert (found.path / "model.safetensors").read_bytes() == REPO["model.safetensors"]
+    for file in WANTED:
+        assert hub.count(f"/{NAME}/resolve/{commit}/{file}", method="HEAD") == 1
+
+    before = len(hub.requests)
+    assert fetch() == found
+    # Which commit is `main` now is all that the second call has to ask.
+    assert [request.path for request in hub.requests[before:]] == [f"/api/models/{NAME}/revision/main"]
+
+
+def test_a_commit_that_is_cached_costs_no_request(hub):
+    commit = hub.add(NAME, REPO)
+    found = fetch(revision=commit)
+    before = len(hub.requests)
+    assert fetch(revision=commit) == found
+    assert len(hub.requests) == before
+
+
+def test_a_new_commit_on_the_branch_is_fetched(hub):
+    first = hub.add(NAME, REPO)
+    assert fetch().revision == first
+    second = hub.add(NAME, REPO | {"config.json": b'{"new": 1}'})
+    found = fetch()
+    assert found.revision == second != first
+    assert (found.path / "config.json").read_bytes() == b'{"new": 1}'
+    assert fetch(revision=first).revision == first
+
+
+def test_sharded_bin_weights_are_taken_as_the_index_says(hub):
+    hub.add(NAME, BIN_SHARDS)
+    found = fetch()
+    assert found.weight_format == "pytorch_bin"
+    assert set(found.files) == set(BIN_SHARDS) - {"pytorch_model-99999-of-99999.bin"}
+
+
+def test_safetensors_shards_go_before_a_single_bin(hub):
+    shards = {f"model-0000{i}-of-00002.safetensors": b"x" for i in (1, 2)}
+    files = {"config.json": b"{}", "pytorch_model.bin": b"y", "pytorch_model.bin.index.json": index("z")}
+    hub.add(NAME, files | shards | {"model.safetensors.index.json": index(*shards)})
+    found = fetch()
+    assert found.weight_format == "safetensors"
+    assert set(found.files) == {"config.json", "model.safetensors.index.json", *shards}
+
+
+def test_weights_are_asked_for_last(hub):
+    commit = hub.add(NAME, REPO)
+    fetch()
+    heads = [
+        request.path.removeprefix(f"/{NAME}/resolve/{commit}/") for request in hub.requests if "HEAD" in str(request)
+    ]
+    assert heads[-1] == "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        ("/api/models/", None),
+        ("/config.json", "HEAD"),
+        ("/config.json", "GET"),
+        ("/cdn/", "GET"),
+        (".safetensors", "HEAD"),
+    ],
+)
+def test_two_503_then_success(hub, part, method, caplog):
+    hub.add(NAME, REPO)
+    hub.fail(part, status=503, times=2, method=method)
+    assert set(fetch().files) == WANTED
+    assert [f"attempt {i} of 3 failed" in text for i, text in enumerate(caplog.messages, 1)] == [True, True]
+    assert "HTTP 503" in caplog.text
+    answered = [request.status for request in hub.requests if part in request.path and method in (None, request.method)]
+    assert answered[:2] == [503, 503]
+    assert 503 not in answered[2:]
+
+
+def test_429_passes_and_its_retry_after_is_kept(hub, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waits.append(seconds) if seconds > 1 else None)
+    hub.add(NAME, REPO)
+    hub.fail("/api/models/", status=429, times=1, Retry_After="5")
+    assert set(fetch().files) == WANTED
+    assert 5 <= waits[0] <= 7.5
+
+
+@pytest.mark.parametrize(("part", "method"), [("/api/models/", None), ("/config.json", "HEAD"), ("/cdn/", "GET")])
+def test_a_fault_that_stays_is_met_exactly_three_times(hub, part, method):
+    hub.add(NAME, REPO)
+    hub.fail(part, status=503, method=method)
+    with pytest.raises(UserError) as caught:
+        fetch()
+    assert hub.count(part, method=method) == 3
+    text = str(caught.value)
+    assert NAME in text
+    assert "failed 3 times" in text
+    assert "HTTP 503" in text
+    for remedy in ("HTTPS_PROXY", "HF_ENDPOINT", f"hf download {NAME}", "model.name"):
+        assert remedy in text
+
+
+def test_half_a_snapshot_is_never_taken_for_a_whole_one(hub):
+    commit = hub.add(NAME, REPO)
+    hub.fail("/cdn/", status=503, times=3)
+    with pytest.raises(UserError):
+        fetch()
+    # The folder of the commit exists now, without weights.
+    hub.fail("/api/models/", status=503)
+    with pytest.raises(UserError, match="failed 3 times"):
+        fetch()
+    with pytest.raises(UserError, match="failed 3 times"):
+        fetch(revision=commit)
+
+
+def test_a_gated_model_is_refused_at_once_and_says_what_to_do(hub):
+    hub.add(NAME, REPO)
+    hub.fail("", status=401, code="GatedRepo")
+    with pytest.raises(UserError, match="gated") as caught:
+        fetch()
+    assert len(hub.requests) == 1
+    text = str(caught.value)
+    assert "accept the license" in text
+    assert f"{hub.endpoint}/{NAME}" in text
+    assert "hf auth login" in text
+
+
+def test_files_may_be_gated_although_the_list_is_not(hub):
+    hub.add(NAME, REPO)
+    hub.fail("/resolve/", status=403, code="GatedRepo")
+    with pytest.raises(UserError, match="gated"):
+        fetch()
+    assert hub.count("/config.json") == 1
+
+
+def test_an_unknown_model_is_refused_at_once(hub):
+    with pytest.raises(UserError, match="no org/typo that you may read") as caught:
+        fetch("org/typo")
+    assert len(hub.requests) == 1
+    assert "hf auth login" in str(caught.value)
+
+
+def test_a_bad_token_is_refused_at_once(hub):
+    hub.add(NAME, REPO)
+    hub.fail("", status=401, X_Error_Message="Invalid credentials in Authorization header")
+    with pytest.raises(UserError, match="HTTP 401"):
+        fetch()
+    assert len(hub.requests) == 1
+
+
+def test_an_unknown_revision_is_refused_at_once(hub):
+    hub.add(NAME, REPO)
+    with pytest.raises(UserError, match="no revision v9"):
+        fetch(revision="v9")
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "no spaces allowed", "klyang--x/..", "org/" + "x" * 200])
+def test_what_is_no_hub_id_is_refused_without_a_request(hub, name):
+    with pytest.raises(UserError, match=r"neither a folder .* nor an id"):
+        fetch(name)
+    assert hub.requests == []
+
+
+def test_a_hub_that_is_down_and_an_empty_cache(hub, caplog):
+    hub.stop()
+    with pytest.raises(UserError) as caught:
+        fetch()
+    assert [f"attempt {i} of 3 failed" in text for i, text in enumerate(caplog.messages, 1)] == [True] * 3
+    text = str(caught.value)
+    assert "Connection refused" in text
+    for remedy in ("HTTPS_PROXY", "HF_ENDPOINT", f"hf download {NAME}`", "model.name"):
+        assert remedy in text
+
+
+def test_a_hub_that_is_down_and_a_warm_cache(hub, caplog):
+    commit = hub.add(NAME, REPO)
+    found = fetch()
+    hub.stop()
+    assert fetch() == found
+    assert f"using commit {commit}" in caplog.messages[-1]
+    assert caplog.records[-1].levelno == logging.WARNING
+    caplog.clear()
+    assert fetch(revision=commit) == found
+    assert caplog.messages == []
+    with pytest.raises(UserError, match="failed 3 times"):
+        fetch(revision="other")
+
+
+def test_offline_mode(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    commit = hub.add(NAME, REPO)
+    found = fetch()
+    before = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch() == fetch(revision=commit) == found
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set, and .* does not hold org/other") as caught:
+        fetch("org/other")
+    assert "unset HF_HUB_OFFLINE" in str(caught.value)
+    assert len(hub.requests) == before
+
+
+def test_a_connection_cut_in_the_middle_of_a_file_resumes(hub, monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.add(NAME, REPO)
+    hub.cut("/model.safetensors", after=2500, times=4)
+    found = fetch()
+    assert (found.path / "model.safetensors").read_bytes() == REPO["model.safetensors"]
+    assert "broke off" in caplog.text
+    ranges = [request.range for request in hub.requests if "/cdn/" in request.path and "model.safe" in request.path]
+    assert "bytes=2000-" in ranges
+
+
+def test_a_stalled_download_counts_as_a_failed_attempt(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    hub.add(NAME, REPO)
+    hub.cut("/cdn/", after=10, times=99, stall=True)
+    with pytest.raises(UserError, match="failed 3 times"):
+        fetch()
+    assert hub.count("tokenizer.model", method="GET") == 6  # 3 times the address on the hub and the one behind it
+
+
+def test_a_file_list_that_never_comes_ends_in_a_timeout(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    hub.add(NAME, REPO)
+    hub.cut("/api/models/", after=3, times=99, stall=True)
+    with pytest.raises(UserError, match="failed 3 times"):
+        fetch()
+    assert hub.count() == 3
+
+
+def test_the_client_is_left_as_it_was(hub):
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import _http
+
+    hub.add(NAME, REPO)
+    before = (_http._GLOBAL_BACKEND_FACTORY, constants.HF_HUB_DISABLE_XET)
+    fetch()
+    hub.fail("", status=503)
+    with pytest.raises(UserError):
+        fetch("org/other")
+    assert _http._GLOBAL_BACKEND_FACTORY is before[0]
+    assert constants.HF_HUB_DISABLE_XET is before[1]
+    assert get_session().get(hub.endpoint).status_code == 503
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(hub):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    hub.delay = 0.05
+    names = [f"org/model{i}" for i in range(4)]
+    for name in names:
+        hub.add(name, REPO)
+    before = _http._GLOBAL_BACKEND_FACTORY
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(fetch, names))
+    assert [set(files.files) for files in found] == [WANTED] * 4
+    assert _http._GLOBAL_BACKEND_FACTORY is before
+    assert not constants.HF_HUB_DISABLE_XET
+
+
+def test_a_cache_that_lacks_a_small_file_is_completed(hub):
+    commit = hub.add(NAME, REPO)
+    found = fetch()
+    (found.path / "tokenizer_config.json").unlink()
+    assert fetch() == found
+    assert hub.count(f"{commit}/model.safetensors", method="HEAD") == 1
+
+
+def test_a_cache_that_lacks_a_weight_file_is_completed(hub):
+    commit = hub.add(NAME, BIN_SHARDS)
+    found = fetch()
+    (found.path / "pytorch_model-00002-of-00002.bin").unlink()
+    assert fetch(revision=commit) == found
+    assert hub.count("00001-of", method="HEAD") == 1
+
+
+def test_a_file_system_without_locks_will_do(hub, monkeypatch):
+    from filelock import FileLock
+
+    class Unknown(FileLock):
+        def _acquire(self) -> None:
+            raise NotImplementedError("flock")
+
+    hub.add(NAME, REPO)
+    monkeypatch.setattr("filelock.FileLock", Unknown)
+    assert set(fetch().files) == WANTED
+
+
+def test_the_password_of_a_mirror_is_not_shown(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("http://", "http://ann:s3cret@"))
+    for status in (404, 503):
+        hub.fail("", status=status, times=3)
+        with pytest.raises(UserError) as caught:
+            fetch()
+        assert "s3cret" not in str(caught.value)
+        assert "http://***@127.0.0.1" in str(caught.value)
+
+
+def test_the_xet_transport_is_not_used(hub):
+    # It has its own long retries. Every large file of the server names a Xet address where nothing answers.
+    hub.add(NAME, REPO)
+    fetch()
+    assert hub.count("/xet-token") == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({"config.json": b"{}", "model.gguf": b"x"}, "no weights that PyTorch can read"),
+        ({"model.safetensors": b"x"}, "no config.json"),
+        (
+            {k: v for k, v in BIN_SHARDS.items() if "00002-of" not in k},
+            "pytorch_model-00002-of-00002.bin, which is not",
+        ),
+        ({"config.json": b"{}", "model.safetensors.index.json": index("../../x")}, "does not name plain files"),
+        ({"config.json": b"{}", "model.safetensors.index.json": b"{"}, "is damaged"),
+        ({"config.json": b"{}", "model.safetensors.index.json": b"[]"}, "is damaged"),
+        ({"config.json": b"{}", "model.safetensors": b"version https://git-lfs.github.com/spec/v1"}, "git-lfs pointer"),
+    ],
+)
+def test_a_repository_that_is_no_model(hub, files, text):
+    hub.add(NAME, files)
+    with pytest.raises(UserError, match=text):
+        fetch()
+
+
+def test_a_full_disk_is_named(hub, monkeypatch):
+    hub.add(NAME, REPO)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(UserError, match="disk is full") as caught:
+        fetch()
+    assert "HF_HOME" in str(caught.value)
+
+
+def test_a_token_is_sent_to_the_hub_but_never_shown(hub, monkeypatch):
+    token = "hf_" + "s3cret" * 5
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.add(NAME, REPO)
+    hub.fail("/config.json", status=503)
+    with pytest.raises(UserError) as caught:
+        fetch()
+    assert {request.authorization for request in hub.requests} == {f"Bearer {token}"}
+    assert token not in str(caught.value)
+
+
+def client(hub: HubServer, home: Path, code: str, **env: str) -> subprocess.Popen:
+    """A process of its own with HF_ENDPOINT and HF_HOME set the way a user sets them."""
+    keep = {
+        name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
+    }
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    arguments = [sys.executable, "-c", "from raycv.base import fetch_base\n" + code]
+    return subprocess.Popen(arguments, env=keep | own | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_five_processes_at_once_fetch_each_file_once(tmp_path):
+    with HubServer(delay=0.3) as hub:
+        commit = hub.add(NAME, BIN_SHARDS)
+        clients = [client(hub, tmp_path, f"print(fetch_base('{NAME}', '{commit}').path)") for _ in range(5)]
+        said = [process.communicate(timeout=60) for process in clients]
+        assert [process.returncode for process in clients] == [0] * 5, said
+        assert len({out for out, _ in said}) == 1
+        used = set(BIN_SHARDS) - {"pytorch_model-99999-of-99999.bin"}
+        assert hub.count(method="HEAD") == len(used)
+        for file in used:
+            assert hub.count(f"/{commit}/{file}", method="HEAD") == 1
+
+
+def test_the_environment_variables_of_the_hub_are_respected(tmp_path):
+    with HubServer() as hub:
+        hub.add(NAME, REPO)
+        warm = client(hub, tmp_path, f"print(fetch_base('{NAME}', None).path)")
+        out, _ = warm.communicate(timeout=60)
+        assert out.startswith(str(tmp_path))
+        before = len(hub.requests)
+        code = f"import sys; print(fetch_base('{NAME}', None).path); print('torch' in sys.modules)"
+        offline = client(hub, tmp_path, code, HF_HUB_OFFLINE="1")
+        assert offline.communicate(timeout=60)[0] == out + "False\n"
+        assert len(hub.requests) == before
+
+
+def test_a_waiting_process_says_so(hub, tmp_path, caplog):
+    from filelock import FileLock
+
+    caplog.set_level(logging.INFO, logger="raycv.base")
+    hub.add(NAME, REPO)
+    path = tmp_path / "cache" / ".locks" / "raycv--org--model.lock"
+    path.parent.mkdir(parents=True)
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(path):
+            held.set()
+            time.sleep(0.3)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(5)
+    fetch()
+    holder.join()
+    assert "waiting for another process that downloads org/model" in caplog.messages
+
+
+# -------------------------------------------------------------------------------------------------- local folders
+
+
+def folder(path: Path, files: dict[str, bytes]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if "/" not in name:
+            (path / name).write_bytes(content)
+    return path
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    path = folder(tmp_path / "m", REPO)
+    found = fetch(str(path))
+    assert (found.path, found.revision, found.weight_format) == (path, None, "safetensors")
+    assert found.files == {file: len(REPO[file]) for file in WANTED}
+
+
+def test_a_relative_folder_becomes_absolute(tmp_path, monkeypatch):
+    folder(tmp_path / "models" / "m", REPO)
+    monkeypatch.chdir(tmp_path)
+    assert fetch("models/m").path == tmp_path / "models" / "m"
+    assert absolute_name("models/m") == absolute_name("./models/m") == str(tmp_path / "models" / "m")
+    assert absolute_name(NAME) == NAME
+    assert absolute_name("raycv://models/x") == "raycv://models/x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch("~/models/m").path == tmp_path / "models" / "m"
+
+
+def test_what_ships_with_raycv_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("raycv.paths.PACKAGE", tmp_path / "raycv")
+    path = folder(tmp_path / "models" / "m", REPO)
+    assert fetch("raycv://models/m").path == path
+    assert fetch("raycv://models/m").name == "raycv://models/m"
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({}, "no config.json; it holds no files"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "an adapter"),
+        ({"config.json": b"{}"}, "no weights that PyTorch can read"),
+        (
+            {k: v for k, v in BIN_SHARDS.items() if "00002-of" not in k},
+            "lacks weights: pytorch_model-00002-of-00002.bin",
+        ),
+        ({"config.json": b"{}", "model.safetensors": b"version https://git-lfs.github.com/spec/v1\n"}, "git lfs pull"),
+    ],
+)
+def test_a_folder_that_is_no_model(tmp_path, files, text):
+    with pytest.raises(UserError, match=text):
+        fetch(str(folder(tmp_path / "m", files)))
+
+
+def test_a_missing_folder_and_a_revision_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match="There is no folder"):
+        fetch(str(tmp_path / "typo"))
+    with pytest.raises(UserError, match=r"There is no folder .*typo"):
+        fetch("./typo")
+    with pytest.raises(UserError, match=r"model\.revision=main means nothing"):
+        fetch(str(folder(tmp_path / "m", REPO)), "main")
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+FORMATS = {
+    "one safetensors": {},
+    "sharded safetensors": {"shard": "20KB"},
+    "one bin": {"weights": "bin"},
+    "sharded bin": {"weights": "bin", "shard": "20KB"},
+}
+
+
+def loaded(path: Path, seed: int = 1, dtype: str = "float32"):
+    import torch
+
+    files = fetch(str(path))
+    return load_classifier(files, load_tokenizer(files), getattr(torch, dtype), seed=seed)
+
+
+def logits(path: Path, **options):
+    """float32 [5, 2] of SENTENCES, padded."""
+    import torch
+
+    model = loaded(path, **options)
+    tokenizer = load_tokenizer(fetch(str(path)))
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference(llama):
+    return logits(llama)
+
+
+@pytest.mark.parametrize("saved", FORMATS.values(), ids=FORMATS)
+def test_every_format_gives_the_same_logits(tmp_path, reference, saved):
+    path = tiny_llama(tmp_path, **saved)
+    assert ("shard" in saved) == (len(list(path.glob("*-of-*"))) > 1)
+    assert fetch(str(path)).weight_format == ("pytorch_bin" if "weights" in saved else "safetensors")
+    assert logits(path).equal(reference)
+
+
+def test_fp16_shards_load_in_the_dtype_asked_for(tmp_path, reference):
+    import torch
+
+    path = tiny_llama(tmp_path, weights="bin", shard="20KB", dtype="float16")
+    for name in ("float32", "bfloat16", "float16"):
+        assert {p.dtype for p in loaded(path, dtype=name).parameters()} == {getattr(torch, name)}
+    torch.testing.assert_close(logits(path), reference, atol=1e-3, rtol=0)
+
+
+def test_loading_from_a_hub_asks_the_hub_for_nothing_more(hub, llama, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False)
+    hub.add(NAME, llama)
+    files = fetch()
+    before = len(hub.requests)
+    model = load_classifier(files, load_tokenizer(files), torch.float32, seed=1)
+    assert len(hub.requests) == before
+    assert model.score.weight.equal(loaded(llama).score.weight)
+
+
+def test_the_classifier_is_set_up(llama):
+    model = loaded(llama)
+    config = model.config
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    assert (config.num_labels, config.id2label) == (2, {0: "unmatched", 1: "matched"})
+    assert config.label2id == {"unmatched": 0, "matched": 1}
+    assert (config.use_cache, config.pad_token_id) == (False, 0)
+    assert not model.training
+    assert model.score.weight.shape == (2, 32)
+
+
+def test_the_head_depends_on_the_seed_alone(tmp_path, llama):
+    import torch
+
+    torch.manual_seed(11)
+    one = loaded(llama, seed=1).score.weight
+    torch.manual_seed(12)
+    assert loaded(llama, seed=1).score.weight.equal(one)
+    assert not loaded(llama, seed=2).score.weight.equal(one)
+    other_format = tiny_llama(tmp_path, weights="bin", shard="20KB")
+    assert loaded(other_format, seed=1).score.weight.equal(one)
+    assert loaded(llama, seed=1, dtype="bfloat16").score.weight.equal(one.bfloat16())
+    assert 0.005 < one.std() < 0.05
+    assert one.abs().min() > 0
+
+
+def test_the_global_random_state_is_left_alone(llama):
+    import torch
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    loaded(llama)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_head_that_came_with_the_checkpoint_is_replaced(tmp_path, llama):
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    for labels in (2, 3):
+        trained = LlamaForSequenceClassification.from_pretrained(llama, num_labels=labels)
+        with torch.no_grad():
+            trained.score.weight.fill_(7.0)
+        path = tmp_path / str(labels)
+        trained.save_pretrained(path)
+        load_tokenizer(fetch(str(llama))).save_pretrained(path)
+        assert loaded(path, seed=1).score.weight.equal(loaded(llama, seed=1).score.weight)
+
+
+def test_padding_does_not_change_the_logits(llama):
+    import torch
+
+    files = fetch(str(llama))
+    tokenizer, model = load_tokenizer(files), loaded(llama)
+    one = tokenizer(SENTENCES[0], return_tensors="pt")
+    padded = tokenizer(SENTENCES[0], padding="max_length", max_length=128, truncation=True, return_tensors="pt")
+    assert padded["input_ids"].shape == (1, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**one).logits, model(**padded).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_bert_loads_too(tmp_path):
+    import torch
+
+    path = tiny_bert(tmp_path / "bert")
+    first = logits(path)
+    assert first.shape == (5, 2)
+    torch.manual_seed(99)
+    assert logits(path).equal(first)
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path, llama):
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_llama(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensor.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        loaded(path)
+
+
+def test_a_config_of_another_size_is_refused(tmp_path):
+    path = tiny_llama(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(UserError, match="another"):
+        loaded(path)
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_truncated_weights_are_refused(tmp_path, weights):
+    path = tiny_llama(tmp_path, weights=weights)
+    file = path / ("model.safetensors" if weights == "safetensors" else "pytorch_model.bin")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"weights of .* cannot be loaded"):
+        loaded(path)
+
+
+class Planted:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_bin_file_is_refused_and_not_run(tmp_path, zipped):
+    import torch
+
+    path = tiny_llama(tmp_path / "m", weights="bin")
+    planted = {"model.norm.weight": Planted(tmp_path / "was_run")}
+    if zipped:
+        torch.save(planted, path / "pytorch_model.bin")
+    else:
+        (path / "pytorch_model.bin").write_bytes(pickle.dumps(planted))
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        loaded(path)
+    assert "could run code" in str(caught.value)
+    assert not (tmp_path / "was_run").exists()
+    # The plant is a live one.
+    pickle.loads(pickle.dumps(planted))
+    assert (tmp_path / "was_run").exists()
+
+
+def test_code_beside_the_model_is_never_run(tmp_path):
+    path = tiny_llama(tmp_path / "m")
+    (path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'was_run')!r})\n")
+    config = json.loads((path / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "own_type", "auto_map": own}))
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_config(fetch(str(path)))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_loading_is_quiet_and_leaves_verbosity_alone(llama, caplog, capfd):
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    loaded(llama)
+    assert transformers_logging.get_verbosity() == before
+    assert "newly initialized" not in capfd.readouterr().err + caplog.text
+
+
+def test_max_length_is_checked_against_the_positions():
+    check_max_length(llama_config(10, positions=512), 512)
+    check_max_length(SimpleNamespace(), 10**6)
+    with pytest.raises(UserError, match=r"prompt\.max_length=513, but the base model has 512 positions"):
+        check_max_length(llama_config(10, positions=512), 513)
+
+
+def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=11008,
+        vocab_size=32000,
+        num_labels=2,
+    )
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dora = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, use_dora=True, target_modules=modules)
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForSequenceClassification.from_config(config), dora)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    magnitudes = sum(size for name, size in sizes.items() if "magnitude" in name)
+    head = sum(size for name, size in sizes.items() if ".score." in name)
+    assert (magnitudes, head) == (1_359_872, 8_192)
+    assert sum(sizes.values()) == 21_356_544
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizers
+
+
+def ids(tokenizer) -> list[list[int]]:
+    return tokenizer([*SENTENCES, "", "Straße 漢字 \n\t x", "  two  spaces "])["input_ids"]
+
+
+def test_a_sentencepiece_model_alone_loads_fast_and_slow_with_equal_ids(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = sentencepiece_files(tiny_llama(tmp_path, tokenizer=False, vocab=400))
+    assert {file.name for file in path.iterdir()} >= {"tokenizer.model", "tokenizer_config.json"}
+    assert not (path / "tokenizer.json").exists()
+    fast = load_tokenizer(fetch(str(path)))
+    slow = AutoTokenizer.from_pretrained(path, use_fast=False)
+    assert (fast.is_fast, slow.is_fast) == (True, False)
+    assert ids(fast) == ids(slow)
+    assert fast(SENTENCES[0])["input_ids"][0] == fast.bos_token_id == 1
+    assert logits(path).shape == (5, 2)
+
+
+def test_the_slow_tokenizer_steps_in_when_no_fast_one_can_be_made(tmp_path, monkeypatch, caplog):
+    path = sentencepiece_files(tiny_llama(tmp_path, tokenizer=False, vocab=400))
+    fast = load_tokenizer(fetch(str(path)))
+
+    def cannot(*_: object, **__: object) -> None:
+        raise ValueError("no conversion")
+
+    monkeypatch.setattr("transformers.tokenization_utils_fast.convert_slow_tokenizer", cannot)
+    slow = load_tokenizer(fetch(str(path)))
+    assert not slow.is_fast
+    assert "using the slow one" in caplog.text
+    assert ids(slow) == ids(fast)
+    assert (slow.padding_side, slow.truncation_side, slow.pad_token_id) == ("right", "right", 0)
+
+
+def test_the_pad_token_is_unk_else_eos_and_nothing_is_added(tmp_path):
+    path = tiny_llama(tmp_path / "unk")
+    tokenizer = load_tokenizer(fetch(str(path)))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<unk>", 0)
+    assert len(tokenizer) == load_config(fetch(str(path))).vocab_size
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
+
+    without_unk = bpe_tokenizer()
+    without_unk.unk_token = None
+    path = tiny_llama(tmp_path / "eos", tokenizer=without_unk)
+    assert load_tokenizer(fetch(str(path))).pad_token == "</s>"
+
+    path = tiny_llama(tmp_path / "own", tokenizer=bpe_tokenizer(pad="[PAD]"))
+    assert load_tokenizer(fetch(str(path))).pad_token == "[PAD]"
+
+
+def test_left_padding_of_the_checkpoint_is_overruled(tmp_path):
+    saved = bpe_tokenizer()
+    saved.padding_side = saved.truncation_side = "left"
+    tokenizer = load_tokenizer(fetch(str(tiny_llama(tmp_path, tokenizer=saved))))
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
+
+
+def test_a_pad_token_beyond_the_embedding_is_replaced(tmp_path, caplog):
+    saved = bpe_tokenizer()
+    rows = len(saved)
+    saved.add_special_tokens({"pad_token": "[PAD]"})
+    assert saved.pad_token_id == rows
+    path = tiny_llama(tmp_path, tokenizer=saved, vocab=rows)
+    assert load_tokenizer(fetch(str(path))).pad_token == "<unk>"
+    assert "1 token(s) of the tokenizer have no embedding" in caplog.text
+    assert logits(path).isfinite().all()
+
+
+def test_no_token_to_pad_with_is_refused(tmp_path):
+    saved = wordlevel_tokenizer(["a", "b"])
+    saved.unk_token = saved.eos_token = None
+    path = tiny_llama(tmp_path, tokenizer=saved)
+    with pytest.raises(UserError, match="no pad, unk or eos"):
+        load_tokenizer(fetch(str(path)))
+
+
+def test_set_pad_token_keeps_config_and_tokenizer_together():
+    tokenizer, config = bpe_tokenizer(), llama_config(320)
+    with pytest.raises(UserError, match="pad id is None"):
+        set_pad_token(tokenizer, config)
+    tokenizer.pad_token = "</s>"
+    set_pad_token(tokenizer, config)
+    assert config.pad_token_id == tokenizer.pad_token_id == 2
+    with pytest.raises(UserError, match="below its vocabulary size 2"):
+        set_pad_token(tokenizer, llama_config(2))
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    path = tiny_llama(tmp_path, tokenizer=False, vocab=50)
+    with pytest.raises(UserError, match=r"tokenizer of .* cannot be loaded"):
+        load_tokenizer(fetch(str(path)))
+
+
+def test_the_description_is_plain_and_complete(llama):
+    files = fetch(str(llama))
+    said = files.describe(load_tokenizer(files), load_config(files))
+    assert json.loads(json.dumps(said)) == said
+    assert said["weight_format"] == "safetensors"
+    assert said["files"]["model.safetensors"] == (llama / "model.safetensors").stat().st_size
+    assert said["architectures"] == ["LlamaForCausalLM"]
+    assert said["tokenizer_is_fast"] is True
+    assert (said["pad_token"], said["pad_token_id"]) == ("<unk>", 0)
+    assert said["vocab_size"] == said["tokenizer_size"] == len(bpe_tokenizer())
+    assert said["revision"] is None
+
+
+def test_the_builders_are_deterministic(tmp_path):
+    one, two = tiny_llama(tmp_path / "1"), tiny_llama(tmp_path / "2")
+    assert {f.name: f.read_bytes() for f in one.iterdir()} == {f.name: f.read_bytes() for f in two.iterdir()}
+    assert not logits(one).equal(logits(tiny_llama(tmp_path / "3", seed=1)))
+
+
+def test_importing_is_cheap():
+    code = (
+        "import sys, raycv.base; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,1038 @@
+"""The loader: both layouts; each fault with place, value and remedy; never a word of a post. All texts are invented."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raycv.data import EXPECTED_COUNTS, EXPECTED_IN_RELEASE, _size_warning, criteria_hash, load_dataset
+from raycv.errors import FaultsError
+from raycv.labels import SYMPTOMS, criterion_code
+from raycv.records import Dataset, Pair
+from raycv.tables import FIELD_LIMIT
+
+CANARY = "zebra under moonlight"
+"""In every text of every set made here; no message and no statistic may hold it."""
+CRITERIA = {f"A.{n}": f"criterion number {n}, {CANARY}" for n in range(1, 10)}
+POSTS = {"p1": f"Grey days, {CANARY}", "p2": f'He said "fine"\n{CANARY}', "p3": f"No sleep, {CANARY}"}
+MATCHED = {("p1", "A.1"), ("p1", "A.7"), ("p3", "A.4")}
+ANNOTATIONS = [
+    ("p1", "s1", "DEPRESSED_MOOD", "1"),
+    ("p1", "s2", "DEPRESSED_MOOD", "0"),
+    ("p1", "s3", "DEPRESSED_MOOD", "1"),
+    ("p1", "s3", "WORTHLESSNESS", "1"),
+    ("p2", "s1", "ANHEDONIA", "0"),
+    ("p2", "s2", "SPECIAL_CASE", "1"),
+    ("p3", "s1", "LEEP_ISSUES", "1"),
+    ("p3", "s2", "SLEEP_ISSUES", "0"),
+    ("p3", "s3", "FATIGUE", "0"),
+]
+
+Files = dict[str, bytes]
+
+
+def table(header: str, rows: list[tuple[str, ...]], **dialect: str) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, **{"lineterminator": "\n", **dialect}).writerows([header.split(","), *rows])
+    return text.getvalue().encode("utf-8")
+
+
+def specification(posts: dict[str, str] = POSTS) -> Files:
+    grid = [(p, c, "yes" if (p, c) in MATCHED else "no") for p in posts for c in CRITERIA]
+    return {
+        "posts.csv": table("post_id,post", list(posts.items())),
+        "groundtruth.csv": table("post_id,criterion_id,label", grid),
+        "criteria.csv": table("criterion_id,criterion", list(CRITERIA.items())),
+    }
+
+
+def official(posts: dict[str, str] = POSTS, annotations: list[tuple[str, str, str, str]] = ANNOTATIONS) -> Files:
+    rows = [(p, s, f"{CANARY}, said", name, status, f"{CANARY}, so") for p, s, name, status in annotations]
+    header = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation"
+    return {
+        "redsm5_posts.csv": table("post_id,text", list(posts.items())),
+        "redsm5_annotations.csv": table(header, rows),
+        "criteria.json": criteria_json(CRITERIA),
+    }
+
+
+def criteria_json(criteria: dict[str, str]) -> bytes:
+    entries = [{"id": key, "text": text} for key, text in criteria.items()]
+    return json.dumps({"diagnosis": "invented", "criteria": entries}).encode()
+
+
+def write(folder: Path, files: Files) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def load(folder: Path, files: Files, **options: str) -> Dataset:
+    write(folder, files)
+    return load_dataset(folder, folder, **options)
+
+
+def refusal(folder: Path, criteria_dir: Path | None = None, **options: str) -> str:
+    with pytest.raises(FaultsError) as caught:
+        load_dataset(folder, criteria_dir or folder, **options)
+    message = str(caught.value)
+    assert "What to do" in message
+    assert CANARY not in message
+    for word in (*CANARY.split(), "criterion number", "Grey"):
+        assert word not in message
+    return message
+
+
+# --- What is accepted ------------------------------------------------------------------------------------------------
+
+
+def test_the_specifications_tables_in_one_folder(tmp_path: Path) -> None:
+    data = load(tmp_path, specification())
+    assert data.posts == POSTS
+    assert {key: criterion.text for key, criterion in data.criteria.items()} == CRITERIA
+    assert [(pair.post_id, pair.criterion_id) for pair in data.pairs] == [(p, c) for p in POSTS for c in CRITERIA]
+    assert {(pair.post_id, pair.criterion_id) for pair in data.pairs if pair.label == 1} == MATCHED
+    assert data.criteria["A.4"].symptom == "SLEEP_ISSUES"
+    assert data.stats["layout"] == "specification"
+
+
+def test_the_official_release_derivation_by_hand(tmp_path: Path) -> None:
+    data = load(tmp_path, official())
+    pairs = {(pair.post_id, pair.criterion_id): pair for pair in data.pairs}
+    assert len(pairs) == 27
+    assert pairs["p1", "A.1"] == Pair("p1", "A.1", 1, 2, False)
+    assert pairs["p1", "A.7"] == Pair("p1", "A.7", 1, 1, False)
+    assert pairs["p2", "A.2"] == Pair("p2", "A.2", 0, 0, True)
+    assert pairs["p3", "A.4"] == Pair("p3", "A.4", 1, 1, False)
+    assert pairs["p3", "A.6"] == Pair("p3", "A.6", 0, 0, True)
+    assert sum(pair.label for pair in pairs.values()) == 3
+    assert sum(pair.explicit_negative for pair in pairs.values()) == data.stats["hard_negatives"] == 2
+    assert data.stats["annotations"] == {
+        "rows": 9,
+        "special_case": 1,
+        "aliased": 1,
+        "repeated": 0,
+        "contradictory": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def full_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As large as ReDSM5: 1484 posts of about 295 words, some 3,000 annotations; in two folders."""
+    root = tmp_path_factory.mktemp("full")
+    rng = random.Random(7)
+    words = ["grey", "tired", "again", "alone", "coffee", "it's", "the", "my", "day,", '"fine"', "…", "疲れ"]
+    posts = {f"post_{n}": " ".join(rng.choices(words, k=rng.randint(2, 588))) for n in range(1484)}
+    names = [*SYMPTOMS, "LEEP_ISSUES", "SPECIAL_CASE", " sleep_issues "]
+    drawn = {(rng.choice(list(posts)), f"s{rng.randint(0, 30)}", rng.choice(names)) for _ in range(3000)}
+    files = official(posts, [(*key, str(int(rng.random() < 0.6))) for key in sorted(drawn)])
+    write(root / "DSM5", {"MDD_Criteira.json": files.pop("criteria.json")})
+    return write(root / "redsm5", files).parent
+
+
+def test_the_official_derivation_agrees_with_pandas(full_release: Path) -> None:
+    data = load_dataset(full_release / "redsm5", full_release / "dsm5")
+
+    rows = pd.read_csv(full_release / "redsm5" / "redsm5_annotations.csv", keep_default_na=False)
+    rows["name"] = rows["DSM5_symptom"].str.strip().str.upper().replace({"LEEP_ISSUES": "SLEEP_ISSUES"})
+    rows = rows[rows["name"] != "SPECIAL_CASE"]
+    rows["criterion_id"] = rows["name"].map(SYMPTOMS)
+    by_sentence = rows.groupby(["post_id", "criterion_id", "sentence_id"])["status"].max()
+    by_pair = by_sentence.groupby(["post_id", "criterion_id"]).agg(["max", "sum"])
+    posts = pd.read_csv(full_release / "redsm5" / "redsm5_posts.csv")["post_id"]
+    grid = pd.MultiIndex.from_product([sorted(posts), list(CRITERIA)], names=["post_id", "criterion_id"])
+    expected = by_pair.reindex(grid)
+
+    assert [(pair.post_id, pair.criterion_id) for pair in data.pairs] == list(grid)
+    assert [pair.label for pair in data.pairs] == expected["max"].fillna(0).astype(int).tolist()
+    assert [pair.n_evidence for pair in data.pairs] == expected["sum"].fillna(0).astype(int).tolist()
+    assert [pair.explicit_negative for pair in data.pairs] == (expected["max"] == 0).tolist()
+    assert data.stats["positives"] == expected["max"].sum()
+    assert data.stats["posts_without_positive"] == (expected["max"].fillna(0).groupby("post_id").max() == 0).sum()
+
+
+def test_the_full_size_loads_fast_and_the_same_each_time(full_release: Path) -> None:
+    started = time.perf_counter()
+    first = load_dataset(full_release / "redsm5", full_release / "dsm5")
+    # About 0.3 s on a quiet core; the bound leaves room for a busy machine.
+    assert time.perf_counter() - started < 4
+    again = load_dataset(full_release / "redsm5", full_release / "DSM5")
+    assert first == again
+    assert {name: first.stats[name] for name in EXPECTED_COUNTS} == EXPECTED_COUNTS
+    assert first.stats["files"]["criteria"]["name"] == "MDD_Criteira.json"
+
+
+@pytest.mark.parametrize("given", ["dsm5", "DSM5", "DSM-5", "Dsm5"])
+def test_criteria_folder_is_found_in_another_spelling(tmp_path: Path, given: str) -> None:
+    files = specification()
+    write(tmp_path / "DSM5", {"criteria.csv": files.pop("criteria.csv")})
+    write(tmp_path / "redsm5", files)
+    assert len(load_dataset(tmp_path / "redsm5", tmp_path / given).criteria) == 9
+
+
+def test_strings_and_names_do_not_matter_only_columns_do(tmp_path: Path) -> None:
+    files = specification()
+    renamed = {
+        "first.csv": files["posts.csv"],
+        "Second.CSV": files["groundtruth.csv"],
+        "third.csv": files["criteria.csv"],
+        "notes.csv": b"author,date\nme,today\n",
+        "settings.json": b'{"seed": 1}',
+        "folds.json": b'[{"fold": 0, "id": 3}]',
+        ".hidden.csv": files["posts.csv"],
+        "README.md": b"hello",
+    }
+    write(tmp_path, renamed)
+    assert load_dataset(str(tmp_path), str(tmp_path)).posts == POSTS  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("column", ["post", "text", " Text "])
+def test_bom_line_ends_and_both_names_of_the_text_column(tmp_path: Path, bom: bytes, end: str, column: str) -> None:
+    posts = {
+        "p1": "two\nlines, a comma",
+        "p2": 'a "quote"\r\nand CRLF',
+        "p3": "我今天很累，睡不着。",
+        "p4": "أشعر بالتعب اليوم",
+        "p5": "🌧️👩‍👩‍👧 all day\u2028long",
+        "p6": "नींद नहीं आती",
+        "p7": "  spaces stay  ",
+    }
+    plain = specification(posts)
+    files = {name: bom + content for name, content in plain.items()}
+    files["posts.csv"] = bom + table(f"post_id,{column}", list(posts.items()), lineterminator=end)
+    files["groundtruth.csv"] = bom + plain["groundtruth.csv"].replace(b"\n", end.encode())
+    data = load(tmp_path, files)
+    assert data.posts == posts
+    assert list(data.criteria) == list(CRITERIA)
+
+
+def test_old_mac_line_ends_quoted_fields_and_an_index_column(tmp_path: Path) -> None:
+    files = specification()
+    files["posts.csv"] = b',post_id,post\r0,p1,"one\rtwo"\r1,p2,three\r\r2,p3,four\r'
+    assert load(tmp_path, files).posts == {"p1": "one\rtwo", "p2": "three", "p3": "four"}
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"), [("yes", "no"), ("Yes", "NO"), ("1", "0"), ("true", "False"), (" TRUE ", "false")]
+)
+def test_labels_in_every_spelling(tmp_path: Path, yes: str, no: str) -> None:
+    files = specification()
+    rows = files["groundtruth.csv"].replace(b",yes", f",{yes}".encode()).replace(b",no", f",{no}".encode())
+    data = load(tmp_path, {**files, "groundtruth.csv": rows})
+    assert {(pair.post_id, pair.criterion_id) for pair in data.pairs if pair.label} == MATCHED
+
+
+def spelt(style: str, criterion_id: str) -> str:
+    symptom = next(name for name, code in SYMPTOMS.items() if code == criterion_id)
+    return {
+        "A.1": criterion_id,
+        "A1": criterion_id.replace(".", ""),
+        "a.1": criterion_id.lower(),
+        "symptom": symptom,
+        "Symptom": symptom.replace("_", " ").title(),
+    }[style]
+
+
+STYLES = ["A.1", "A1", "a.1", "symptom", "Symptom"]
+
+
+@pytest.mark.parametrize("in_labels", STYLES)
+@pytest.mark.parametrize("in_criteria", STYLES)
+def test_criterion_ids_are_mapped_to_those_of_the_criteria_file(
+    tmp_path: Path, in_labels: str, in_criteria: str
+) -> None:
+    files = specification()
+    grid = [(p, spelt(in_labels, c), "1" if (p, c) in MATCHED else "0") for p in POSTS for c in CRITERIA]
+    files["groundtruth.csv"] = table("post_id,criterion_id,label", grid)
+    files["criteria.csv"] = table("criterion_id,criterion", [(spelt(in_criteria, c), t) for c, t in CRITERIA.items()])
+    data = load(tmp_path / "own", files)
+    assert set(data.criteria) == {spelt(in_criteria, c) for c in CRITERIA}
+    matched = {(pair.post_id, pair.criterion_id) for pair in data.pairs if pair.label}
+    assert matched == {(p, spelt(in_criteria, c)) for p, c in MATCHED}
+    release = {**official(), "criteria.json": criteria_json({spelt(in_criteria, c): t for c, t in CRITERIA.items()})}
+    assert {(p.post_id, p.criterion_id) for p in load(tmp_path / "release", release).pairs if p.label} == matched
+
+
+def test_criterion_codes() -> None:
+    assert [criterion_code(name) for name in ("A.1", "a9", "A_3", "leep issues", " Fatigue ")] == [
+        "A.1",
+        "A.9",
+        "A.3",
+        "A.4",
+        "A.6",
+    ]
+    assert [criterion_code(name) for name in ("A.10", "A.0", "B.1", "SPECIAL_CASE", "", "A.1x")] == [None] * 6
+
+
+def test_own_criteria_need_not_be_the_nine(tmp_path: Path) -> None:
+    files = {
+        "posts.csv": table("post_id,post", [("b", "x y"), ("a", "z")]),
+        "groundtruth.csv": table(
+            "label,criterion_id,post_id", [("1", "C.2", "a"), ("0", "C.10", "a"), ("0", "C.10", "b"), ("0", "C.2", "b")]
+        ),
+        "criteria.json": b'[{"id": "C.2", "text": "one"}, {"criterion_id": "C.10", "criterion": "two"}]',
+    }
+    data = load(tmp_path, files)
+    # Plain strings: "C.10" before "C.2".
+    assert [(p.post_id, p.criterion_id, p.label) for p in data.pairs] == [
+        ("a", "C.10", 0),
+        ("a", "C.2", 1),
+        ("b", "C.10", 0),
+        ("b", "C.2", 0),
+    ]
+    assert data.criteria["C.2"].symptom is None
+    assert any(
+        "1,484 posts" in w and "it has 2 posts, 2 criteria, 4 pairs, 1 positives (25.00%)" in w for w in data.warnings
+    )
+
+
+def test_numeric_json_ids_and_the_release_labels_as_text(tmp_path: Path) -> None:
+    files = specification()
+    files["criteria.csv"] = table("criterion_id,text", list(CRITERIA.items()))
+    assert len(load(tmp_path / "a", files).criteria) == 9
+    files = {
+        "posts.csv": table("post_id,post", [("1", "x"), ("2", "y")]),
+        "groundtruth.csv": b"post_id,criterion_id,label\n1,7,yes\n2,7,no\n",
+        "criteria.json": b'{"criteria": [{"id": 7, "text": "seven"}]}',
+    }
+    assert list(load(tmp_path / "b", files).criteria) == ["7"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60), min_size=1, max_size=5
+    ),
+    # The csv module quotes a lone CR only where it is part of the line end, or if it quotes everything.
+    style=st.sampled_from([("\r\n", csv.QUOTE_MINIMAL), ("\r\n", csv.QUOTE_ALL), ("\n", csv.QUOTE_ALL)]),
+    bom=st.booleans(),
+)
+def test_any_text_is_loaded_unchanged(tmp_path: Path, texts: list[str], style: tuple[str, int], bom: bool) -> None:
+    """Round trip through the csv module."""
+    posts = {f"p{n}": f"x{text}" for n, text in enumerate(texts)} | {"last": "y"}
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=style[0], quoting=style[1]).writerows([("post_id", "text"), *posts.items()])
+    grid = [(p, "A.1", "yes" if p == "last" else "no") for p in posts]
+    files = {
+        "posts.csv": (b"\xef\xbb\xbf" if bom else b"") + text.getvalue().encode("utf-8"),
+        "groundtruth.csv": table("post_id,criterion_id,label", grid),
+        "criteria.csv": table("criterion_id,criterion", [("A.1", "low")]),
+    }
+    assert load(tmp_path, files).posts == posts
+
+
+# --- Numbers, hashes, warnings ---------------------------------------------------------------------------------------
+
+
+def test_statistics_by_hand(tmp_path: Path) -> None:
+    data = load(tmp_path, specification({"p1": "one", "p2": "one two three", "p3": "a b", "p4": "one"}))
+    stats = data.stats
+    expected = {
+        "layout": "specification",
+        "posts": 4,
+        "criteria": 9,
+        "pairs": 36,
+        "positives": 3,
+        "negatives": 33,
+        "positive_rate": 3 / 36,
+        "posts_without_positive": 2,
+        "hard_negatives": 0,
+        "posts_with_repeated_text": 1,
+        "words_per_post": {"min": 1, "mean": 1.75, "median": 1.5, "max": 3},
+        "dropped": {"posts": [], "criteria": [], "pairs": 0},
+        "expected": {"posts": 1484, "criteria": 9, "pairs": 13356},
+    }
+    assert {name: stats[name] for name in expected} == expected
+    assert stats["positives_per_criterion"] == {c: int(c in ("A.1", "A.4", "A.7")) for c in CRITERIA}
+    for name, file in stats["files"].items():
+        content = (tmp_path / f"{name}.csv").read_bytes()
+        assert file == {"name": f"{name}.csv", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert json.loads(json.dumps(stats, allow_nan=False)) == stats
+    assert any("1 posts repeat the text of another post" in warning for warning in data.warnings)
+
+
+def test_data_hash_depends_on_the_content_alone(tmp_path: Path) -> None:
+    base = load(tmp_path / "base", specification())
+    header, *rows = specification()["groundtruth.csv"].splitlines(keepends=True)
+    reordered = {
+        "b.csv": b"\xef\xbb\xbf" + b"".join([header, *reversed(rows)]).replace(b"\n", b"\r\n").replace(b"yes", b"TRUE"),
+        "a.csv": table("text,post_id", [(t, p) for p, t in reversed(POSTS.items())]),
+        "c.json": criteria_json(dict(reversed(CRITERIA.items()))),
+    }
+    other = load(tmp_path / "other", reordered)
+    assert (other.posts, other.criteria, other.pairs) == (base.posts, base.criteria, base.pairs)
+    assert list(other.posts) == list(base.posts)
+    assert other.stats["data_hash"] == base.stats["data_hash"]
+    assert other.stats["criteria_hash"] == base.stats["criteria_hash"] == criteria_hash(base.criteria)
+
+    changed = {
+        "label": {"groundtruth.csv": specification()["groundtruth.csv"].replace(b"p2,A.1,no", b"p2,A.1,yes")},
+        "post": {"posts.csv": specification()["posts.csv"].replace(b"Grey", b"grey")},
+        "criteria": {"criteria.csv": specification()["criteria.csv"].replace(b"number 9", b"number nine")},
+    }
+    for name, change in changed.items():
+        stats = load(tmp_path / name, {**specification(), **change}).stats
+        assert (stats["data_hash"] == base.stats["data_hash"]) == (name == "criteria")
+        assert (stats["criteria_hash"] == base.stats["criteria_hash"]) == (name != "criteria")
+
+
+def test_the_official_release_of_another_size_warns_with_its_positives(tmp_path: Path) -> None:
+    warning = next(w for w in load(tmp_path, official()).warnings if "FR-012" in w)
+    assert "expected 1,484 posts, 9 criteria, 13,356 pairs, 1,292 positives, 392 posts without positive" in warning
+    assert "it has 3 posts, 9 criteria, 27 pairs, 3 positives (11.11%), 1 posts without positive" in warning
+
+
+def test_expected_counts_do_not_warn() -> None:
+    stats = {"layout": "official", "positive_rate": 0.0967, **EXPECTED_COUNTS, **EXPECTED_IN_RELEASE}
+    assert _size_warning(stats) == []
+    assert len(_size_warning({**stats, "positives": 1291})) == 1
+    assert _size_warning({**stats, "positives": 1291, "layout": "specification"}) == []
+    assert len(_size_warning({**stats, "pairs": 13355, "layout": "specification"})) == 1
+
+
+def test_repeated_annotations_count_once(tmp_path: Path) -> None:
+    rows = [*ANNOTATIONS, ("p1", "s1", "DEPRESSED_MOOD", "0"), ("p3", "s3", "FATIGUE", "1"), ("p2", "", "FATIGUE", "1")]
+    data = load(tmp_path, official(annotations=[*rows, ("p2", "", "FATIGUE", "1")]))
+    pairs = {(pair.post_id, pair.criterion_id): pair for pair in data.pairs}
+    assert pairs["p1", "A.1"] == Pair("p1", "A.1", 1, 2, False)
+    assert pairs["p3", "A.6"] == Pair("p3", "A.6", 1, 1, False)
+    assert pairs["p2", "A.6"].n_evidence == 2
+    assert (data.stats["annotations"]["repeated"], data.stats["annotations"]["contradictory"]) == (2, 2)
+    assert any("2 annotation rows repeat" in warning for warning in data.warnings)
+
+
+@pytest.mark.parametrize("blank", ["", "   ", "\t\n", "\u00a0\u3000", "\u200b\ufeff", " \u200b "])
+@pytest.mark.parametrize("layout", [specification, official])
+def test_empty_texts_are_dropped_with_their_pairs(tmp_path: Path, blank: str, layout: Callable[..., Files]) -> None:
+    files = layout({**POSTS, "p8": blank, "p9": blank})
+    data = load(tmp_path, files)
+    assert set(data.posts) == set(POSTS)
+    assert len(data.pairs) == 27
+    assert data.stats["dropped"] == {"posts": ["p8", "p9"], "criteria": [], "pairs": 18}
+    assert "2 posts without text dropped, with their pairs: 'p8', 'p9'." in data.warnings
+    message = refusal(tmp_path, empty="refuse")
+    assert "posts.csv, line 6: post 'p8' has no text" in message
+    assert "post 'p9' has no text" in message
+    assert "data.empty=drop" in message
+
+
+def test_an_empty_criterion_is_dropped_with_its_pairs(tmp_path: Path) -> None:
+    files = specification()
+    files["criteria.csv"] = table("criterion_id,criterion", [*list(CRITERIA.items())[:8], ("A.9", "  ")])
+    data = load(tmp_path, files)
+    assert "A.9" not in data.criteria
+    assert len(data.pairs) == 24
+    assert data.stats["dropped"] == {"posts": [], "criteria": ["A.9"], "pairs": 3}
+    message = refusal(tmp_path, empty="refuse")
+    assert "criteria.csv, line 10: criterion 'A.9' has no text" in message
+
+
+def test_a_dropped_post_needs_no_pairs(tmp_path: Path) -> None:
+    files = specification()
+    files["posts.csv"] += b"p9,\n"
+    assert load(tmp_path, files).stats["dropped"] == {"posts": ["p9"], "criteria": [], "pairs": 0}
+
+
+def test_criteria_that_are_not_used_are_mentioned(tmp_path: Path) -> None:
+    write(tmp_path / "own", specification())
+    write(tmp_path / "dsm5", {"criteria.json": criteria_json(CRITERIA)})
+    data = load_dataset(tmp_path / "own", tmp_path / "dsm5")
+    assert data.stats["files"]["criteria"]["name"] == "criteria.json"
+    assert any("criteria.csv looks like criteria and is not used" in warning for warning in data.warnings)
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+Edit = Callable[[Files], None]
+
+
+def replaced(name: str, old: bytes, new: bytes) -> Edit:
+    def edit(files: Files) -> None:
+        assert old in files[name], (name, old)
+        files[name] = files[name].replace(old, new, 1)
+
+    return edit
+
+
+def added(name: str, more: bytes) -> Edit:
+    return lambda files: files.update({name: files.get(name, b"") + more})
+
+
+def removed(name: str) -> Edit:
+    return lambda files: files.pop(name) and None
+
+
+TEXT = CANARY.encode()
+P, G, C, A = "posts.csv", "groundtruth.csv", "criteria.csv", "redsm5_annotations.csv"
+ONE_POST = b'p1,"Grey days, ' + TEXT + b'"'
+
+MALFORMED: dict[str, tuple[Edit, list[str]]] = {
+    "posts missing": (
+        removed(P),
+        [
+            "no table `posts` with the columns `post_id`, `post` (or `text`)",
+            "groundtruth.csv (columns:",
+            "irlab-udc/redsm5",
+        ],
+    ),
+    "groundtruth missing": (
+        removed(G),
+        [
+            "no table `groundtruth`",
+            "or `annotations`",
+            "`DSM5_symptom`",
+            "found: criteria.csv",
+            "experiment=quickstart",
+        ],
+    ),
+    "criteria missing": (removed(C), ["no table `criteria`", "criterion_id", "data.criteria_dir"]),
+    "column of posts misnamed": (
+        replaced(P, b"post_id,post", b"id,post"),
+        ["posts.csv, line 1: `post_id` missing", "columns: 'id', 'post'", "name the columns"],
+    ),
+    "text column of posts misnamed": (
+        replaced(P, b"post_id,post", b"post_id,body"),
+        ["posts.csv, line 1: `post` (or `text`) missing", "'body'", "name the columns"],
+    ),
+    "no label column": (
+        replaced(G, b",label", b",answer"),
+        ["groundtruth.csv, line 1: `label` missing (groundtruth table)", "'answer'", "name the columns"],
+    ),
+    "criteria column misnamed": (
+        replaced(C, b",criterion\n", b",description\n"),
+        ["criteria.csv, line 1: `criterion` (or `text`) missing", "'description'", "name the columns"],
+    ),
+    "no header": (
+        replaced(P, b"post_id,post\n", b""),
+        ["posts.csv, line 1: `post_id`, `post` (or `text`) missing", "2 columns, no known name", "name the columns"],
+    ),
+    "empty file": (lambda files: files.update({P: b""}), ["posts.csv, line 1:", "no columns", "name the columns"]),
+    "semicolons": (
+        lambda files: files.update({G: files[G].replace(b",", b";")}),
+        ["groundtruth.csv, line 1:", "'post_id;criterion_id;label'", "name the columns"],
+    ),
+    "duplicate post": (
+        added(P, b"p1,again\n"),
+        ["posts.csv, line 6: post_id 'p1' is already on line 2", "keep one row for each id"],
+    ),
+    "duplicate criterion": (
+        added(C, b"A.3,again\n"),
+        ["criteria.csv, line 11: criterion_id 'A.3' is already on line 4", "keep one row for each id"],
+    ),
+    "duplicate criterion in another spelling": (
+        added(C, b"APPETITE_CHANGE,again\n"),
+        ["criteria.csv, line 11: criterion_id 'APPETITE_CHANGE' is already on line 4, written 'A.3'", "keep one row"],
+    ),
+    "duplicate pair": (
+        added(G, b"p2,A.2,no\n"),
+        ["groundtruth.csv, line 29: post 'p2' x criterion 'A.2' is already on line 12", "keep one row for each pair"],
+    ),
+    "duplicate pair in another spelling": (
+        added(G, b"p2,anhedonia,yes\n"),
+        ["groundtruth.csv, line 29: post 'p2' x criterion 'A.2' is already on line 12", "keep one row for each pair"],
+    ),
+    "label of an unknown post": (
+        added(G, b"p77,A.1,no\np77,A.2,no\n"),
+        ["groundtruth.csv, line 29: post_id 'p77' (2 rows) is not in posts.csv", "make the ids of the files agree"],
+    ),
+    "label of an unknown criterion": (
+        added(G, b"p1,B.1,no\n"),
+        ["groundtruth.csv, line 29: criterion 'B.1' is not in criteria.csv", "make the ids of the files agree"],
+    ),
+    "post without pairs": (
+        added(P, b"p4,lonely " + TEXT + b"\n"),
+        ["posts.csv, line 6: post_id 'p4' has no row in groundtruth.csv", "make the ids of the files agree"],
+    ),
+    "criterion without pairs": (
+        added(C, b"B.1,lonely\n"),
+        ["criteria.csv, line 11: criterion_id 'B.1' has no row in groundtruth.csv", "data.criteria_dir"],
+    ),
+    "missing pair": (
+        replaced(G, b"p2,A.5,no\n", b""),
+        ["groundtruth.csv: post 'p2' x criterion 'A.5' has no row", "add the missing rows"],
+    ),
+    "unknown label": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5,maybe"),
+        ["groundtruth.csv, line 15: label 'maybe' is unknown", "write labels as yes or no"],
+    ),
+    "number that is no label": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5,2"),
+        ["groundtruth.csv, line 15: label '2' is unknown", "write labels as yes or no"],
+    ),
+    "empty label": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5,"),
+        ["groundtruth.csv, line 15: label (empty) is unknown", "write labels as yes or no"],
+    ),
+    "text in the label column": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5," + TEXT),
+        ["groundtruth.csv, line 15: label a value of 21 characters is unknown", "write labels as yes or no"],
+    ),
+    "empty post id": (
+        added(P, b" ,words " + TEXT + b"\n"),
+        ["posts.csv, line 6: post_id is empty", "give every row a short id"],
+    ),
+    "text as post id": (
+        added(P, b'"' + TEXT * 9 + b'",p4\n'),
+        ["posts.csv, line 6: post_id has 189 characters", "no id, perhaps a text", "give every row a short id"],
+    ),
+    "line break in an id": (
+        added(P, b'"p\n4",words\n'),
+        ["posts.csv, line 6: post_id holds a line break", "give every row a short id"],
+    ),
+    "path separator in a criterion id": (
+        lambda files: files.update({n: files[n].replace(b"A.9,", b"A/9,") for n in (G, C)}),
+        ["criteria.csv, line 10: criterion_id 'A/9' is or holds a path separator", "no / or \\"],
+    ),
+    "criterion id that climbs": (
+        lambda files: files.update({n: files[n].replace(b"A.9,", b"..,") for n in (G, C)}),
+        ["criteria.csv, line 10: criterion_id '..' is or holds a path separator", "no / or \\"],
+    ),
+    "too many fields": (
+        replaced(P, ONE_POST, b"p1,Grey days, " + TEXT),
+        ["posts.csv, line 2: 3 fields instead of 2", "needs quotes"],
+    ),
+    "too few fields": (
+        replaced(G, b"p1,A.3,no", b"p1,A.3"),
+        ["groundtruth.csv, line 4: 2 fields instead of 3", "needs quotes"],
+    ),
+    "stray line": (added(G, b"p99\n"), ["groundtruth.csv, line 29: 1 fields instead of 3", "needs quotes"]),
+    "unclosed quote in the groundtruth": (
+        replaced(G, b"p2,A.1,no", b'p2,"A.1,no'),
+        ["groundtruth.csv, line 11: a quote is opened in the record that starts here and never closed", "quotes where"],
+    ),
+    "unclosed quote": (
+        added(P, b'p4,"never closed ' + TEXT + b"\n"),
+        [
+            "posts.csv, line 6: a quote is opened in the record that starts here and never closed",
+            "quotes where it must",
+        ],
+    ),
+    "text after a quote": (
+        added(P, b'p4,"closed" early ' + TEXT + b"\n"),
+        ["posts.csv, line 6: a quoted field of the record that starts here goes on", "quotes where it must"],
+    ),
+    "Latin-1": (
+        replaced(P, b"Grey", "caf\u00e9".encode("latin-1")),
+        ["posts.csv, line 2: the byte 0xe9 is not UTF-8", "save the file as UTF-8"],
+    ),
+    "UTF-16": (
+        lambda files: files.update({P: files[P].decode().encode("utf-16")}),
+        ["posts.csv, line 1: not UTF-8 text but UTF-16 text", "save the file as UTF-8"],
+    ),
+    "Excel workbook": (
+        lambda files: files.update({G: b"PK\x03\x04" + bytes(range(256))}),
+        ["groundtruth.csv, line 1: not UTF-8 text but a zip archive or Excel workbook", "save the file as UTF-8"],
+    ),
+    "NUL": (replaced(P, b"Grey", b"Gr\0ey"), ["posts.csv, line 2: a NUL character", "sign of damage"]),
+    "duplicate column": (
+        lambda files: files.update({P: table("post_id,post,Post", [(p, t, t) for p, t in POSTS.items()])}),
+        ["posts.csv, line 1: the column 'post' occurs 2 times", "keep one column"],
+    ),
+    "two text columns": (
+        lambda files: files.update({P: table("post_id,post,text", [(p, t, t) for p, t in POSTS.items()])}),
+        ["posts.csv, line 1: both post and text are there", "keep the one that is meant"],
+    ),
+    "over-long field": (
+        added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),
+        [
+            "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters",
+            "no field may exceed",
+        ],
+    ),
+    "two posts tables": (
+        lambda files: files.update({"redsm5_posts.csv": files[P].replace(b"post_id,post", b"post_id,text")}),
+        [
+            "2 files look like posts: posts.csv (columns: 'post_id', 'post'), redsm5_posts.csv",
+            "keep the one that is meant",
+        ],
+    ),
+    "two criteria tables": (
+        lambda files: files.update({"criteria.json": criteria_json(CRITERIA)}),
+        ["2 files look like criteria: criteria.csv", "criteria.json", "keep the one that is meant"],
+    ),
+    "groundtruth and annotations": (
+        lambda files: files.update({A: official()[A]}),
+        ["2 files look like groundtruth or annotations: groundtruth.csv", A, "keep the one that is meant"],
+    ),
+    "one class": (
+        lambda files: files.update({G: files[G].replace(b"yes", b"no")}),
+        ["groundtruth.csv: all 27 pairs have the label no (0)", "labels of both classes"],
+    ),
+    "one class, the other": (
+        lambda files: files.update({G: files[G].replace(b",no", b",yes")}),
+        ["groundtruth.csv: all 27 pairs have the label yes (1)", "labels of both classes"],
+    ),
+    "headers only": (
+        lambda files: files.update({n: files[n].split(b"\n")[0] + b"\n" for n in (P, G)}),
+        [
+            "groundtruth.csv: no pair of post and criterion is left: 0 posts x 9 criteria",
+            "labels of both classes",
+            "criteria.csv, line 2: criterion_id 'A.1' has no row",
+        ],
+    ),
+    "posts without a row": (
+        lambda files: files.update({P: b"post_id,post\n"}),
+        [": 4 faults", "groundtruth.csv, line 2: post_id 'p1' (9 rows) is not in posts.csv", "0 posts x 9 criteria"],
+    ),
+    "all posts empty": (
+        lambda files: files.update({P: b"post_id,post\np1,\np2, \np3,\n"}),
+        ["groundtruth.csv: no pair of post and criterion is left: 0 posts x 9 criteria", "labels of both classes"],
+    ),
+}
+
+J = "criteria.json"
+MALFORMED_RELEASE: dict[str, tuple[Edit, list[str]]] = {
+    "unknown symptom": (
+        replaced(A, b"ANHEDONIA", b"ANHEDONIC"),
+        [f"{A}, line 6: DSM5_symptom 'ANHEDONIC' is unknown", "would turn positives into negatives"],
+    ),
+    "text as symptom": (
+        replaced(A, b"ANHEDONIA", TEXT),
+        [f"{A}, line 6: DSM5_symptom a value of 21 characters is unknown", "would turn positives into negatives"],
+    ),
+    "empty symptom": (
+        replaced(A, b"ANHEDONIA", b""),
+        [f"{A}, line 6: DSM5_symptom (empty) is unknown", "would turn positives into negatives"],
+    ),
+    "unknown status": (
+        replaced(A, b"SLEEP_ISSUES,0", b"SLEEP_ISSUES,-1"),
+        [f"{A}, line 9: status '-1'", "write labels as"],
+    ),
+    "annotation of an unknown post": (
+        replaced(A, b"p2,s1", b"p22,s1"),
+        [f"{A}, line 6: post_id 'p22' is not in redsm5_posts.csv", "make the ids of the files agree"],
+    ),
+    "status column missing": (
+        replaced(A, b",status,", b",state,"),
+        [f"{A}, line 1: `status` missing (annotations table)", "'state'", "name the columns"],
+    ),
+    "annotation with too many fields": (
+        replaced(A, b'"' + TEXT + b', said"', TEXT + b", said"),
+        [f"{A}, line 2: 7 fields instead of 6", "needs quotes"],
+    ),
+    "no evidence at all": (
+        lambda files: files.update({A: official(annotations=[("p1", "s1", "FATIGUE", "0")])[A]}),
+        [f"{A}: all 27 pairs have the label no (0)", "labels of both classes"],
+    ),
+    "criterion that an annotation needs": (
+        lambda files: files.update({J: criteria_json({c: t for c, t in CRITERIA.items() if c != "A.4"})}),
+        [f"{A}, line 8: criterion 'A.4' (2 rows) is not in criteria.json", "make the ids of the files agree"],
+    ),
+    "criterion without a symptom": (
+        lambda files: files.update({J: criteria_json({**CRITERIA, "B.1": "other"})}),
+        [f"{J}, entry 10: criterion_id 'B.1' is none of A.1 to A.9", "data.criteria_dir"],
+    ),
+    "broken JSON": (
+        replaced(J, b'{"id": "A.2"', b'{"id" "A.2"'),
+        [f"{J}, line 1: not JSON: Expecting ':' delimiter", 'give the criteria as {"criteria"'],
+    ),
+    "JSON of another shape": (
+        lambda files: files.update({J: b'{"A.1": "' + TEXT + b'"}'}),
+        [f"{J}: holds no list of criteria", 'give the criteria as {"criteria"'],
+    ),
+    "JSON entry without text": (
+        lambda files: files.update({J: files[J].replace(b'"text"', b'"wording"', 1)}),
+        [f"{J}, entry 1: needs `id` and `text`, both strings", 'give the criteria as {"criteria"'],
+    ),
+    "JSON entry that is a list": (
+        lambda files: files.update({J: files[J].replace(b'{"id"', b'["' + TEXT + b'"], {"id"', 1)}),
+        [": 1 fault", f"{J}, entry 1: needs `id` and `text`, both strings", 'give the criteria as {"criteria"'],
+    ),
+    "JSON escape that is no character": (
+        lambda files: files.update({J: files[J].replace(b"number 2", b"\\ud83d", 1)}),
+        [f"{J}, entry 2: an escape", "save the file as UTF-8"],
+    ),
+    "JSON nested without end": (
+        lambda files: files.update({J: b"[" * 100_000}),
+        [f"{J}: JSON that is nested too deeply", 'give the criteria as {"criteria"'],
+    ),
+    "duplicate JSON id": (
+        lambda files: files.update({J: files[J].replace(b"A.2", b"A1", 1)}),
+        [f"{J}, entry 2: criterion_id 'A1' is already on entry 1, written 'A.1'", "keep one row for each id"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_tables_are_refused_with_place_value_and_remedy(tmp_path: Path, case: str) -> None:
+    edit, fragments = MALFORMED[case]
+    files = specification()
+    edit(files)
+    message = refusal(write(tmp_path, files))
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+@pytest.mark.parametrize("case", MALFORMED_RELEASE)
+def test_malformed_releases_are_refused_with_place_value_and_remedy(tmp_path: Path, case: str) -> None:
+    edit, fragments = MALFORMED_RELEASE[case]
+    files = official()
+    edit(files)
+    message = refusal(write(tmp_path, files))
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+def test_at_least_thirty_malformed_sets() -> None:
+    assert len(MALFORMED) + len(MALFORMED_RELEASE) >= 60
+
+
+SINGLE_FAULT = [
+    "duplicate post",
+    "duplicate pair",
+    "label of an unknown post",
+    "label of an unknown criterion",
+    "missing pair",
+    "unknown label",
+    "post without pairs",
+    "path separator in a criterion id",
+    "too many fields",
+    "too few fields",
+    "stray line",
+    "unclosed quote",
+    "unclosed quote in the groundtruth",
+    "text after a quote",
+    "Latin-1",
+    "NUL",
+    "over-long field",
+    "posts missing",
+    "criteria missing",
+    "UTF-16",
+]
+
+
+@pytest.mark.parametrize("case", SINGLE_FAULT)
+def test_one_mistake_is_one_fault(tmp_path: Path, case: str) -> None:
+    """A mistake must not drown in its consequences, such as every label of a post whose row is broken."""
+    files = specification()
+    MALFORMED[case][0](files)
+    assert ": 1 fault\n" in refusal(write(tmp_path, files))
+
+
+def test_what_could_not_be_read_has_no_consequences(tmp_path: Path) -> None:
+    """Reading of the posts stops at their first row, and no label is known: neither makes ids or classes missing."""
+    files = specification()
+    replaced(P, ONE_POST, b'p1,"closed" early')(files)
+    files[G] = files[G].replace(b",yes", b",ja")
+    message = refusal(write(tmp_path, files))
+    assert ": 4 faults\n" in message
+    assert "posts.csv, line 2: a quoted field" in message
+    assert message.count("label 'ja' is unknown") == 3
+
+
+def test_labels_that_are_all_unknown_are_no_missing_class(tmp_path: Path) -> None:
+    files = specification()
+    files[G] = files[G].replace(b",yes", b",ja")
+    assert ": 3 faults\n" in refusal(write(tmp_path, files))
+
+
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
+    files = specification()
+    for case in ("duplicate post", "unknown label", "label of an unknown criterion", "Latin-1"):
+        MALFORMED[case][0](files)
+    replaced(G, b"p3,A.9,no\n", b"")(files)
+    added(C, b"A\\10,x\n")(files)
+    message = refusal(write(tmp_path, files))
+    assert ": 6 faults\n" in message
+    for fragment in (
+        "posts.csv, line 2: the byte 0xe9",
+        "posts.csv, line 6: post_id 'p1' is already on line 2",
+        "criteria.csv, line 11: criterion_id 'A\\\\10' is or holds a path separator",
+        "groundtruth.csv, line 15: label 'maybe'",
+        "groundtruth.csv, line 28: criterion 'B.1'",
+        "groundtruth.csv: post 'p3' x criterion 'A.9' has no row",
+    ):
+        assert fragment in message, message
+
+
+def test_many_equal_faults_are_counted_with_examples(tmp_path: Path) -> None:
+    posts = {f"p{n}": f"words {n} {CANARY}" for n in range(1, 1000)}
+    files = specification(posts)
+    kept = [line for line in files[G].split(b"\n") if b",A.1," in line or b",A.2," in line or b"label" in line]
+    files[G] = b"\n".join([*kept, *(b"p1,A.%d,no" % n for n in range(3, 10))]) + b"\n"
+    message = refusal(write(tmp_path, files))
+    assert "groundtruth.csv: 6,986 missing pairs, e.g. post 'p10' x criterion 'A.3' has no row; " in message
+    assert len(message) < 1500
+    assert ": 1 fault\n" in message
+
+
+def test_the_line_is_the_one_on_which_the_record_starts(tmp_path: Path) -> None:
+    files = specification()
+    files[P] = b'post_id,post\n\np1,"one\ntwo\r\nthree"\n\np2,"x\n\ny"\np1,again\np3,z\n'
+    assert "posts.csv, line 10: post_id 'p1' is already on line 3" in refusal(write(tmp_path, files))
+
+
+def test_a_gigabyte_in_one_field_is_refused_without_reading_it(tmp_path: Path) -> None:
+    files = specification()
+    write(tmp_path, files)
+    with (tmp_path / P).open("ab") as file:
+        file.write(b"p4,")
+        file.truncate(2**30)
+    tracemalloc.start()
+    message = refusal(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "posts.csv, line 6: a line of more than 8,000,000 characters" in message
+    assert peak < 150 * 2**20
+
+
+def test_a_long_quoted_field_of_many_lines_is_refused(tmp_path: Path) -> None:
+    files = specification()
+    files[P] += b'p4,"' + b"short line\n" * 200_000 + b'"\n'
+    message = refusal(write(tmp_path, files))
+    assert "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters" in message
+
+
+def test_a_field_at_the_limit_is_read_and_the_csv_limit_is_put_back(tmp_path: Path) -> None:
+    before = csv.field_size_limit(5000)
+    try:
+        files = specification({**POSTS, "p4": "x" * FIELD_LIMIT})
+        assert len(load(tmp_path, files).posts["p4"]) == FIELD_LIMIT
+        assert csv.field_size_limit() == 5000
+    finally:
+        csv.field_size_limit(before)
+
+
+# --- Folders and special files ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_says_where_what_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "sample", {"x.txt": b""})
+    message = refusal(Path("data/redsm5"), Path("data/dsm5"))
+    assert f"looked for the folder {tmp_path / 'data' / 'redsm5'}: it does not exist" in message
+    assert f"{tmp_path / 'data'} holds: sample" in message
+    assert f"looked for the folder {tmp_path / 'data' / 'dsm5'}" in message
+    assert "irlab-udc/redsm5" in message
+    assert "signed agreement" in message
+    assert "into data/redsm5" in message
+    assert "python -m raycv.run experiment=quickstart" in message
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+    write(tmp_path / "redsm5", {"README.md": b"how to get it"})
+    write(tmp_path / "dsm5", {"criteria.csv": specification()[C]})
+    message = refusal(tmp_path / "redsm5", tmp_path / "dsm5")
+    assert "no table `posts`" in message
+    assert "redsm5_posts.csv" in message
+    assert "redsm5_annotations.csv" in message
+    assert f"looked in {tmp_path / 'redsm5'}; found: README.md" in message
+    assert "experiment=quickstart" in message
+
+
+def test_a_file_where_a_folder_is_expected(tmp_path: Path) -> None:
+    write(tmp_path, specification())
+    message = refusal(tmp_path / P, tmp_path)
+    assert "a file; give the folder that holds it" in message
+
+
+def test_two_spellings_of_the_criteria_folder(tmp_path: Path) -> None:
+    files = specification()
+    for name in ("DSM5", "DSM-5"):
+        write(tmp_path / name, {C: files[C]})
+    files.pop(C)
+    message = refusal(write(tmp_path / "redsm5", files), tmp_path / "dsm5")
+    assert "it is not clear which of its siblings is meant: DSM-5 and DSM5" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "dangling", "pipe"])
+@pytest.mark.parametrize("name", [P, G, C])
+def test_no_regular_file_where_one_is_expected(tmp_path: Path, kind: str, name: str) -> None:
+    files = specification()
+    files.pop(name)
+    write(tmp_path, files)
+    path = tmp_path / name
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "loop" else tmp_path / "nowhere")
+    expected = {
+        "folder": "a folder where a file is expected",
+        "loop": "a symbolic link that cannot be followed: Too many levels of symbolic links",
+        "dangling": "a symbolic link that cannot be followed: No such file or directory",
+        "pipe": "no regular file",
+    }[kind]
+    message = refusal(tmp_path)
+    assert f"{path}: {expected}" in message
+    assert "put a regular, readable file there" in message
+
+
+def test_a_loop_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "redsm5").symlink_to(tmp_path / "redsm5")
+    message = refusal(tmp_path / "redsm5", tmp_path / "redsm5")
+    assert "Too many levels of symbolic links" in message
+    assert ": 1 fault\n" in message
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "real", specification())
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in (P, G, C):
+        (linked / name).symlink_to(tmp_path / "real" / name)
+    data = [load_dataset(tmp_path / name, tmp_path / name) for name in ("real", "folder", "linked")]
+    assert data[0] == data[1] == data[2]
+
+
+def test_something_unreadable_that_is_not_needed_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").mkdir()
+    (tmp_path / "more.json").symlink_to(tmp_path / "more.json")
+    assert load(tmp_path, {**specification(), "thesis.json": b"{no json"}).posts == POSTS
+
+
+# --- Privacy and weight ----------------------------------------------------------------------------------------------
+
+
+def test_no_text_in_statistics_and_warnings(tmp_path: Path) -> None:
+    for name, files in (("a", specification({**POSTS, "p9": ""})), ("b", official({**POSTS, "p8": POSTS["p1"]}))):
+        data = load(tmp_path / name, files)
+        told = json.dumps(data.stats) + "".join(data.warnings)
+        assert data.warnings
+        assert not any(word in told for word in (*CANARY.split(), "Grey", "number 1"))
+
+
+@pytest.mark.parametrize("text", ["I cannot go on", "我不想活了", "لا أستطيع", "so\nsad", "sad " * 400])
+def test_texts_in_the_wrong_columns_are_not_shown(tmp_path: Path, text: str) -> None:
+    """Ids, labels, symptoms and headers that are texts: what a shifted or headerless file gives."""
+    files = specification()
+    files[G] += table("x", [("p1", "A.1", text), (text, "A.1", "no"), ("p1", text, "no")]).split(b"\n", 1)[1]
+    files[C] += table("x", [(text, text)]).split(b"\n", 1)[1]
+    files[P] += table("x", [(text, text)]).split(b"\n", 1)[1] * 2
+    release = official()
+    release[A] += table("x", [("p1", "s9", "", text, text, "")]).split(b"\n", 1)[1]
+    release["redsm5_posts.csv"] = table(f"p1,{text}".replace("\n", " "), [("p2", text)])
+    release[J] = criteria_json({text: text, "A.1": "x"})
+    for name, broken in (("a", files), ("b", release)):
+        message = refusal(write(tmp_path / name, broken))
+        assert text.strip() not in message
+        assert repr(text)[1:-1] not in message
+        assert "sad" not in message
+
+
+def test_import_is_light_and_silent() -> None:
+    program = (
+        "import sys, raycv.data;"
+        "heavy = {'pandas', 'numpy', 'torch', 'ray', 'transformers', 'mlflow', 'sklearn', 'hydra', 'pydantic'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

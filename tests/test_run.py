@@ -1,0 +1,297 @@
+"""The whole path once, for real: five Tune trials, a TorchTrainer each, SQLite MLflow; then many looks at what it left.
+
+Every number is computed again from `predictions.csv`, independently of the code that made it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+
+ROOT = Path(__file__).parent.parent
+METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
+FOLDS = 5
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | environment
+    return subprocess.run(
+        [sys.executable, "-m", f"raycv.{command}", *overrides],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One quickstart run as a user would start it, in an empty folder."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = raycv("run", "experiment=quickstart", "cv.folds=5", "run.name=first", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def run(done):
+    return done[0] / "runs" / "first"
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return json.loads((run / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def predictions(run):
+    return [pd.read_csv(run / f"fold_{k}" / "predictions.csv", dtype={"post_id": str}) for k in range(FOLDS)]
+
+
+@pytest.fixture(scope="module")
+def mlflow_runs(done):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{done[0] / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("raycv")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    parent = next(run for run in runs if run.data.tags.get("raycv.run") == "first")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    return client, parent, sorted(children, key=lambda run: int(run.data.tags["raycv.fold"]))
+
+
+def sample():
+    frame = pd.read_csv(ROOT / "data/sample/groundtruth.csv", dtype={"post_id": str})
+    frame["label"] = frame["label"].map({"yes": 1, "no": 0}).fillna(frame["label"]).astype(int)
+    return frame.sort_values(["post_id", "criterion_id"], ignore_index=True)
+
+
+def test_the_tree_is_complete(run):
+    expected = {"config.yaml", "splits.json", "data_stats.json", "environment.json", "tracking.json", "report.json"}
+    assert expected | {f"fold_{k}" for k in range(FOLDS)} == {path.name for path in run.iterdir()}
+    for k in range(FOLDS):
+        assert {"result.json", "predictions.csv", "checkpoint"} == {path.name for path in (run / f"fold_{k}").iterdir()}
+        names = {path.name for path in (run / f"fold_{k}" / "checkpoint").iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "raycv.json", "tokenizer.json"} <= names
+
+
+def test_folds_are_those_of_scikit_learn_alone(run, predictions):
+    frame = sample()
+    splitter = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=42)
+    saved = json.loads((run / "splits.json").read_text())
+    assert saved["rows"] == frame[["post_id", "criterion_id"]].values.tolist()
+    for k, (train, val) in enumerate(splitter.split(frame, frame["label"], frame["post_id"])):
+        assert saved["folds"][k]["val_indices"] == sorted(val.tolist())
+        assert saved["folds"][k]["train_indices"] == sorted(train.tolist())
+        expected = frame.loc[sorted(val), ["post_id", "criterion_id", "label"]].reset_index(drop=True)
+        pd.testing.assert_frame_equal(predictions[k][["post_id", "criterion_id", "label"]], expected)
+
+
+def test_every_number_follows_from_the_predictions(report, predictions):
+    for k, frame in enumerate(predictions):
+        fold = report["folds"][k]
+        assert fold["fold"] == k
+        y, score = frame["label"].to_numpy(), frame["score"].to_numpy()
+        matched = (score >= fold["threshold"]).astype(int)
+        expected = {
+            "precision": precision_score(y, matched),
+            "recall": recall_score(y, matched),
+            "f1": f1_score(y, matched),
+            "accuracy": accuracy_score(y, matched),
+            "roc_auc": roc_auc_score(y, score),
+        }
+        assert fold["metrics"] == pytest.approx(expected, abs=1e-12)
+        swept = [f1_score(y, (score >= i / 100).astype(int), zero_division=0) for i in range(101)]
+        assert fold["metrics"]["f1"] == pytest.approx(max(swept), abs=1e-12)
+    for key in METRICS:
+        values = [fold["metrics"][key] for fold in report["folds"]]
+        assert report["mean"][key] == pytest.approx(np.mean(values))
+        assert report["std"][key] == pytest.approx(np.std(values, ddof=1))
+    assert "ddof=1" in report["std_kind"]
+    assert report["best_fold"] == int(np.argmax([fold["metrics"]["f1"] for fold in report["folds"]]))
+
+
+def test_learning_is_visible(report):
+    floor = report["floors"]["all_matched_f1"]
+    assert report["mean"]["roc_auc"] >= 0.80
+    assert report["mean"]["f1"] >= max(0.50, 2 * floor)
+    assert min(fold["metrics"]["roc_auc"] for fold in report["folds"]) >= 0.65
+
+
+def test_a_checkpoint_reproduces_its_scores_in_stock_peft(run, predictions):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = run / "fold_1" / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        ROOT / "models/tiny_llama", num_labels=2, pad_token_id=tokenizer.pad_token_id
+    )
+    before = {name: value.clone() for name, value in base.state_dict().items() if "score" not in name}
+    model = PeftModel.from_pretrained(base, folder).eval()
+    state = model.state_dict()
+    assert all(value.abs().sum() > 0 for name, value in state.items() if "lora_B" in name)
+    moved = [
+        not torch.allclose(value, before[name.split("model.", 1)[1].split(".lora_")[0] + ".weight"].norm(dim=1))
+        for name, value in state.items()
+        if "lora_magnitude_vector" in name
+    ]
+    assert moved
+    assert all(moved)
+    posts = pd.read_csv(ROOT / "data/sample/posts.csv", dtype=str).set_index("post_id")["post"]
+    criteria = pd.read_csv(ROOT / "data/sample/criteria.csv", dtype=str).set_index("criterion_id")["criterion"]
+    frame = predictions[1].head(90)
+    prompts = [
+        f"post: {posts[p]}, criterion: {criteria[c]} Does the post match the criterion description? Output yes or no"
+        for p, c in zip(frame["post_id"], frame["criterion_id"], strict=True)
+    ]
+    batch = tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        scores = torch.softmax(model(**batch).logits.double(), -1)[:, 1].numpy()
+    np.testing.assert_allclose(scores, frame["score"], atol=1e-5)
+
+
+def test_config_environment_and_statistics_are_recorded(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto"}
+    assert config["model"]["name"] == "raycv://models/tiny_llama"
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"ray", "torch", "transformers", "peft", "mlflow"} <= set(environment["packages"])
+    assert environment["seeds"] == {"cv": 42, "train": 42}
+    assert environment["base_model"]["weight_format"] == "safetensors"
+    stats = json.loads((run / "data_stats.json").read_text())
+    frame = sample()
+    assert sum(row["matched"] for row in stats["positives_per_fold"]) == frame["label"].sum()
+    assert [row["pairs"] for row in stats["positives_per_fold"]] == [
+        len(fold["val_indices"]) for fold in json.loads((run / "splits.json").read_text())["folds"]
+    ]
+    assert stats["encoding"]["prompts"] == len(frame)
+    assert any("1,484" in warning for warning in stats["warnings"])
+
+
+def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report):
+    client, parent, children = mlflow_runs
+    assert parent.info.status == "FINISHED"
+    for key in (*METRICS, "threshold"):
+        assert parent.data.metrics[f"metric_mean_{key}"] == pytest.approx(report["mean"][key])
+        assert parent.data.metrics[f"metric_std_{key}"] == pytest.approx(report["std"][key])
+    assert parent.data.metrics["best_fold"] == report["best_fold"]
+    assert parent.data.params["cv.folds"] == "5"
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"config.yaml", "splits.json", "data_stats.json", "environment.json", "report.json"} <= artifacts
+    for child in children:
+        fold = child.data.tags["raycv.fold"]
+        assert parent.data.tags[f"raycv.fold_{fold}.run_id"] == child.info.run_id
+        assert f"/runs/{child.info.run_id}" in parent.data.tags["mlflow.note.content"]
+    assert len(parent.inputs.dataset_inputs) == 1
+
+
+def test_mlflow_has_a_child_per_fold(mlflow_runs, report):
+    client, _, children = mlflow_runs
+    assert [child.info.run_name for child in children] == [f"fold_{k}" for k in range(FOLDS)]
+    asked_for = {"train_loss", "val_loss", *METRICS, "threshold", "learning_rate"}
+    asked_for |= {f"best_{key}" for key in (*METRICS, "threshold")} | {"best_epoch", "epochs", "fold_seconds"}
+    for k, child in enumerate(children):
+        fold = report["folds"][k]
+        assert child.info.status == "FINISHED"
+        assert set(child.data.metrics) == asked_for
+        for key in METRICS:
+            assert child.data.metrics[f"best_{key}"] == pytest.approx(fold["metrics"][key])
+            history = client.get_metric_history(child.info.run_id, key)
+            assert [(point.step, point.value) for point in history] == [
+                (epoch["epoch"], pytest.approx(epoch[key])) for epoch in fold["history"]
+            ]
+        assert child.data.metrics["best_threshold"] == fold["threshold"]
+        assert child.data.params["fold"] == str(k)
+        assert child.data.params["dora.r"] == "8"
+        artifacts = {file.path for file in client.list_artifacts(child.info.run_id)}
+        assert {"config.yaml", "result.json", "predictions.csv", "checkpoint"} <= artifacts
+        checkpoint = {file.path for file in client.list_artifacts(child.info.run_id, "checkpoint")}
+        assert "checkpoint/adapter_model.safetensors" in checkpoint
+
+
+def test_what_the_user_reads(done, run):
+    _, result = done
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) < 400
+    for word in ("precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "mean", "std", "best fold"):
+        assert word in result.stdout, word
+    assert "…" not in result.stdout
+    assert f"Report:        {run / 'report.json'}" in lines
+    assert re.search(r"^MLflow: +mlflow ui --backend-store-uri sqlite:///mlflow.db", result.stdout, re.MULTILINE)
+    assert "Ray dashboard while it runs: http://127.0.0.1:" in result.stdout
+    assert "Matched pairs per validation fold" in result.stdout
+    for k in range(FOLDS):
+        assert len(re.findall(rf"fold {k}: epoch \d", result.stdout)) == 3
+    for chatter in ("(raylet)", "WARNING", "INFO", "State API", "Traceback", "UserWarning"):
+        assert chatter not in result.stdout + result.stderr, result.stdout + result.stderr
+
+
+def test_no_post_text_left_the_data_folder(done):
+    """Sentences of the posts are looked for, byte by byte, in all that the run left and printed."""
+    folder, result = done
+    posts = pd.read_csv(ROOT / "data/sample/posts.csv", dtype=str)["post"]
+    needles = {post[10:50].encode() for post in posts if len(post) > 60}
+    assert len(needles) > 20
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(needle in content for needle in needles), path
+    printed = (result.stdout + result.stderr).encode()
+    assert not any(needle in printed for needle in needles)
+
+
+def test_aggregate_finds_the_same_summary_again(done, run, report, mlflow_runs):
+    folder, _ = done
+    client, parent, _ = mlflow_runs
+    for how in ("first", "latest", parent.info.run_id):
+        result = raycv("aggregate", f"run={how}", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((run / "report.json").read_text()) == report
+        assert "mean" in result.stdout
+    again = client.get_run(parent.info.run_id)
+    assert again.data.metrics["metric_mean_f1"] == pytest.approx(report["mean"]["f1"])
+    assert again.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(done, report):
+    """SC-003, exactly: on one machine nothing may differ, although the folds ran beside each other."""
+    folder, _ = done
+    small = ["experiment=quickstart", "train.epochs=1"]
+    results = {}
+    for name, seed in (("a", 42), ("b", 42), ("c", 7)):
+        result = raycv("run", *small, f"run.name={name}", f"train.seed={seed}", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        folds = json.loads((folder / "runs" / name / "report.json").read_text())["folds"]
+        results[name] = [(fold["metrics"], fold["threshold"], fold["history"][0]["train_loss"]) for fold in folds]
+        scores = [pd.read_csv(folder / "runs" / name / f"fold_{k}/predictions.csv")["score"] for k in range(FOLDS)]
+        results[name].append([score.tolist() for score in scores])
+    assert results["a"] == results["b"]
+    assert all(a != c for a, c in zip(results["a"], results["c"], strict=True))
+
+
+@pytest.mark.slow
+def test_with_shuffled_labels_scores_fall_to_chance(done):
+    """Labels permuted over the pairs: whatever remains above chance would be a leak."""
+    folder, _ = done
+    result = raycv("run", "experiment=quickstart", "data.shuffle_labels=true", "run.name=control", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    control = json.loads((folder / "runs" / "control" / "report.json").read_text())
+    assert 0.40 <= control["mean"]["roc_auc"] <= 0.60
+    assert control["mean"]["f1"] < 2 * control["floors"]["all_matched_f1"]
+    assert "the labels are permuted" in result.stdout
