@@ -174,12 +174,14 @@ class AggregateConfig(Section):
 class SynthesizeConfig(Section):
     """The config of `python -m raycv.synthesize`."""
 
-    out: NonEmpty = Field(description="folder to write; it must not exist or be empty")
-    posts: Positive = Field(description="posts to make; each is paired with all nine criteria")
+    out: NonEmpty = Field(description="folder to write; it may hold an earlier synthetic set, but no other data")
+    posts: Positive = Field(description="posts to make; each is paired with every criterion")
     seed: Annotated[int, Field(ge=0)] = Field(description="the same seed gives the same bytes")
     profile: Literal["short", "realistic"] = Field(
         description="short: a few sentences a post; realistic: about 295 words a post, some far over 512 tokens"
     )
+    words_mean: Annotated[float, Field(gt=0)] | None = Field(description="words of a post; null: the profile's mean")
+    criteria: Positive = Field(description="criteria of a post; beyond nine they repeat under other ids")
 
 
 S = TypeVar("S", bound=Section)

@@ -62,7 +62,7 @@ class TestDeterminism:
         write_dataset(tmp_path, posts=60, seed=3)
         assert not any(b"\r" in data for data in contents(tmp_path).values())
         digest = hashlib.sha256((tmp_path / "posts.csv").read_bytes()).hexdigest()
-        assert digest == "FILL_ME"
+        assert digest == "71f42e1100d99c4bd14587a7fccf13c3a995029a9566311ec321a49ea493274d"
 
     def test_another_seed_gives_other_posts(self, tmp_path):
         write_dataset(tmp_path / "a", posts=60, seed=3)
