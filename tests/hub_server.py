@@ -235,5 +235,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: fault.cut_after])
         self.wfile.flush()
         if fault.stall:
-            self.hub.closing.wait(30)
+            self.hub.closing.wait(15)
         self.close_connection = True

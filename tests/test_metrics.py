@@ -71,6 +71,10 @@ def test_threshold_equals_brute_force_in_fractions(rows: list[tuple[int, float]]
         # best, with F1 2/3, are 0.49 (both found, two false alarms), 0.51 and 0.52 (one found, none): of 0.49 and 0.51,
         # which are equally close, the lower
         ([1, 0, 0, 1, 0], [0.52, 0.505, 0.495, 0.495, 0.485], 0.49),
+        # the same with 0.43 and 0.57, which lie 0.07 from 0.5 in hundredths but not in binary fractions
+        ([1, 0, 0, 1, 0], [0.57, 0.565, 0.435, 0.435, 0.425], 0.43),
+        # only 1.00 tells them apart
+        ([0, 1], [0.995, 1.0], 1.0),
         # nothing to tell apart: 0.5 finds all
         ([0, 1, 1], [0.7, 0.7, 0.7], 0.5),
         # all at 0: only 0.00 finds any
