@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from raycv.errors import UserError
 from raycv.paths import read_json, write_json
 from raycv.prompts import TEMPLATE, PromptRules
+from raycv.records import LABELS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 MANIFEST = "raycv.json"
 FORMAT = 1
-LABELS = {0: "unmatched", 1: "matched"}
 VERSIONED = ("raycv", "torch", "transformers", "peft")
 
 
@@ -41,7 +41,7 @@ class CheckpointInfo:
             "format": FORMAT,
             **asdict(self),
             "template": TEMPLATE,
-            "labels": {str(label): name for label, name in LABELS.items()},
+            "labels": {str(label): name for label, name in enumerate(LABELS)},
             "versions": {name: metadata.version(name) for name in VERSIONED},
         }
 
@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: Chec
     config.base_model_name_or_path = info.base_model
     config.revision = info.base_revision
     # The embeddings are frozen: looking on the hub whether the vocabulary grew would only cost a request.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, info.to_json())
 

@@ -99,14 +99,15 @@ def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
 
 def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: Console) -> Prepared:
     """Fetches the base once for all folds and tokenises once."""
-    from raycv.base import absolute_name, check_max_length, fetch_base, load_config, load_tokenizer, set_pad_token
+    from raycv.base import absolute_name, fetch_base
     from raycv.encoding import encode_dataset, encoding_warnings, prompt_encoder
+    from raycv.loading import check_max_length, load_config, load_tokenizer, set_pad_token
 
-    with console.status(f"Fetching {config.model.name}"):
-        base = fetch_base(absolute_name(config.model.name), config.model.revision)
-        tokenizer, model_config = load_tokenizer(base), load_config(base)
-        check_max_length(model_config, config.prompt.max_length)
-        set_pad_token(tokenizer, model_config)
+    # No spinner here: the hub's client shows progress bars of its own.
+    base = fetch_base(absolute_name(config.model.name), config.model.revision)
+    tokenizer, model_config = load_tokenizer(base), load_config(base)
+    check_max_length(model_config, config.prompt.max_length)
+    set_pad_token(tokenizer, model_config)
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
         encoder = prompt_encoder(tokenizer, config.prompt, [criterion.text for criterion in dataset.criteria.values()])
         encoded, facts = encode_dataset(encoder, dataset)

@@ -154,7 +154,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     fold: int = arguments["fold"]
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
-    from raycv.base import fetch_base, load_classifier, load_tokenizer
+    from raycv.base import fetch_base
+    from raycv.loading import load_classifier, load_tokenizer
     from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
     from raycv.train import FoldTrainer
     from raycv.utils import describe_device, set_seed

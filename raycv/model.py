@@ -27,7 +27,7 @@ class Float32Head(nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden`: [..., in_features] of any float type; returns logits [..., out_features] in the weight's float32."""
+        """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return super().forward(hidden.to(self.weight.dtype))
 

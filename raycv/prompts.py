@@ -7,6 +7,7 @@ before the tokenizer sees the prompt, and the tokenizer's own truncation then cu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from raycv.errors import UserError
@@ -78,7 +79,7 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
     if rules.long_post == "sliding":
         texts = _windows(post, pieces, fits, rules.stride_fraction)
     else:
-        texts = [_longest(lambda n: _kept(post, pieces, n, rules), fits, len(pieces))]
+        texts = [_longest(partial(_kept, post, pieces, rules), fits, len(pieces))]
     return FittedPost(texts, tokens, max(count(render(text, "")) for text in texts))
 
 
@@ -94,7 +95,7 @@ def _longest(cut: Callable[[int], str], fits: Callable[[str], bool], most: int) 
     return cut(low)
 
 
-def _kept(post: str, pieces: Spans, n: int, rules: PromptRules) -> str:
+def _kept(post: str, pieces: Spans, rules: PromptRules, n: int) -> str:
     if n >= len(pieces):
         return post
     head = {"head": n, "tail": 0}.get(rules.long_post, round(n * rules.head_fraction))
@@ -106,12 +107,16 @@ def _kept(post: str, pieces: Spans, n: int, rules: PromptRules) -> str:
     return start or end
 
 
+def _first(post: str, pieces: Spans, n: int) -> str:
+    return post[pieces[0][0] : pieces[n - 1][1]] if n else ""
+
+
 def _windows(post: str, pieces: Spans, fits: Callable[[str], bool], stride_fraction: float) -> list[str]:
     """Overlapping windows that cover every piece, each as long as fits."""
     texts, start = [], 0
     while True:
         rest = pieces[start:]
-        text = _longest(lambda n, rest=rest: post[rest[0][0] : rest[n - 1][1]] if n else "", fits, len(rest))
+        text = _longest(partial(_first, post, rest), fits, len(rest))
         if not text:
             raise UserError(
                 "A single piece of a post does not fit into a sliding window.", remedies=["raise prompt.max_length"]

@@ -7,6 +7,9 @@ from typing import Any
 from raycv.errors import UserError
 from raycv.paths import read_json
 
+LABELS = ("unmatched", "matched")
+"""Class names by label id, as in the groundtruth: 0 no, 1 yes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Criterion:

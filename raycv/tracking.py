@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ class Tracker:
 
     def open_experiment(self, config: TrackingConfig) -> str:
         """The id of the experiment of `config`, made if there is none."""
-        return self._call("open the experiment", lambda: self._experiment(config))
+        return self._call("open the experiment", self._experiment, config)
 
     def start_parent(
         self, experiment_id: str, folder: RunFolder, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -67,7 +68,10 @@ class Tracker:
         name = folder.root.name
         run = self._call(
             "start the parent run",
-            lambda: self._client.create_run(experiment_id, run_name=name, tags={RUN_TAG: name, **tags}),
+            self._client.create_run,
+            experiment_id,
+            run_name=name,
+            tags={RUN_TAG: name, **tags},
         )
         run_id = str(run.info.run_id)
         self._log_params(run_id, params)
@@ -78,7 +82,7 @@ class Tracker:
         """Names the data set of a run by its hash (no content)."""
         dataset = TrackedDataset(name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "{source}"}}')
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        self._call("log the data set", lambda: self._client.log_inputs(run_id, inputs))
+        self._call("log the data set", self._client.log_inputs, run_id, inputs)
 
     def children(self, parent_id: str) -> dict[int, Run]:
         """Fold -> its child run; the newest where a fold has several."""
@@ -86,7 +90,10 @@ class Tracker:
         query = f"tags.`{PARENT_TAG}` = '{parent_id}'"
         runs = self._call(
             "find the child runs",
-            lambda: self._client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"]),
+            self._client.search_runs,
+            [experiment_id],
+            query,
+            order_by=["attributes.start_time ASC"],
         )
         return {int(run.data.tags[FOLD_TAG]): run for run in runs if FOLD_TAG in run.data.tags}
 
@@ -94,13 +101,16 @@ class Tracker:
         """The child run of `fold`, found by its tag or newly made. Returns its id."""
         found = self.children(parent_id).get(fold)
         if found is not None:
-            self._call("reopen a child run", lambda: self._client.update_run(found.info.run_id, status="RUNNING"))
+            self._call("reopen a child run", self._client.update_run, found.info.run_id, status="RUNNING")
             return str(found.info.run_id)
         experiment_id = self.run(parent_id).info.experiment_id
         tags = {PARENT_TAG: parent_id, FOLD_TAG: str(fold)}
         run = self._call(
             "start a child run",
-            lambda: self._client.create_run(experiment_id, run_name=f"fold_{fold}", tags=tags),
+            self._client.create_run,
+            experiment_id,
+            run_name=f"fold_{fold}",
+            tags=tags,
         )
         run_id = str(run.info.run_id)
         self._log_params(run_id, {**params, "fold": fold})
@@ -112,7 +122,7 @@ class Tracker:
 
     def log_fold(self, run_id: str, result: FoldResult, folder: FoldFolder, config: Path) -> None:
         """A finished fold: epochs that are not logged yet, final metrics, threshold, checkpoint and files."""
-        history = self._call("read a child run", lambda: self._client.get_metric_history(run_id, VAL_LOSS))
+        history = self._call("read a child run", self._client.get_metric_history, run_id, VAL_LOSS)
         logged = {metric.step for metric in history}
         for epoch in result.history:
             if int(epoch["epoch"]) not in logged:
@@ -124,7 +134,10 @@ class Tracker:
         if folder.checkpoint.is_dir():
             self._call(
                 "log a checkpoint",
-                lambda: self._client.log_artifacts(run_id, str(folder.checkpoint), "checkpoint"),
+                self._client.log_artifacts,
+                run_id,
+                str(folder.checkpoint),
+                "checkpoint",
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
@@ -150,28 +163,28 @@ class Tracker:
 
     def finish(self, run_id: str, status: str) -> None:
         """`status`: FINISHED, FAILED or KILLED."""
-        self._call("end a run", lambda: self._client.set_terminated(run_id, status))
+        self._call("end a run", self._client.set_terminated, run_id, status)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """All of `metrics` in one request."""
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._call("log metrics", lambda: self._client.log_batch(run_id, metrics=batch))
+        self._call("log metrics", self._client.log_batch, run_id, metrics=batch)
 
     def log_files(self, run_id: str, files: Sequence[Path]) -> None:
         """Those of `files` that exist, as artifacts at the top."""
         for file in files:
             if file.is_file():
-                self._call(f"log {file.name}", lambda file=file: self._client.log_artifact(run_id, str(file)))
+                self._call(f"log {file.name}", self._client.log_artifact, run_id, str(file))
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copies an artifact of a run into `folder` and returns its path."""
-        got = self._call(f"fetch {artifact}", lambda: self._client.download_artifacts(run_id, artifact, str(folder)))
+        got = self._call(f"fetch {artifact}", self._client.download_artifacts, run_id, artifact, str(folder))
         return Path(got)
 
     def run(self, run_id: str) -> Run:
         """Raises: UserError if the store has no such run."""
-        return self._call("read a run", lambda: self._client.get_run(run_id))
+        return self._call("read a run", self._client.get_run, run_id)
 
     def _experiment(self, config: TrackingConfig) -> str:
         found = self._client.get_experiment_by_name(config.experiment)
@@ -195,19 +208,24 @@ class Tracker:
         batch = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
         for start in range(0, len(batch), BATCH_LIMIT):
             part = batch[start : start + BATCH_LIMIT]
-            self._call("log parameters", lambda part=part: self._client.log_batch(run_id, params=part))
+            self._call("log parameters", self._client.log_batch, run_id, params=part)
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         batch = [RunTag(key, value[:8000]) for key, value in tags.items()]
-        self._call("set tags", lambda: self._client.log_batch(run_id, tags=batch))
+        self._call("set tags", self._client.log_batch, run_id, tags=batch)
 
-    def _call(self, what: str, call: Callable[[], T]) -> T:
+    def _call(self, what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         remedies = [
             "see that the tracking server or database can be reached and written (tracking.uri)",
             "or track into a local file: tracking.uri=sqlite:///mlflow.db",
         ]
         try:
-            return call_with_retries(f"MLflow at {self.shown_uri}: {what}", call, passing=_may_pass, remedies=remedies)
+            return call_with_retries(
+                f"MLflow at {self.shown_uri}: {what}",
+                partial(call, *args, **kwargs),
+                passing=_may_pass,
+                remedies=remedies,
+            )
         except MlflowException as error:
             cause = mask_secrets(str(error))
             raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error

@@ -25,17 +25,9 @@ from builders import (
 )
 from hub_server import HubServer
 
-from raycv.base import (
-    BaseFiles,
-    absolute_name,
-    check_max_length,
-    fetch_base,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    set_pad_token,
-)
+from raycv.base import BaseFiles, absolute_name, fetch_base
 from raycv.errors import UserError
+from raycv.loading import check_max_length, load_classifier, load_config, load_tokenizer, set_pad_token
 
 NAME = "org/model"
 # Enough for a client that only fetches: nothing is loaded from it. The cache keeps equal contents once, so all differ.

@@ -9,9 +9,9 @@ from peft import PeftModel
 from toy import Recorder, Toy, toy_base, train_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from raycv.base import load_classifier
 from raycv.checkpoint import CheckpointInfo, load_adapter, read_info, save_checkpoint
 from raycv.errors import UserError
+from raycv.loading import load_classifier
 from raycv.train import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)

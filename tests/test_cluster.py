@@ -25,7 +25,7 @@ def test_rays_own_schema_accepts_it(cluster):
 def test_rays_schema_check_does_refuse(cluster):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    with pytest.raises(Exception, match="Additional properties|not valid|unexpected"):
+    with pytest.raises(Exception, match=r"Additional properties|not valid|unexpected"):
         validate_config(prepare_config({**cluster, "nonsense": 1}))
 
 

@@ -1,4 +1,4 @@
-"""What a user sees when a run cannot begin, or a fold fails: the cause, a remedy, the exit code, and nothing averaged."""
+"""What a user sees when a run cannot begin or a fold fails: cause, remedy, exit code, and nothing averaged."""
 
 import json
 import time
@@ -22,7 +22,9 @@ def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrid
     result = raycv("run", *overrides, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert time.monotonic() - started < 10
     assert result.returncode == 2
-    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")}
+    imported = {
+        line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")
+    }
     assert "raycv.driver" in imported
     assert not imported & {"torch", "ray", "mlflow", "transformers"}
     message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time"))

@@ -5,9 +5,10 @@ import torch
 from builders import tiny_bert, tiny_llama
 from toy import LLAMA_MODULES
 
-from raycv.base import fetch_base, load_classifier, load_tokenizer
+from raycv.base import fetch_base
 from raycv.config import DoraConfig, ModelConfig
 from raycv.errors import UserError
+from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head, add_dora, choose_precision, count_parameters, trainable
 
 DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0)

@@ -10,6 +10,7 @@ from statistics import mean
 import pytest
 
 from raycv.errors import UserError
+from raycv.phrases import phrase_book
 from raycv.synthesize import (
     CRITERIA,
     DATASET_FILES,
@@ -25,7 +26,6 @@ from raycv.synthesize import (
     criteria_grid,
     expansions,
     generate_posts,
-    phrase_book,
     write_dataset,
 )
 

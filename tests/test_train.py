@@ -1,13 +1,14 @@
 """The loop on a two-layer Llama: what is learned, effective batch, out-of-memory, early stopping, determinism."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 from torch import nn
 from torch.nn import functional
+from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
 from raycv.errors import UserError
 from raycv.metrics import METRICS, binary_metrics, tune_threshold
@@ -107,9 +108,7 @@ def test_out_of_memory_halves_and_replays_the_step(toy, limit, after):
     recorder, greedy = Recorder(), Greedy(toy.model(dropout=0.2), limit, after)
     result = trainer(toy, greedy, recorder, epochs=1).fit(TRAIN, VAL)
     sizes = [8 // 2**i for i in range(4) if 8 // 2**i >= limit]
-    assert recorder.events == [
-        f"training: out of memory: micro-batch {a} -> {b}" for a, b in zip(sizes, sizes[1:], strict=False)
-    ]
+    assert recorder.events == [f"training: out of memory: micro-batch {a} -> {b}" for a, b in pairwise(sizes)]
     assert result.events == recorder.events
     assert result.epochs[0].micro_batch == limit
     if expected is not None:

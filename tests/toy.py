@@ -6,15 +6,32 @@ from pathlib import Path
 import numpy as np
 from builders import tiny_llama, wordlevel_tokenizer
 
-from raycv.base import BaseFiles, fetch_base, load_classifier, load_tokenizer
+from raycv.base import BaseFiles, fetch_base
 from raycv.config import DoraConfig, ModelConfig, PromptConfig, TrainConfig
 from raycv.encoding import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
+from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import add_dora
 from raycv.records import Criterion, Dataset, Pair
 from raycv.utils import set_seed
 
 WORDS = [f"w{i}" for i in range(12)]
-FRAME = "post: , criterion: Does the post match the criterion description? Output yes or no ...".split()
+FRAME = [
+    "post:",
+    ",",
+    "criterion:",
+    "Does",
+    "the",
+    "post",
+    "match",
+    "the",
+    "criterion",
+    "description?",
+    "Output",
+    "yes",
+    "or",
+    "no",
+    "...",
+]
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
