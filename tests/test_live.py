@@ -106,7 +106,7 @@ def test_fold_that_ends_without_an_epoch() -> None:
 
 def test_long_lines_are_not_wrapped_and_nothing_is_markup() -> None:
     plain = Plain(width=40)
-    text = "[bold]no markup[/bold] /very" + "/long" * 60 + " :smile: [0:00]"
+    text = "[bold]no markup[/bold] /very" + "/long" * 60 + " [0:00]"
     plain.view.tell(1, text)
     plain.view.tell(None, "without a fold")
     plain.view.update(0, {"history": history(1)})
@@ -122,11 +122,13 @@ def test_every_line_begins_with_the_clock() -> None:
     assert re.fullmatch(r"\[0:0\d\] fold 0: x\n", plain.file.getvalue())
 
 
-def test_say_leaves_a_path_as_it_is() -> None:
+@pytest.mark.parametrize(
+    "text", ["/tmp/[run]/" + "x" * 200, "[red]3.5[/red]", "a:cat:b"], ids=["path", "markup", "emoji"]
+)
+def test_say_leaves_a_text_as_it_is(text: str) -> None:
     file = io.StringIO()
-    path = "/tmp/[run]/" + "x" * 200 + ":cat:"
-    say(Console(file=file, width=20), path, "yellow")
-    assert file.getvalue() == f"{path}\n"
+    say(Console(file=file, width=20), text, "yellow")
+    assert file.getvalue() == f"{text}\n"
 
 
 # --- The terminal ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def test_sliding_windows_step_by_the_stride_and_cover_the_post(stride: float, st
     assert fitted.kept == TEMPLATE_WORDS + 10
 
 
+@pytest.mark.timeout(20)
 def test_window_never_stands_still() -> None:
     """A stride that rounds to nothing still steps by a word."""
     fitted = fit(words(6), rules(2, "sliding", stride=0.01))
