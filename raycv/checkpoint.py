@@ -81,9 +81,11 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 def load_adapter(base: Any, folder: Path) -> "PeftModel":
     """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
+    from raycv.dora import use_factored
     from raycv.model import replace_head
 
     replace_head(base)
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    config = use_factored(LoraConfig.from_pretrained(str(folder)))
+    return PeftModel.from_pretrained(base, str(folder), config=config).eval()

@@ -49,6 +49,19 @@ class DoraConfig(Section):
     r: Positive = Field(description="rank of the low-rank matrices A and B")
     alpha: Positive = Field(description="the low-rank product is scaled by alpha / r")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability")
+    dropout: Literal["lora_path", "peft"] = Field(
+        description="what dropout acts on: the low-rank path (one product with the base weights), or that and the base"
+    )
+    implementation: Literal["factored", "peft"] = Field(
+        description="factored: raycv's layer, the same function computed faster; peft: PEFT's own"
+    )
+
+    @field_validator("implementation")
+    @classmethod
+    def _peft_has_its_own_dropout(cls, value: str, info: ValidationInfo) -> str:
+        if value == "peft" and info.data.get("dropout") == "lora_path" and info.data.get("lora_dropout"):
+            raise ValueError("needs dora.dropout=peft, since PEFT's layer knows no other")
+        return value
 
 
 class DataConfig(Section):

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from raycv.config import DoraConfig, ModelConfig
+from raycv.dora import factored_layers, start_at_the_base, use_factored
 from raycv.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,11 +53,9 @@ def base_dtype(precision: Precision) -> torch.dtype:
 def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":
     """Freezes `model`, gives DoRA to `config.target_modules`, and makes its head trainable in float32.
 
-    DoRA: Liu et al. 2024, arXiv 2402.09353; the layer is PEFT's. Adapters are float32 whatever the base is.
+    DoRA: Liu et al. 2024, arXiv 2402.09353. Adapters are float32 whatever the base is.
     Raises: UserError if a target module does not exist in the model.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
-
     _check_targets(model, config)
     replace_head(model)
     lora = LoraConfig(
@@ -66,7 +66,12 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
         lora_dropout=dora.lora_dropout,
         target_modules=config.target_modules,
     )
+    if dora.implementation == "factored":
+        use_factored(lora)
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    for layer in factored_layers(adapted):
+        layer.dropout_path = dora.dropout
+    start_at_the_base(adapted)
     for parameter in trainable(adapted):
         parameter.data = parameter.data.float()
     return adapted

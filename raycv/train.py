@@ -113,6 +113,8 @@ class FoldTrainer:
         self.model = model.to(self.accelerator.device)
         self.encoded = encoded
         self._rows_per_pair = np.bincount(encoded.pair_of_row)
+        self._longest_row = np.zeros(len(encoded.labels), dtype=np.int64)
+        np.maximum.at(self._longest_row, encoded.pair_of_row, encoded.lengths)
         self.config = config
         self.listener = listener
         self.events: list[str] = []
@@ -147,15 +149,16 @@ class FoldTrainer:
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
-        step_pairs = self.config.eval_batch_size * 4
-        steps = [pairs[start : start + step_pairs] for start in range(0, len(pairs), step_pairs)]
-        rows = [self.encoded.rows_of(step) for step in steps]
-        passed = list(self._pass(steps, training=False))
-        logits = torch.cat([logits for _, logits in passed])
-        probabilities = torch.softmax(logits.double(), dim=-1)[:, 1].numpy()
-        loss = sum(loss for loss, _ in passed) / len(pairs)
-        first = np.concatenate([[0], np.flatnonzero(np.diff(self.encoded.pair_of_row[np.concatenate(rows)])) + 1])
-        return np.maximum.reduceat(probabilities, first), loss
+        # Longest first over the whole fold: hardly any padding, and memory runs out at the start if it does.
+        order = pairs[np.argsort(-self._longest_row[pairs], kind="stable")]
+        step = self.config.eval_batch_size * 4
+        steps = [order[start : start + step] for start in range(0, len(order), step)]
+        scores, loss = np.zeros(len(self.encoded.labels)), 0.0
+        for step_loss, rows, logits in self._pass(steps, training=False):
+            probabilities = torch.softmax(logits.double(), dim=-1)[:, 1].numpy()
+            np.maximum.at(scores, self.encoded.pair_of_row[rows], probabilities)
+            loss += step_loss
+        return scores[pairs], loss / len(pairs)
 
     def _epoch(self, epoch: int, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
         started = time.monotonic()
@@ -164,7 +167,7 @@ class FoldTrainer:
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         learning_rate = self.schedule.get_last_lr()[0]
         total = 0.0
-        for index, (loss, _) in enumerate(self._pass(steps, training=True), 1):
+        for index, (loss, _, _) in enumerate(self._pass(steps, training=True), 1):
             total += loss
             self.listener.on_step(epoch, index, len(steps), loss / len(steps[index - 1]), self.micro_batch[True].size)
         scores, val_loss = self.scores(val_pairs)
@@ -181,15 +184,15 @@ class FoldTrainer:
         )
         return result, scores
 
-    def _pass(self, steps: list[np.ndarray], *, training: bool) -> Iterator[tuple[float, torch.Tensor]]:
-        """One pass over `steps` (pairs of each). Yields each step's summed loss and its logits [rows, 2] on the CPU.
+    def _pass(self, steps: list[np.ndarray], *, training: bool) -> Iterator[tuple[float, np.ndarray, torch.Tensor]]:
+        """One pass over `steps` (pairs of each). Yields each step's summed loss, its rows, and their logits on the CPU.
 
         Training updates the weights after each step; validation computes the same without gradients.
         """
         self.model.train(training)
         for pairs in steps:
             with torch.set_grad_enabled(training):
-                loss, logits = self._step(pairs, training)
+                loss, rows, logits = self._step(pairs, training)
             if not math.isfinite(loss):
                 raise UserError(
                     f"The {'training' if training else 'validation'} loss is {loss}.",
@@ -197,15 +200,19 @@ class FoldTrainer:
                 )
             if training:
                 self._update()
-            yield loss, logits
+            yield loss, rows, logits
 
-    def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, torch.Tensor]:
+    def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
         """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
+
+        The rows go longest first, so that a micro-batch holds rows of like length and little padding; the step's
+        gradient is a sum over its pairs and stays what it was. Returns the summed loss, the rows so sorted, their logits.
 
         On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
         counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
         """
         rows = self.encoded.rows_of(pairs)
+        rows = rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
         # A pair counts once, however many windows it has.
         row_weights = (1 / self._rows_per_pair[self.encoded.pair_of_row[rows]]).astype(np.float32)
         random_state = _random_state(self.accelerator.device)
@@ -230,7 +237,7 @@ class FoldTrainer:
                 self.optimizer.zero_grad(set_to_none=True)
 
         total = self.micro_batch[training].run(work, reset)
-        return float(total), torch.cat(logits).cpu()
+        return float(total), rows, torch.cat(logits).cpu()
 
     def _forward(self, rows: np.ndarray, row_weights: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits float32 [n, 2] of `rows` and the sum of their weighted losses."""

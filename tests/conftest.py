@@ -5,6 +5,8 @@ import os
 # Before any import of ray: tests start their own local cluster, never join one that happens to run here.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Toy tensors: a second thread only waits, and makes tests crawl on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

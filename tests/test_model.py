@@ -11,7 +11,7 @@ from raycv.errors import UserError
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head, add_dora, choose_precision, count_parameters, trainable
 
-DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0)
+DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implementation="factored")
 
 
 def classifier(folder, dtype=torch.float32):

@@ -146,7 +146,9 @@ def test_a_checkpoint_reproduces_its_scores_in_stock_peft(run, predictions):
     state = model.state_dict()
     assert all(value.abs().sum() > 0 for name, value in state.items() if "lora_B" in name)
     moved = [
-        not torch.allclose(value, before[name.split("base_model.model.", 1)[1].split(".lora_")[0] + ".weight"].norm(dim=1))
+        not torch.allclose(
+            value, before[name.split("base_model.model.", 1)[1].split(".lora_")[0] + ".weight"].norm(dim=1)
+        )
         for name, value in state.items()
         if "lora_magnitude_vector" in name
     ]

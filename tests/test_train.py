@@ -91,7 +91,7 @@ def test_a_short_last_step_counts_its_own_pairs(toy):
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.zero_grad()
     loop = trainer(toy, model, batch_size=2)
-    loss, _ = loop._step(pairs, training=True)
+    loss, _, _ = loop._step(pairs, training=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
@@ -228,7 +228,7 @@ def test_gradient_checkpointing_changes_no_gradient(toy):
 def test_bf16_autocast_keeps_head_adapters_and_logits_in_float32(toy):
     model = toy.model(dtype="bfloat16")
     loop = trainer(toy, model, precision="bf16", epochs=1)
-    _, logits = loop._step(TRAIN[:4], training=True)
+    _, _, logits = loop._step(TRAIN[:4], training=True)
     assert logits.dtype == torch.float32
     # On the grid of bf16 the last 16 bits of each logit would be zero.
     assert (logits.view(torch.int32) & 0xFFFF).any()
@@ -267,6 +267,24 @@ def test_sliding_takes_the_maximum_and_counts_a_pair_once(tmp_path):
     with torch.no_grad():
         assert loop._step(pairs, training=False)[0] == pytest.approx(expected, rel=1e-5)
     assert len(loop.fit(TRAIN, VAL).val_scores) == len(VAL)
+
+
+def test_rows_of_a_step_are_sorted_and_nothing_of_the_padding_is_computed(toy):
+    widths = []
+
+    class Watching(Greedy):
+        def forward(self, input_ids, attention_mask):
+            widths.append((tuple(input_ids.shape), int(attention_mask.sum(1).max()), int(attention_mask.sum(1).min())))
+            return super().forward(input_ids, attention_mask)
+
+    loop = trainer(toy, Watching(toy.model(), limit=99), batch_size=2)
+    pairs = np.array([29, 3, 17, 8, 0, 21, 12, 5])
+    _, rows, logits = loop._step(pairs, training=True)
+    assert [shape[1] for shape, _, _ in widths] == [longest for _, longest, _ in widths]
+    assert [longest for _, longest, _ in widths] == sorted((w[1] for w in widths), reverse=True)
+    assert all(a[2] >= b[1] for a, b in pairwise(widths))
+    assert sorted(rows) == sorted(pairs)
+    assert logits.shape == (8, 2)
 
 
 def test_cross_entropy_is_torchs():

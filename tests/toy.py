@@ -100,7 +100,11 @@ class Toy:
         base = load_classifier(self.base, self.tokenizer, getattr(torch, dtype), seed=seed)
         set_seed(seed)
         targets = ModelConfig(name=self.base.name, revision=None, target_modules=modules or LLAMA_MODULES)
-        return add_dora(base, targets, DoraConfig(r=4, alpha=8, lora_dropout=dropout))
+        return add_dora(
+            base,
+            targets,
+            DoraConfig(r=4, alpha=8, lora_dropout=dropout, dropout="lora_path", implementation="factored"),
+        )
 
 
 class Recorder:

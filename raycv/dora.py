@@ -1,0 +1,150 @@
+"""DoRA's linear layer without its waste: the same function, parameters and checkpoints as PEFT's, computed faster.
+
+DoRA (Liu et al. 2024, arXiv 2402.09353): y = gamma * (W x + s B A x) + bias, gamma = m / ||W + s B A|| row by row, the
+norm a constant for the gradient (its section 4.3). Per forward, PEFT multiplies an identity by A and B to get a dense
+B A, adds it to W and takes row norms, and with dropout it computes W x a second time. Here
+
+- the norm is factored, ||W + s B A||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B), so that no
+  dense B A exists, and computed once per change of A or B: once per optimizer step, not per micro-batch or recompute;
+- dropout acts on the low-rank path alone (`lora_path`, as in torchtune), which needs W x once; `peft` is the original.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.lora import LoraConfig
+from torch import nn
+from torch.nn import functional
+
+DropoutPath = Literal["lora_path", "peft"]
+
+CHUNK_ELEMENTS = 1 << 22
+"""Weights that are turned to float32 at a time while a norm is computed: 16 MB, not a copy of the layer."""
+
+
+class Parts(NamedTuple):
+    """The tensors of one DoRA layer."""
+
+    weight: torch.Tensor
+    """[out, in], frozen"""
+    bias: torch.Tensor | None
+    """[out], frozen"""
+    a: torch.Tensor
+    """[r, in]"""
+    b: torch.Tensor
+    """[out, r]"""
+    magnitude: torch.Tensor
+    """[out]"""
+
+
+class FactoredDoraLinear(PeftLoraLinear):
+    """PEFT's DoRA linear layer with another forward. Anything but plain DoRA of one adapter is left to PEFT's."""
+
+    dropout_path: DropoutPath = "lora_path"
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`x`: [..., in]; returns [..., out] in the type of the base layer's output."""
+        adapter = self._plain_adapter(kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        parts, dropout = self.parts(adapter), self.lora_dropout[adapter]
+        gamma = parts.magnitude / self.row_norm(adapter)
+        low_input = dropout(x)
+        through_base = functional.linear(x, parts.weight)
+        dropped = self.training and not isinstance(dropout, nn.Identity) and self.dropout_path == "peft"
+        scaled = functional.linear(low_input, parts.weight) if dropped else through_base
+        # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
+        # activations need not be turned to float32 and back.
+        out = torch.addcmul(through_base, scaled, (gamma - 1).to(through_base.dtype))
+        hidden = functional.linear(low_input, parts.a.to(low_input.dtype))
+        up = (self.scaling[adapter] * gamma)[:, None] * parts.b
+        out = out + functional.linear(hidden, up.to(hidden.dtype))
+        return out if parts.bias is None else out + parts.bias.to(out.dtype)
+
+    def parts(self, adapter: str) -> Parts:
+        """The layer's tensors, from where PEFT keeps them."""
+        base: Any = self.get_base_layer()
+        a: Any = self.lora_A[adapter]
+        b: Any = self.lora_B[adapter]
+        magnitude: Any = self.lora_magnitude_vector[adapter]
+        return Parts(base.weight, base.bias, a.weight, b.weight, magnitude.weight)
+
+    @torch.no_grad()
+    def row_norm(self, adapter: str) -> torch.Tensor:
+        """||W + s B A|| of each row, [out], float32 at least; kept until A, B or W change."""
+        weight, _, a, b, _ = self.parts(adapter)
+        # In-place updates, as optimizers and load_state_dict make them, count up a tensor's version.
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b))
+        cached = self.__dict__.get("_row_norm")
+        if cached is None or cached[0] != key:
+            with torch.autocast(device_type=weight.device.type, enabled=False):
+                cached = (key, factored_norm(weight, self._square_norm(weight), a, b, self.scaling[adapter]))
+            self.__dict__["_row_norm"] = cached
+        return cached[1]
+
+    def _square_norm(self, weight: torch.Tensor) -> torch.Tensor:
+        """||W||^2 of each row: the base is frozen, so once."""
+        key = (weight.data_ptr(), weight._version)
+        cached = self.__dict__.get("_base_norm")
+        if cached is None or cached[0] != key:
+            square = torch.cat([chunk.square().sum(dim=1) for chunk in _chunks(weight)])
+            cached = self.__dict__["_base_norm"] = (key, square)
+        return cached[1]
+
+    def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
+        """The one active DoRA adapter, if there is nothing else to mind."""
+        plain = not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
+        if not plain or kwargs.get("adapter_names") is not None or self.fan_in_fan_out:
+            return None
+        adapter = self.active_adapters[0]
+        if adapter not in self.lora_magnitude_vector or self.lora_bias[adapter]:
+            return None
+        return adapter
+
+
+def factored_norm(
+    weight: torch.Tensor, square_norm: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Row norms of W + s B A without B A: factored norms, arXiv 2603.22276.
+
+    `weight` [out, in], `square_norm` [out]: ||W||^2, `a` [r, in], `b` [out, r]; returns [out], float32 at least.
+    """
+    a, b = a.to(square_norm.dtype), b.to(square_norm.dtype)
+    cross = torch.cat([chunk @ a.T for chunk in _chunks(weight)])
+    square = square_norm + 2 * scaling * (b * cross).sum(dim=1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
+    # Rounding may take a row that A and B cancel below zero.
+    return square.clamp_min(0).sqrt()
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Groups of rows of `weight` in float32 (float64 stays)."""
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for start in range(0, weight.shape[0], rows):
+        yield weight[start : start + rows].to(dtype)
+
+
+def use_factored(config: LoraConfig) -> LoraConfig:
+    """Makes PEFT build FactoredDoraLinear for linear layers, by its extension point for custom modules.
+
+    The mapping lives in memory only: what PEFT saves, and what stock PEFT opens, is a plain DoRA adapter.
+    """
+    config._register_custom_module({nn.Linear: FactoredDoraLinear})
+    return config
+
+
+def factored_layers(model: nn.Module) -> list[FactoredDoraLinear]:
+    """The layers of `model` that compute DoRA here and not in PEFT."""
+    return [module for module in model.modules() if isinstance(module, FactoredDoraLinear)]
+
+
+def start_at_the_base(model: nn.Module) -> None:
+    """Sets fresh magnitudes to the row norms in float32, so that gamma is 1 and the untrained model is the base.
+
+    PEFT takes them in the type of the weights: with a bf16 base every row would start up to 0.4 % off.
+    """
+    for layer in factored_layers(model):
+        for adapter in layer.lora_magnitude_vector:
+            layer.parts(adapter).magnitude.data = layer.row_norm(adapter).clone()

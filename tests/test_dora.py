@@ -1,0 +1,283 @@
+"""The factored DoRA layer against PEFT's: outputs, gradients, checkpoints both ways, and what it never computes."""
+
+import copy
+
+import pytest
+import torch
+from builders import tiny_bert, tiny_llama
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from toy import LLAMA_MODULES
+
+from raycv.base import fetch_base
+from raycv.dora import factored_layers, factored_norm, start_at_the_base, use_factored
+from raycv.loading import load_classifier, load_tokenizer
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (7, 33), (1, 5), (40, 1)]
+
+
+class One(nn.Module):
+    """A model of one linear layer."""
+
+    def __init__(self, inp, out, bias, dtype=torch.float64):
+        super().__init__()
+        self.proj = nn.Linear(inp, out, bias=bias, dtype=dtype)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def lora(dropout=0.0, r=4, targets=("proj",)):
+    return LoraConfig(use_dora=True, r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(targets))
+
+
+def pair(inp, out, bias=True, dropout=0.0, dtype=torch.float64, path="lora_path"):
+    """PEFT's layer and ours with the same weights, A, B and magnitudes all away from their start."""
+    torch.manual_seed(0)
+    plain = One(inp, out, bias, dtype)
+    theirs = get_peft_model(copy.deepcopy(plain), lora(dropout), autocast_adapter_dtype=dtype != torch.bfloat16)
+    ours = get_peft_model(plain, use_factored(lora(dropout)), autocast_adapter_dtype=dtype != torch.bfloat16)
+    if dtype == torch.float64:
+        theirs, ours = theirs.double(), ours.double()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.rand_like(parameter))
+    ours.load_state_dict(theirs.state_dict())
+    (layer,) = factored_layers(ours)
+    layer.dropout_path = path
+    assert not any(type(module) is PeftLoraLinear for module in ours.modules())
+    return theirs, ours
+
+
+def outputs_and_gradients(model, x, seed=3):
+    x = x.clone().requires_grad_(True)
+    torch.manual_seed(seed)
+    y = model(x)
+    torch.manual_seed(5)
+    (y * torch.randn_like(y)).sum().backward()
+    return y, {"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("out", "inp"), SHAPES)
+def test_outputs_and_all_gradients_are_pefts_in_float64(out, inp, bias):
+    theirs, ours = pair(inp, out, bias)
+    x = torch.randn(3, 5, inp, dtype=torch.float64)
+    y, gradients = outputs_and_gradients(ours, x)
+    expected, expected_gradients = outputs_and_gradients(theirs, x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert gradients.keys() == expected_gradients.keys()
+    assert any("magnitude" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-12, atol=1e-12)
+
+
+def test_pefts_dropout_semantics_under_one_random_state():
+    theirs, ours = pair(16, 12, dropout=0.4, path="peft")
+    x = torch.randn(6, 16, dtype=torch.float64)
+    for training in (True, False):
+        y, gradients = outputs_and_gradients(ours.train(training), x)
+        expected, expected_gradients = outputs_and_gradients(theirs.train(training), x)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-12, atol=1e-12)
+        ours.zero_grad()
+        theirs.zero_grad()
+
+
+def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased():
+    _, ours = pair(16, 12, dropout=0.4)
+    (layer,) = factored_layers(ours)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    torch.manual_seed(9)
+    y = ours.train()(x)
+    torch.manual_seed(9)
+    dropped = torch.dropout(x, 0.4, True)
+    base = layer.get_base_layer()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    gamma = layer.lora_magnitude_vector["default"].weight / (base.weight + 2 * b @ a).norm(dim=1)
+    torch.testing.assert_close(y, gamma * (x @ base.weight.T + 2 * dropped @ a.T @ b.T) + base.bias)
+    mean = torch.stack([ours(x) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, ours.eval()(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_factored_norm_is_closer_to_float64_than_the_dense_one(dtype):
+    torch.manual_seed(1)
+    weight = (torch.randn(96, 160) * 0.02).to(dtype)
+    a, b = torch.randn(8, 160) * 0.05, torch.randn(96, 8) * 0.05
+    exact = (weight.double() + 2 * b.double() @ a.double()).norm(dim=1)
+    ours = factored_norm(weight, weight.float().square().sum(1), a, b, 2.0).double()
+    dense = (weight + (2 * b @ a).to(dtype)).norm(dim=1).double()
+    assert ((ours - exact) / exact).abs().max() < 1e-6
+    assert ((ours - exact) / exact).abs().max() <= ((dense - exact) / exact).abs().max() + 1e-7
+
+
+def test_a_row_that_cancels_is_no_nan():
+    weight, a = torch.randn(4, 6), torch.zeros(1, 6)
+    a[0] = weight[2]
+    b = torch.zeros(4, 1)
+    b[2] = -1
+    norm = factored_norm(weight, weight.square().sum(1), a, b, 1.0)
+    assert torch.isfinite(norm).all()
+    assert norm[2] < 1e-2
+
+
+def test_the_norm_is_computed_once_per_optimizer_step(monkeypatch):
+    import raycv.dora as dora
+
+    calls = []
+    real = dora.factored_norm
+    monkeypatch.setattr(dora, "factored_norm", lambda *args: calls.append(1) or real(*args))
+    _, ours = pair(16, 12, dropout=0.1)
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    for step in range(1, 4):
+        for _ in range(4):  # micro-batches
+            ours(x).square().sum().backward()
+        assert len(calls) == step
+        optimizer.step()
+        optimizer.zero_grad()
+    ours.eval()(x)
+    assert len(calls) == 4
+    ours.load_state_dict(ours.state_dict())
+    ours(x)
+    assert len(calls) == 5
+
+
+def test_the_cached_norm_follows_every_kind_of_change():
+    theirs, ours = pair(16, 12)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    (layer,) = factored_layers(ours)
+
+    def same():
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+    same()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(1.5)
+    same()
+    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone() + 0.1
+    same()
+    with torch.no_grad():
+        layer.get_base_layer().weight.add_(0.01)
+    same()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, checkpointing):
+    files = fetch_base(str(tiny_llama(tmp_path)), None)
+    tokenizer = load_tokenizer(files)
+    results = []
+    for config in (lora(0.0, targets=LLAMA_MODULES), use_factored(lora(0.0, targets=LLAMA_MODULES))):
+        config.task_type = TaskType.SEQ_CLS
+        torch.manual_seed(0)
+        model = get_peft_model(load_classifier(files, tokenizer, torch.float64, seed=1), config).double()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        logits = model(input_ids=torch.arange(3, 23)[None].repeat(2, 1)).logits
+        logits.square().sum().backward()
+        results.append((logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-10, atol=1e-12)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_under_bf16_autocast_activations_stay_bf16():
+    theirs, ours = pair(64, 48, dtype=torch.float32)
+    x = torch.randn(10, 64)
+    exact = ours(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ours(x)
+        expected = theirs(x)
+    assert y.dtype == torch.bfloat16 == expected.dtype
+    ours_off = (y.float() - exact).abs().mean()
+    theirs_off = (expected.float() - exact).abs().mean()
+    assert ours_off < 1.5 * theirs_off
+
+
+def test_a_bf16_base_with_float32_adapters_works_without_autocast():
+    torch.manual_seed(0)
+    ours = get_peft_model(One(32, 16, True, torch.bfloat16), use_factored(lora()))
+    (layer,) = factored_layers(ours)
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    ours(x).float().sum().backward()
+    assert layer.row_norm("default").dtype == torch.float32
+    assert layer.lora_magnitude_vector["default"].weight.grad is not None
+
+
+def test_the_untrained_model_is_the_base_even_in_bf16():
+    torch.manual_seed(0)
+    plain = One(64, 64, False, torch.bfloat16)
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    expected = plain(x)
+    ours = get_peft_model(plain, use_factored(lora()))
+    start_at_the_base(ours)
+    torch.testing.assert_close(ours(x), expected, rtol=0, atol=0)
+
+
+def test_checkpoints_are_plain_peft_both_ways(tmp_path):
+    theirs, ours = pair(16, 12)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    base = copy.deepcopy(theirs).unload()
+    ours.save_pretrained(str(tmp_path / "ours"))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert names == {path.name for path in (tmp_path / "theirs").iterdir()}
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").double()
+    assert not factored_layers(stock)
+    torch.testing.assert_close(stock(x), ours(x), rtol=1e-6, atol=1e-7)
+    config = use_factored(LoraConfig.from_pretrained(str(tmp_path / "theirs")))
+    back = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", config=config).double()
+    assert factored_layers(back)
+    torch.testing.assert_close(back(x), theirs(x), rtol=1e-6, atol=1e-7)
+
+
+def test_merging_and_disabling_are_pefts():
+    theirs, ours = pair(16, 12)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    before = ours(x)
+    with ours.disable_adapter():
+        torch.testing.assert_close(ours(x), ours.get_base_model().proj.base_layer(x))
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(x), before)
+    torch.testing.assert_close(merged(x), theirs(x))
+
+
+def test_bert_layers_with_bias(tmp_path):
+    files = fetch_base(str(tiny_bert(tmp_path)), None)
+    config = use_factored(lora(targets=["query", "value", "dense"]))
+    model = get_peft_model(load_classifier(files, load_tokenizer(files), torch.float32, seed=1), config)
+    assert len(factored_layers(model)) > 4
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("factored", "path", "expected"), [(True, "lora_path", 4), (True, "peft", 8), (False, "peft", 8)]
+)
+def test_floating_point_operations_on_base_weights(factored, path, expected):
+    """Forward 2N and the gradient of the input 2N; dropout on the base path doubles both, PEFT adds dense B A too."""
+    inp = out = 512
+    tokens = 4096
+    torch.manual_seed(0)
+    config = lora(0.1, r=1)
+    model = get_peft_model(One(inp, out, False, torch.float32), use_factored(config) if factored else config).train()
+    for layer in factored_layers(model):
+        layer.dropout_path = path
+    x = torch.randn(tokens, inp, requires_grad=True)
+    model(x).sum().backward()  # the norm is there now
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    per_weight = counter.get_total_flops() / (tokens * inp * out)
+    assert expected <= per_weight < expected * 1.1
