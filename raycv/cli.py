@@ -1,5 +1,6 @@
 """What the commands share: Hydra's entry, typed config, errors without tracebacks. The only module that knows Hydra."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,31 +26,45 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         try:
             body(_checked(schema, config))
         except UserError as error:
-            sys.stderr.write(f"\nraycv.{name}: {error}\n")
-            raise SystemExit(error.exit_code) from None
+            # Here already: Hydra would print a line of its own about it.
+            raise _refused(name, error) from None
 
+    typed = sys.argv[1:]
+    # Hydra then raises what it finds, and it is printed here like every other fault.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = _for_hydra(typed)
         import hydra
 
-        configs = bundled("configs")
-        groups = {
-            folder.name: {path.stem for path in folder.glob("*.yaml")}
-            for folder in configs.iterdir()
-            if folder.is_dir()
-        }
-        sys.argv[1:] = [_forced(argument, groups) for argument in sys.argv[1:]]
-        hydra.main(config_path=str(configs), config_name=name, version_base="1.3")(task)()
+        hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(task)()
     except UserError as error:
-        sys.stderr.write(f"\nraycv.{name}: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except SystemExit as stop:
-        if stop.code == 1 and not started:
-            # Hydra has said why the command line cannot be composed: that, too, is for the user to mend.
-            sys.stderr.write(
-                f"\nraycv.{name}: received {sys.argv[1:]}; python -m raycv.{name} --help shows what it takes\n"
-            )
-            raise SystemExit(UserError.exit_code) from None
-        raise
+        raise _refused(name, error) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nraycv.{name}: interrupted\n")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if started:
+            raise
+        # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
+        what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
+        unread = UserError(what, remedies=[f"python -m raycv.{name} --help shows what it takes"])
+        raise _refused(name, unread) from None
+
+
+def _refused(name: str, error: UserError) -> SystemExit:
+    sys.stderr.write(f"\nraycv.{name}: {error}\n")
+    return SystemExit(error.exit_code)
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
+    groups = {
+        folder.name: {path.stem for path in folder.glob("*.yaml")}
+        for folder in bundled("configs").iterdir()
+        if folder.is_dir()
+    }
+    return [_forced(argument, groups) for argument in arguments]
 
 
 def _forced(argument: str, groups: dict[str, set[str]]) -> str:

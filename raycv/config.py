@@ -7,18 +7,13 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from raycv.errors import FaultsError, shown
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# YAML reads a bare `on` or `off` as a boolean.
-Switch = Annotated[
-    Literal["auto", "on", "off"],
-    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value),
-]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -98,6 +93,12 @@ class TrainConfig(Section):
     batch_size: Positive = Field(description="pairs in one micro-batch at the start; halved on out-of-memory (FR-007)")
     effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
     eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
+    share_prefix: bool = Field(
+        description="compute a post once for all its criteria, in validation and in post-grouped training; same logits"
+    )
+    batching: Literal["shuffled", "post_grouped"] = Field(
+        description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
+    )
     lr: Annotated[float, Field(gt=0, lt=1)] = Field(
         description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4"
     )
@@ -119,6 +120,13 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
+
+    @field_validator("imbalance")
+    @classmethod
+    def _sampling_draws_pairs(cls, value: str, info: ValidationInfo) -> str:
+        if value == "weighted_sampling" and info.data.get("batching") == "post_grouped":
+            raise ValueError("draws pairs one by one, which train.batching=post_grouped cannot")
+        return value
 
     @field_validator("effective_batch_size")
     @classmethod
@@ -213,21 +221,30 @@ def validate(schema: type[S], values: Mapping[str, Any]) -> S:
 
 def _faults(schema: type[Section], error: ValidationError) -> list[str]:
     known = dict(_keys(schema))
-    faults: dict[str, str] = {}
+    unknown: list[str] = []
+    expected: dict[str, list[str]] = {}
+    received: dict[str, str] = {}
     for fault in error.errors():
-        key = _key(fault["loc"], known)
         if fault["type"] == "extra_forbidden":
-            key = ".".join(str(part) for part in fault["loc"])
-            faults[key] = f"{key}: unknown key; {_hint(key, known)}"
-        elif key in faults and fault["type"] not in ("missing",):
-            # A union reports a fault a member: one line, all that it expects.
-            if _expectation(fault) not in faults[key]:
-                head, received = faults[key].rsplit("; received", 1)
-                faults[key] = f"{head}, or {_expectation(fault)}; received{received}"
-        else:
-            received = "nothing" if fault["type"] == "missing" else _shown(fault["input"])
-            faults[key] = f"{key}: {_expectation(fault)}; received {received}"
-    return [f"{text} ({known[key]})" if known.get(key) else text for key, text in faults.items()]
+            unknown.append(_unknown(fault["loc"], known))
+            continue
+        key = _key(fault["loc"], known)
+        # A union reports a fault a member: one line, all that it expects.
+        if _expectation(fault) not in expected.setdefault(key, []):
+            expected[key].append(_expectation(fault))
+        received.setdefault(key, "nothing" if fault["type"] == "missing" else _shown(fault["input"]))
+    wrong = [
+        f"{key}: {', or '.join(parts)}; received {received[key]}" + (f" ({known[key]})" if known.get(key) else "")
+        for key, parts in expected.items()
+    ]
+    return wrong + unknown
+
+
+def _unknown(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in loc)
+    if any("." in str(part) for part in loc):
+        return f"{key}: unknown key with a dot in its name; in a file, write sections as nested keys"
+    return f"{key}: unknown key; {_hint(key, known)}"
 
 
 def _expectation(fault: Mapping[str, Any]) -> str:
@@ -236,7 +253,8 @@ def _expectation(fault: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return shown(value) if isinstance(value, str) else shown(repr(value)).strip("'")
+    text = repr(value)
+    return shown(value) if isinstance(value, str) or len(text) > 40 else text
 
 
 def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:

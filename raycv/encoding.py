@@ -25,7 +25,18 @@ class EncodedPairs:
     """int32 [R], ascending: index of the row's pair"""
     labels: "np.ndarray"
     """int64 [P]"""
+    post_of_pair: "np.ndarray"
+    """int32 [P]: number of the pair's post"""
     pad_id: int
+
+    def group_of_row(self) -> "np.ndarray":
+        """int64 [R]: rows of one group hold the same post text (the same window of it) under different criteria."""
+        import numpy as np
+
+        windows = np.bincount(self.pair_of_row)
+        first = np.cumsum(windows) - windows
+        window = np.arange(len(self.pair_of_row)) - first[self.pair_of_row]
+        return self.post_of_pair[self.pair_of_row].astype(np.int64) * int(windows.max()) + window
 
     def rows_of(self, pairs: "np.ndarray") -> "np.ndarray":
         """The rows of `pairs` (indices [n]), in the order of `pairs`."""
@@ -101,6 +112,7 @@ def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPai
     import numpy as np
 
     fitted = {post_id: encoder.fit(post) for post_id, post in dataset.posts.items()}
+    number = {post_id: index for index, post_id in enumerate(dataset.posts)}
     prompts, pair_of_row = [], []
     for index, pair in enumerate(dataset.pairs):
         for text in fitted[pair.post_id].texts:
@@ -112,6 +124,7 @@ def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPai
         lengths=lengths,
         pair_of_row=np.array(pair_of_row, dtype=np.int32),
         labels=np.array([pair.label for pair in dataset.pairs], dtype=np.int64),
+        post_of_pair=np.array([number[pair.post_id] for pair in dataset.pairs], dtype=np.int32),
         pad_id=int(encoder.tokenizer.pad_token_id),
     )
     return encoded, _statistics(encoder, dataset, fitted, prompts, lengths)

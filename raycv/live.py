@@ -55,7 +55,7 @@ class LiveView:
     def render(self) -> Group:
         """The table as it is now."""
         table = Table(box=None, pad_edge=False)
-        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best F1", "left at most"):
+        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best F1", "left"):
             table.add_column(name, justify="left" if name in ("state", "") else "right")
         for fold, state in self._folds.items():
             table.add_row(str(fold), *self._cells(state))
@@ -75,7 +75,7 @@ class LiveView:
             state["state"],
             f"{state['epoch']}/{self.epochs}",
             f"{state['step']}/{state['steps']}",
-            ProgressBar(total=state["steps"], completed=state["step"], width=12),
+            ProgressBar(total=state["steps"], completed=state["step"], width=5),
             f"{micro}x{-(-self.effective_batch // micro)}",
             f"{state['loss']:.3f}",
             f"{history['f1']:.3f}" if history else "",
@@ -113,7 +113,7 @@ class LiveView:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ def tune_threshold(labels: "np.ndarray", scores: "np.ndarray") -> float:
     """
     import numpy as np
 
+    scores = np.asarray(scores, dtype=np.float64)  # in float32, NumPy would compare with one threshold in float32
     thresholds = np.arange(101) / 100
     matched = scores[None, :] >= thresholds[:, None]
     true_positives = (matched & (labels == 1)[None, :]).sum(axis=1)
@@ -39,8 +40,10 @@ def binary_metrics(labels: "np.ndarray", scores: "np.ndarray", threshold: float)
 
     Precision is 0 where nothing is predicted matched.
     """
+    import numpy as np
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score
 
+    scores = np.asarray(scores, dtype=np.float64)
     predicted = (scores >= threshold).astype(int)
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0)
     return {

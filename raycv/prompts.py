@@ -89,9 +89,6 @@ def _longest(cut: Callable[[int], str], fits: Callable[[str], bool], most: int) 
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(cut(middle)) else (low, middle - 1)
-    # Tokens of a text are not exactly monotone in its length: step down until it truly fits.
-    while low and not fits(cut(low)):
-        low -= 1
     return cut(low)
 
 
@@ -102,6 +99,8 @@ def _kept(post: str, pieces: Spans, rules: PromptRules, n: int) -> str:
     tail = n - head
     start = post[: pieces[head - 1][1]] if head else ""
     end = post[pieces[-tail][0] :] if tail else ""
+    if not n:
+        return ""
     if rules.long_post == "head_tail":
         return f"{start.rstrip()}{GAP}{end.lstrip()}"
     return start or end

@@ -27,6 +27,10 @@ def summarize(run: str, results: Sequence[FoldResult], folds: int) -> dict[str, 
             f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
             "and nothing is averaged over fewer folds than asked for."
         )
+    if len(results) != folds:
+        raise RunFailedError(
+            f"Run {run}: {len(results)} fold results for {folds} folds (a fold twice, or one too many)."
+        )
     ordered = sorted(results, key=lambda result: result.fold)
     values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
     pairs = sum(result.val_pairs for result in ordered)

@@ -18,6 +18,10 @@ from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
 from raycv.metrics import F1, binary_metrics, tune_threshold
 from raycv.model import Precision, trainable
+from raycv.scoring import RowScorer
+
+EVAL_STEP_PAIRS = 256
+"""Pairs between two looks at the loss in validation; batches within are of `eval_batch_size` rows."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,9 @@ class FoldTrainer:
     ) -> None:
         self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
         self.model = model.to(self.accelerator.device)
+        self.scorer = RowScorer(self.model, encoded, self.accelerator.device, self.accelerator.autocast)
         self.encoded = encoded
         self._rows_per_pair = np.bincount(encoded.pair_of_row)
-        self._longest_row = np.zeros(len(encoded.labels), dtype=np.int64)
-        np.maximum.at(self._longest_row, encoded.pair_of_row, encoded.lengths)
         self.config = config
         self.listener = listener
         self.events: list[str] = []
@@ -123,6 +126,7 @@ class FoldTrainer:
             False: MicroBatch(config.eval_batch_size, lambda text: self._tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
+        self.share = self._sharing()
 
     def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> TrainResult:
         """Trains on `train_pairs` until `val_pairs` show no better F1 for `patience` epochs (FR-005, FR-007).
@@ -149,9 +153,11 @@ class FoldTrainer:
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
-        # Longest first over the whole fold: hardly any padding, and memory runs out at the start if it does.
-        order = pairs[np.argsort(-self._longest_row[pairs], kind="stable")]
-        step = self.config.eval_batch_size * 4
+        # Sorted over the whole fold: hardly any padding, and memory runs out at the start if it does.
+        rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=self.share[False])
+        order = self.encoded.pair_of_row[rows]
+        order = order[np.sort(np.unique(order, return_index=True)[1])]
+        step = EVAL_STEP_PAIRS
         steps = [order[start : start + step] for start in range(0, len(order), step)]
         scores, loss = np.zeros(len(self.encoded.labels)), 0.0
         for step_loss, rows, logits in self._pass(steps, training=False):
@@ -205,28 +211,26 @@ class FoldTrainer:
     def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
         """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
 
-        The rows go longest first, so that a micro-batch holds rows of like length and little padding; the step's
-        gradient is a sum over its pairs and stays what it was. Returns the summed loss, the rows so sorted, their logits.
+        The rows are sorted, so that a micro-batch holds rows of like length and little padding; the step's gradient is
+        a sum over its pairs and stays what it was. Returns the summed loss, the rows so sorted, their logits.
 
         On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
         counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
         """
-        rows = self.encoded.rows_of(pairs)
-        rows = rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
-        # A pair counts once, however many windows it has.
-        row_weights = (1 / self._rows_per_pair[self.encoded.pair_of_row[rows]]).astype(np.float32)
+        share = self.share[training]
+        rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=share)
         random_state = _random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
         logits: list[torch.Tensor] = []
 
         def work(size: int) -> torch.Tensor:
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                row_logits, loss = self._forward(rows[part], row_weights[part])
+            for batch in self.scorer.batches(rows, size, share=share):
+                batch_logits = self.scorer.logits(batch, share=share)
+                loss = self._loss(np.concatenate(batch), batch_logits)
                 if training:
                     self.accelerator.backward(loss / len(pairs))
                 losses.append(loss.detach())
-                logits.append(row_logits.detach())
+                logits.append(batch_logits.detach())
             return torch.stack(losses).sum()
 
         def reset() -> None:
@@ -239,20 +243,21 @@ class FoldTrainer:
         total = self.micro_batch[training].run(work, reset)
         return float(total), rows, torch.cat(logits).cpu()
 
-    def _forward(self, rows: np.ndarray, row_weights: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits float32 [n, 2] of `rows` and the sum of their weighted losses."""
-        device = self.accelerator.device
-        # Columns that are padding for every row are never computed: with padding on the right they change nothing.
-        width = int(self.encoded.lengths[rows].max())
-        input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(device)
-        lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(device)
-        mask = (torch.arange(width, device=device)[None, :] < lengths[:, None]).long()
-        labels = torch.from_numpy(self.encoded.labels[self.encoded.pair_of_row[rows]]).to(device)
-        with self.accelerator.autocast():
-            logits = self.model(input_ids=input_ids, attention_mask=mask).logits
-        logits = logits.float()
-        weights = self.class_weights[labels] * torch.from_numpy(row_weights).to(device)
-        return logits, (cross_entropy(logits, labels) * weights).sum()
+    def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
+        """The sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
+        pairs = self.encoded.pair_of_row[rows]
+        labels = torch.from_numpy(self.encoded.labels[pairs]).to(logits.device)
+        weights = torch.from_numpy((1 / self._rows_per_pair[pairs]).astype(np.float32)).to(logits.device)
+        return (cross_entropy(logits, labels) * self.class_weights[labels] * weights).sum()
+
+    def _sharing(self) -> dict[bool, bool]:
+        """Whether prefixes are shared, in training (True) and in validation (False)."""
+        if not self.config.share_prefix:
+            return {True: False, False: False}
+        trouble = self.scorer.check_sharing()
+        if trouble is not None:
+            self._tell(f"every prompt is computed on its own: {trouble}")
+        return {True: trouble is None and self.config.batching == "post_grouped", False: trouble is None}
 
     def _update(self) -> None:
         if self.config.max_grad_norm is not None:
@@ -283,6 +288,10 @@ class FoldTrainer:
     def _order(self, epoch: int, train_pairs: np.ndarray) -> np.ndarray:
         """The pairs of one epoch in their order: from seed and epoch alone, so that a restart finds it again."""
         generator = np.random.default_rng([self.config.seed, epoch])
+        if self.config.batching == "post_grouped":
+            posts = self.encoded.post_of_pair[train_pairs]
+            place = generator.permutation(posts.max() + 1)
+            return train_pairs[np.argsort(place[posts], kind="stable")]
         if self._sampling_weights is None:
             return generator.permutation(train_pairs)
         return generator.choice(train_pairs, size=len(train_pairs), replace=True, p=self._sampling_weights)

@@ -2,11 +2,12 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from raycv.cli import compose
 from raycv.config import AggregateConfig, RunConfig, SynthesizeConfig, validate
@@ -24,6 +26,18 @@ from raycv.errors import FaultsError, UserError, shown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+# The defaults that the environment may set.
+VARIABLES = ("MLFLOW_TRACKING_URI", "RAYCV_RUN_DIR", "RAYCV_AUTOSCALING")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @cache
@@ -114,6 +128,23 @@ def test_the_other_commands_compose() -> None:
 def test_composed_override_reaches_the_config() -> None:
     config = validate(RunConfig, compose("run", ["train.lr=1e-4", "++cv.folds=3", "run.name=a.b-1"]))
     assert (config.train.lr, config.cv.folds, config.run.name) == (1e-4, 3, "a.b-1")
+
+
+def test_environment_sets_what_differs_between_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(VARIABLES, ("http://host:5000", "/shared/runs", "true"), strict=True):
+        monkeypatch.setenv(name, value)
+    config = validate(RunConfig, compose("run", []))
+    assert (config.tracking.uri, config.run.dir) == ("http://host:5000", "/shared/runs")
+    assert config.resources.autoscaling is True
+    stated = validate(RunConfig, compose("run", ["tracking.uri=sqlite:///x.db", "run.dir=y"]))
+    assert (stated.tracking.uri, stated.run.dir) == ("sqlite:///x.db", "y")
+
+
+@pytest.mark.parametrize("value", ["perhaps", "1", "[", "${x}"])
+def test_environment_that_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("RAYCV_AUTOSCALING", value)
+    with pytest.raises(UserError, match=r"resources\.autoscaling"):
+        validate(RunConfig, compose("run", []))
 
 
 def test_configs_cannot_be_changed_afterwards() -> None:
@@ -392,6 +423,11 @@ def command(cwd: Path, *arguments: str, script: Path | None = None) -> subproces
     )
 
 
+def resolved(shown_yaml: str) -> Any:
+    """`--cfg job` shows references to the environment as they stand in the files."""
+    return OmegaConf.to_container(OmegaConf.create(shown_yaml), resolve=True)
+
+
 def refused(cwd: Path, *arguments: str) -> str:
     """What the command says as it refuses `arguments`: exit code 2, no traceback, nothing written."""
     done = command(cwd, *arguments)
@@ -404,14 +440,15 @@ def refused(cwd: Path, *arguments: str) -> str:
 
 
 def test_refusal_names_all_faults_in_under_three_seconds(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(2):  # the better of two: the machine may be busy with something else
-        started = time.monotonic()
-        said = refused(tmp_path, "train.lr=banana", "cv.folds=1", "train.epoch=3", "+dora.q=1", "~cv.seed")
-        seconds.append(time.monotonic() - started)
-        if seconds[-1] < 3:
-            break
-    assert min(seconds) < 3
+    def child_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    # Of processor time, as the machine may be busy with something else; what it merely waits for must be little too.
+    started, used = time.monotonic(), child_seconds()
+    said = refused(tmp_path, "train.lr=banana", "cv.folds=1", "train.epoch=3", "+dora.q=1", "~cv.seed")
+    assert child_seconds() - used < 3
+    assert time.monotonic() - started < 30
     assert "raycv.run: The configuration cannot be used: 5 faults" in said
     assert "train.lr: should be a valid number; received 'banana'" in said
     assert "cv.folds: should be greater than or equal to 2; received 1" in said
@@ -447,27 +484,23 @@ def test_refused_sweep_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_config_is_shown_from_any_folder_and_nothing_is_written(tmp_path: Path) -> None:
-    import yaml
-
     # What lies in the working directory must not be taken for raycv's own.
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "run.yaml").write_text("cv: {folds: 99}\n")
     done = command(tmp_path, "--cfg", "job", "experiment=quickstart", "train.lr=5e-4")
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout) == compose("run", ["experiment=quickstart", "train.lr=5e-4"])
+    assert resolved(done.stdout) == compose("run", ["experiment=quickstart", "train.lr=5e-4"])
     assert {path.name for path in tmp_path.rglob("*")} == {"configs", "run.yaml"}
 
 
 def test_script_copied_alone_still_composes(tmp_path: Path) -> None:
     """`ray submit cluster.yaml raycv/run.py` copies this one file to the head node."""
-    import yaml
-
     folder = tmp_path / "head node"
     folder.mkdir()
     shutil.copy(Path(sys.modules["raycv.config"].__file__).parent / "run.py", folder)
     done = command(tmp_path, "--cfg", "job", script=folder / "run.py")
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout) == _composed()
+    assert resolved(done.stdout) == _composed()
     assert list(folder.iterdir()) == [folder / "run.py"]
 
 

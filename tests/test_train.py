@@ -25,6 +25,7 @@ def toy(tmp_path_factory):
 
 def trainer(toy, model=None, recorder=None, precision="fp32", **changes):
     model = model if model is not None else toy.model()
+    changes = {"share_prefix": False} | changes  # test_prefix.py has the other way
     return FoldTrainer(model, toy.encoded, train_config(**changes), precision, recorder or Recorder())
 
 
@@ -251,21 +252,18 @@ def test_sliding_takes_the_maximum_and_counts_a_pair_once(tmp_path):
     windows = np.bincount(sliding.encoded.pair_of_row)
     assert windows.max() > 1
     loop = trainer(sliding, sliding.model(), epochs=1)
-    scores, _ = loop.scores(VAL)
+    loop.model.eval()
+    labels = sliding.encoded.labels
+    scores, loss = loop.scores(VAL)
+    expected = 0.0
     for pair, score in zip(VAL, scores, strict=True):
         rows = np.flatnonzero(sliding.encoded.pair_of_row == pair)
         with torch.no_grad():
-            logits, _ = loop._forward(rows, np.ones(len(rows), dtype=np.float32))
+            logits = loop.scorer.logits([rows], share=False)
         assert score == pytest.approx(float(torch.softmax(logits, -1)[:, 1].max()), abs=1e-6)
-    # The summed loss of a step is a mean over windows within a pair, then a sum over pairs.
-    pairs = VAL[:5]
-    expected = 0.0
-    for pair in pairs:
-        rows = np.flatnonzero(sliding.encoded.pair_of_row == pair)
-        with torch.no_grad():
-            expected += float(loop._forward(rows, np.ones(len(rows), dtype=np.float32))[1]) / len(rows)
-    with torch.no_grad():
-        assert loop._step(pairs, training=False)[0] == pytest.approx(expected, rel=1e-5)
+        # A mean over the windows of a pair, then a mean over pairs.
+        expected += float(functional.cross_entropy(logits, torch.full((len(rows),), int(labels[pair]))))
+    assert loss == pytest.approx(expected / len(VAL), rel=1e-5)
     assert len(loop.fit(TRAIN, VAL).val_scores) == len(VAL)
 
 

@@ -62,6 +62,8 @@ def train_config(**changes: object) -> TrainConfig:
         "batch_size": 8,
         "effective_batch_size": 8,
         "eval_batch_size": 4,
+        "share_prefix": True,
+        "batching": "shuffled",
         "lr": 1e-2,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,

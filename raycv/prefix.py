@@ -1,0 +1,124 @@
+"""Prompts that share a prefix, computed once: a post's nine pairs in one row `[prefix | suffix 1 | ... | suffix 9]`.
+
+A causal model's states over a common prefix are the same for every continuation. A suffix attends to the prefix and to
+itself, and its positions restart at the prefix's end, so the logits are those of the plain rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+PREFIX, PADDING = 0, -1
+"""Segment numbers; suffixes count from 1."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """B groups of rows in one batch; R rows in all."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]"""
+    position_ids: torch.Tensor
+    """int64 [B, L]"""
+    mask: torch.Tensor
+    """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
+    ends: torch.Tensor
+    """int64 [R, 2]: batch index and position of each row's last token, in the order the rows came in"""
+
+
+def pack(groups: Sequence[Sequence[np.ndarray]], pad_id: int, device: torch.device) -> PackedRows:
+    """Packs `groups` of token sequences (each int [n], without padding); a group shares its longest common prefix.
+
+    Every suffix keeps at least one token, since a row's logits are read at its own last token.
+    """
+    packed = [_pack_group(group) for group in groups]
+    width = max(len(ids) for ids, _, _, _ in packed)
+    shape = (len(packed), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    segments = np.full(shape, PADDING, dtype=np.int64)
+    ends = []
+    for index, (ids, position, segment, last) in enumerate(packed):
+        input_ids[index, : len(ids)] = ids
+        positions[index, : len(ids)] = position
+        segments[index, : len(ids)] = segment
+        ends += [(index, end) for end in last]
+    return PackedRows(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        mask=_mask(torch.from_numpy(segments).to(device)),
+        ends=torch.tensor(ends, device=device),
+    )
+
+
+def _pack_group(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, positions, segments [n] of one group, and the index of each row's last token."""
+    shared = common_prefix(rows)
+    suffixes = [row[shared:] for row in rows]
+    sizes = [len(suffix) for suffix in suffixes]
+    ids = np.concatenate([rows[0][:shared], *suffixes])
+    positions = np.concatenate([np.arange(shared), *(np.arange(shared, shared + size) for size in sizes)])
+    segments = np.repeat(np.arange(len(rows) + 1), [shared, *sizes])
+    return ids, positions, segments, shared + np.cumsum(sizes) - 1
+
+
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """Length of the longest common prefix of `rows` that leaves each at least one token of its own."""
+    most = min(len(row) for row in rows) - 1
+    if len(rows) == 1:
+        return most
+    heads = np.stack([row[:most] for row in rows])
+    differs = (heads != heads[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else most
+
+
+def _mask(segments: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, L, L] from segment numbers [B, L]."""
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    attends = causal & ((key == PREFIX) | (key == query))
+    # A query that attends to nothing would be NaN: padding attends to itself.
+    attends |= torch.eye(length, dtype=torch.bool, device=segments.device)
+    return attends[:, None]
+
+
+def grouped(rows: np.ndarray, group_of_row: np.ndarray, size: int) -> Iterator[list[np.ndarray]]:
+    """`rows` (those of a group adjacent) in batches of whole groups of at most `size` rows; a larger group is split.
+
+    Yields, per batch, the rows of each group.
+    """
+    borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
+    batch: list[np.ndarray] = []
+    for group in np.split(rows, borders):
+        for part in np.split(group, range(size, len(group), size)):
+            if batch and sum(map(len, batch)) + len(part) > size:
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
+
+
+def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
+    """Logits [R, 2] of the packed rows. `classifier`: a Hugging Face causal model, backbone `model` and head `score`.
+
+    The stock forward pools one position per batch row, so the backbone is called and its states are gathered here.
+    """
+    states = classifier.model(
+        input_ids=packed.input_ids,
+        attention_mask=packed.mask,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return classifier.score(states[packed.ends[:, 0], packed.ends[:, 1]])
+
+
+def can_pack(classifier: Any) -> bool:
+    """Whether `classifier` has the shape that `packed_logits` needs; that it is causal must be seen from its logits."""
+    shaped = hasattr(classifier, "model") and hasattr(classifier, "score")
+    # Other implementations would add a boolean mask to the scores, or ignore it.
+    return shaped and getattr(classifier.config, "_attn_implementation", None) == "sdpa"

@@ -1,0 +1,98 @@
+"""Token rows -> logits: batches of like length, plain or with a post's prefix computed once for all its criteria."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from raycv.encoding import EncodedPairs
+from raycv.prefix import can_pack, grouped, pack, packed_logits
+
+Batch = list[np.ndarray]
+"""Rows [n] of each group of a batch; a plain batch is one list of rows."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far packed logits may be off the plain ones before sharing is taken to be wrong for a model; bf16: 0.2."""
+
+
+class RowScorer:
+    """Computes logits of encoded rows with one model, on its device."""
+
+    def __init__(
+        self,
+        model: Any,
+        encoded: EncodedPairs,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.device = device
+        self.autocast = autocast
+        self.group_of_row = encoded.group_of_row()
+        longest = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
+        np.maximum.at(longest, self.group_of_row, encoded.lengths)
+        self._longest_of_group = longest[self.group_of_row]
+
+    def sorted(self, rows: np.ndarray, *, share: bool) -> np.ndarray:
+        """`rows` longest first, so that batches hold little padding; with `share`, those of a post side by side."""
+        if not share:
+            return rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
+        return rows[np.lexsort((rows, self.group_of_row[rows], -self._longest_of_group[rows]))]
+
+    def batches(self, rows: np.ndarray, size: int, *, share: bool) -> Iterator[Batch]:
+        """Sorted `rows` in batches of at most `size`."""
+        if share:
+            yield from grouped(rows, self.group_of_row, size)
+        else:
+            yield from ([rows[start : start + size]] for start in range(0, len(rows), size))
+
+    def logits(self, batch: Batch, *, share: bool) -> torch.Tensor:
+        """float32 logits [n, 2] of the rows of `batch`, in their order."""
+        with self.autocast():
+            logits = self._packed(batch) if share else self._plain(np.concatenate(batch))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def check_sharing(self) -> str | None:
+        """None if sharing prefixes is right for this model, else why not: seen from the logits of a post, not believed.
+
+        A model that is not causal (BERT) reads the prompt's end when it computes its beginning.
+        """
+        if not can_pack(self._classifier()):
+            return f"{type(self._classifier()).__name__} has no causal backbone that takes a mask of its own"
+        counts = np.bincount(self.group_of_row)
+        if counts.max() < 2:
+            return "no post has two criteria"
+        rows = np.flatnonzero(self.group_of_row == counts.argmax())
+        training = self.model.training
+        self.model.eval()
+        plain, packed = self.logits([rows], share=False), self.logits([rows], share=True)
+        self.model.train(training)
+        with self.autocast():
+            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
+        worst = float((plain - packed).abs().max())
+        # Written so that a NaN fails too.
+        if worst <= TOLERANCE.get(dtype or next(self.model.parameters()).dtype, 0.2):
+            return None
+        return (
+            f"{type(self._classifier()).__name__} is not causal: its logits differ by {worst:.2g} with a shared prefix"
+        )
+
+    def _plain(self, rows: np.ndarray) -> torch.Tensor:
+        # Columns that are padding for every row are never computed: with padding on the right they change nothing.
+        width = int(self.encoded.lengths[rows].max())
+        input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(self.device)
+        lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(self.device)
+        mask = (torch.arange(width, device=self.device)[None, :] < lengths[:, None]).long()
+        return self.model(input_ids=input_ids, attention_mask=mask).logits
+
+    def _packed(self, batch: Batch) -> torch.Tensor:
+        groups = [[self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows] for rows in batch]
+        return packed_logits(self._classifier(), pack(groups, self.encoded.pad_id, self.device))
+
+    def _classifier(self) -> Any:
+        """The Hugging Face model under PEFT's wrapper; the adapters sit in its layers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -1,0 +1,178 @@
+"""Shared prefixes: the logits and gradients of the plain path, on every mixture, and a way out where they are not."""
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_bert
+from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+
+from raycv.base import fetch_base
+from raycv.encoding import encode_dataset, prompt_encoder
+from raycv.loading import load_classifier, load_tokenizer
+from raycv.prefix import common_prefix, grouped, pack
+from raycv.scoring import RowScorer
+from raycv.train import FoldTrainer
+
+CPU = torch.device("cpu")
+TRAIN, VAL = np.arange(30), np.arange(30, 48)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return toy_base(tmp_path_factory.mktemp("toy"))
+
+
+def disturbed(toy, dtype="float32"):
+    """A model whose adapters do something: as trained, not as fresh."""
+    model = toy.model(dtype=dtype)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def scorer(toy, model):
+    import contextlib
+
+    return RowScorer(model, toy.encoded, CPU, contextlib.nullcontext)
+
+
+def both(toy, model, rows, size=36):
+    compute = scorer(toy, model)
+    with torch.no_grad():
+        plain = {int(r): v for b in compute.batches(rows, size, share=False) for r, v in logits_of(compute, b, False)}
+        shared_rows = compute.sorted(rows, share=True)
+        shared = {
+            int(r): v for b in compute.batches(shared_rows, size, share=True) for r, v in logits_of(compute, b, True)
+        }
+    assert plain.keys() == shared.keys() == {int(row) for row in rows}
+    order = sorted(plain)
+    return torch.stack([plain[row] for row in order]), torch.stack([shared[row] for row in order])
+
+
+def logits_of(compute, batch, share):
+    return zip(np.concatenate(batch), compute.logits(batch, share=share), strict=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("mode", ["head_tail", "head", "tail", "none", "sliding"])
+@pytest.mark.parametrize("words", [5, 40])
+def test_logits_are_those_of_the_plain_path(base, dtype, tolerance, mode, words):
+    toy = Toy(base, toy_dataset(words=words), prompt_config(max_length=24, long_post=mode))
+    model = disturbed(toy, dtype)
+    if dtype == "float64":
+        model = model.double()
+    rows = np.arange(len(toy.encoded.lengths))
+    plain, shared = both(toy, model, rows)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=tolerance)
+    assert plain.std() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 100])
+def test_any_mixture_of_posts_and_criteria_and_batch_sizes(base, size):
+    toy = Toy(base)
+    rows = np.random.default_rng(size).permutation(48)[:29]
+    plain, shared = both(toy, disturbed(toy), rows, size)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+
+
+def test_each_row_keeps_a_token_of_its_own():
+    one, two = np.array([5, 6, 7]), np.array([5, 6])
+    assert common_prefix([one, two]) == 1
+    assert common_prefix([one, one]) == 2
+    assert common_prefix([one]) == 2
+    assert common_prefix([np.array([4]), np.array([4])]) == 0
+    packed = pack([[one, two], [np.array([9])]], pad_id=0, device=CPU)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 6], [9, 0, 0, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 1], [0, 0, 0, 0]]
+    assert packed.ends.tolist() == [[0, 2], [0, 3], [1, 0]]
+    assert packed.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+
+
+def test_groups_stay_whole_where_they_fit():
+    group_of_row = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    batches = [[part.tolist() for part in batch] for batch in grouped(np.arange(10), group_of_row, 4)]
+    assert batches == [[[0, 1, 2]], [[3, 4]], [[5, 6, 7, 8]], [[9]]]
+    assert [[part.tolist() for part in batch] for batch in grouped(np.arange(10), group_of_row, 5)] == [
+        [[0, 1, 2], [3, 4]],
+        [[5, 6, 7, 8, 9]],
+    ]
+
+
+def test_fewer_tokens_are_computed(base):
+    toy = Toy(base, toy_dataset(words=25))
+    groups = [[toy.encoded.input_ids[row, : toy.encoded.lengths[row]] for row in range(3)]]
+    packed = pack(groups, 0, CPU)
+    assert packed.input_ids.shape[1] < 0.75 * sum(len(row) for row in groups[0])
+
+
+def test_gradients_of_a_post_grouped_step_are_those_without_sharing(base):
+    toy = Toy(base)
+    gradients, losses = [], []
+    for share in (True, False):
+        model = disturbed(toy)
+        loop = FoldTrainer(
+            model, toy.encoded, train_config(batching="post_grouped", share_prefix=share), "fp32", Recorder()
+        )
+        assert loop.share == {True: share, False: share}
+        loop.model.train()
+        losses.append(loop._step(TRAIN[3:17], training=True)[0])
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_post_grouped_order_keeps_posts_together_and_shuffles_them(base):
+    toy = Toy(base)
+    loop = FoldTrainer(toy.model(), toy.encoded, train_config(batching="post_grouped"), "fp32", Recorder())
+    loop._prepare(TRAIN)
+    first, second = loop._order(1, TRAIN), loop._order(2, TRAIN)
+    assert sorted(first) == sorted(second) == TRAIN.tolist()
+    posts = toy.encoded.post_of_pair
+    for order in (first, second):
+        assert (np.diff(posts[order]) != 0).sum() == len(set(posts[TRAIN].tolist())) - 1
+    assert first.tolist() != second.tolist()
+    assert loop.fit(TRAIN, VAL).epochs[0].train_loss > 0
+
+
+def test_validation_shares_by_default_and_scores_alike(base):
+    toy = Toy(base)
+    model = disturbed(toy)
+    shared = FoldTrainer(model, toy.encoded, train_config(), "fp32", Recorder())
+    plain = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), "fp32", Recorder())
+    assert shared.share == {True: False, False: True}
+    np.testing.assert_allclose(shared.scores(VAL)[0], plain.scores(VAL)[0], atol=1e-6)
+    assert shared.scores(VAL)[1] == pytest.approx(plain.scores(VAL)[1], rel=1e-5)
+
+
+def test_a_model_that_is_not_causal_falls_back_and_says_so(tmp_path):
+    files = fetch_base(str(tiny_bert(tmp_path)), None)
+    tokenizer = load_tokenizer(files)
+    dataset = toy_dataset()
+    encoder = prompt_encoder(tokenizer, prompt_config(), [c.text for c in dataset.criteria.values()])
+    encoded, _ = encode_dataset(encoder, dataset)
+    model = load_classifier(files, tokenizer, torch.float32, seed=1)
+    recorder = Recorder()
+    loop = FoldTrainer(model, encoded, train_config(), "fp32", recorder)
+    assert loop.share == {True: False, False: False}
+    assert "every prompt is computed on its own: BertForSequenceClassification" in recorder.events[0]
+
+
+def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch):
+    """The shape is right, the model is not causal: only the logits tell."""
+    toy = Toy(base)
+    model = disturbed(toy)
+    backbone = model.get_base_model().model
+    real = backbone.forward
+
+    def both_ways(input_ids=None, attention_mask=None, **kwargs):
+        if attention_mask is None or attention_mask.dim() == 2:
+            keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            attention_mask = (keep[:, None, None, :] > 0).expand(-1, 1, input_ids.shape[1], -1)
+        return real(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", both_ways)
+    assert "is not causal: its logits differ by" in scorer(toy, model).check_sharing()
