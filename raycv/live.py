@@ -55,7 +55,7 @@ class LiveView:
     def render(self) -> Group:
         """The table as it is now."""
         table = Table(box=None, pad_edge=False)
-        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best F1", "left"):
+        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best", "left"):
             table.add_column(name, justify="left" if name in ("state", "") else "right")
         for fold, state in self._folds.items():
             table.add_row(str(fold), *self._cells(state))
