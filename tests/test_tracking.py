@@ -1,0 +1,203 @@
+"""MLflow for real: SQLite in a folder, and an HTTP server that is killed."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from raycv.config import TrackingConfig
+from raycv.errors import UserError
+from raycv.metrics import METRICS
+from raycv.paths import RunFolder, write_json
+from raycv.records import FoldResult
+from raycv.report import summarize
+from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri
+
+
+def config(uri, folder, experiment="raycv"):
+    return TrackingConfig(uri=uri, artifacts=str(folder / "mlruns"), experiment=experiment)
+
+
+def fold_result(fold, epochs=2):
+    metrics = dict.fromkeys(METRICS, 0.5 + fold / 10)
+    history = [
+        {"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, **metrics, "threshold": 0.4, "learning_rate": 1e-3}
+        | {"micro_batch": 8, "seconds": 1.0}
+        for e in range(1, epochs + 1)
+    ]
+    return FoldResult(fold, 0.4, 1, epochs, metrics, 3.0, 80, 20, 2, history, [], {"device": "cpu"})
+
+
+def finished_run(root, folds=2):
+    """A run folder as a cross-validation leaves it."""
+    folder = RunFolder(root)
+    root.mkdir(parents=True)
+    folder.config.write_text("cv: {folds: 2}\n")
+    for fold in range(folds):
+        files = folder.fold(fold)
+        files.checkpoint.mkdir(parents=True)
+        (files.checkpoint / "raycv.json").write_text("{}")
+        files.predictions.write_text("post_id,criterion_id,label,score\n")
+        write_json(files.result, asdict(fold_result(fold)))
+    return folder
+
+
+@pytest.fixture
+def tracked(tmp_path, monkeypatch):
+    """A tracker on a new SQLite store, its parent run, and a finished run folder."""
+    monkeypatch.chdir(tmp_path)
+    settings = config("sqlite:///mlflow.db", tmp_path)
+    tracker = Tracker(settings.uri)
+    experiment_id = tracker.open_experiment(settings)
+    folder = finished_run(tmp_path / "runs" / "mine")
+    parent_id = tracker.start_parent(experiment_id, folder, {"a.b": 1, "long": "x" * 9000}, {"k": "v"})
+    return tracker, parent_id, folder, settings
+
+
+def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_path, monkeypatch):
+    tracker, parent_id, _, _ = tracked
+    monkeypatch.chdir("/")
+    tracker.log_metrics(parent_id, {"x": 1.0})
+    assert tracker.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert list((tmp_path / "mlruns").rglob("config.yaml"))
+    assert not Path("/mlflow.db").exists()
+    assert not Path("/mlruns").exists()
+
+
+def test_parent_children_and_report(tracked):
+    tracker, parent_id, folder, _ = tracked
+    tracker.log_missing_folds(parent_id, folder, 2, {"p": 1})
+    children = tracker.children(parent_id)
+    assert sorted(children) == [0, 1]
+    child = tracker.run(children[1].info.run_id)
+    assert child.info.status == "FINISHED"
+    assert child.data.metrics["best_f1"] == 0.6
+    assert set(EPOCH_METRICS) <= set(child.data.metrics)
+    report = summarize("mine", [fold_result(0), fold_result(1)], 2)
+    write_json(folder.report, report)
+    tracker.log_report(parent_id, report, folder.report)
+    parent = tracker.run(parent_id)
+    assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
+    assert parent.data.metrics["metric_std_f1"] == pytest.approx(0.0707106781)
+    assert child.info.run_id in parent.data.tags["mlflow.note.content"]
+    assert len(parent.data.params["long"]) == 6000
+
+
+def test_logging_again_adds_nothing(tracked):
+    tracker, parent_id, folder, _ = tracked
+    for _ in range(2):
+        tracker.log_missing_folds(parent_id, folder, 2, {})
+    run_id = tracker.start_child(parent_id, 0, {})
+    assert run_id == tracker.children(parent_id)[0].info.run_id
+    tracker.log_fold(run_id, FoldResult.read(folder.fold(0).result), folder.fold(0), folder.config)
+    history = tracker._client.get_metric_history(run_id, "val_loss")
+    assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, tmp_path):
+    class Trial:
+        config = {"fold": 1}  # noqa: RUF012
+
+    tracker, parent_id, folder, settings = tracked
+    runs = FoldRuns(settings, parent_id, folder, {"p": 1}, "fold")
+    runs.setup()
+    trial = Trial()
+    runs.log_trial_start(trial)
+    epoch = fold_result(1).history[0]
+    runs.log_trial_result(1, trial, {**epoch, "pid": 1, "time_total_s": 3.0})
+    child = tracker.run(tracker.children(parent_id)[1].info.run_id)
+    assert set(child.data.metrics) == set(EPOCH_METRICS)
+    assert child.info.status == "RUNNING"
+    runs.log_trial_end(trial)
+    assert tracker.run(child.info.run_id).info.status == "FINISHED"
+    assert runs.trouble == []
+    runs.tracker._client.set_terminated = lambda *_: (_ for _ in ()).throw(UserError("away"))
+    runs.log_trial_end(trial, failed=True)
+    assert runs.trouble == ["away"]
+
+
+def test_a_deleted_experiment_is_named(tracked, tmp_path):
+    tracker, _, _, settings = tracked
+    experiment = tracker._client.get_experiment_by_name("raycv")
+    tracker._client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError, match=r"was deleted(.|\n)*mlflow experiments restore"):
+        tracker.open_experiment(settings)
+
+
+def test_an_unknown_run_is_refused_without_a_second_attempt(tracked, caplog):
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"refused to read a run"):
+        tracked[0].run("0" * 32)
+    assert "attempt" not in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./here"])
+def test_a_plain_folder_is_refused(uri):
+    with pytest.raises(UserError, match="no longer supported"):
+        absolute_uri(uri)
+
+
+def kill(process):
+    """The server with its workers, which share its process group; once dead, nothing is left to do."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A real MLflow server on a free port of the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = f"sqlite:///{tmp_path}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = (tmp_path / "server.log").open("w")
+    process = subprocess.Popen(
+        [*command, "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
+        stdout=log,
+        stderr=log,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=1)
+            break
+        except OSError:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.5)
+    yield url, process
+    kill(process)
+    log.close()
+
+
+@pytest.mark.slow
+def test_an_http_server_and_its_death(server, tmp_path, caplog):
+    url, process = server
+    settings = config(url, tmp_path)
+    tracker = Tracker(url)
+    folder = finished_run(tmp_path / "runs" / "mine")
+    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder, {"a": 1}, {})
+    tracker.log_missing_folds(parent_id, folder, 2, {})
+    assert sorted(tracker.children(parent_id)) == [0, 1]
+    got = tracker.download(tracker.children(parent_id)[0].info.run_id, "result.json", tmp_path)
+    assert FoldResult.read(got) == fold_result(0)
+    kill(process)
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
+        tracker.log_metrics(parent_id, {"x": 1.0})
+    assert time.monotonic() - started < 30
+    assert "attempt 1 of 3" in caplog.text
+    assert "attempt 2 of 3" in caplog.text
+    assert url in str(caught.value)
+    assert "tracking.uri=sqlite:///mlflow.db" in str(caught.value)
