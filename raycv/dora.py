@@ -10,6 +10,7 @@ B A, adds it to W and takes row norms, and with dropout it computes W x a second
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ class FactoredDoraLinear(PeftLoraLinear):
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b))
         cached = self.__dict__.get("_row_norm")
         if cached is None or cached[0] != key:
-            with torch.autocast(device_type=weight.device.type, enabled=False):
+            with without_autocast(weight.device):
                 cached = (key, factored_norm(weight, self._square_norm(weight), a, b, self.scaling[adapter]))
             self.__dict__["_row_norm"] = cached
         return cached[1]
@@ -102,6 +103,13 @@ class FactoredDoraLinear(PeftLoraLinear):
         if adapter not in self.lora_magnitude_vector or self.lora_bias[adapter]:
             return None
         return adapter
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Computes in the tensors' own types; a device that knows no autocast (meta) needs nothing."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def factored_norm(

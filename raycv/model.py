@@ -8,7 +8,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from raycv.config import DoraConfig, ModelConfig
-from raycv.dora import factored_layers, start_at_the_base, use_factored
+from raycv.dora import factored_layers, start_at_the_base, use_factored, without_autocast
 from raycv.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Float32Head(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             return super().forward(hidden.to(self.weight.dtype))
 
 

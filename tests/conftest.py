@@ -4,6 +4,8 @@ import os
 
 # Before any import of ray: tests start their own local cluster, never join one that happens to run here.
 os.environ.pop("RAY_ADDRESS", None)
+# For clusters made in the test process; runs in a process of their own start without it, as a user's do.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Toy tensors: a second thread only waits, and makes tests crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

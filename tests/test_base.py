@@ -799,9 +799,13 @@ def test_max_length_is_checked_against_the_positions():
 
 def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+    from raycv.cli import compose
+    from raycv.config import RunConfig, validate
+    from raycv.model import add_dora
+
+    defaults = validate(RunConfig, compose("run", []))
     config = LlamaConfig(
         hidden_size=4096,
         num_hidden_layers=32,
@@ -810,10 +814,8 @@ def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
         vocab_size=32000,
         num_labels=2,
     )
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    dora = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, use_dora=True, target_modules=modules)
     with torch.device("meta"):
-        model = get_peft_model(AutoModelForSequenceClassification.from_config(config), dora)
+        model = add_dora(AutoModelForSequenceClassification.from_config(config), defaults.model, defaults.dora)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     magnitudes = sum(size for name, size in sizes.items() if "magnitude" in name)
     head = sum(size for name, size in sizes.items() if ".score." in name)
