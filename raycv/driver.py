@@ -191,7 +191,8 @@ def _parent_run(
 ) -> Iterator[str]:
     """The MLflow parent run, ended as FINISHED, FAILED or KILLED whatever happens in the block."""
     tags = {"raycv.version": __version__, "raycv.data_hash": prepared.dataset.stats["data_hash"]}
-    parent_id = tracker.start_parent(experiment_id, folder, flat_params(config), tags)
+    counts = {f"data.{key}": prepared.dataset.stats[key] for key in ("posts", "criteria", "pairs", "positives")}
+    parent_id = tracker.start_parent(experiment_id, folder, flat_params(config) | counts, tags)
     tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, prepared.dataset.stats["data_hash"])
     write_json(folder.tracking, {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id})
     status = "FAILED"

@@ -154,6 +154,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     fold: int = arguments["fold"]
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
+    from ray.train.torch import get_device
+
     from raycv.base import fetch_base
     from raycv.loading import load_classifier, load_tokenizer
     from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
@@ -167,17 +169,19 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
     tokenizer = load_tokenizer(base)
-    model = load_classifier(base, tokenizer, base_dtype(precision), seed=config.train.seed)
+    device = get_device()
+    model = load_classifier(base, tokenizer, base_dtype(precision), seed=config.train.seed, device=str(device))
     set_seed(config.train.seed)
     adapted = add_dora(model, config.model, config.dora)
     if config.train.gradient_checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     listener = _RayListener(task, fold, adapted, tokenizer, precision)
+    listener.on_event(f"{why}, on {describe_device(device)}")
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener)
     outcome = trainer.fit(split.train_indices, split.val_indices)
     worker = {
         "host": socket.gethostname(),
-        "device": describe_device(trainer.accelerator.device),
+        "device": describe_device(device),
         "precision": precision,
         "precision_reason": why,
         **count_parameters(adapted),
