@@ -3,9 +3,9 @@
 Nothing heavy is imported before the config and the data have been found usable: bad input is refused in seconds.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +72,10 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
             results = _folds(config, folder, prepared, placement, parent_id, console)
             report = summarize(folder.root.name, results, config.cv.folds)
             write_json(folder.report, report)
-            tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
-            tracker.log_report(parent_id, report, folder.report)
-    _conclude(console, config, folder, report, parent_id)
+            _conclude(console, config, folder, report, parent_id)
+            with _as_warning(console, folder):
+                tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
+                tracker.log_report(parent_id, report, folder.report)
     return report
 
 
@@ -185,7 +186,7 @@ def flat_params(config: RunConfig) -> dict[str, Any]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parent_run(
     tracker: "Tracker", experiment_id: str, folder: RunFolder, config: RunConfig, prepared: Prepared
 ) -> Iterator[str]:
@@ -203,7 +204,19 @@ def _parent_run(
         status = "KILLED"
         raise
     finally:
-        tracker.finish(parent_id, status)
+        # Neither a result nor the error that ended the run may be hidden by a store that is away.
+        with contextlib.suppress(UserError):
+            tracker.finish(parent_id, status)
+
+
+@contextlib.contextmanager
+def _as_warning(console: Console, folder: RunFolder) -> Iterator[None]:
+    """What MLflow could not take is said, with the command that logs it later: all of it lies in the run folder."""
+    try:
+        yield
+    except UserError as error:
+        later = f"python -m raycv.aggregate run={folder.root.name} dir={folder.root.parent}"
+        say(console, f"Warning: the summary is not in MLflow: {error.what}\nLog it later: {later}", "yellow")
 
 
 def _folds(
