@@ -19,7 +19,7 @@ from raycv.config import RunConfig
 from raycv.data import load_dataset
 from raycv.errors import UserError
 from raycv.live import say
-from raycv.paths import RunFolder, resolve, write_json, write_text
+from raycv.paths import RunFolder, read_json, resolve, write_json, write_text
 from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
 from raycv.retry import mask_secrets
@@ -191,7 +191,13 @@ def _parent_run(
     tracker: "Tracker", experiment_id: str, folder: RunFolder, config: RunConfig, prepared: Prepared
 ) -> Iterator[str]:
     """The MLflow parent run, ended as FINISHED, FAILED or KILLED whatever happens in the block."""
-    tags = {"raycv.version": __version__, "raycv.data_hash": prepared.dataset.stats["data_hash"]}
+    git = read_json(folder.environment)["git"] or {}
+    tags = {
+        "raycv.version": __version__,
+        "raycv.data_hash": prepared.dataset.stats["data_hash"],
+        "mlflow.source.name": "python -m raycv.run",
+        "mlflow.source.type": "LOCAL",
+    } | ({"mlflow.source.git.commit": git["commit"]} if git else {})
     counts = {f"data.{key}": prepared.dataset.stats[key] for key in ("posts", "criteria", "pairs", "positives")}
     parent_id = tracker.start_parent(experiment_id, folder, flat_params(config) | counts, tags)
     tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, prepared.dataset.stats["data_hash"])
