@@ -144,6 +144,14 @@ class ResourcesConfig(Section):
     cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
         description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1"
     )
+
+    @field_validator("gpus_per_fold")
+    @classmethod
+    def _whole_beyond_one(cls, value: Any) -> Any:
+        if isinstance(value, float) and value > 1 and value != int(value):
+            raise ValueError("beyond 1 must be a whole number: Ray shares one GPU, not several")
+        return value
+
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
 

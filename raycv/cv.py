@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's own table of trials would be printed over ours.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Ctrl-C is ours: Tune would swallow it and call the stopped trials finished.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # A fold is half a dozen processes that mostly wait; that these are many for few cores is no news to the user.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
+JOIN_REMEDIES = (
+    "see that the cluster is up: ray status",
+    "start one on this machine: ray start --head",
+    "unset RAY_ADDRESS, and a local Ray is started for the run",
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,28 @@ class Placement:
 @contextmanager
 def ray_cluster(config: ResourcesConfig) -> Iterator[str | None]:
     """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address."""
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
     level = logging.INFO if config.ray_logs else logging.ERROR
-    context = ray.init(log_to_driver=config.ray_logs, logging_level=level, include_dashboard=None)
+    try:
+        context = ray.init(log_to_driver=config.ray_logs, logging_level=level)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     logging.getLogger("ray").setLevel(level)
     try:
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises: UserError if nothing listens at RAY_ADDRESS, which Ray itself would find out in a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
 
 
 def plan(config: RunConfig) -> Placement:

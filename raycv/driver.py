@@ -4,6 +4,7 @@ Nothing heavy is imported before the config and the data have been found usable:
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     """
     console = console or Console()
     dataset, splits = _data(config)
-    _refuse_taken_name(config)
+    _check_run_folder(config)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
     from raycv.tracking import Tracker
@@ -124,7 +125,15 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
     return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
 
 
-def _refuse_taken_name(config: RunConfig) -> None:
+def _check_run_folder(config: RunConfig) -> None:
+    place = Path(config.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            f"run.dir={config.run.dir}: {place} is no folder that can be written.",
+            remedies=["choose a folder that you may write to: run.dir=<folder>"],
+        )
     if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
@@ -138,7 +147,7 @@ def new_run_folder(config: RunConfig) -> RunFolder:
 
     Raises: UserError if the name is taken or the folder cannot be made.
     """
-    _refuse_taken_name(config)
+    _check_run_folder(config)
     runs = Path(config.run.dir).absolute()
     name = first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
     attempt = 1
@@ -212,7 +221,7 @@ def _parent_run(
     finally:
         # Neither a result nor the error that ended the run may be hidden by a store that is away.
         with contextlib.suppress(UserError):
-            tracker.finish(parent_id, status)
+            tracker.finish_family(parent_id, status)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from raycv.records import FoldResult, Pair
 
 if TYPE_CHECKING:
     import numpy as np
+    from ray.train.torch import TorchTrainer
 
     from raycv.base import BaseFiles
     from raycv.encoding import EncodedPairs
@@ -91,14 +92,22 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
 
     Raises: whatever the worker raised, after writing it to `fold_<k>/error.json`.
     """
+    fold = trial[FOLD_KEY]
+    folder = RunFolder(Path(task.root)).fold(fold)
+    try:
+        result = _trainer(task, fold).fit()
+    except Exception as error:
+        _keep_error(folder, error)
+        raise
+    _keep_fold(folder, result)
+
+
+def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    fold = trial[FOLD_KEY]
-    run_folder = RunFolder(Path(task.root))
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
         train_loop_config={"task": task, "fold": fold},
         scaling_config=ScalingConfig(
@@ -109,18 +118,12 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
         run_config=RunConfig(
             # Deterministic: the same storage and name is what Ray Train resumes from.
             name=f"fold_{fold}",
-            storage_path=str(run_folder.ray),
+            storage_path=str(RunFolder(Path(task.root)).ray),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # annotated with the callback of Train V1
             # A checkpoint is reported when an epoch is the best so far, so the newest is the best.
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        _keep_error(run_folder.fold(fold), error)
-        raise
-    _keep_fold(run_folder.fold(fold), result)
 
 
 def _keep_error(folder: FoldFolder, error: Exception) -> None:

@@ -164,6 +164,13 @@ class Tracker:
         self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
         self.log_files(parent_id, [report_file])
 
+    def finish_family(self, parent_id: str, status: str) -> None:
+        """Ends the parent run, and its children that are still running, as FINISHED, FAILED or KILLED."""
+        self.finish(parent_id, status)
+        for run in self.children(parent_id).values():
+            if run.info.status == "RUNNING":
+                self.finish(run.info.run_id, status)
+
     def finish(self, run_id: str, status: str) -> None:
         """`status`: FINISHED, FAILED or KILLED."""
         self._call("end a run", self._client.set_terminated, run_id, status)
@@ -229,7 +236,7 @@ class Tracker:
                 passing=_may_pass,
                 remedies=remedies,
             )
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             cause = mask_secrets(str(error))
             raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
 
@@ -290,6 +297,12 @@ def absolute_uri(uri: str) -> str:
     """`uri` as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
     prefix = "sqlite:///"
     if uri.startswith(prefix):
+        path = str(Path(uri.removeprefix(prefix)).absolute())
+        if set(path) & set("?#%"):
+            raise UserError(
+                f"tracking.uri={uri}: the database would be {path}, and a database URI cannot hold ?, # or %.",
+                remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
+            )
         return prefix + str(Path(uri.removeprefix(prefix)).absolute())
     if "://" not in uri:
         raise UserError(
