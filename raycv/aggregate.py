@@ -61,6 +61,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     tracker = _tracker(config.tracking_uri or tracked["uri"])
     tracker.log_missing_folds(parent_id, folder, folds, {})
     tracker.log_report(parent_id, report, folder.report)
+    tracker.finish(parent_id, "FINISHED")
     return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {tracker.shown_uri}"
 
 

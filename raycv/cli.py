@@ -1,5 +1,6 @@
 """What the commands share: Hydra's entry, typed config, errors without tracebacks. The only module that knows Hydra."""
 
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     def task(config: object) -> None:
         nonlocal started
         started = True
+        _show_warnings()
         try:
             body(_checked(schema, config))
         except UserError as error:
@@ -49,6 +51,19 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
         unread = UserError(what, remedies=[f"python -m raycv.{name} --help shows what it takes"])
         raise _refused(name, unread) from None
+
+
+def _show_warnings() -> None:
+    """Hydra's logging is off; what raycv warns of (retries, fallbacks) goes to stderr all the same."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("raycv")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.startswith("raycv") and isinstance(known, logging.Logger):
+            known.disabled = False
 
 
 def _refused(name: str, error: UserError) -> SystemExit:

@@ -251,7 +251,10 @@ def _folds(
     runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config), cv.FOLD_KEY)
     folds = [split.fold for split in prepared.splits]
     with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
-        return cv.run_folds(task, folds, placement, runs, view)
+        try:
+            return cv.run_folds(task, folds, placement, runs, view)
+        finally:
+            runs.close()
 
 
 def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:

@@ -37,6 +37,7 @@ FOLD_KEY = "fold"
 EPOCH_KEY = "epoch"
 
 STEP_POST_SECONDS = 1.0
+DRAIN_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,23 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
         _keep_error(folder, error)
         raise
     _keep_fold(folder, result)
+    _drain_reports()
+
+
+def _drain_reports() -> None:
+    """Waits until Tune has fetched the last epoch's report.
+
+    A trial that ends before leaves its end marker in Tune's one-slot queue, and the report behind it blocks for ever.
+    """
+    from ray.train._internal.session import get_session
+
+    session = get_session()
+    queue = session._get_or_create_inter_actor_queue() if session is not None else None
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while queue is not None and queue.size() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    # The hand-over from that queue to Tune's own.
+    time.sleep(0.5)
 
 
 def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":

@@ -4,10 +4,13 @@ One writer, the driver: workers write files, and the driver logs them (several p
 once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
 """
 
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +24,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as TrackedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from ray.air.integrations.mlflow import MLflowLoggerCallback
+from sqlalchemy.exc import SQLAlchemyError
 
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
@@ -39,6 +44,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 T = TypeVar("T")
 
+SQLITE = "sqlite:///"
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
 RUN_TAG = "raycv.run"
@@ -58,11 +64,17 @@ class Tracker:
     def __init__(self, uri: str) -> None:
         self.uri = absolute_uri(uri)
         self.shown_uri = mask_secrets(self.uri)
-        self._client = MlflowClient(tracking_uri=self.uri)
+        self._client = self._call("open the store", self._alone, partial(MlflowClient, tracking_uri=self.uri))
 
     def open_experiment(self, config: TrackingConfig) -> str:
         """The id of the experiment of `config`, made if there is none."""
-        return self._call("open the experiment", self._experiment, config)
+        return self._call("open the experiment", self._alone, partial(self._experiment, config))
+
+    def _alone(self, call: Callable[[], T]) -> T:
+        """`call()`; two processes that make the tables of a new SQLite file at once would leave it broken for good."""
+        sqlite = self.uri.startswith(SQLITE)
+        with FileLock(f"{self.uri.removeprefix(SQLITE)}.lock", timeout=60) if sqlite else nullcontext():
+            return call()
 
     def start_parent(
         self, experiment_id: str, folder: RunFolder, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -83,7 +95,7 @@ class Tracker:
 
     def log_dataset(self, run_id: str, name: str, source: str, digest: str) -> None:
         """Names the data set of a run by its hash (no content)."""
-        dataset = TrackedDataset(name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "{source}"}}')
+        dataset = TrackedDataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}))
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
         self._call("log the data set", self._client.log_inputs, run_id, inputs)
 
@@ -236,7 +248,7 @@ class Tracker:
                 passing=_may_pass,
                 remedies=remedies,
             )
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             cause = mask_secrets(str(error))
             raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
 
@@ -263,22 +275,40 @@ class FoldRuns(MLflowLoggerCallback):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         super().setup(*args, **kwargs)
         self.tracker = Tracker(self.tracking.uri)
+        # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
+        # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+
+    def close(self) -> None:
+        """Waits until all that was handed over is logged, or has failed."""
+        if hasattr(self, "_writer"):
+            self._writer.shutdown(wait=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks into its own state; connections stay behind.
-        return {key: value for key, value in self.__dict__.items() if key not in ("tracker", "mlflow_util")}
+        # Tune pickles its callbacks into its own state; connections and threads stay behind.
+        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs")
+        return {key: value for key, value in self.__dict__.items() if key not in left_behind}
 
     def log_trial_start(self, trial: Any) -> None:
-        fold = trial.config[self.fold_key]
-        self._try(lambda: self._trial_runs.update({trial: self.tracker.start_child(self.parent_id, fold, self.params)}))
+        self._try(self._start, trial, trial.config[self.fold_key])
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        if trial in self._trial_runs and VAL_LOSS in result:
-            self._try(lambda: self.tracker.log_epoch(self._trial_runs[trial], result))
+        if VAL_LOSS in result:
+            self._try(self._epoch, trial, dict(result))
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        self._try(self._finish, trial, trial.config[self.fold_key], failed)
+
+    def _start(self, trial: Any, fold: int) -> None:
+        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
+
+    def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
         if trial in self._trial_runs:
-            self._try(lambda: self._end(self._trial_runs[trial], trial.config[self.fold_key], failed))
+            self.tracker.log_epoch(self._trial_runs[trial], result)
+
+    def _finish(self, trial: Any, fold: int, failed: bool) -> None:
+        if trial in self._trial_runs:
+            self._end(self._trial_runs[trial], fold, failed)
 
     def _end(self, run_id: str, fold: int, failed: bool) -> None:
         if not failed:
@@ -286,24 +316,26 @@ class FoldRuns(MLflowLoggerCallback):
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
         self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
 
-    def _try(self, log: Callable[[], Any]) -> None:
-        try:
-            log()
-        except UserError as error:
-            self.trouble.append(error.what)
+    def _try(self, log: Callable[..., None], *args: Any) -> None:
+        def attempt() -> None:
+            try:
+                log(*args)
+            except UserError as error:
+                self.trouble.append(error.what)
+
+        self._writer.submit(attempt)
 
 
 def absolute_uri(uri: str) -> str:
     """`uri` as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
-    prefix = "sqlite:///"
-    if uri.startswith(prefix):
-        path = str(Path(uri.removeprefix(prefix)).absolute())
+    if uri.startswith(SQLITE):
+        path = str(Path(uri.removeprefix(SQLITE)).absolute())
         if set(path) & set("?#%"):
             raise UserError(
                 f"tracking.uri={uri}: the database would be {path}, and a database URI cannot hold ?, # or %.",
                 remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
             )
-        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+        return SQLITE + path
     if "://" not in uri:
         raise UserError(
             f"tracking.uri={uri}: MLflow needs a database or a server, a plain folder is no longer supported.",

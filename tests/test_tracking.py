@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -114,14 +115,19 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, tmp
     runs.log_trial_start(trial)
     epoch = fold_result(1).history[0]
     runs.log_trial_result(1, trial, {**epoch, "pid": 1, "time_total_s": 3.0})
+    runs.close()
     child = tracker.run(tracker.children(parent_id)[1].info.run_id)
     assert set(child.data.metrics) == set(EPOCH_METRICS)
     assert child.info.status == "RUNNING"
+    runs._writer = ThreadPoolExecutor(1)
     runs.log_trial_end(trial)
+    runs.close()
     assert tracker.run(child.info.run_id).info.status == "FINISHED"
     assert runs.trouble == []
     runs.tracker._client.set_terminated = lambda *_: (_ for _ in ()).throw(UserError("away"))
+    runs._writer = ThreadPoolExecutor(1)
     runs.log_trial_end(trial, failed=True)
+    runs.close()
     assert runs.trouble == ["away"]
 
 
