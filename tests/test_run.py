@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | environment
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))} | environment
     return subprocess.run(
         [sys.executable, "-m", f"raycv.{command}", *overrides],
         cwd=cwd,
