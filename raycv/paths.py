@@ -1,6 +1,5 @@
 """Where things lie: what ships with the package, and the files of one run."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -77,11 +76,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: it is not JSON ({error}).") from error
-
-
-def sha256_of(text: str) -> str:
-    """Hex digest of the UTF-8 bytes of `text`."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 class RunFolder:

@@ -42,6 +42,8 @@ from raycv.retry import call_with_retries, is_passing, mask_secrets
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 SQLITE = "sqlite:///"
@@ -269,8 +271,6 @@ class FoldRuns(MLflowLoggerCallback):
         self.folder = folder
         self.params = dict(params)
         self.fold_key = fold_key
-        self.trouble: list[str] = []
-        """why something could not be logged, if so"""
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         super().setup(*args, **kwargs)
@@ -307,10 +307,9 @@ class FoldRuns(MLflowLoggerCallback):
             self.tracker.log_epoch(self._trial_runs[trial], result)
 
     def _finish(self, trial: Any, fold: int, failed: bool) -> None:
-        if trial in self._trial_runs:
-            self._end(self._trial_runs[trial], fold, failed)
-
-    def _end(self, run_id: str, fold: int, failed: bool) -> None:
+        if trial not in self._trial_runs:
+            return
+        run_id = self._trial_runs[trial]
         if not failed:
             folder = self.folder.fold(fold)
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
@@ -321,7 +320,11 @@ class FoldRuns(MLflowLoggerCallback):
             try:
                 log(*args)
             except UserError as error:
-                self.trouble.append(error.what)
+                logger.warning("not logged for now, the run folder has it: %s", error.what)
+            except Exception:
+                # Nobody reads the future of this thread's work: a bug would pass in silence.
+                logger.exception("logging a fold failed")
+                raise
 
         self._writer.submit(attempt)
 
