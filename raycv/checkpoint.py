@@ -84,8 +84,8 @@ def load_adapter(base: Any, folder: Path) -> "PeftModel":
     from peft import LoraConfig, PeftModel
 
     from raycv.dora import use_factored
-    from raycv.model import replace_head
+    from raycv.model import float32_head
 
-    replace_head(base)
+    float32_head(base)
     config = use_factored(LoraConfig.from_pretrained(str(folder)))
     return PeftModel.from_pretrained(base, str(folder), config=config).eval()
