@@ -189,7 +189,7 @@ def tiny_model(path: Path, architecture: str, *, seed: int = 0) -> Path:
         "eos_token_id": 2,
     }
     known = model_class.config_class()
-    config = model_class.config_class(**ids, **{key: size for key, size in sizes.items() if hasattr(known, key)})
+    config = model_class.config_class(**tokens, **{key: size for key, size in sizes.items() if hasattr(known, key)})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model_class(config).save_pretrained(path)
