@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
+STOPPED = "it was stopped before it ended"
 JOIN_REMEDIES = (
     "see that the cluster is up: ray status",
     "start one on this machine: ray start --head",
@@ -173,6 +174,7 @@ def run_folds(
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
+    states = _FoldStates(view, root)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -186,7 +188,7 @@ def run_folds(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(root.ray),
-            callbacks=[runs, _FoldStates(view)],
+            callbacks=[runs, states],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -195,25 +197,21 @@ def run_folds(
         tuner.fit()
     failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
     if failed:
-        raise RunFailedError(_why(task.run, root, failed), remedies=[f"finished folds are kept in {root.root}"])
+        lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
+        lines += [f"fold {fold}: {states.errors.get(fold, STOPPED)}" for fold in failed]
+        remedy = f"mend the cause and run again under another name; what is finished is kept in {root.root}"
+        raise RunFailedError("\n".join(lines), remedies=[remedy])
     shutil.rmtree(root.ray, ignore_errors=True)
     return [FoldResult.read(root.fold(fold).result) for fold in folds]
 
 
-def _why(run: str, root: RunFolder, failed: list[int]) -> str:
-    lines = [f"Run {run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
-    for fold in failed:
-        error = root.fold(fold).error
-        message = read_json(error)["message"] if error.is_file() else "it was stopped before it ended"
-        lines.append(f"fold {fold}: {message}" + (f"\n  (traceback in {error})" if error.is_file() else ""))
-    return "\n".join(lines)
-
-
 class _FoldStates(tune.Callback):
-    """Tells the live view when trials start and end."""
+    """Tells the live view when trials start and end, and why they failed."""
 
-    def __init__(self, view: LiveView) -> None:
+    def __init__(self, view: LiveView, root: RunFolder) -> None:
         self.view = view
+        self.root = root
+        self.errors: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a terminal cannot be
@@ -225,7 +223,15 @@ class _FoldStates(tune.Callback):
         self.view.update(trial.config[FOLD_KEY], {"state": DONE})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.view.update(trial.config[FOLD_KEY], {"state": FAILED})
+        fold = trial.config[FOLD_KEY]
+        file = self.root.fold(fold).error
+        if file.is_file():
+            self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in {file})"
+        else:
+            # The trial's own process died.
+            self.errors[fold] = str(trial.get_error() or STOPPED).strip().splitlines()[-1]
+        self.view.update(fold, {"state": FAILED})
+        self.view.tell(fold, self.errors[fold])
 
 
 @contextmanager

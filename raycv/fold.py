@@ -19,7 +19,7 @@ import ray.train
 from raycv.config import RunConfig
 from raycv.errors import UserError
 from raycv.metrics import THRESHOLD, TRAIN_LOSS, VAL_LOSS
-from raycv.paths import FoldFolder, RunFolder, write_json
+from raycv.paths import FoldFolder, RunFolder, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
 
@@ -164,7 +164,8 @@ def _keep_fold(folder: FoldFolder, result: Any) -> None:
         with result.checkpoint.as_directory() as source:
             shutil.copytree(source, Path(temporary) / "checkpoint")
         os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
-    returned["predictions"].to_csv(folder.predictions, index=False, lineterminator="\n")
+    # Scores say something about the authors of posts.
+    write_text(folder.predictions, returned["predictions"].to_csv(index=False, lineterminator="\n"), private=True)
     write_json(folder.result, asdict(returned["result"]))
 
 

@@ -93,7 +93,7 @@ def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
             logger.info("pad token %s -> %s (id %d)", before, token, token_id)
             return
     raise UserError(
-        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded (FR-002).",
+        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded.",
         remedies=["set pad_token in the model's tokenizer_config.json to one of its tokens"],
     )
 

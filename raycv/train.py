@@ -37,6 +37,7 @@ class EpochResult:
     metrics: dict[str, float]
     """on the validation pairs at `threshold`"""
     learning_rate: float
+    """of the epoch's last step"""
     micro_batch: int
     seconds: float
 
@@ -171,7 +172,6 @@ class FoldTrainer:
         order = self._order(epoch, train_pairs)
         size = self.config.effective_batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        learning_rate = self.schedule.get_last_lr()[0]
         total = 0.0
         for index, (loss, _, _) in enumerate(self._pass(steps, training=True), 1):
             total += loss
@@ -184,7 +184,7 @@ class FoldTrainer:
             val_loss=val_loss,
             threshold=threshold,
             metrics=binary_metrics(self._val_labels, scores, threshold),
-            learning_rate=learning_rate,
+            learning_rate=self._learning_rate,
             micro_batch=self.micro_batch[True].size,
             seconds=time.monotonic() - started,
         )
@@ -262,6 +262,7 @@ class FoldTrainer:
     def _update(self) -> None:
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
+        self._learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -60,7 +60,8 @@ def tracked(tmp_path, monkeypatch):
     tracker = Tracker(settings.uri)
     experiment_id = tracker.open_experiment(settings)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(experiment_id, folder, {"a.b": 1, "long": "x" * 9000}, {"k": "v"})
+    parent_id = tracker.start_parent(experiment_id, folder.root.name, {"k": "v"})
+    tracker.describe_parent(parent_id, folder, {"a.b": 1, "long": "x" * 9000})
     return tracker, parent_id, folder, settings
 
 
@@ -193,7 +194,7 @@ def test_an_http_server_and_its_death(server, tmp_path, caplog):
     settings = config(url, tmp_path)
     tracker = Tracker(url)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder, {"a": 1}, {})
+    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder.root.name, {})
     tracker.log_missing_folds(parent_id, folder, 2, {})
     assert sorted(tracker.children(parent_id)) == [0, 1]
     got = tracker.download(tracker.children(parent_id)[0].info.run_id, "result.json", tmp_path)
