@@ -4,9 +4,9 @@ Nothing heavy is imported before the config and the data have been found usable:
 """
 
 import contextlib
-import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -124,11 +124,14 @@ def _check_run_folder(config: RunConfig) -> None:
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    try:
+        # Tried, not asked: permissions do not tell of file systems that cannot be written.
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
         raise UserError(
-            f"run.dir={config.run.dir}: {place} is no folder that can be written.",
+            f"run.dir={config.run.dir}: {place} is no folder that can be written ({error.strerror}).",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
-        )
+        ) from error
     if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
@@ -300,10 +303,7 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
     console.print()
     console.print(summary_table(report))
     uri = mask_secrets(config.tracking.uri)
-    # The command of this environment, whether it is activated or not.
-    mlflow = (
-        "mlflow" if shutil.which("mlflow") else os.path.join(os.path.relpath(os.path.dirname(sys.executable)), "mlflow")
-    )
+    mlflow = "mlflow" if shutil.which("mlflow") else _shortest(Path(sys.executable).parent / "mlflow")
     look = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {uri}"
     say(
         console,
@@ -312,3 +312,8 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
+
+
+def _shortest(path: Path) -> str:
+    """`path` from the working directory if it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from raycv.metrics import METRICS
 from raycv.paths import RunFolder, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize
-from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri
+from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri, flat_params
 
 
 def config(uri, folder, experiment="raycv"):
@@ -150,6 +152,32 @@ def test_an_unknown_run_is_refused_without_a_second_attempt(tracked, caplog):
 def test_a_plain_folder_is_refused(uri):
     with pytest.raises(UserError, match="no longer supported"):
         absolute_uri(uri)
+
+
+def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
+    code = (
+        "from raycv.config import TrackingConfig; from raycv.tracking import Tracker; uri = 'sqlite:///mlflow.db';"
+        "Tracker(uri).open_experiment(TrackingConfig(uri=uri, artifacts='a', experiment='e'))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
+    ends = [process.communicate()[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], ends
+
+
+def test_an_old_schema_names_the_upgrade(tmp_path):
+    Tracker(f"sqlite:///{tmp_path}/new.db")
+    # MLflow keeps what it knows of a store that this process has opened.
+    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '7ac759974ad8'")
+        connection.commit()
+    with pytest.raises(UserError, match=r"out-of-date(.|\n)*mlflow db upgrade sqlite:///"):
+        Tracker(f"sqlite:///{tmp_path}/old.db").open_experiment(config(f"sqlite:///{tmp_path}/old.db", tmp_path))
+
+
+def test_params_are_flat_and_masked():
+    params = flat_params({"tracking": {"uri": "http://user:secret@host"}, "cv": {"folds": 5}})
+    assert params == {"tracking.uri": "http://***@host", "cv.folds": "5"}
 
 
 def kill(process):
