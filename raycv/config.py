@@ -118,10 +118,18 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
-    gradient_checkpointing: bool = Field(description="recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        description="recompute activations in the backward pass to save memory; auto: only if they do not fit"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        # YAML reads a bare on or off as a boolean.
+        return {"True": "on", "False": "off", "true": "on", "false": "off"}.get(str(value), value)
 
     @field_validator("imbalance")
     @classmethod
@@ -141,10 +149,13 @@ class TrainConfig(Section):
 
 class ResourcesConfig(Section):
     gpus_per_fold: Auto | Annotated[float, Field(ge=0)] = Field(
-        description="GPUs of one fold, fractions allowed; auto: 1 where the cluster has GPUs or grows, else 0"
+        description="GPUs of one fold, fractions allowed; auto: 1 a worker where the cluster has GPUs or grows, else 0"
     )
     cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
-        description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1"
+        description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1 a worker"
+    )
+    workers_per_fold: Positive = Field(
+        description="workers that train one fold together, data-parallel; they share its GPUs and cores evenly"
     )
 
     @field_validator("gpus_per_fold")

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.config import ResourcesConfig, RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays, fold_trial
+from raycv.fold import FOLD_KEY, FoldTask, Placement, ProgressBoard, SharedArrays, fold_trial
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
@@ -45,15 +44,6 @@ JOIN_REMEDIES = (
     "start one on this machine: ray start --head",
     "unset RAY_ADDRESS, and a local Ray is started for the run",
 )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one fold gets, and how many folds run at once."""
-
-    gpus: float
-    cpus: float
-    concurrent: int
 
 
 @contextmanager
@@ -91,26 +81,31 @@ def plan(config: RunConfig) -> Placement:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = config.resources
     at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
+    workers = asked.workers_per_fold
     has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
-    gpus = float(has_gpus) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
-    cpus = _even_share(nodes, gpus, at_most) if asked.cpus_per_fold == "auto" else asked.cpus_per_fold
+    gpus = float(has_gpus * workers) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    if asked.cpus_per_fold == "auto":
+        cpus = workers * _even_share(nodes, gpus / workers, at_most * workers)
+    else:
+        cpus = asked.cpus_per_fold
     if asked.autoscaling:
-        return Placement(gpus, cpus, at_most)
-    fit = sum(_folds_that_fit(node, gpus, cpus) for node in nodes)
+        return Placement(gpus, cpus, workers, at_most)
+    fit = sum(_workers_that_fit(node, gpus / workers, cpus / workers) for node in nodes) // workers
     if fit == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        shared = f" for {workers} workers" if workers > 1 else ""
         raise UserError(
-            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them (nodes: {have}).",
+            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{shared}, and no node has them (nodes: {have}).",
             remedies=[
                 "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
                 "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, min(fit, at_most))
+    return Placement(gpus, cpus, workers, min(fit, at_most))
 
 
 def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
-    """Whole cores for each of the folds that can run at once, at least 1."""
+    """Whole cores for each of the workers that can run at once (`at_most`), at least 1; `gpus` is a worker's."""
     if gpus:
         shares = [node["CPU"] // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus]
         return max(1.0, min(shares, default=1.0))
@@ -118,7 +113,7 @@ def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> flo
     return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
 
 
-def _folds_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
+def _workers_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
     by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
     return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
 
@@ -136,8 +131,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
         criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
-        gpus=placement.gpus,
-        cpus=placement.cpus,
+        placement=placement,
         board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
     )
 

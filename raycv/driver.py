@@ -30,8 +30,8 @@ from raycv.splits import Split, make_splits, positives_table, splits_record
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
-    from raycv.cv import Placement
     from raycv.encoding import EncodedPairs, PromptEncoder
+    from raycv.fold import Placement
     from raycv.tracking import Tracker
 
 
@@ -295,6 +295,7 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
 
 def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:
     gpus = f" and {placement.gpus:g} GPU" if placement.gpus else ", no GPU"
+    gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
     say(console, f"Up to {placement.concurrent} folds at once, each with {placement.cpus:g} CPU cores{gpus}.{where}")
 

@@ -104,7 +104,7 @@ def test_defaults_are_the_specification() -> None:
     assert (config.train.epochs, config.train.patience) == (100, 20)  # FR-007
     assert (config.train.batch_size, config.train.effective_batch_size) == (8, 32)
     assert config.train.precision == "auto"
-    assert config.train.gradient_checkpointing is True
+    assert config.train.gradient_checkpointing == "auto"
     assert config.train.imbalance == "weighted_loss"
     assert config.train.seed == 42
     assert (config.dora.r, config.dora.alpha, config.dora.lora_dropout) == (8, 16, 0.05)
