@@ -16,6 +16,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # Ctrl-C is ours: Tune would swallow it and call the stopped trials finished.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Ray Train looks at its workers that often, and a report waits for the look: 2 s are felt in short epochs.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # A fold is half a dozen processes that mostly wait; that these are many for few cores is no news to the user.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 
@@ -23,9 +25,10 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raycv.board import ProgressBoard
 from raycv.config import ResourcesConfig, RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, Placement, ProgressBoard, SharedArrays, fold_trial
+from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
@@ -176,6 +179,8 @@ def run_folds(
         param_space={FOLD_KEY: tune.grid_search(folds)},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=placement.concurrent,
+            # A trial's process, once it has imported Ray Train and torch, serves the next fold too.
+            reuse_actors=True,
             trial_name_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
             trial_dirname_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
         ),

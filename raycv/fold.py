@@ -79,25 +79,6 @@ class FoldTask:
     """handle of the ProgressBoard actor"""
 
 
-class ProgressBoard:
-    """An actor where workers post how far they are and the driver's live view reads it, never in training's way."""
-
-    def __init__(self) -> None:
-        self._posts: dict[int, dict[str, Any]] = {}
-        self._events: list[tuple[int, str]] = []
-
-    def post(self, fold: int, post: dict[str, Any]) -> None:
-        self._posts.setdefault(fold, {}).update(post)
-
-    def tell(self, fold: int, text: str) -> None:
-        self._events.append((fold, text))
-
-    def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
-        """The latest post of each fold, and the events since the last call."""
-        events, self._events = self._events, []
-        return self._posts, events
-
-
 def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     """The Tune trainable: trains fold `trial["fold"]` under Ray Train and leaves its files in the run folder.
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing as memory allows: the same gradients either way, and a choice that follows what was measured."""
+"""Gradient checkpointing as memory allows: the same gradients either way, a choice that follows what was measured."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,22 @@
+"""How far the folds are, between the workers and the live view. Imports nothing heavy: it is an actor of its own."""
+
+from typing import Any
+
+
+class ProgressBoard:
+    """An actor where workers post how far they are and the driver's live view reads it, never in training's way."""
+
+    def __init__(self) -> None:
+        self._posts: dict[int, dict[str, Any]] = {}
+        self._events: list[tuple[int, str]] = []
+
+    def post(self, fold: int, post: dict[str, Any]) -> None:
+        self._posts.setdefault(fold, {}).update(post)
+
+    def tell(self, fold: int, text: str) -> None:
+        self._events.append((fold, text))
+
+    def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
+        """The latest post of each fold, and the events since the last call."""
+        events, self._events = self._events, []
+        return self._posts, events
