@@ -116,8 +116,14 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    class Trainer(TorchTrainer):
+        """Without the process that Ray Train starts for each trainer to hand out Ray Data sets: there are none."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]  # type: ignore[misc]
+
     given = task.placement
-    return TorchTrainer(
+    return Trainer(
         train_worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
         train_loop_config={"task": task, "fold": fold},
         scaling_config=ScalingConfig(
