@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raycv.board import ProgressBoard
 from raycv.config import ResourcesConfig, RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial
+from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, train_worker
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
@@ -37,7 +37,6 @@ from raycv.records import FoldResult
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
     from raycv.driver import Prepared
-    from raycv.tracking import FoldRuns
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
@@ -136,6 +135,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria_hash=dataset.stats["criteria_hash"],
         placement=placement,
         board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
+        worker=train_worker,
     )
 
 
@@ -164,7 +164,7 @@ def check_shared(folder: RunFolder, base: "BaseFiles") -> None:
 
 
 def run_folds(
-    task: FoldTask, folds: list[int], placement: Placement, runs: "FoldRuns", view: LiveView
+    task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView
 ) -> list[FoldResult]:
     """Runs `folds` as Tune trials and returns their results.
 

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ class FoldTask:
     placement: Placement
     board: Any
     """handle of the ProgressBoard actor"""
+    worker: Callable[[dict[str, Any]], dict[str, Any]]
+    """train_worker, or what a benchmark puts in its place"""
 
 
 def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
@@ -124,7 +127,7 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
 
     given = task.placement
     return Trainer(
-        train_worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
+        task.worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
         train_loop_config={"task": task, "fold": fold},
         scaling_config=ScalingConfig(
             num_workers=given.workers,

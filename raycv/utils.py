@@ -31,6 +31,9 @@ def set_seed(seed: int) -> None:
     # Filling fresh memory with NaN finds bugs, not nondeterminism, and costs a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    # The same products on every GPU, whatever its defaults.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     # Attention by PyTorch's own kernels: cuDNN's choose their plan at run time.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
