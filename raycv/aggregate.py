@@ -26,8 +26,10 @@ def aggregate(config: AggregateConfig) -> None:
     Raises: UserError if there is no such run; RunFailedError if a fold of it is missing.
     """
     folder = find_run(Path(config.dir), config.run)
-    report, where = _from_folder(folder, config) if folder else _from_mlflow(config)
     console = Console()
+    if folder and config.run == "latest":
+        say(console, f"The newest finished run: {folder.root.name}")
+    report, where = _from_folder(folder, config) if folder else _from_mlflow(config)
     console.print(summary_table(report))
     say(console, where)
 
@@ -40,7 +42,9 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
     Raises: UserError if `latest` is asked for and there is no run at all.
     """
     if run != "latest":
-        return RunFolder(runs.absolute() / run) if (runs / run / "config.yaml").is_file() else None
+        # A name, or the path of the folder, as the shell completes it.
+        named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+        return next((RunFolder(folder.absolute()) for folder in named), None)
     made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
     if not made:
         raise UserError(

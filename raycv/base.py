@@ -1,5 +1,6 @@
 """The base model's files: found in a folder, or fetched from the hub once for all folds (FR-001, FR-011)."""
 
+import difflib
 import errno
 import glob
 import json
@@ -464,11 +465,22 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
     )
 
 
+def _near_folders(name: str) -> list[str]:
+    """A hint, if `name` may be meant as a folder that is spelt otherwise."""
+    path = Path(name)
+    if not path.parent.is_dir() or path.parent == Path():
+        return []
+    names = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir() if each.is_dir()], n=1)
+    near = f"; did you mean {path.parent / names[0]}?" if names else ""
+    return [f"if a folder is meant: there is no {path.absolute()}{near}"]
+
+
 def _without_hub(name: str, revision: str | None) -> list[str]:
     from huggingface_hub import constants
 
     at = f" --revision {revision}" if revision not in (None, constants.DEFAULT_REVISION) else ""
     return [
+        *_near_folders(name),
         "check the network of this node, and HTTPS_PROXY if there is a proxy",
         f"set HF_ENDPOINT to a mirror (now {mask_secrets(constants.ENDPOINT)})",
         f"download it beforehand where there is a network: `hf download {name}{at}`, then copy HF_HOME over",

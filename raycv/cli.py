@@ -7,11 +7,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from raycv.config import Section, fields, meaning, text_keys, validate
+from raycv import __version__
+from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate
 from raycv.errors import UserError, shown
 from raycv.paths import bundled
 
 S = TypeVar("S", bound=Section)
+
+HYDRA_OPTIONS = (
+    "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--hydra-help", "--info", "-i", "--config-path",
+    "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--shell-completion", "-sc", "--experimental-rerun",
+)  # fmt: skip
 
 
 def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
@@ -36,8 +42,9 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         sys.argv[1:] = _for_hydra(typed, schema)
-        if {"-h", "--help"} & set(typed):
-            sys.stdout.write(_usage(name, schema, [part for part in sys.argv[1:] if not part.startswith("-")]))
+        answer = _answer(name, schema, typed, [part for part in sys.argv[1:] if re.match(r"[~+\w]\S*=|~", part)])
+        if answer is not None:
+            sys.stdout.write(answer)
             return
         import hydra
 
@@ -122,6 +129,21 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def _answer(name: str, schema: type[Section], typed: list[str], overrides: list[str]) -> str | None:
+    """What the command prints instead of doing its work, if it was asked to; `overrides` as Hydra takes them."""
+    if {"-h", "--help"} & set(typed):
+        return _usage(name, schema, overrides)
+    if "--version" in typed:
+        return f"raycv {__version__}\n"
+    # Hydra's own would show the values as they stand in the files, unknown keys and all.
+    if re.search(r"(?:^|\n)(?:--cfg|-c)(?:=|\n)job(?:$|\n)", "\n".join(typed)):
+        return as_yaml(validate(schema, compose(name, overrides)))
+    if unknown := [part for part in typed if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
+        remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
+        raise UserError(f"There is no option {', '.join(unknown)}.", remedies=remedies)
+    return None
+
+
 def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
     """What `--help` prints: every key with its value under `overrides`, and its meaning."""
     import yaml
@@ -146,7 +168,7 @@ def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
             f"  {key}={yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]}",
             f"      {meaning(field)}",
         ]
-    more = ["--cfg job prints the same values as YAML. --hydra-help shows what else Hydra can do.", ""]
+    more = ["--cfg job checks and prints the same values as YAML. --hydra-help shows what else Hydra can do.", ""]
     return "\n".join([*lines, "", *more])
 
 
@@ -168,10 +190,12 @@ def _checked(schema: type[S], config: object) -> S:
 
 def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing_ok)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: must be given.", remedies=[f"{error.full_key}=<value>"]) from error
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",

@@ -4,14 +4,17 @@ Every fault of a config is reported at once, with the value received and what th
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
+from raycv.retry import mask_secrets
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
@@ -206,7 +209,9 @@ class RunConfig(Section):
 class AggregateConfig(Section):
     """The config of `python -m raycv.aggregate`."""
 
-    run: NonEmpty = Field(description="a run's name, latest, or the id of an MLflow parent run")
+    run: NonEmpty = Field(
+        description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
+    )
     dir: NonEmpty = Field(description="folder that holds the runs")
     tracking_uri: NonEmpty | None = Field(
         description="MLflow tracking URI; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db"
@@ -251,7 +256,12 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
 def meaning(field: FieldInfo) -> str:
     """What a key means and which words it takes; empty for a section."""
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return (field.description or "") + (f" [{', '.join(map(str, words))}]" if words else "")
+    return _said(field) + (f" [{', '.join(map(str, words))}]" if words else "")
+
+
+def _said(field: FieldInfo) -> str:
+    """The description without the number of its requirement, which is for readers of the schema."""
+    return re.sub(r" \(FR-\d+\)", "", field.description or "")
 
 
 def text_keys(schema: type[Section]) -> set[str]:
@@ -270,8 +280,13 @@ def _is_text(annotation: Any) -> bool:
     return annotation is str
 
 
+def as_yaml(config: Section) -> str:
+    """The resolved config as YAML, with passwords in addresses masked (FR-004)."""
+    return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
 def _faults(schema: type[Section], error: ValidationError) -> list[str]:
-    known = {key: field.description or "" for key, field in fields(schema)}
+    known = {key: _said(field) for key, field in fields(schema)}
     unknown: list[str] = []
     expected: dict[str, list[str]] = {}
     received: dict[str, str] = {}

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -58,6 +59,12 @@ def ray_cluster(config: ResourcesConfig) -> Iterator[str | None]:
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     logging.getLogger("ray").setLevel(level)
+    if not config.ray_logs:
+        # Tune would print the whole traceback of a failed trial; the fold's own error is shown, and error.json has all.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if threading.current_thread() is threading.main_thread():
+        # What a scheduler sends at the end of the time; Ray's own handler would end the process where it stands.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield context.dashboard_url or None
     finally:
@@ -197,11 +204,19 @@ def run_folds(
     failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
-        lines += [f"fold {fold}: {states.errors.get(fold, STOPPED)}" for fold in failed]
+        lines += _causes({fold: states.errors.get(fold, STOPPED) for fold in failed})
         remedy = f"mend the cause and run again under another name; what is finished is kept in {root.root}"
         raise RunFailedError("\n".join(lines), remedies=[remedy])
     shutil.rmtree(root.ray, ignore_errors=True)
     return [FoldResult.read(root.fold(fold).result) for fold in folds]
+
+
+def _causes(errors: dict[int, str]) -> list[str]:
+    """A line for each cause, with its folds."""
+    folds_of: dict[str, list[int]] = {}
+    for fold, error in errors.items():
+        folds_of.setdefault(error, []).append(fold)
+    return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
 
 
 class _FoldStates(tune.Callback):
@@ -225,7 +240,7 @@ class _FoldStates(tune.Callback):
         fold = trial.config[FOLD_KEY]
         file = self.root.fold(fold).error
         if file.is_file():
-            self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in {file})"
+            self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in fold_<k>/{file.name})"
         else:
             # The trial's own process died.
             self.errors[fold] = str(trial.get_error() or STOPPED).strip().splitlines()[-1]

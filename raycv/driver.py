@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from raycv import __version__
-from raycv.config import RunConfig
+from raycv.config import RunConfig, as_yaml
 from raycv.data import load_dataset
 from raycv.errors import UserError
 from raycv.live import say
@@ -104,11 +103,13 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
     from raycv.base import absolute_name, fetch_base
     from raycv.encoding import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
     from raycv.loading import check_max_length, load_config, load_tokenizer, set_pad_token
+    from raycv.model import check_model
 
     # No spinner here: the hub's client shows progress bars of its own.
     base = fetch_base(absolute_name(config.model.name), config.model.revision)
     tokenizer, model_config = load_tokenizer(base), load_config(base)
     check_max_length(model_config, config.prompt.max_length)
+    check_model(model_config, config.model)
     set_pad_token(tokenizer, model_config)
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
         encoder = prompt_encoder(tokenizer, config.prompt, [criterion.text for criterion in dataset.criteria.values()])
@@ -165,7 +166,7 @@ def new_run_folder(config: RunConfig) -> RunFolder:
 def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> None:
     from raycv.utils import describe_environment
 
-    write_text(folder.config, config_yaml(config))
+    write_text(folder.config, as_yaml(config))
     write_json(folder.splits, splits_record(prepared.dataset, prepared.splits, config.cv.seed))
     stats = {
         **prepared.dataset.stats,
@@ -179,17 +180,14 @@ def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> N
     write_json(folder.environment, {**describe_environment(), "seeds": seeds, "base_model": prepared.base_facts})
 
 
-def config_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML, with passwords in addresses masked (FR-004)."""
-    return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
-
-
 def _start(tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: Prepared) -> tuple[RunFolder, str]:
     """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had."""
     from raycv import cv
     from raycv.tracking import flat_params
 
     folder = new_run_folder(config)
+    # Recorded under the name that it has now, however it came to it.
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
     stats, parent_id = prepared.dataset.stats, None
     try:
         _write_inputs(folder, config, prepared)
@@ -234,7 +232,11 @@ def _ended(
     except KeyboardInterrupt:
         status = "KILLED"
         finished = sum(folder.fold(fold).result.is_file() for fold in range(config.cv.folds))
-        say(console, f"Interrupted: {finished} of {config.cv.folds} folds are finished, and kept in {folder.root}")
+        say(
+            console,
+            f"Interrupted: {finished} of {config.cv.folds} folds are finished, and kept in {folder.root}\n"
+            "Start again with the same command (and another run.name, if you gave one). Stopping Ray ...",
+        )
         raise
     finally:
         # Neither a result nor the error that ended the run may be hidden by a store that is away.

@@ -41,6 +41,10 @@ class Kind(Enum):
     FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
     JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
     COLUMN = "columns that are missing", "name the columns in the first line as the message says"
+    SEPARATOR = (
+        "tables that are separated by something else than commas",
+        "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
+    )
     DUPLICATE_COLUMN = "columns that occur twice", "keep one column of each name"
     ID = "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"
     DUPLICATE_ID = "duplicate ids", "keep one row for each id"

@@ -50,6 +50,10 @@ class LiveView:
         if state["state"] in (DONE, FAILED) and "state" in post:
             post = {**post, "state": state["state"]}  # a late post of the worker does not reopen the fold
         state.update(post)
+        if post.get("state") == STARTING:
+            state["began"] = time.monotonic()
+        if "epoch" in post and "began" in state:
+            state.setdefault("stepping", time.monotonic())
         if self._live is None:
             self._print(fold, state)
 
@@ -67,20 +71,27 @@ class LiveView:
             table.add_row(str(fold), *self._cells(state))
         running = sum(state["state"] not in (WAITING, DONE, FAILED) for state in self._folds.values())
         done = sum(state["state"] == DONE for state in self._folds.values())
-        head = f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the start"
+        head = f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the folds started"
         left = self._all_left()
-        return Group(Text(head + (f", at most about {duration(left)} to go" if left else ""), "dim"), table)
+        return Group(Text(head + (f", about {duration(left)} left" if left else ""), "dim"), table)
 
     def _all_left(self) -> float | None:
         """Seconds until all folds are done, at the pace so far; None until an epoch of a fold is over."""
         open_folds = [state for state in self._folds.values() if state["state"] not in (DONE, FAILED)]
         running = [state for state in open_folds if state["state"] != WAITING]
-        known = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
-        if not open_folds or not known or not running:
+        paces = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
+        if not running or not paces:
             return None
-        epoch_seconds = sum(known) / len(known)
-        epochs = sum(self._epochs_left(state) for state in open_folds)
-        return epochs * epoch_seconds / len(running)
+        epoch_seconds = sum(paces) / len(paces)
+        # Before its first step a fold starts processes and loads the model.
+        starts = [state["stepping"] - state["began"] for state in self._folds.values() if "stepping" in state]
+        start_seconds = sum(starts) / len(starts) if starts else 0.0
+        total = 0.0
+        for state in open_folds:
+            begun = time.monotonic() - state["began"] if "began" in state else 0.0
+            start_left = 0.0 if "stepping" in state else max(start_seconds - begun, 0.0)
+            total += start_left + self._epochs_left(state) * epoch_seconds
+        return total / len(running)
 
     def _epochs_left(self, state: dict[str, Any]) -> float:
         if "epoch" not in state:

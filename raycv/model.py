@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from raycv.config import DoraConfig, ModelConfig
@@ -49,6 +50,16 @@ def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision,
 def base_dtype(precision: Precision) -> torch.dtype:
     """The type that the frozen base is loaded in."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_model(config: Any, model: ModelConfig) -> None:
+    """Whether DoRA can be given to the classifier of a transformers `config`, seen without its weights.
+
+    Raises: UserError if it has no classification head, or lacks one of the target modules.
+    """
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    _check_targets(classifier, model, head_modules(classifier))
 
 
 def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":

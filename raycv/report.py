@@ -28,7 +28,8 @@ def summarize(
     if missing:
         raise RunFailedError(
             f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
-            "and nothing is averaged over fewer folds than asked for."
+            "and nothing is averaged over fewer folds than asked for.",
+            remedies=["run it again to its end: fold_<k>/error.json says why a fold failed"],
         )
     if len(results) != folds:
         raise RunFailedError(

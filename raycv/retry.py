@@ -142,6 +142,9 @@ def status_of(error: BaseException) -> int | None:
 def cause_of(error: BaseException, most: int = 300) -> str:
     """`error` in one line of at most `most` characters, without secrets: what may stand in a log or a message."""
     text = mask_secrets(" ".join(str(error).split()))
+    if found := re.search(r"(\[Errno -?\d+\] [^'\")>]+|Read timed out[^'\")]*)", text):
+        # The HTTP client wraps the one fact into three layers of its own objects.
+        text = found[1].rstrip()
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     name = type(error).__name__.lstrip("_")

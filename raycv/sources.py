@@ -234,13 +234,14 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
-        found = _column_list(file.columns) + _separator_hint(file.columns)
-        faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}", "line 1")
+        found, separator = _column_list(file.columns), _separator(file.columns)
+        if separator:
+            faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
+        else:
+            faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}", "line 1")
 
 
-def _separator_hint(columns: tuple[str, ...]) -> str:
-    """Excel writes semicolons in half of Europe."""
-    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(columns) == 1 and separator in columns[0]:
-            return f"; they are separated by {name}, and raycv reads commas"
-    return ""
+def _separator(columns: tuple[str, ...]) -> str | None:
+    """What separates the columns, if not commas: Excel writes semicolons in half of Europe."""
+    names = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

@@ -25,6 +25,7 @@ from typing import Any
 from raycv.cli import run_command
 from raycv.config import SynthesizeConfig
 from raycv.errors import FaultsError, UserError
+from raycv.paths import bundled
 from raycv.phrases import phrase_book
 from raycv.records import Criterion
 
@@ -305,6 +306,11 @@ def _refuse_to_mix(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out} is not a folder.", remedies=["Give a new folder as out=..."])
+    if out.resolve() == bundled("data/sample").resolve():
+        raise UserError(
+            f"{out} is the sample that ships with raycv and that the quickstart runs on.",
+            remedies=["give another folder as out=...", "to make it anew, remove it first"],
+        )
     readme = out / "README.md"
     marked = readme.is_file() and SYNTHETIC_MARK in readme.read_text(encoding="utf-8", errors="replace")
     strangers = sorted(path.name for path in out.iterdir() if not marked or path.name not in DATASET_FILES)
@@ -372,6 +378,7 @@ def run(config: SynthesizeConfig) -> None:
 
     from raycv.live import say
 
+    replaced = (Path(config.out) / "posts.csv").is_file()
     stats = write_dataset(
         Path(config.out),
         posts=config.posts,
@@ -381,10 +388,13 @@ def run(config: SynthesizeConfig) -> None:
         criteria=config.criteria,
     )
     console = Console()
-    say(console, f"Wrote {Path(config.out).absolute()}: {', '.join(DATASET_FILES)}")
+    in_place = ", in the place of an earlier synthetic set" if replaced else ""
+    say(console, f"Wrote {Path(config.out).absolute()}{in_place}: {', '.join(DATASET_FILES)}")
     for key, value in stats.items():
         say(console, f"  {key}: {value}")
-    say(console, f"Train on it: python -m raycv.run data.dir={config.out} data.criteria_dir={config.out}")
+    data = f"data.dir={config.out} data.criteria_dir={config.out}"
+    say(console, f"Train on it: python -m raycv.run {data}")
+    say(console, f"or without a GPU: python -m raycv.run experiment=quickstart {data}")
 
 
 def main() -> None:

@@ -525,7 +525,12 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "empty file": (lambda files: files.update({P: b""}), ["posts.csv, line 1:", "no columns", "name the columns"]),
     "semicolons": (
         lambda files: files.update({G: files[G].replace(b",", b";")}),
-        ["groundtruth.csv, line 1:", "'post_id;criterion_id;label'", "name the columns"],
+        [
+            "groundtruth.csv, line 1:",
+            "'post_id;criterion_id;label'",
+            "separated by semicolons",
+            "write them with commas",
+        ],
     ),
     "duplicate post": (
         added(P, b"p1,again\n"),

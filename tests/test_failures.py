@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from test_run import raycv, users_environment
+from test_run import ROOT, raycv, users_environment
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -47,6 +49,15 @@ def test_a_taken_name_is_refused(tmp_path):
     assert "run.name=mine" in result.stderr
     assert "choose another run.name" in result.stderr
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.ray
+def test_modules_that_the_model_lacks_are_refused_before_a_fold_starts(tmp_path):
+    result = raycv("run", "experiment=quickstart", "model.target_modules=[q_proj,query]", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.target_modules: query not found in LlamaForSequenceClassification" in result.stderr
+    assert "choose among its linear modules: down_proj, gate_proj" in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("place", ["a_file", "a_file/runs", "/proc/runs"])
@@ -131,10 +142,11 @@ def running(folder, *overrides):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ctrl_c_ends_all_and_marks_the_runs_killed(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path, sent):
     with running(tmp_path, "train.epochs=60", "train.patience=60") as process:
         family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         assert process.wait(timeout=60) == 130
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [process.name() for process in alive] == []
@@ -170,16 +182,20 @@ def test_a_fold_that_can_never_be_placed_is_refused_at_once(tmp_path):
 
 @pytest.mark.ray
 def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
-    """Modules that the model does not have: found when a worker has loaded it."""
-    overrides = ["experiment=quickstart", "cv.folds=2", "model.target_modules=[q_proj,query]", "run.name=broken"]
+    """Damaged weights: found when a worker loads them."""
+    base = shutil.copytree(ROOT / "models/tiny_llama", tmp_path / "base")
+    with (base / "model.safetensors").open("r+b") as weights:
+        weights.truncate(100_000)
+    overrides = ["experiment=quickstart", "cv.folds=2", f"model.name={base}", "run.name=broken"]
     result = raycv("run", *overrides, cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "no report" in result.stderr
-    reason = "fold 0: model.target_modules: query not found in LlamaForSequenceClassification"
-    assert reason in result.stderr
-    # Said at once, too, not only when the other folds have ended.
-    assert reason in result.stdout
-    assert "choose among its linear modules: down_proj, gate_proj" in result.stderr
+    # One cause is told once, with the folds that it felled.
+    assert re.search(r"^fold 0, 1: The weights of .* cannot be loaded", result.stderr, re.MULTILINE)
+    assert "delete the folder and download or copy it again" in result.stderr
+    # Said at once, too, not only when the other folds have ended; and Ray's tracebacks stay out of sight.
+    assert re.search(r"fold [01]: The weights of .* cannot be loaded", result.stdout)
+    assert "Traceback (most" not in result.stdout + result.stderr
     run = tmp_path / "runs" / "broken"
     assert not (run / "report.json").exists()
     assert "Traceback" in json.loads((run / "fold_0" / "error.json").read_text())["traceback"]

@@ -179,7 +179,7 @@ def test_table_is_not_truncated(width: int) -> None:
         post = step(10, 334, 334, "validating") | {"history": history(9, seconds=3999), "best_f1": 1.0}
         view.update(fold, post | {"epoch": 10, "micro_batch": 8, "loss": 1.25})
     head, *table = rows(view, width)
-    assert "at most about 99:58:30 to go" in head
+    assert "about 99:58:30 left" in head
     text = "\n".join(table)
     assert "…" not in text
     assert len(table) == 6

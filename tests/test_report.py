@@ -88,7 +88,7 @@ def test_report_is_json(tmp_path: Any) -> None:
 def test_missing_fold_is_refused(present: list[int], missing: str) -> None:
     with pytest.raises(RunFailedError) as caught:
         summarize("the run", [RESULTS[fold] for fold in present], 5)
-    assert str(caught.value) == (
+    assert caught.value.what == (
         f"Run the run: {5 - len(present)} of 5 folds are not finished (fold {missing}), "
         "and nothing is averaged over fewer folds than asked for."
     )
