@@ -54,10 +54,15 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
                 "name the folder that holds them: dir=<folder>",
             ],
         )
-    finished = [
-        path for path in made if all(RunFolder(path.parent).fold(k).result.is_file() for k in range(_folds(path)))
-    ]
-    return RunFolder((finished or made)[-1].parent)
+    return RunFolder(([path for path in made if _is_finished(path)] or made)[-1].parent)
+
+
+def _is_finished(config_file: Path) -> bool:
+    folder = RunFolder(config_file.parent)
+    try:
+        return all(folder.fold(fold).result.is_file() for fold in range(_folds(config_file)))
+    except UserError:
+        return False
 
 
 def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, Any], str]:
@@ -84,7 +89,8 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         results = []
-        for fold, run in tracker.children(config.run).items():
+        finished = {fold: run for fold, run in tracker.children(config.run).items() if run.info.status == "FINISHED"}
+        for fold, run in finished.items():
             target = folder.fold(fold)
             target.root.mkdir()
             results.append(FoldResult.read(tracker.download(run.info.run_id, target.result.name, target.root)))
@@ -98,12 +104,20 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
 
 def _folds(config_file: Path) -> int:
     """How many folds the run was asked for."""
-    return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+    try:
+        return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
 
 
 def _tracker(uri: str) -> "Tracker":
     from raycv.tracking import Tracker
 
+    if "***" in uri:
+        raise UserError(
+            f"The run was tracked at {uri}, whose password was not written down.",
+            remedies=["give the whole address: tracking_uri=http://user:password@host"],
+        )
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).is_file():
         raise UserError(

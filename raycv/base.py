@@ -102,12 +102,12 @@ def absolute_name(name: str) -> str:
 
 def _is_folder(name: str) -> bool:
     path = Path(os.path.expanduser(name))
-    return path.is_absolute() or name.startswith(".") or path.is_dir()
+    return path.is_absolute() or name.startswith(".") or os.path.isdir(path)
 
 
 def _inspect(name: str, folder: Path, revision: str | None) -> BaseFiles:
     """Raises: UserError if `folder` does not hold a config and all of the weights."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"There is no folder {folder} (model.name={name}).", remedies=["correct model.name"])
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if CONFIG not in present:

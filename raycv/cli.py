@@ -88,10 +88,12 @@ def _refused(name: str, error: UserError) -> SystemExit:
 
 
 def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
-    if {"-m", "--multirun"} & set(arguments):
+    if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
         raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
-    return [_forced(argument, groups, texts) for argument in arguments]
+    # Hydra takes no null for a group, although that is what `experiment` is unless it is given.
+    given = [argument for argument in arguments if argument != "experiment=null"]
+    return [_forced(argument, groups, texts) for argument in given]
 
 
 def _groups() -> dict[str, set[str]]:
@@ -118,7 +120,7 @@ def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
                 ],
             )
         return argument
-    if key in texts and value != "null" and value[:1] not in ("'", '"') and "${" not in value:
+    if key in texts and value != "null" and value[:1] not in ("'", '"'):
         value = _quoted(os.path.expanduser(value))
     return f"++{key}={value}"
 

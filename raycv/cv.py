@@ -1,5 +1,6 @@
 """The driver: prepares a run, gives each fold to Ray Tune as a trial, reduces the trials into the parent summary."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 
 import ray
+import ray.exceptions
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -116,7 +118,9 @@ def plan(config: RunConfig) -> Placement:
 def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
     """Whole cores for each of the workers that can run at once (`at_most`), at least 1; `gpus` is a worker's."""
     if gpus:
-        shares = [node["CPU"] // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus]
+        shares = [
+            node.get("CPU", 0) // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus
+        ]
         return max(1.0, min(shares, default=1.0))
     cores = [node.get("CPU", 0.0) for node in nodes]
     return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
@@ -275,3 +279,5 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=10)
+        with contextlib.suppress(ray.exceptions.RayError):
+            carry()  # what came since the last look

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from raycv import __version__
 from raycv.config import RunConfig, as_yaml
-from raycv.data import load_dataset
+from raycv.data import count, load_dataset
 from raycv.errors import UserError
 from raycv.live import say
 from raycv.paths import RunFolder, read_json, resolve, write_json, write_text
@@ -95,7 +95,8 @@ def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
     random.Random(seed).shuffle(labels)
     pairs = [replace(pair, label=label) for pair, label in zip(dataset.pairs, labels, strict=True)]
     warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
-    return replace(dataset, pairs=pairs, warnings=[*dataset.warnings, warning])
+    stats = dataset.stats | count(dataset.posts, dataset.criteria, pairs)
+    return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
 
 
 def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: Console) -> Prepared:
@@ -123,9 +124,9 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
 
 def _check_run_folder(config: RunConfig) -> None:
     place = Path(config.run.dir).absolute()
-    while not place.exists():
-        place = place.parent
     try:
+        while not place.exists():
+            place = place.parent
         # Tried, not asked: permissions do not tell of file systems that cannot be written.
         tempfile.TemporaryDirectory(dir=place).cleanup()
     except OSError as error:
@@ -195,7 +196,7 @@ def _start(tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: 
         parent_id = tracker.start_parent(experiment_id, folder.root.name, _tags(config, folder, stats))
         counts = {f"data.{key}": stats[key] for key in ("posts", "criteria", "pairs", "positives")}
         tracker.describe_parent(parent_id, folder, flat_params(config.model_dump()) | counts)
-        tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, stats["data_hash"])
+        tracker.log_dataset(parent_id, Path(config.data.dir).absolute().name, config.data.dir, stats["data_hash"])
         tracked = {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id}
         write_json(folder.tracking, tracked)
     except BaseException:
@@ -288,11 +289,17 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
         say(console, f"Warning: {warning}", "yellow")
     table = Table(title="Matched pairs per validation fold and criterion", title_justify="left", box=None)
     rows = positives_table(dataset, splits)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
+    criteria = list(dataset.criteria)
+    for column in ("fold", "pairs", "matched", *criteria):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+        table.add_row(
+            str(row["fold"]), str(row["pairs"]), str(row["matched"]), *map(str, row["per_criterion"].values())
+        )
+    if console.measure(table).minimum > console.width:
+        say(console, "Matched pairs per validation fold and criterion: too wide for here, data_stats.json has it")
+    else:
+        console.print(table)
 
 
 def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:

@@ -12,8 +12,20 @@ from raycv.errors import UserError
 
 MARGIN = 0.85
 """Share of the memory that `auto` would fill without checkpointing: a later batch may take a little more."""
+REMEDIES = (
+    "turn gradient checkpointing on: train.gradient_checkpointing=on",
+    "shorten the prompts: prompt.max_length=256",
+    "use a device with more memory, or a smaller model",
+)
 BACKWARD_FACTOR = 1.5
 """On a CPU: what a backward pass needs beside the saved activations, as a factor of them."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less memory might help."""
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return known or any(text in str(error) for text in texts)
 
 
 class MicroBatch:
@@ -34,7 +46,7 @@ class MicroBatch:
             try:
                 return work(self.size)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 cause = str(error).splitlines()[0]
             # Outside the except block, where the traceback no longer keeps the broken attempt's tensors alive.
@@ -46,11 +58,7 @@ class MicroBatch:
             if self.size == 1:
                 raise UserError(
                     f"Out of memory with a micro-batch of 1: {cause}",
-                    remedies=[
-                        "turn gradient checkpointing on: train.gradient_checkpointing=on",
-                        "shorten the prompts: prompt.max_length=256",
-                        "use a device with more memory, or a smaller model",
-                    ],
+                    remedies=REMEDIES,
                 )
             self._tell(f"out of memory: micro-batch {self.size} -> {self.size // 2}")
             self.size //= 2
@@ -92,7 +100,7 @@ class Checkpointing:
             with _measured(self._model, device) as measured:
                 backward()
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             need = None
         else:

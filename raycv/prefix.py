@@ -122,3 +122,11 @@ def can_pack(classifier: Any) -> bool:
     shaped = hasattr(classifier, "model") and hasattr(classifier, "score")
     # Other implementations would add a boolean mask to the scores, or ignore it.
     return shaped and getattr(classifier.config, "_attn_implementation", None) == "sdpa"
+
+
+def attention_window(config: Any) -> int | None:
+    """Tokens that a query of the model sees, if not all before it: a mask of our own would make it see them all."""
+    windows = [getattr(config, "attention_chunk_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    return min((window for window in windows if window), default=None)

@@ -79,17 +79,32 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
     if rules.long_post == "sliding":
         texts = _windows(post, pieces, fits, rules.stride_fraction)
     else:
-        texts = [_longest(partial(_kept, post, pieces, rules), fits, len(pieces))]
+        texts = [_cut(post, pieces, rules, fits)]
     return FittedPost(texts, tokens, max(count(render(text, "")) for text in texts))
 
 
-def _longest(cut: Callable[[int], str], fits: Callable[[str], bool], most: int) -> str:
-    """The text of the most pieces that fits, found by bisection; `cut(n)` keeps n pieces."""
-    low, high = 0, most
+def _cut(post: str, pieces: Spans, rules: PromptRules, fits: Callable[[str], bool]) -> str:
+    """As much of the post as fits. Where the gap between head and tail leaves no room for either, the head alone."""
+    for cut in (partial(_kept, post, pieces, rules), partial(_run, post, pieces, 0)):
+        text = cut(_most(cut, fits, len(pieces)))
+        if text.strip():
+            return text
+    raise UserError(
+        f"prompt.max_length={rules.max_length} leaves room for no word of a post beside the longest criterion.",
+        remedies=["raise prompt.max_length", "shorten the criteria"],
+    )
+
+
+def _most(cut: Callable[[int], str], fits: Callable[[str], bool], pieces: int) -> int:
+    """The most pieces n of which `cut(n)` fits, 0 if none does: found by doubling, then by bisection."""
+    low, high = 0, 1
+    while high < pieces and fits(cut(high)):
+        low, high = high, 2 * high
+    high = min(high, pieces)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(cut(middle)) else (low, middle - 1)
-    return cut(low)
+    return low
 
 
 def _kept(post: str, pieces: Spans, rules: PromptRules, n: int) -> str:
@@ -106,23 +121,22 @@ def _kept(post: str, pieces: Spans, rules: PromptRules, n: int) -> str:
     return start or end
 
 
-def _first(post: str, pieces: Spans, n: int) -> str:
-    return post[pieces[0][0] : pieces[n - 1][1]] if n else ""
+def _run(post: str, pieces: Spans, start: int, n: int) -> str:
+    """The text of `n` pieces from `start` on."""
+    return post[pieces[start][0] : pieces[start + n - 1][1]] if n else ""
 
 
 def _windows(post: str, pieces: Spans, fits: Callable[[str], bool], stride_fraction: float) -> list[str]:
     """Overlapping windows that cover every piece, each as long as fits."""
     texts, start = [], 0
     while True:
-        rest = pieces[start:]
-        text = _longest(partial(_first, post, rest), fits, len(rest))
-        if not text:
+        cut = partial(_run, post, pieces, start)
+        taken = _most(cut, fits, len(pieces) - start)
+        if not taken:
             raise UserError(
                 "A single piece of a post does not fit into a sliding window.", remedies=["raise prompt.max_length"]
             )
-        texts.append(text)
-        end = rest[0][0] + len(text)
-        taken = sum(1 for _, piece_end in rest if piece_end <= end)
-        if taken == len(rest):
+        texts.append(cut(taken))
+        if start + taken == len(pieces):
             return texts
         start += max(1, int(taken * stride_fraction))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.errors import UserError
+from raycv.metrics import METRICS
 from raycv.paths import read_json
 
 LABELS = ("unmatched", "matched")
@@ -72,6 +73,10 @@ class FoldResult:
         """Raises: UserError if the file is missing, damaged, or not a fold's result."""
         values = read_json(path)
         try:
-            return cls(**values)
-        except TypeError as error:
+            result = cls(**values)
+            missing = [name for name in METRICS if not isinstance(result.metrics[name], int | float)]
+            if missing:
+                raise TypeError(f"{', '.join(missing)} is no number")
+            return result
+        except (TypeError, KeyError) as error:
             raise UserError(f"{path} is no fold result of this version of raycv: {error}.") from error

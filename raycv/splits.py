@@ -89,17 +89,17 @@ def splits_record(dataset: Dataset, splits: Sequence[Split], seed: int) -> dict[
 
 
 def positives_table(dataset: Dataset, splits: Sequence[Split]) -> list[dict[str, Any]]:
-    """Matched pairs of each fold's validation part, a row per fold, a column per criterion.
+    """Matched pairs of each fold's validation part, a row per fold: in all, and per criterion.
 
     StratifiedGroupKFold stratifies on the binary label alone, so rare criteria may come out lopsided: look here.
     """
     table = []
     for split in splits:
-        row: dict[str, Any] = {"fold": split.fold, "pairs": len(split.val_indices), "matched": 0}
-        row |= dict.fromkeys(dataset.criteria, 0)
+        per_criterion = dict.fromkeys(dataset.criteria, 0)
         for index in split.val_indices.tolist():
             pair = dataset.pairs[index]
-            row["matched"] += pair.label
-            row[pair.criterion_id] += pair.label
-        table.append(row)
+            per_criterion[pair.criterion_id] += pair.label
+        matched = sum(per_criterion.values())
+        numbers = {"fold": split.fold, "pairs": len(split.val_indices), "matched": matched}
+        table.append({**numbers, "per_criterion": per_criterion})
     return table

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset as TrackedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -220,6 +222,10 @@ class Tracker:
             # A server has its own place for artifacts; a database in a file has none but the working directory.
             local = self.uri.startswith(("sqlite:", "file:"))
             place = Path(config.artifacts).absolute().as_uri() if local else None
+            if local:
+                _check_artifacts(
+                    Path(config.artifacts).absolute(), ["tracking.artifacts=<a folder that you may write to>"]
+                )
             # The page asks for the kind of an experiment that has none.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
@@ -231,6 +237,15 @@ class Tracker:
                     "tracking.experiment=<other>",
                 ],
             )
+        if str(found.artifact_location).startswith("file:"):
+            kept = Path(local_file_uri_to_path(found.artifact_location))
+            other = ["tracking.experiment=<another>, which takes its place from tracking.artifacts"]
+            _check_artifacts(kept, other, f"the experiment {config.experiment!r} keeps its artifacts there")
+            if kept != Path(config.artifacts).absolute():
+                logger.warning(
+                    "tracking.artifacts=%s is not used: the experiment %s keeps its artifacts in %s",
+                    *(config.artifacts, config.experiment, kept),
+                )
         return str(found.experiment_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
@@ -350,6 +365,15 @@ def _check_database(database: Path) -> None:
         if "locked" in str(error):
             return  # by another process, for a while: what the retries are for
         raise UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies) from error
+
+
+def _check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold the artifacts") -> None:
+    """Raises: UserError if `folder` cannot be written: MLflow would bind the experiment to it all the same."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}), and {why}.", remedies=remedies) from error
 
 
 def _lock_of(database: Path) -> str:

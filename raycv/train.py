@@ -14,7 +14,7 @@ from torch.nn import functional
 from raycv.config import TrainConfig
 from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
-from raycv.memory import Checkpointing, MicroBatch
+from raycv.memory import REMEDIES, Checkpointing, MicroBatch, is_out_of_memory
 from raycv.metrics import F1, binary_metrics, tune_threshold
 from raycv.model import Precision, trainable
 from raycv.parallel import Workers
@@ -270,7 +270,13 @@ class FoldTrainer:
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
         self._learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Half of the weights may be updated: this step cannot be replayed.
+            raise UserError(f"Out of memory in the optimizer's step: {error}", remedies=REMEDIES) from error
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -288,6 +294,11 @@ class FoldTrainer:
             trainable(self.model), lr=self.config.lr, weight_decay=self.config.weight_decay
         )
         steps = math.ceil(len(train_pairs) / self.config.effective_batch_size) * self.config.epochs
+        if self.config.warmup_steps >= steps:
+            self._tell(
+                f"the warm-up of {self.config.warmup_steps} steps takes all of the {steps} steps of training, and the "
+                "learning rate stays low: lower train.warmup_steps"
+            )
         name = {"constant": "constant_with_warmup"}.get(self.config.schedule, self.config.schedule)
         self.schedule = get_scheduler(
             name, self.optimizer, num_warmup_steps=min(self.config.warmup_steps, steps), num_training_steps=steps

@@ -80,6 +80,8 @@ def _git() -> dict[str, Any] | None:
     """The commit of the checkout that raycv runs from, and whether it has changes; None outside a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
+        if os.path.realpath(_git_says(here, "rev-parse", "--show-toplevel")) != os.path.dirname(os.path.realpath(here)):
+            return None  # installed somewhere inside another project's repository
         commit = _git_says(here, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git_says(here, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):

@@ -554,5 +554,14 @@ def test_the_config_that_is_shown_is_checked(tmp_path: Path) -> None:
     assert "train.lr: should be less than 1" in said
 
 
+def test_a_sweep_is_refused_whatever_its_way_in(tmp_path: Path) -> None:
+    for way in ("--multirun", "-m", "hydra.mode=MULTIRUN"):
+        assert "not supported" in refused(tmp_path, way, "train.lr=1e-3,1e-4")
+
+
+def test_the_default_of_a_group_can_be_given(tmp_path: Path) -> None:
+    assert command(tmp_path, "--cfg", "job", "experiment=null").returncode == 0
+
+
 def test_an_option_that_there_is_not_names_the_way_to_say_it(tmp_path: Path) -> None:
     assert "say train.epochs=3" in refused(tmp_path, "--epochs", "3")

@@ -105,9 +105,13 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(tmp_path):
 def test_artifacts_that_cannot_be_written_leave_no_run_behind(tmp_path):
     result = raycv("run", "experiment=quickstart", "tracking.artifacts=/proc/mlruns", "run.name=mine", cwd=tmp_path)
     assert result.returncode == 2
-    assert "refused to log config.yaml" in result.stderr
-    assert not (tmp_path / "runs" / "mine").exists()
-    assert statuses(tmp_path) == {"mine": "FAILED"}
+    assert "/proc/mlruns cannot be written" in result.stderr
+    assert "tracking.artifacts=<a folder that you may write to>" in result.stderr
+    assert not (tmp_path / "runs").exists()
+    # The experiment is not bound to that folder: another one is taken, up to the next thing that is refused.
+    result = raycv("run", "experiment=quickstart", "resources.gpus_per_fold=3", "run.name=mine", cwd=tmp_path)
+    assert "no node has them" in result.stderr
+    assert statuses(tmp_path) == {}
 
 
 def statuses(folder):
@@ -219,3 +223,20 @@ def test_aggregate_without_a_run(tmp_path, overrides, said):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_one_damaged_run_does_not_hide_the_others(tmp_path):
+    for name, config in (("a", "cv: {folds: 2}"), ("b", "cv: ["), ("c", "")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text(config)
+    for fold in range(2):
+        (tmp_path / f"runs/a/fold_{fold}").mkdir()
+        (tmp_path / f"runs/a/fold_{fold}/result.json").write_text('{"fold": 0}')
+    (tmp_path / "runs/a/data_stats.json").write_text("{}")
+    latest = raycv("aggregate", cwd=tmp_path)
+    assert "The newest finished run: a" in latest.stdout
+    assert "is no fold result of this version of raycv" in latest.stderr
+    damaged = raycv("aggregate", "run=runs/b", cwd=tmp_path)
+    assert "b/config.yaml is damaged" in damaged.stderr
+    assert {latest.returncode, damaged.returncode} == {2}
+    assert "Traceback" not in latest.stderr + damaged.stderr

@@ -8,6 +8,7 @@ from torch import nn
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv.errors import UserError
+from raycv.memory import is_out_of_memory
 from raycv.train import FoldTrainer
 
 
@@ -96,3 +97,35 @@ def test_a_model_that_cannot_checkpoint(toy):
     with pytest.raises(UserError, match="does not know gradient checkpointing"):
         fitted(toy, "on", model=model)
     assert not fitted(toy, "auto", 1e-9, model=model)[0].checkpointing.on
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("anything"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_every_way_to_say_out_of_memory_is_known(error):
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_out_of_memory_in_the_optimizer_is_told(toy, monkeypatch):
+    model = toy.model()
+    loop = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), "fp32", Recorder())
+    loop._prepare(TRAIN)
+    # AdamW makes its state in the first step: the real allocator, asked for too much.
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: torch.empty(2**60))
+    loop._step(TRAIN[:8], training=True)
+    with pytest.raises(UserError, match="Out of memory in the optimizer's step"):
+        loop._update()
+
+
+def test_a_warm_up_longer_than_the_training_is_told(toy):
+    _, result, _, _ = fitted(toy, "off", warmup_steps=100)
+    assert result.events == [
+        "the warm-up of 100 steps takes all of the 4 steps of training, and the learning rate stays low: lower "
+        "train.warmup_steps"
+    ]

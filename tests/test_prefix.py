@@ -1,5 +1,7 @@
 """Shared prefixes: the logits and gradients of the plain path, on every mixture, and a way out where they are not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,32 @@ def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch):
 
     monkeypatch.setattr(backbone, "forward", both_ways)
     assert "is not causal: its logits differ by" in scorer(toy, model).check_sharing()
+
+
+@pytest.mark.parametrize(("window", "shares"), [(8, False), (4096, True), (None, True)])
+def test_a_short_attention_window_is_not_shared(tmp_path, window, shares):
+    """transformers drops the window where it is given a mask: longer posts would silently get other logits."""
+    files = toy_base(tmp_path)
+    config = json.loads((files.path / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    (files.path / "config.json").write_text(json.dumps(config))
+    toy = Toy(fetch_base(str(files.path), None))
+    trouble = scorer(toy, disturbed(toy)).check_sharing()
+    assert (trouble is None) == shares
+    if not shares:
+        assert f"sees 8 tokens, and prompts have {toy.encoded.lengths.max()}" in trouble
+
+
+def test_the_check_looks_at_the_longest_post_and_at_two_rows_of_it(base):
+    toy = Toy(base)
+    compute = scorer(toy, disturbed(toy))
+    seen = []
+
+    def logits(batch, share):
+        seen.append(np.concatenate(batch))
+        return RowScorer.logits(compute, batch, share=share)
+
+    compute.logits = logits
+    assert compute.check_sharing() is None
+    assert [len(rows) for rows in seen] == [1, 1, 2]
+    assert toy.encoded.lengths[seen[2]].max() == toy.encoded.lengths.max()

@@ -320,6 +320,10 @@ def test_with_shuffled_labels_scores_fall_to_chance(done):
     # Nobody may take it for a result, wherever it is read.
     assert control["control"] is True
     assert any("permuted" in warning for warning in control["warnings"])
+    stats = json.loads((folder / "runs" / "control" / "data_stats.json").read_text())
+    shuffled = pd.concat([pd.read_csv(folder / f"runs/control/fold_{k}/predictions.csv") for k in range(FOLDS)])
+    assert stats["positives_per_criterion"] == shuffled.groupby("criterion_id")["label"].sum().to_dict()
+    assert stats["data_hash"] != json.loads((folder / "runs" / "first" / "data_stats.json").read_text())["data_hash"]
     assert "CONTROL, labels permuted, not a result: control" in result.stdout
     from mlflow import MlflowClient
 

@@ -217,12 +217,13 @@ def test_table_of_positives_adds_up() -> None:
     table = positives_table(data, make_splits(PAIRS, 5, 42))
 
     assert [row["fold"] for row in table] == [0, 1, 2, 3, 4]
-    assert list(table[0]) == ["fold", "pairs", "matched", *data.criteria]
+    assert list(table[0]) == ["fold", "pairs", "matched", "per_criterion"]
+    assert list(table[0]["per_criterion"]) == list(data.criteria)
     assert sum(row["pairs"] for row in table) == len(PAIRS)
     assert sum(row["matched"] for row in table) == sum(pair.label for pair in PAIRS)
     for row in table:
-        assert row["matched"] == sum(row[criterion] for criterion in data.criteria)
+        assert row["matched"] == sum(row["per_criterion"].values())
     for criterion in data.criteria:
         expected = sum(pair.label for pair in PAIRS if pair.criterion_id == criterion)
-        assert sum(row[criterion] for row in table) == expected
+        assert sum(row["per_criterion"][criterion] for row in table) == expected
     json.dumps(table)
