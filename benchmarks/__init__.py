@@ -1,1 +1,1 @@
-"""What raycv costs, measured beside what it replaces: a command each, results in `results/`, the table in the README."""
+"""What raycv costs, beside what it replaces: a command each, JSON in `results/`, the table in the README."""

@@ -6,11 +6,11 @@ AdamW's update at its end, which is what makes raycv's cached norms stale: once 
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,15 +74,16 @@ def peak_bytes(step: Step, device: torch.device) -> dict[str, int]:
         step()
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        before = _resident()
+        before = _memory("VmRSS")
         step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = _memory("VmHWM")
     return {"peak_bytes": peak, "above_weights_bytes": peak - before}
 
 
-def _resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+def _memory(field: str) -> int:
+    """A field of this process's memory in bytes. (`getrusage` would count the parent's peak.)"""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def peak_in_a_process(variant: str, dtype: str, tokens: int, *, small: bool) -> dict[str, int]:

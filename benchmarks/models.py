@@ -91,7 +91,8 @@ ADAPTERS = {
 
 def base_weights(model: nn.Module) -> int:
     """N: weights of the linear layers that have an adapter."""
-    return sum(layer.base_layer.weight.numel() for layer in model.modules() if hasattr(layer, "lora_A"))  # type: ignore[union-attr,operator]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return sum(layer.base_layer.weight.numel() for layer in layers)
 
 
 def classifier(shape: Shape, *, seed: int, pad_id: int = 0, dtype: torch.dtype = torch.float32) -> Any:

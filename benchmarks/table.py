@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
-
 README = Path(__file__).parent.parent / "README.md"
 
 
