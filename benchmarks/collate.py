@@ -14,9 +14,12 @@ import torch
 from benchmarks.corpus import TOKENIZER, encode, synthetic
 from benchmarks.harness import Bar, Result, parser
 from raycv.encoding import EncodedPairs
+from raycv.prefix import common_prefix
 from raycv.scoring import RowScorer
 
 EFFECTIVE, MICRO = 32, 8
+QUANTILES = 16
+"""Posts whose lengths stand for all, for `benchmarks.gpu`."""
 
 
 class CountingModel:
@@ -66,11 +69,15 @@ def main() -> None:
         "post_grouped": raycv_tokens(encoded, in_steps(grouped, EFFECTIVE), share=True),
     }
     real = int(lengths.sum())
+    prefixes = np.sort(
+        [common_prefix(encoded.input_ids[encoded.post_of_pair == post]) for post in range(len(dataset.posts))]
+    )
+    quantiles = prefixes[((np.arange(QUANTILES) + 0.5) / QUANTILES * len(prefixes)).astype(int)]
     rows = [{"batching": name, "tokens": count, "ratio": count / real} for name, count in tokens.items()]
     result = Result(
         "collate", options, tokenizer=TOKENIZER, posts=len(dataset.posts), pairs=len(lengths),
         effective_batch=EFFECTIVE, micro_batch=MICRO, real_tokens=real, tokens_mean=float(lengths.mean()),
-        share_at_512=float((lengths == encoded.input_ids.shape[1]).mean()),
+        suffix_mean=float(lengths.mean() - prefixes.mean()), prefix_quantiles=quantiles.tolist(),
     )  # fmt: skip
     result.add(*rows, bars=[Bar("tokens computed over real tokens, shuffled", tokens["shuffled"] / real, 1.2, True)])
     result.report()

@@ -23,7 +23,7 @@ TOKENIZER = "models/tiny_llama: BPE of 1400 tokens, trained on other posts of th
 
 def run_config(*overrides: str) -> RunConfig:
     """raycv's defaults under `overrides`."""
-    return validate(RunConfig, compose("run", list(overrides)))
+    return validate(RunConfig, compose("run", ["data=sample", *overrides]))
 
 
 def train_config(*overrides: str) -> TrainConfig:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.table import RESULTS, render
 from raycv.paths import write_json
 from raycv.utils import describe_device, describe_environment
-
-RESULTS = Path(__file__).parent / "results"
 
 Variants = Mapping[str, Callable[[], object]]
 
@@ -114,9 +113,12 @@ class Result:
         self.value.update(more)
         write_json(self._path, self.value)
 
+    def replace(self, part: str, rows: list[dict[str, Any]]) -> None:
+        """Puts `rows` in the place of those of the same `part`."""
+        self.value["rows"] = [row for row in self.value["rows"] if row["part"] != part]
+        self.add(*rows)
+
     def report(self) -> None:
         """Says what was measured, and where it is."""
-        from benchmarks.table import render
-
         print("\n".join(render(self.value)))  # noqa: T201
         print(f"\nwritten to {self._path}")  # noqa: T201

@@ -120,10 +120,15 @@ class TokenCount:
 
     def __init__(self, model: Any) -> None:
         self.tokens = 0
-        model.get_input_embeddings().register_forward_hook(self._count)
+        self._hook = model.get_input_embeddings().register_forward_hook(self._count)
 
     def _count(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
         self.tokens += inputs[0].numel()
+
+    def removed(self) -> int:
+        """The count, and none from here on."""
+        self._hook.remove()
+        return self.tokens
 
     def taken(self) -> int:
         """The count since the last call."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from raycv.config import TrainConfig
 from raycv.encoding import EncodedPairs
@@ -92,5 +92,6 @@ def peer_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=mean_of_step,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.losses = []
     return trainer
