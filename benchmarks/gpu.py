@@ -51,11 +51,11 @@ CASES = (
 )
 
 
-def random_pairs(vocab: int) -> EncodedPairs:
-    """Posts at even quantiles of length under nine criteria each, as random tokens."""
+def random_pairs(vocab: int, shrink: int) -> EncodedPairs:
+    """Posts at even quantiles of length under nine criteria each, as random tokens; `shrink` divides their lengths."""
     settings = read_json(RESULTS / "collate.json")["settings"]
     generator = np.random.default_rng(0)
-    prefixes = generator.permutation(settings["prefix_quantiles"])
+    prefixes = generator.permutation(settings["prefix_quantiles"]) // shrink
     shape = (len(prefixes) * CRITERIA, MAX_LENGTH)
     input_ids = generator.integers(3, vocab, size=shape, dtype=np.int32)
     posts = np.repeat(np.arange(len(prefixes), dtype=np.int32), CRITERIA)
@@ -70,10 +70,10 @@ def random_pairs(vocab: int) -> EncodedPairs:
 class Setting:
     """The base model under one adapter after another."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: Shape, device: torch.device, *, shrink: int = 1) -> None:
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.encoded = random_pairs(shape.vocab)
+        self.encoded = random_pairs(shape.vocab, shrink)
         with device:
             self._base = classifier(shape, seed=0, dtype=self.dtype)
 
@@ -215,7 +215,7 @@ def main() -> None:
     if device.type == "cpu" and not options.small:
         raise SystemExit("no GPU was found; --small shows on a CPU that the script runs")
     shape = SMALL if options.small else LLAMA_7B
-    setting = Setting(shape, device)
+    setting = Setting(shape, device, shrink=8 if options.small else 1)
     result = Result(
         "gpu", options, **vars(shape), dtype=str(setting.dtype).removeprefix("torch."), effective_batch=EFFECTIVE,
         micro_batch=MICRO, dropout=0.05, titles={name: adapter.title for name, adapter in ADAPTERS.items()},

@@ -4,6 +4,7 @@ Imports nothing that needs Ray, MLflow, Hydra or pydantic: `benchmarks.gpu` runs
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from benchmarks.table import RESULTS, render
 from raycv.paths import write_json
 from raycv.utils import describe_device, describe_environment
 
+logger = logging.getLogger(__name__)
+
 Variants = Mapping[str, Callable[[], object]]
 
 
 def parser(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes; `doc` is the module's docstring."""
+    """The arguments that every benchmark takes; `doc` is the module's docstring. Rounds are told on stderr."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--small", action="store_true", help="tiny shapes: shows that it runs, measures nothing")
     arguments.add_argument("--repeats", type=_positive, default=repeats, help="interleaved repetitions [%(default)s]")
@@ -63,6 +68,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for repeat in range(repeats):
+        logger.info("round %d of %d: %s", repeat + 1, repeats, ", ".join(names))
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(timed(variants[name], device))

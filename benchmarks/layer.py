@@ -122,6 +122,7 @@ def bars(rows: list[dict[str, Any]], main: str) -> list[Bar]:
 def main() -> None:
     arguments = parser(__doc__, repeats=3)
     arguments.add_argument("--peak", nargs=3, metavar=("VARIANT", "DTYPE", "TOKENS"), help=argparse.SUPPRESS)
+    arguments.add_argument("--both", action="store_true", help="measure bf16 and fp32, not only the faster product")
     options = arguments.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(64, 172, 4, 1) if options.small else Shape(LLAMA_7B.hidden, LLAMA_7B.intermediate, LLAMA_7B.heads, 1)
@@ -135,7 +136,8 @@ def main() -> None:
         "layer", options, **vars(shape), micro_batches=MICRO_BATCHES, dropout=0.05, gradient_checkpointing=True,
         gemm_gflops=rates, main_dtype=main_dtype, titles={name: adapter.title for name, adapter in ADAPTERS.items()},
     )  # fmt: skip
-    for dtype, tokens in ((main_dtype, 64), *((dtype, BAR_TOKENS) for dtype in DTYPES)):
+    others = [(dtype, BAR_TOKENS) for dtype in DTYPES if dtype != main_dtype] if options.both else []
+    for dtype, tokens in [(main_dtype, 64), (main_dtype, BAR_TOKENS), *others]:
         # In fp32 there is no autocast and no bf16 adapter: PEFT's DoRA is its default.
         variants = [name for name in ADAPTERS if dtype == "bf16" or name != "dora_peft_bf16"]
         make = partial(Step, shape=shape, dtype=DTYPES[dtype], tokens=tokens, device=device)
