@@ -27,8 +27,8 @@ def run_config(*overrides: str) -> RunConfig:
 
 
 def train_config(*overrides: str) -> TrainConfig:
-    """raycv's defaults of the loop, for one epoch on a CPU, under `overrides`."""
-    return run_config("train.epochs=1", "train.precision=fp32", *overrides).train
+    """raycv's defaults of the loop, for one epoch on a CPU under gradient checkpointing, and `overrides`."""
+    return run_config("train.epochs=1", "train.precision=fp32", "train.gradient_checkpointing='on'", *overrides).train
 
 
 def synthetic(posts: int = REDSM5_POSTS, **changes: Any) -> Dataset:

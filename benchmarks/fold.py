@@ -63,11 +63,9 @@ class StepLosses:
 class Raycv:
     """raycv's loop over a fresh model."""
 
-    def __init__(self, shape: Shape, encoded: EncodedPairs, *overrides: str, checkpointing: bool = True) -> None:
+    def __init__(self, shape: Shape, encoded: EncodedPairs, *overrides: str) -> None:
         config = run_config(*overrides)
         self.model: Any = add_dora(classifier(shape, seed=1, pad_id=encoded.pad_id), config.model, config.dora)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.listener = StepLosses()
         self._loop = FoldTrainer(self.model, encoded, train_config(*overrides), "fp32", self.listener)
 

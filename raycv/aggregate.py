@@ -33,7 +33,9 @@ def aggregate(config: AggregateConfig) -> None:
 
 
 def find_run(runs: Path, run: str) -> RunFolder | None:
-    """The folder of the run named `run`, or of the newest for `latest`; None if there is none of that name.
+    """The folder of the run named `run`, or for `latest` of the newest whose folds are all finished, else the newest.
+
+    None if there is none of that name.
 
     Raises: UserError if `latest` is asked for and there is no run at all.
     """
@@ -48,18 +50,25 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
                 "name the folder that holds them: dir=<folder>",
             ],
         )
-    return RunFolder(made[-1].parent)
+    finished = [
+        path for path in made if all(RunFolder(path.parent).fold(k).result.is_file() for k in range(_folds(path)))
+    ]
+    return RunFolder((finished or made)[-1].parent)
 
 
 def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, Any], str]:
+    from raycv.tracking import flat_params
+
     folds = _folds(folder.config)
     finished = [folder.fold(fold).result for fold in range(folds) if folder.fold(fold).result.is_file()]
-    report = summarize(folder.root.name, [FoldResult.read(path) for path in finished], folds)
+    stats = read_json(folder.data_stats)
+    report = summarize(folder.root.name, [FoldResult.read(path) for path in finished], folds, stats)
     write_json(folder.report, report)
     tracked = read_json(folder.tracking)
     parent_id = tracked["parent_run_id"]
     tracker = _tracker(config.tracking_uri or tracked["uri"])
-    tracker.log_missing_folds(parent_id, folder, folds, {})
+    config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    tracker.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
     tracker.log_report(parent_id, report, folder.report)
     tracker.finish(parent_id, "FINISHED")
     return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {tracker.shown_uri}"
@@ -75,7 +84,9 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
             target = folder.fold(fold)
             target.root.mkdir()
             results.append(FoldResult.read(tracker.download(run.info.run_id, target.result.name, target.root)))
-        report = summarize(name, results, _folds(tracker.download(config.run, folder.config.name, folder.root)))
+        stats = read_json(tracker.download(config.run, folder.data_stats.name, folder.root))
+        folds = _folds(tracker.download(config.run, folder.config.name, folder.root))
+        report = summarize(name, results, folds, stats)
         write_json(folder.report, report)
         tracker.log_report(config.run, report, folder.report)
     return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"

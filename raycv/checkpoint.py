@@ -54,6 +54,8 @@ def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: Chec
     config.revision = info.base_revision
     # The embeddings are frozen: looking on the hub whether the vocabulary grew would only cost a request.
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT's empty model card, which names the folder that the base was loaded from.
+    (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, info.to_json())
 
@@ -84,8 +86,8 @@ def load_adapter(base: Any, folder: Path) -> "PeftModel":
     from peft import LoraConfig, PeftModel
 
     from raycv.dora import use_factored
-    from raycv.model import replace_head
+    from raycv.model import float32_head
 
-    replace_head(base)
+    float32_head(base)
     config = use_factored(LoraConfig.from_pretrained(str(folder)))
     return PeftModel.from_pretrained(base, str(folder), config=config).eval()

@@ -5,9 +5,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from raycv.config import Section, validate
+from raycv.config import Section, fields, meaning, text_keys, validate
 from raycv.errors import UserError, shown
 from raycv.paths import bundled
 
@@ -35,7 +35,10 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     # Hydra then raises what it finds, and it is printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = _for_hydra(typed)
+        sys.argv[1:] = _for_hydra(typed, schema)
+        if {"-h", "--help"} & set(typed):
+            sys.stdout.write(_usage(name, schema, [part for part in sys.argv[1:] if not part.startswith("-")]))
+            return
         import hydra
 
         hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(task)()
@@ -49,7 +52,13 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
             raise
         # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
         what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
-        unread = UserError(what, remedies=[f"python -m raycv.{name} --help shows what it takes"])
+        unread = UserError(
+            what,
+            remedies=[
+                "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
+                f"python -m raycv.{name} --help shows what it takes",
+            ],
+        )
         raise _refused(name, unread) from None
 
 
@@ -71,56 +80,98 @@ def _refused(name: str, error: UserError) -> SystemExit:
     return SystemExit(error.exit_code)
 
 
-def _for_hydra(arguments: list[str]) -> list[str]:
+def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
-    groups = {
-        folder.name: {path.stem for path in folder.glob("*.yaml")}
-        for folder in bundled("configs").iterdir()
-        if folder.is_dir()
-    }
-    return [_forced(argument, groups) for argument in arguments]
+    groups, texts = _groups(), text_keys(schema)
+    return [_forced(argument, groups, texts) for argument in arguments]
 
 
-def _forced(argument: str, groups: dict[str, set[str]]) -> str:
+def _groups() -> dict[str, set[str]]:
+    folders = (folder for folder in bundled("configs").iterdir() if folder.is_dir())
+    return {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
+
+
+def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
     """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy.
 
-    Raises: UserError if a whole group is set to a value.
+    The value of a key that takes text is quoted, so that numbers, spaces, commas and ~ need no second set of quotes.
+    Raises: UserError if a whole group is set to a value, or to a file that it does not have.
     """
-    match = re.match(r"([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
-    if match is None or match[1].split(".")[0] == "hydra":
+    match = re.match(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
+    if match is None or match[2].split(".")[0] == "hydra":
         return argument
-    key, value = match[1], match[2]
-    if key not in groups:
-        return f"++{argument}"
-    if not re.fullmatch(r"[A-Za-z_][\w/,-]*", value) or value in ("null", "true", "false"):
-        choices = ", ".join(sorted(groups[key]))
-        raise UserError(
-            f"{argument}: {key!r} is a group of keys and cannot be set to {shown(value)}.",
-            remedies=[f"choose one of its files ({key}={choices}) or set a key in it ({key}.<key>=<value>)"],
-        )
-    return argument
+    key, value = match[2], match[3]
+    if key in groups:
+        if value not in groups[key]:
+            raise UserError(
+                f"{argument}: {key!r} is a group of keys, and {shown(value)} is none of its files.",
+                remedies=[
+                    f"choose one of them ({key}={', '.join(sorted(groups[key]))}), or set single keys: train.lr=1e-4"
+                ],
+            )
+        return argument
+    if key in texts and value != "null" and value[:1] not in ("'", '"') and "${" not in value:
+        value = _quoted(os.path.expanduser(value))
+    return f"++{key}={value}"
 
 
-def compose(name: str, overrides: list[str]) -> dict[str, object]:
-    """The plain values of `configs/<name>.yaml` under `overrides`, outside a command (tests, notebooks)."""
+def _quoted(text: str) -> str:
+    """`text` as a quoted value of Hydra's grammar, where backslashes count only before a quote or at the end."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
+    """What `--help` prints: every key with its value under `overrides`, and its meaning."""
+    import yaml
+
+    file = yaml.safe_load(bundled(f"configs/{name}.yaml").read_text(encoding="utf-8"))
+    lines = [f"python -m raycv.{name} [key=value ...]", "", file["hydra"]["help"]["header"].rstrip(), ""]
+    chosen = [entry for entry in file["defaults"] if isinstance(entry, dict) and " " not in next(iter(entry))]
+    if chosen:
+        groups = _groups()
+        lines += ["Groups of keys, each in files to choose from (group=file):"]
+        lines += [f"  {group}: {', '.join(sorted(groups[group]))}" for entry in chosen for group in entry] + [""]
+    lines.append("Keys, with the value that they would have now:")
+    values = compose(name, overrides, missing_ok=True)
+    for key, field in fields(schema):
+        if not field.description:
+            lines.append("")
+            continue
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        lines += [
+            f"  {key}={yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]}",
+            f"      {meaning(field)}",
+        ]
+    more = ["--cfg job prints the same values as YAML. --hydra-help shows what else Hydra can do.", ""]
+    return "\n".join([*lines, "", *more])
+
+
+def compose(name: str, overrides: list[str], *, missing_ok: bool = False) -> dict[str, Any]:
+    """The plain values of `configs/<name>.yaml` under `overrides`, outside a command (tests, notebooks).
+
+    With `missing_ok` a value that must be given (???) is left as it is.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     with initialize_config_dir(config_dir=str(bundled("configs")), version_base="1.3"):
-        return _plain(hydra_compose(name, overrides))
+        return _plain(hydra_compose(name, overrides), missing_ok=missing_ok)
 
 
 def _checked(schema: type[S], config: object) -> S:
     return validate(schema, _plain(config))
 
 
-def _plain(config: object) -> dict[str, object]:
+def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing_ok)
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",

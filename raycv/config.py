@@ -5,9 +5,11 @@ Every fault of a config is reported at once, with the value received and what th
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
 
@@ -116,10 +118,18 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
-    gradient_checkpointing: bool = Field(description="recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        description="recompute activations in the backward pass to save memory; auto: only if they do not fit"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        # YAML reads a bare on or off as a boolean.
+        return {"True": "on", "False": "off", "true": "on", "false": "off"}.get(str(value), value)
 
     @field_validator("imbalance")
     @classmethod
@@ -139,10 +149,13 @@ class TrainConfig(Section):
 
 class ResourcesConfig(Section):
     gpus_per_fold: Auto | Annotated[float, Field(ge=0)] = Field(
-        description="GPUs of one fold, fractions allowed; auto: 1 where the cluster has GPUs or grows, else 0"
+        description="GPUs of one fold, fractions allowed; auto: 1 a worker where the cluster has GPUs or grows, else 0"
     )
     cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
-        description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1"
+        description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1 a worker"
+    )
+    workers_per_fold: Positive = Field(
+        description="workers that train one fold together, data-parallel; they share its GPUs and cores evenly"
     )
 
     @field_validator("gpus_per_fold")
@@ -227,8 +240,38 @@ def validate(schema: type[S], values: Mapping[str, Any]) -> S:
         raise FaultsError("The configuration cannot be used", _faults(schema, error)) from error
 
 
+def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of `schema` with its field; a section comes before its keys."""
+    for name, field in schema.model_fields.items():
+        yield f"{prefix}{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a key means and which words it takes; empty for a section."""
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return (field.description or "") + (f" [{', '.join(map(str, words))}]" if words else "")
+
+
+def text_keys(schema: type[Section]) -> set[str]:
+    """The keys that take text and nothing else (but null)."""
+    return {key for key, field in fields(schema) if _is_text(field.annotation)}
+
+
+def _is_text(annotation: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_text(arguments[0])
+    if origin is Literal:
+        return all(isinstance(argument, str) for argument in arguments)
+    if origin in (Union, UnionType):
+        return all(argument is NoneType or _is_text(argument) for argument in arguments)
+    return annotation is str
+
+
 def _faults(schema: type[Section], error: ValidationError) -> list[str]:
-    known = dict(_keys(schema))
+    known = {key: field.description or "" for key, field in fields(schema)}
     unknown: list[str] = []
     expected: dict[str, list[str]] = {}
     received: dict[str, str] = {}
@@ -272,15 +315,6 @@ def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
         if key in known:
             return key
     return ".".join(str(part) for part in loc)
-
-
-def _keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield f"{prefix}{name}", ""
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field.description or ""
 
 
 def _hint(key: str, known: Mapping[str, str]) -> str:

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.config import ResourcesConfig, RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays, fold_trial
+from raycv.fold import FOLD_KEY, FoldTask, Placement, ProgressBoard, SharedArrays, fold_trial
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
@@ -39,20 +38,12 @@ if TYPE_CHECKING:
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
+STOPPED = "it was stopped before it ended"
 JOIN_REMEDIES = (
     "see that the cluster is up: ray status",
     "start one on this machine: ray start --head",
     "unset RAY_ADDRESS, and a local Ray is started for the run",
 )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one fold gets, and how many folds run at once."""
-
-    gpus: float
-    cpus: float
-    concurrent: int
 
 
 @contextmanager
@@ -90,26 +81,31 @@ def plan(config: RunConfig) -> Placement:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = config.resources
     at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
+    workers = asked.workers_per_fold
     has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
-    gpus = float(has_gpus) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
-    cpus = _even_share(nodes, gpus, at_most) if asked.cpus_per_fold == "auto" else asked.cpus_per_fold
+    gpus = float(has_gpus * workers) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    if asked.cpus_per_fold == "auto":
+        cpus = workers * _even_share(nodes, gpus / workers, at_most * workers)
+    else:
+        cpus = asked.cpus_per_fold
     if asked.autoscaling:
-        return Placement(gpus, cpus, at_most)
-    fit = sum(_folds_that_fit(node, gpus, cpus) for node in nodes)
+        return Placement(gpus, cpus, workers, at_most)
+    fit = sum(_workers_that_fit(node, gpus / workers, cpus / workers) for node in nodes) // workers
     if fit == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        shared = f" for {workers} workers" if workers > 1 else ""
         raise UserError(
-            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them (nodes: {have}).",
+            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{shared}, and no node has them (nodes: {have}).",
             remedies=[
                 "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
                 "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, min(fit, at_most))
+    return Placement(gpus, cpus, workers, min(fit, at_most))
 
 
 def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
-    """Whole cores for each of the folds that can run at once, at least 1."""
+    """Whole cores for each of the workers that can run at once (`at_most`), at least 1; `gpus` is a worker's."""
     if gpus:
         shares = [node["CPU"] // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus]
         return max(1.0, min(shares, default=1.0))
@@ -117,7 +113,7 @@ def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> flo
     return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
 
 
-def _folds_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
+def _workers_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
     by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
     return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
 
@@ -135,8 +131,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
         criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
-        gpus=placement.gpus,
-        cpus=placement.cpus,
+        placement=placement,
         board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
     )
 
@@ -173,6 +168,7 @@ def run_folds(
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
+    states = _FoldStates(view, root)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -186,7 +182,7 @@ def run_folds(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(root.ray),
-            callbacks=[runs, _FoldStates(view)],
+            callbacks=[runs, states],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -195,25 +191,21 @@ def run_folds(
         tuner.fit()
     failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
     if failed:
-        raise RunFailedError(_why(task.run, root, failed), remedies=[f"finished folds are kept in {root.root}"])
+        lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
+        lines += [f"fold {fold}: {states.errors.get(fold, STOPPED)}" for fold in failed]
+        remedy = f"mend the cause and run again under another name; what is finished is kept in {root.root}"
+        raise RunFailedError("\n".join(lines), remedies=[remedy])
     shutil.rmtree(root.ray, ignore_errors=True)
     return [FoldResult.read(root.fold(fold).result) for fold in folds]
 
 
-def _why(run: str, root: RunFolder, failed: list[int]) -> str:
-    lines = [f"Run {run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
-    for fold in failed:
-        error = root.fold(fold).error
-        message = read_json(error)["message"] if error.is_file() else "it was stopped before it ended"
-        lines.append(f"fold {fold}: {message}" + (f"\n  (traceback in {error})" if error.is_file() else ""))
-    return "\n".join(lines)
-
-
 class _FoldStates(tune.Callback):
-    """Tells the live view when trials start and end."""
+    """Tells the live view when trials start and end, and why they failed."""
 
-    def __init__(self, view: LiveView) -> None:
+    def __init__(self, view: LiveView, root: RunFolder) -> None:
         self.view = view
+        self.root = root
+        self.errors: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a terminal cannot be
@@ -225,7 +217,15 @@ class _FoldStates(tune.Callback):
         self.view.update(trial.config[FOLD_KEY], {"state": DONE})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.view.update(trial.config[FOLD_KEY], {"state": FAILED})
+        fold = trial.config[FOLD_KEY]
+        file = self.root.fold(fold).error
+        if file.is_file():
+            self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in {file})"
+        else:
+            # The trial's own process died.
+            self.errors[fold] = str(trial.get_error() or STOPPED).strip().splitlines()[-1]
+        self.view.update(fold, {"state": FAILED})
+        self.view.tell(fold, self.errors[fold])
 
 
 @contextmanager

@@ -202,10 +202,11 @@ def _size_warning(stats: Mapping[str, Any]) -> list[str]:
     if all(stats[name] == number for name, number in expected.items()):
         return []
     wanted = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in expected.items())
+    fine = "" if stats["layout"] == "official" else " Fine, if it is not meant to be ReDSM5."
     return [
-        f"The data set is not of the expected size (FR-012): expected {wanted}; it has {stats['posts']:,} posts,"
+        f"This is not the whole of ReDSM5, which has {wanted}: here are {stats['posts']:,} posts,"
         f" {stats['criteria']:,} criteria, {stats['pairs']:,} pairs, {stats['positives']:,} positives"
-        f" ({stats['positive_rate']:.2%}), {stats['posts_without_positive']:,} posts without positive."
+        f" ({stats['positive_rate']:.2%}), {stats['posts_without_positive']:,} posts without positive.{fine}"
     ]
 
 

@@ -4,9 +4,11 @@ Nothing heavy is imported before the config and the data have been found usable:
 """
 
 import contextlib
-import os
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +30,8 @@ from raycv.splits import Split, make_splits, positives_table, splits_record
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
-    from raycv.cv import Placement
     from raycv.encoding import EncodedPairs, PromptEncoder
+    from raycv.fold import Placement
     from raycv.tracking import Tracker
 
 
@@ -58,7 +60,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     _check_run_folder(config)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
-    from raycv.tracking import Tracker
+    from raycv.tracking import Tracker, flat_params
 
     tracker = Tracker(config.tracking.uri)
     experiment_id = tracker.open_experiment(config.tracking)
@@ -66,16 +68,14 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     with cv.ray_cluster(config.resources) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
-        folder = new_run_folder(config)
-        _write_inputs(folder, config, prepared)
-        cv.check_shared(folder, prepared.base)
-        with _parent_run(tracker, experiment_id, folder, config, prepared) as parent_id:
+        folder, parent_id = _start(tracker, experiment_id, config, prepared)
+        with _ended(tracker, parent_id, folder, config, console):
             results = _folds(config, folder, prepared, placement, parent_id, console)
-            report = summarize(folder.root.name, results, config.cv.folds)
+            report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
             write_json(folder.report, report)
             _conclude(console, config, folder, report, parent_id)
             with _as_warning(console, folder):
-                tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config))
+                tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config.model_dump()))
                 tracker.log_report(parent_id, report, folder.report)
     return report
 
@@ -102,7 +102,7 @@ def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
 def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: Console) -> Prepared:
     """Fetches the base once for all folds and tokenises once."""
     from raycv.base import absolute_name, fetch_base
-    from raycv.encoding import encode_dataset, encoding_warnings, prompt_encoder
+    from raycv.encoding import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
     from raycv.loading import check_max_length, load_config, load_tokenizer, set_pad_token
 
     # No spinner here: the hub's client shows progress bars of its own.
@@ -116,12 +116,7 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
     warnings = encoding_warnings(facts)
     for warning in warnings:
         say(console, f"Warning: {warning}", "yellow")
-    share = facts["posts_shortened"] / len(dataset.posts)
-    say(
-        console,
-        f"Prompts: {facts['prompt_tokens_mean']:.0f} tokens on average, {facts['prompt_tokens_max']} at most; "
-        f"{facts['posts_shortened']} posts ({share:.0%}) shortened ({facts['long_post']})",
-    )
+    say(console, encoding_summary(facts, len(dataset.posts)))
     return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
 
 
@@ -129,11 +124,14 @@ def _check_run_folder(config: RunConfig) -> None:
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    try:
+        # Tried, not asked: permissions do not tell of file systems that cannot be written.
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
         raise UserError(
-            f"run.dir={config.run.dir}: {place} is no folder that can be written.",
+            f"run.dir={config.run.dir}: {place} is no folder that can be written ({error.strerror}).",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
-        )
+        ) from error
     if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
@@ -186,37 +184,57 @@ def config_yaml(config: RunConfig) -> str:
     return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
-def flat_params(config: RunConfig) -> dict[str, Any]:
-    """`section.key` -> value: the config as MLflow parameters."""
+def _start(tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: Prepared) -> tuple[RunFolder, str]:
+    """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had."""
+    from raycv import cv
+    from raycv.tracking import flat_params
+
+    folder = new_run_folder(config)
+    stats, parent_id = prepared.dataset.stats, None
+    try:
+        _write_inputs(folder, config, prepared)
+        cv.check_shared(folder, prepared.base)
+        parent_id = tracker.start_parent(experiment_id, folder.root.name, _tags(config, folder, stats))
+        counts = {f"data.{key}": stats[key] for key in ("posts", "criteria", "pairs", "positives")}
+        tracker.describe_parent(parent_id, folder, flat_params(config.model_dump()) | counts)
+        tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, stats["data_hash"])
+        tracked = {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id}
+        write_json(folder.tracking, tracked)
+    except BaseException:
+        if parent_id is not None:
+            with contextlib.suppress(UserError):
+                tracker.finish(parent_id, "FAILED")
+        # Nothing is computed yet, and the name is free again.
+        shutil.rmtree(folder.root, ignore_errors=True)
+        raise
+    return folder, parent_id
+
+
+def _tags(config: RunConfig, folder: RunFolder, stats: Mapping[str, Any]) -> dict[str, str]:
+    git = read_json(folder.environment)["git"]
     return {
-        f"{section}.{key}": mask_secrets(str(value))
-        for section, values in config.model_dump().items()
-        for key, value in values.items()
+        "raycv.version": __version__,
+        "raycv.data_hash": stats["data_hash"],
+        "mlflow.source.name": "python -m raycv.run",
+        "mlflow.source.type": "LOCAL",
+        **({"mlflow.source.git.commit": git["commit"]} if git else {}),
+        **({"raycv.control": "labels permuted"} if config.data.shuffle_labels else {}),
     }
 
 
 @contextlib.contextmanager
-def _parent_run(
-    tracker: "Tracker", experiment_id: str, folder: RunFolder, config: RunConfig, prepared: Prepared
-) -> Iterator[str]:
-    """The MLflow parent run, ended as FINISHED, FAILED or KILLED whatever happens in the block."""
-    git = read_json(folder.environment)["git"] or {}
-    tags = {
-        "raycv.version": __version__,
-        "raycv.data_hash": prepared.dataset.stats["data_hash"],
-        "mlflow.source.name": "python -m raycv.run",
-        "mlflow.source.type": "LOCAL",
-    } | ({"mlflow.source.git.commit": git["commit"]} if git else {})
-    counts = {f"data.{key}": prepared.dataset.stats[key] for key in ("posts", "criteria", "pairs", "positives")}
-    parent_id = tracker.start_parent(experiment_id, folder, flat_params(config) | counts, tags)
-    tracker.log_dataset(parent_id, Path(config.data.dir).name, config.data.dir, prepared.dataset.stats["data_hash"])
-    write_json(folder.tracking, {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id})
+def _ended(
+    tracker: "Tracker", parent_id: str, folder: RunFolder, config: RunConfig, console: Console
+) -> Iterator[None]:
+    """Ends the MLflow parent run as FINISHED, FAILED or KILLED whatever happens in the block."""
     status = "FAILED"
     try:
-        yield parent_id
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        finished = sum(folder.fold(fold).result.is_file() for fold in range(config.cv.folds))
+        say(console, f"Interrupted: {finished} of {config.cv.folds} folds are finished, and kept in {folder.root}")
         raise
     finally:
         # Neither a result nor the error that ended the run may be hidden by a store that is away.
@@ -245,10 +263,10 @@ def _folds(
     """Trains all folds under Ray, with a child run each and the live view on."""
     from raycv import cv
     from raycv.live import LiveView
-    from raycv.tracking import FoldRuns
+    from raycv.tracking import FoldRuns, flat_params
 
     task = cv.fold_task(config, folder, prepared, placement)
-    runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config), cv.FOLD_KEY)
+    runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config.model_dump()), cv.FOLD_KEY)
     folds = [split.fold for split in prepared.splits]
     with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
         try:
@@ -277,6 +295,7 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
 
 def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:
     gpus = f" and {placement.gpus:g} GPU" if placement.gpus else ", no GPU"
+    gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
     say(console, f"Up to {placement.concurrent} folds at once, each with {placement.cpus:g} CPU cores{gpus}.{where}")
 
@@ -285,7 +304,8 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
     console.print()
     console.print(summary_table(report))
     uri = mask_secrets(config.tracking.uri)
-    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    mlflow = "mlflow" if shutil.which("mlflow") else _shortest(Path(sys.executable).parent / "mlflow")
+    look = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {uri}"
     say(
         console,
         f"Report:        {folder.report}\n"
@@ -293,3 +313,8 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
+
+
+def _shortest(path: Path) -> str:
+    """`path` from the working directory if it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

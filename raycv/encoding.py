@@ -139,7 +139,8 @@ def _statistics(
     lengths: "np.ndarray",
 ) -> dict[str, Any]:
     rules = encoder.rules
-    removed = [fit.tokens - fit.kept for fit in fitted.values() if fit.shortened]
+    # Windows together hold all of a post.
+    removed = [fit.tokens - fit.kept for fit in fitted.values() if fit.shortened and rules.long_post != "sliding"]
     full = [index for index in range(len(prompts)) if lengths[index] == rules.max_length]
     cut = [index for index in full if encoder.count(prompts[index]) > rules.max_length]
     statistics = {
@@ -148,6 +149,7 @@ def _statistics(
         "post_limit_tokens": rules.post_limit,
         "prompts": len(prompts),
         "posts_shortened": len(removed),
+        "posts_in_windows": sum(len(fit.texts) > 1 for fit in fitted.values()),
         "tokens_removed_mean": sum(removed) / len(removed) if removed else 0.0,
         "tokens_removed_max": max(removed, default=0),
         "prompt_tokens_mean": float(lengths.mean()),
@@ -167,6 +169,19 @@ def _losses(encoder: PromptEncoder, dataset: Dataset) -> dict[str, int]:
         question += encoder.count(render(post, text)) > encoder.rules.max_length
         criterion += encoder.count(f"post: {post}, criterion:") >= encoder.rules.max_length
     return {"prompts_without_question": question, "prompts_without_criterion": criterion}
+
+
+def encoding_summary(statistics: dict[str, Any], posts: int) -> str:
+    """One line on the lengths of the prompts and on how long posts were fitted."""
+    mode, windowed, shortened = statistics["long_post"], statistics["posts_in_windows"], statistics["posts_shortened"]
+    if mode == "none":
+        fitted = f"{statistics['prompts_cut_by_tokenizer']:,} of {statistics['prompts']:,} cut on the right"
+    elif mode == "sliding":
+        fitted = f"{windowed:,} of {posts:,} posts ({windowed / posts:.0%}) in several windows"
+    else:
+        fitted = f"{shortened:,} of {posts:,} posts ({shortened / posts:.0%}) shortened ({mode})"
+    mean, most = statistics["prompt_tokens_mean"], statistics["prompt_tokens_max"]
+    return f"Prompts: {mean:.0f} tokens on average, {most} at most; {fitted}"
 
 
 def encoding_warnings(statistics: dict[str, Any]) -> list[str]:

@@ -113,7 +113,9 @@ class Faults:
         if not self._groups:
             return
         lines: list[str] = []
-        for (kind, path), group in self._groups.items():
+        # File by file, the files in the order in which they were read.
+        order = list(dict.fromkeys(path for _, path in self._groups))
+        for (kind, path), group in sorted(self._groups.items(), key=lambda item: order.index(item[0][1])):
             if group.count > _LISTED:
                 lines.append(f"{path}: {group.count:,} {kind.many}, e.g. {'; '.join(group.first[:_EXAMPLES])}")
             else:

@@ -19,7 +19,7 @@ import ray.train
 from raycv.config import RunConfig
 from raycv.errors import UserError
 from raycv.metrics import THRESHOLD, TRAIN_LOSS, VAL_LOSS
-from raycv.paths import FoldFolder, RunFolder, write_json
+from raycv.paths import FoldFolder, RunFolder, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
 
@@ -38,6 +38,17 @@ EPOCH_KEY = "epoch"
 
 STEP_POST_SECONDS = 1.0
 DRAIN_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one fold gets, and how many folds run at once."""
+
+    gpus: float
+    """of the fold, shared by its workers"""
+    cpus: float
+    workers: int
+    concurrent: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,7 @@ class FoldTask:
     criteria: dict[str, str | None]
     criteria_dir: str
     criteria_hash: str
-    gpus: float
-    cpus: float
+    placement: Placement
     board: Any
     """handle of the ProgressBoard actor"""
 
@@ -125,13 +135,15 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    given = task.placement
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
         train_loop_config={"task": task, "fold": fold},
         scaling_config=ScalingConfig(
-            num_workers=1,
-            use_gpu=task.gpus > 0,
-            resources_per_worker={"CPU": task.cpus} | ({"GPU": task.gpus} if task.gpus else {}),
+            num_workers=given.workers,
+            use_gpu=given.gpus > 0,
+            resources_per_worker={"CPU": given.cpus / given.workers}
+            | ({"GPU": given.gpus / given.workers} if given.gpus else {}),
         ),
         run_config=RunConfig(
             # Deterministic: the same storage and name is what Ray Train resumes from.
@@ -164,7 +176,8 @@ def _keep_fold(folder: FoldFolder, result: Any) -> None:
         with result.checkpoint.as_directory() as source:
             shutil.copytree(source, Path(temporary) / "checkpoint")
         os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
-    returned["predictions"].to_csv(folder.predictions, index=False, lineterminator="\n")
+    # Scores say something about the authors of posts.
+    write_text(folder.predictions, returned["predictions"].to_csv(index=False, lineterminator="\n"), private=True)
     write_json(folder.result, asdict(returned["result"]))
 
 
@@ -175,6 +188,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     fold: int = arguments["fold"]
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
+    import torch
     from ray.train.torch import get_device
 
     from raycv.base import fetch_base
@@ -194,21 +208,33 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     model = load_classifier(base, tokenizer, base_dtype(precision), seed=config.train.seed, device=str(device))
     set_seed(config.train.seed)
     adapted = add_dora(model, config.model, config.dora)
-    if config.train.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    listener = _RayListener(task, fold, adapted, tokenizer, precision)
+    rank = ray.train.get_context().get_world_rank()
+    if rank:
+        # The same weights on every worker, but other rows: dropout must differ.
+        torch.manual_seed(config.train.seed + rank)
+    listener = _RayListener(task, fold, rank, adapted, tokenizer, precision)
     listener.on_event(f"{why}, on {describe_device(device)}")
-    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener)
+    share = _memory_share(task.placement, device)
+    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, share)
     outcome = trainer.fit(split.train_indices, split.val_indices)
     worker = {
         "host": socket.gethostname(),
         "device": describe_device(device),
         "precision": precision,
         "precision_reason": why,
+        "workers": trainer.workers.size,
+        "gradient_checkpointing": trainer.checkpointing.on,
         **count_parameters(adapted),
     }
     result = _fold_result(fold, split, shared.encoded.labels, outcome, time.monotonic() - started, worker)
     return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
+
+
+def _memory_share(placement: Placement, device: Any) -> float:
+    """The part of a worker's device that is its own: of a GPU as asked for, of the machine one among all workers."""
+    if device.type == "cuda":
+        return min(1.0, placement.gpus / placement.workers)
+    return 1 / (placement.concurrent * placement.workers)
 
 
 def _fold_result(
@@ -262,9 +288,10 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 class _RayListener:
     """Carries the loop's news to Ray: epochs and best checkpoints through Ray Train, steps to the progress board."""
 
-    def __init__(self, task: FoldTask, fold: int, model: Any, tokenizer: Any, precision: str) -> None:
+    def __init__(self, task: FoldTask, fold: int, rank: int, model: Any, tokenizer: Any, precision: str) -> None:
         self.task = task
         self.fold = fold
+        self.rank = rank
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
@@ -272,7 +299,7 @@ class _RayListener:
 
     def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
         now = time.monotonic()
-        if now - self._posted < STEP_POST_SECONDS and step < steps:
+        if self.rank or (now - self._posted < STEP_POST_SECONDS and step < steps):
             return
         self._posted = now
         post = {
@@ -287,8 +314,10 @@ class _RayListener:
 
     def on_epoch(self, result: "EpochResult", scores: "np.ndarray", is_best: bool) -> None:
         metrics = epoch_metrics(result)
-        self.task.board.post.remote(self.fold, {"history": metrics})
-        if not is_best:
+        if not self.rank:
+            self.task.board.post.remote(self.fold, {"history": metrics})
+        if self.rank or not is_best:
+            # All workers report, the first for them all: Ray Train waits for each.
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +325,7 @@ class _RayListener:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def on_event(self, text: str) -> None:
-        self.task.board.tell.remote(self.fold, text)
+        self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)
 
     def _save(self, folder: Path, result: "EpochResult") -> None:
         from raycv.checkpoint import CheckpointInfo, save_checkpoint

@@ -10,6 +10,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+COLUMNS = (
+    ("fold", 4), ("state", 10), ("epoch", 7), ("step", 7), ("", 5), ("batch", 4), ("loss", 5), ("val F1", 6),
+    ("best", 5), ("left", 7),
+)  # fmt: skip
+"""Names and least widths, for 80 columns."""
 WAITING, STARTING, DONE, FAILED = "waiting", "starting", "done", "failed"
 
 
@@ -55,16 +60,32 @@ class LiveView:
     def render(self) -> Group:
         """The table as it is now."""
         table = Table(box=None, pad_edge=False)
-        for name in ("fold", "state", "epoch", "step", "", "batch", "loss", "val F1", "best", "left"):
-            table.add_column(name, justify="left" if name in ("state", "") else "right")
+        for name, width in COLUMNS:
+            # Of fixed width: a table that jumps with every number cannot be read.
+            table.add_column(name, justify="left" if name in ("state", "") else "right", min_width=width)
         for fold, state in self._folds.items():
             table.add_row(str(fold), *self._cells(state))
         running = sum(state["state"] not in (WAITING, DONE, FAILED) for state in self._folds.values())
         done = sum(state["state"] == DONE for state in self._folds.values())
-        head = Text(
-            f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the start", "dim"
-        )
-        return Group(head, table)
+        head = f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the start"
+        left = self._all_left()
+        return Group(Text(head + (f", at most about {duration(left)} to go" if left else ""), "dim"), table)
+
+    def _all_left(self) -> float | None:
+        """Seconds until all folds are done, at the pace so far; None until an epoch of a fold is over."""
+        open_folds = [state for state in self._folds.values() if state["state"] not in (DONE, FAILED)]
+        running = [state for state in open_folds if state["state"] != WAITING]
+        known = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
+        if not open_folds or not known or not running:
+            return None
+        epoch_seconds = sum(known) / len(known)
+        epochs = sum(self._epochs_left(state) for state in open_folds)
+        return epochs * epoch_seconds / len(running)
+
+    def _epochs_left(self, state: dict[str, Any]) -> float:
+        if "epoch" not in state:
+            return self.epochs
+        return max(self.epochs - state["epoch"] + 1 - state["step"] / state["steps"], 0)
 
     def _cells(self, state: dict[str, Any]) -> list[Any]:
         if "epoch" not in state:
@@ -87,8 +108,7 @@ class LiveView:
         """Until the last epoch, at the pace of the last one; early stopping may end it sooner."""
         if not history:
             return ""
-        epochs = self.epochs - state["epoch"] + 1 - state["step"] / state["steps"]
-        return duration(max(epochs, 0) * history["seconds"])
+        return duration(self._epochs_left(state) * history["seconds"])
 
     def _print(self, fold: int, state: dict[str, Any]) -> None:
         """The plain console's lines: each start and end, and each epoch once."""

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+POSITIONS_AFTER_PAD = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer",
+    "mpnet", "ibert", "esm",
+)  # fmt: skip
+"""Model types whose first position is the pad id + 1: 514 positions hold 512 tokens."""
+
 
 def load_config(files: BaseFiles) -> Any:
     """The model's transformers config. Raises: UserError if it is damaged or asks for code of its own."""
@@ -28,6 +34,8 @@ def load_config(files: BaseFiles) -> Any:
 def check_max_length(config: Any, max_length: int) -> None:
     """Raises: UserError if the model has fewer positions than `max_length` tokens (FR-002)."""
     positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+        positions -= (config.pad_token_id or 0) + 1
     if positions is not None and max_length > positions:
         raise UserError(
             f"prompt.max_length={max_length}, but the base model has {positions} positions.",
@@ -85,7 +93,7 @@ def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
             logger.info("pad token %s -> %s (id %d)", before, token, token_id)
             return
     raise UserError(
-        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded (FR-002).",
+        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded.",
         remedies=["set pad_token in the model's tokenizer_config.json to one of its tokens"],
     )
 
@@ -135,17 +143,18 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _check_loaded(model, found, files)
-    _renew_head(model, seed)
+    lacking = _check_loaded(model, found, files)
+    _renew_head(model, lacking, seed)
     return model.eval()
 
 
-def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> None:
-    """transformers only warns about weights that the checkpoint lacks, and trains them from random values."""
-    body = f"{model.base_model_prefix}."
+def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:
+    """The keys that the checkpoint lacks, all of them the head's: transformers only warns, and trains random values."""
+    from raycv.model import head_modules
+
+    head = tuple(f"{name}." for name in head_modules(model))
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]
-    # An encoder trained as a language model has no pooler; that one is part of the fresh head.
-    broken = [key for key in lacking if key.startswith(body) and ".pooler." not in key]
+    broken = [key for key in lacking if not key.startswith(head)]
     if broken:
         raise UserError(
             f"The weights of {files.name} do not fit its {CONFIG}: {len(broken)} tensor(s) are missing or of another "
@@ -153,16 +162,20 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> Non
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
     logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
+    return set(lacking)
 
 
-def _renew_head(model: Any, seed: int) -> None:
-    """Draws the head's weights as transformers does: normal with the config's deviation, biases zero."""
+def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
+    """Draws what the checkpoint lacks, and the last layer always, as transformers does: normal, biases zero."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     std = getattr(model.config, "initializer_range", 0.02)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{model.base_model_prefix}."):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        in_backbone = name.startswith(f"{model.base_model_prefix}.")
+        if f"{name}.weight" in lacking or (module.out_features == len(LABELS) and not in_backbone):
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
                 if module.bias is not None:

@@ -1,11 +1,13 @@
 """Base model -> classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from raycv.config import DoraConfig, ModelConfig
 from raycv.dora import factored_layers, start_at_the_base, use_factored, without_autocast
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["bf16", "fp32"]
 
-HEAD_NAMES = ("score", "classifier")
-"""What Hugging Face calls the classification head; PEFT trains and saves modules of these names in full."""
+POOLER = "pooler"
 
 
 class Float32Head(nn.Linear):
@@ -56,8 +57,9 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
     DoRA: Liu et al. 2024, arXiv 2402.09353. Adapters are float32 whatever the base is.
     Raises: UserError if a target module does not exist in the model.
     """
-    _check_targets(model, config)
-    replace_head(model)
+    head = head_modules(model)
+    _check_targets(model, config, head)
+    float32_head(model)
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         use_dora=True,
@@ -65,6 +67,9 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
         lora_alpha=dora.alpha,
         lora_dropout=dora.lora_dropout,
         target_modules=config.target_modules,
+        modules_to_save=head,
+        # all-linear, or a name like `dense`, would also find the head's own layers, which are trained in full.
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in head),
     )
     if dora.implementation == "factored":
         use_factored(lora)
@@ -77,18 +82,39 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
     return adapted
 
 
-def replace_head(model: nn.Module) -> None:
-    """Puts a Float32Head in the place of a plain linear head; other heads are cast to float32."""
-    for name in HEAD_NAMES:
-        head = getattr(model, name, None)
-        if type(head) is nn.Linear:
-            with torch.device("meta"):
-                replacement = Float32Head(head.in_features, head.out_features, bias=head.bias is not None)
-            replacement.weight = nn.Parameter(head.weight.float())
-            replacement.bias = None if head.bias is None else nn.Parameter(head.bias.float())
-            setattr(model, name, replacement)
-        elif isinstance(head, nn.Module):
-            head.float()
+def head_modules(model: nn.Module) -> list[str]:
+    """The modules that make up the classification head, trained and saved in full: all that is not the backbone's.
+
+    A backbone's pooler counts in: many checkpoints lack it, and it is then as fresh as the rest of the head.
+    Raises: UserError if `model` has no head beside its backbone.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    names = [name for name, child in model.named_children() if child is not backbone and list(child.parameters())]
+    if backbone is None or not names:
+        raise UserError(
+            f"{type(model).__name__} has no classification head beside its backbone, so there is nothing to train.",
+            remedies=["choose a base model whose AutoModelForSequenceClassification has one, as Llama and BERT do"],
+        )
+    pooler = getattr(backbone, POOLER, None)
+    return names + ([f"{prefix}.{POOLER}"] if isinstance(pooler, nn.Module) and list(pooler.parameters()) else [])
+
+
+def float32_head(model: nn.Module) -> None:
+    """Turns the head's linear layers into Float32Heads, and the rest of it to float32."""
+    for name in head_modules(model):
+        head = model.get_submodule(name).float()
+        inner = [f"{name}.{part}".rstrip(".") for part, module in head.named_modules() if type(module) is nn.Linear]
+        for linear in inner:
+            model.set_submodule(linear, _in_float32(model.get_submodule(linear)))
+
+
+def _in_float32(linear: nn.Module) -> Float32Head:
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        replacement = Float32Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    replacement.weight, replacement.bias = linear.weight, linear.bias
+    return replacement.train(linear.training)
 
 
 def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -104,15 +130,19 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _check_targets(model: nn.Module, config: ModelConfig) -> None:
+def _check_targets(model: nn.Module, config: ModelConfig, head: list[str]) -> None:
     if config.target_modules == "all-linear":
         return
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{part}.") for part in head)
+    }
     missing = [
         target for target in config.target_modules if not any(f".{name}".endswith(f".{target}") for name in linear)
     ]
     if missing:
-        names = sorted({name.rpartition(".")[2] for name in linear} - set(HEAD_NAMES))
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             f"model.target_modules: {', '.join(missing)} not found in {type(model).__name__} ({config.name}).",
             remedies=[f"choose among its linear modules: {', '.join(names)}", "model.target_modules=all-linear"],

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 from raycv.errors import UserError
 
 BUNDLED_SCHEME = "raycv://"
+DEFAULT_CRITERIA = "data/dsm5"
+"""The default criteria ship with raycv: where the working directory has no such folder, those are meant."""
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -34,6 +36,7 @@ def resolve(location: str) -> str:
 
     Resolved at the point of use, not in the driver, since nodes may have the package installed in different places.
     """
+    location = _or_bundled(location)
     if location.startswith(BUNDLED_SCHEME):
         return str(bundled(location.removeprefix(BUNDLED_SCHEME)))
     return location
@@ -41,25 +44,33 @@ def resolve(location: str) -> str:
 
 def absolute_folder(location: str) -> str:
     """`location` as it holds from any working directory; what ships with the package stays by its raycv:// name."""
+    location = _or_bundled(location)
     return location if location.startswith(BUNDLED_SCHEME) else str(Path(location).absolute())
 
 
+def _or_bundled(location: str) -> str:
+    return BUNDLED_SCHEME + location if location == DEFAULT_CRITERIA and not Path(location).is_dir() else location
+
+
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half."""
+def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half.
+
+    A `private` file can be read by the user alone, others as the user's umask says.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Writes `text` whole or not at all."""
-    with replaced(path) as temporary:
+    with replaced(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 

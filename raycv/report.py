@@ -1,7 +1,7 @@
 """Fold results -> the summary: `report.json`, the table at the end of a run. Pure: no Ray, no MLflow, no torch."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,17 @@ from raycv.metrics import F1, METRICS, ROC_AUC, THRESHOLD
 from raycv.records import FoldResult
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 COLUMNS = (*METRICS, THRESHOLD)
 
 
-def summarize(run: str, results: Sequence[FoldResult], folds: int) -> dict[str, Any]:
+def summarize(
+    run: str, results: Sequence[FoldResult], folds: int, data_stats: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
 
+    `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of.
     Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
     """
     present = {result.fold for result in results}
@@ -31,12 +34,14 @@ def summarize(run: str, results: Sequence[FoldResult], folds: int) -> dict[str, 
         raise RunFailedError(
             f"Run {run}: {len(results)} fold results for {folds} folds (a fold twice, or one too many)."
         )
+    stats = data_stats or {}
     ordered = sorted(results, key=lambda result: result.fold)
     values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
     pairs = sum(result.val_pairs for result in ordered)
     prevalence = sum(result.val_matched for result in ordered) / pairs
     return {
         "run": run,
+        "control": bool(stats.get("labels_shuffled", False)),
         "folds": [asdict(result) for result in ordered],
         "mean": {key: statistics.fmean(column) for key, column in values.items()},
         "std": {key: statistics.stdev(column) for key, column in values.items()},
@@ -45,7 +50,8 @@ def summarize(run: str, results: Sequence[FoldResult], folds: int) -> dict[str, 
         "pairs": pairs,
         "prevalence": prevalence,
         "floors": {"all_matched_f1": 2 * prevalence / (1 + prevalence), "all_unmatched_accuracy": 1 - prevalence},
-        "threshold_note": "tuned on the fold that it is reported on, as FR-005 asks: F1 is flattered a little",
+        "threshold_note": "tuned on the fold that it is reported on, as specified: F1 is flattered a little",
+        "warnings": list(stats.get("warnings", [])),
     }
 
 
@@ -54,17 +60,16 @@ def best_fold(results: Sequence[FoldResult]) -> int:
     return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold
 
 
-def summary_table(report: dict[str, Any]) -> "Table":
-    """The table that ends a run: a row per fold, then mean and deviation."""
+def summary_table(report: dict[str, Any]) -> "Group":
+    """What ends a run: a row per fold, then mean and deviation, under a title that says if it is a control."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(
-        title=f"{report['run']}: {len(report['folds'])}-fold cross-validation",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
+    control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
+    title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for fold in report["folds"]:
@@ -76,12 +81,12 @@ def summary_table(report: dict[str, Any]) -> "Table":
     for name, row in (("mean", report["mean"]), ("std", report["std"])):
         table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
     floors = report["floors"]
-    table.caption = (
+    caption = Text(
         f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
-        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5."
+        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
+        "dim",
     )
-    table.caption_justify = "left"
-    return table
+    return Group(title, table, caption)
 
 
 def _value(result: FoldResult, key: str) -> float:

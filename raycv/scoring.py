@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from raycv.encoding import EncodedPairs
+from raycv.parallel import Workers
 from raycv.prefix import can_pack, common_prefix, grouped, pack, packed_logits
 
 Batch = list[np.ndarray]
@@ -43,12 +44,22 @@ class RowScorer:
             return rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
         return rows[np.lexsort((rows, self.group_of_row[rows], -self._longest_of_group[rows]))]
 
+    def part(self, rows: np.ndarray, workers: Workers, *, share: bool) -> np.ndarray:
+        """Positions in sorted `rows` [n] that are this worker's: rows, or with `share` whole posts, dealt in turn."""
+        if not share:
+            return np.arange(workers.rank, len(rows), workers.size)
+        groups = self.group_of_row[rows]
+        place = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
+        return np.flatnonzero(place % workers.size == workers.rank)
+
     def batches(self, rows: np.ndarray, size: int, *, share: bool) -> Iterator[Batch]:
         """Sorted `rows` in batches of at most `size`; with `share`, of at most as many positions as those would take.
 
         A post with all its criteria is little more than one row, so a count of rows would split posts (and compute
         them twice) where memory has room for several.
         """
+        if not len(rows):  # a worker without a part of a small step
+            return
         if share:
             budget = size * int(self.encoded.lengths[rows].max())
             yield from grouped(rows, self.group_of_row, self.encoded.lengths, self._prefix_of_group, budget)

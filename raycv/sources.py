@@ -106,7 +106,9 @@ def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources
         annotations=annotations,
         criteria=criteria.path if criteria else None,
         warnings=[
-            f"{file.path} looks like criteria and is not used: data.criteria_dir is {criteria_dir}." for file in unused
+            f"{file.path} looks like criteria and is not used, since data.criteria_dir is {criteria_dir}; to use it: "
+            f"data.criteria_dir={posts_dir}"
+            for file in unused
         ],
     )
 
@@ -232,4 +234,13 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
-        faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {_column_list(file.columns)}", "line 1")
+        found = _column_list(file.columns) + _separator_hint(file.columns)
+        faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}", "line 1")
+
+
+def _separator_hint(columns: tuple[str, ...]) -> str:
+    """Excel writes semicolons in half of Europe."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(columns) == 1 and separator in columns[0]:
+            return f"; they are separated by {name}, and raycv reads commas"
+    return ""

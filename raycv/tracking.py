@@ -4,13 +4,14 @@ One writer, the driver: workers write files, and the driver logs them (several p
 once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
 """
 
+import contextlib
 import json
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,9 @@ class Tracker:
     def __init__(self, uri: str) -> None:
         self.uri = absolute_uri(uri)
         self.shown_uri = mask_secrets(self.uri)
+        self._database = Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
+        if self._database:
+            _check_database(self._database)
         self._client = self._call("open the store", self._alone, partial(MlflowClient, tracking_uri=self.uri))
 
     def open_experiment(self, config: TrackingConfig) -> str:
@@ -74,15 +78,11 @@ class Tracker:
 
     def _alone(self, call: Callable[[], T]) -> T:
         """`call()`; two processes that make the tables of a new SQLite file at once would leave it broken for good."""
-        sqlite = self.uri.startswith(SQLITE)
-        with FileLock(f"{self.uri.removeprefix(SQLITE)}.lock", timeout=60) if sqlite else nullcontext():
+        with FileLock(_lock_of(self._database), timeout=60) if self._database else contextlib.nullcontext():
             return call()
 
-    def start_parent(
-        self, experiment_id: str, folder: RunFolder, params: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> str:
-        """Starts the parent run, with its parameters and the files that exist already. Returns its id."""
-        name = folder.root.name
+    def start_parent(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
+        """Starts the parent run and returns its id."""
         run = self._call(
             "start the parent run",
             self._client.create_run,
@@ -90,10 +90,12 @@ class Tracker:
             run_name=name,
             tags={RUN_TAG: name, **tags},
         )
-        run_id = str(run.info.run_id)
+        return str(run.info.run_id)
+
+    def describe_parent(self, run_id: str, folder: RunFolder, params: Mapping[str, Any]) -> None:
+        """Logs the parent's parameters and the files that exist already."""
         self._log_params(run_id, params)
         self.log_files(run_id, [folder.config, folder.splits, folder.data_stats, folder.environment])
-        return run_id
 
     def log_dataset(self, run_id: str, name: str, source: str, digest: str) -> None:
         """Names the data set of a run by its hash (no content)."""
@@ -172,7 +174,9 @@ class Tracker:
         for key, value in report["mean"].items():
             numbers[f"metric_mean_{key}"] = value
             numbers[f"metric_std_{key}"] = report["std"][key]
-        self.log_metrics(parent_id, numbers)
+        # Logged once more, the same number would be a second point of a curve.
+        known = self.run(parent_id).data.metrics
+        self.log_metrics(parent_id, {key: value for key, value in numbers.items() if known.get(key) != value})
         children = self.children(parent_id)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
         self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
@@ -216,7 +220,9 @@ class Tracker:
             # A server has its own place for artifacts; a database in a file has none but the working directory.
             local = self.uri.startswith(("sqlite:", "file:"))
             place = Path(config.artifacts).absolute().as_uri() if local else None
-            return str(self._client.create_experiment(config.experiment, artifact_location=place))
+            # The page asks for the kind of an experiment that has none.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
         if found.lifecycle_stage != "active":
             raise UserError(
                 f"The MLflow experiment {config.experiment!r} was deleted.",
@@ -251,7 +257,10 @@ class Tracker:
                 remedies=remedies,
             )
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-            cause = mask_secrets(str(error))
+            # SQLAlchemy appends its statement and a link.
+            cause = mask_secrets(str(error).split("\n[SQL")[0].split("\n(Background")[0].strip())
+            if "out-of-date database schema" in cause:
+                remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
             raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
 
 
@@ -329,6 +338,33 @@ class FoldRuns(MLflowLoggerCallback):
         self._writer.submit(attempt)
 
 
+def _check_database(database: Path) -> None:
+    """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes."""
+    remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # A lock that cannot be made would be waited for.
+        with open(_lock_of(database), "a"), contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except (OSError, sqlite3.Error) as error:
+        if "locked" in str(error):
+            return  # by another process, for a while: what the retries are for
+        raise UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies) from error
+
+
+def _lock_of(database: Path) -> str:
+    return f"{database}.lock"
+
+
+def flat_params(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """`section.key` -> value: a run's config as MLflow parameters, with passwords in addresses masked."""
+    return {
+        f"{section}.{key}": mask_secrets(str(value))
+        for section, values in config.items()
+        for key, value in values.items()
+    }
+
+
 def absolute_uri(uri: str) -> str:
     """`uri` as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
     if uri.startswith(SQLITE):
@@ -355,6 +391,7 @@ def _may_pass(error: Exception) -> bool:
 def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
     """The parent's description in the MLflow page: a table of the folds with a link to each."""
     lines = [
+        *(["**Control: the labels are permuted. These scores are no result.**", ""] if report["control"] else []),
         f"Best fold: {report['best_fold']}",
         "",
         "| fold | " + " | ".join(METRICS) + " | threshold |",

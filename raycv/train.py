@@ -1,23 +1,23 @@
 """The training loop of one fold. Plain PyTorch with accelerate; knows neither Ray nor MLflow."""
 
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from torch.nn import functional
 
 from raycv.config import TrainConfig
 from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
+from raycv.memory import Checkpointing, MicroBatch
 from raycv.metrics import F1, binary_metrics, tune_threshold
 from raycv.model import Precision, trainable
+from raycv.parallel import Workers
 from raycv.scoring import RowScorer
 
 EVAL_STEP_PAIRS = 256
@@ -37,6 +37,7 @@ class EpochResult:
     metrics: dict[str, float]
     """on the validation pairs at `threshold`"""
     learning_rate: float
+    """of the epoch's last step"""
     micro_batch: int
     seconds: float
 
@@ -66,42 +67,6 @@ class Listener(Protocol):
         """Something worth telling."""
 
 
-class MicroBatch:
-    """The working size of a micro-batch. Halves on out-of-memory, and never grows again (FR-007)."""
-
-    def __init__(self, size: int, tell: Callable[[str], None]) -> None:
-        self.size = size
-        self._tell = tell
-
-    def run(self, work: Callable[[int], "torch.Tensor"], reset: Callable[[], None]) -> "torch.Tensor":
-        """`work(size)`, with half the size as often as memory demands; `reset` undoes what a broken attempt left.
-
-        Raises: UserError if one row at a time does not fit.
-        """
-        while True:
-            try:
-                return work(self.size)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                cause = str(error).splitlines()[0]
-            # Outside the except block, where the traceback no longer keeps the broken attempt's tensors alive.
-            reset()
-            gc.collect()
-            release_memory()
-            if self.size == 1:
-                raise UserError(
-                    f"Out of memory with a micro-batch of 1: {cause}",
-                    remedies=[
-                        "turn gradient checkpointing on: train.gradient_checkpointing=true",
-                        "shorten the prompts: prompt.max_length=256",
-                        "use a device with more memory, or a smaller model",
-                    ],
-                )
-            self._tell(f"out of memory: micro-batch {self.size} -> {self.size // 2}")
-            self.size //= 2
-
-
 class FoldTrainer:
     """Trains and validates one fold. One pass function serves both."""
 
@@ -112,7 +77,9 @@ class FoldTrainer:
         config: TrainConfig,
         precision: Precision,
         listener: Listener,
+        memory_share: float = 1.0,
     ) -> None:
+        """`memory_share`: the part of the device's memory that is this fold's, where folds share a device."""
         self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
         self.model = model.to(self.accelerator.device)
         self.scorer = RowScorer(self.model, encoded, self.accelerator.device, self.accelerator.autocast)
@@ -121,8 +88,12 @@ class FoldTrainer:
         self.config = config
         self.listener = listener
         self.events: list[str] = []
+        self.workers = Workers()
+        self.checkpointing = Checkpointing(self.model, config.gradient_checkpointing, memory_share, self._tell)
         self.micro_batch = {
-            True: MicroBatch(config.batch_size, lambda text: self._tell(f"training: {text}")),
+            True: MicroBatch(
+                config.batch_size, lambda text: self._tell(f"training: {text}"), self.checkpointing.relieve
+            ),
             False: MicroBatch(config.eval_batch_size, lambda text: self._tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
@@ -134,6 +105,7 @@ class FoldTrainer:
         Both are indices [n] of pairs. Raises: UserError on out-of-memory at 1 and on a loss that is not a number.
         """
         self._prepare(train_pairs)
+        self._choose_checkpointing(train_pairs)
         self._val_labels = self.encoded.labels[val_pairs]
         epochs: list[EpochResult] = []
         best: tuple[EpochResult, np.ndarray] | None = None
@@ -171,7 +143,6 @@ class FoldTrainer:
         order = self._order(epoch, train_pairs)
         size = self.config.effective_batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        learning_rate = self.schedule.get_last_lr()[0]
         total = 0.0
         for index, (loss, _, _) in enumerate(self._pass(steps, training=True), 1):
             total += loss
@@ -184,7 +155,7 @@ class FoldTrainer:
             val_loss=val_loss,
             threshold=threshold,
             metrics=binary_metrics(self._val_labels, scores, threshold),
-            learning_rate=learning_rate,
+            learning_rate=self._learning_rate,
             micro_batch=self.micro_batch[True].size,
             seconds=time.monotonic() - started,
         )
@@ -216,22 +187,25 @@ class FoldTrainer:
 
         On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
         counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
+
+        Of several workers each computes its part of the rows, and all return the whole step's loss and logits.
         """
         share = self.share[training]
         rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=share)
+        part = self.scorer.part(rows, self.workers, share=share)
         random_state = _random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
         logits: list[torch.Tensor] = []
 
         def work(size: int) -> torch.Tensor:
-            for batch in self.scorer.batches(rows, size, share=share):
+            for batch in self.scorer.batches(rows[part], size, share=share):
                 batch_logits = self.scorer.logits(batch, share=share)
                 loss = self._loss(np.concatenate(batch), batch_logits)
                 if training:
                     self.accelerator.backward(loss / len(pairs))
                 losses.append(loss.detach())
                 logits.append(batch_logits.detach())
-            return torch.stack(losses).sum()
+            return torch.stack(losses).sum() if losses else torch.zeros((), device=self.accelerator.device)
 
         def reset() -> None:
             losses.clear()
@@ -240,8 +214,17 @@ class FoldTrainer:
             if training:
                 self.optimizer.zero_grad(set_to_none=True)
 
-        total = self.micro_batch[training].run(work, reset)
-        return float(total), rows, torch.cat(logits).cpu()
+        total = self.workers.sum(self.micro_batch[training].run(work, reset))
+        return float(total), rows, self._whole(logits, part, len(rows)).cpu()
+
+    def _whole(self, logits: list[torch.Tensor], part: np.ndarray, rows: int) -> torch.Tensor:
+        """The logits [rows, 2] of all workers from this one's, which are those of the rows `part`."""
+        if self.workers.size == 1:
+            return torch.cat(logits)
+        whole = torch.zeros(rows, 2, device=self.accelerator.device, dtype=logits[0].dtype if logits else torch.float32)
+        if logits:
+            whole[torch.from_numpy(part).to(whole.device)] = torch.cat(logits)
+        return self.workers.sum(whole)
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """The sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
@@ -259,9 +242,34 @@ class FoldTrainer:
             self._tell(f"every prompt is computed on its own: {trouble}")
         return {True: trouble is None and self.config.batching == "post_grouped", False: trouble is None}
 
+    def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:
+        """Lets `auto` try the heaviest micro-batch of the fold; weights and random state stay as they are."""
+        share = self.share[True]
+        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), share=share)
+        heaviest = next(iter(self.scorer.batches(rows, self.config.batch_size, share=share)))
+        random_state = _random_state(self.accelerator.device)
+
+        def backward() -> None:
+            self.model.train()
+            try:
+                self.accelerator.backward(
+                    self._loss(np.concatenate(heaviest), self.scorer.logits(heaviest, share=share))
+                )
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                _restore_random_state(random_state, self.accelerator.device)
+
+        # AdamW keeps two numbers for each trainable parameter, and the gradient is one.
+        later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
+        said = self.checkpointing.choose(self.accelerator.device, backward, later)
+        if said:
+            self.listener.on_event(said)
+
     def _update(self) -> None:
+        self.workers.sum_gradients(trainable(self.model))
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
+        self._learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -31,6 +31,8 @@ def set_seed(seed: int) -> None:
     # Filling fresh memory with NaN finds bugs, not nondeterminism, and costs a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    # Attention by PyTorch's own kernels: cuDNN's choose their plan at run time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def describe_environment() -> dict[str, Any]:

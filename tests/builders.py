@@ -154,3 +154,44 @@ def tiny_bert(path: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -
         BertForMaskedLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+ARCHITECTURES = (
+    "BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "AlbertForMaskedLM", "DebertaV2ForMaskedLM",
+    "ModernBertForMaskedLM", "GPT2LMHeadModel", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM",
+    "BartForConditionalGeneration", "T5ForConditionalGeneration",
+)  # fmt: skip
+"""Language models of many families, as researchers take them from the hub: none has a classification head."""
+
+
+def tiny_model(path: Path, architecture: str, *, seed: int = 0) -> Path:
+    """Saves a small seeded model of any of ARCHITECTURES, and a tokenizer that ends a text with </s>, to `path`."""
+    import torch
+    import transformers
+    from tokenizers import processors
+
+    tokenizer = wordlevel_tokenizer(" ".join(SENTENCES).split(), pad="[PAD]")
+    # Encoder-decoders pool at the end-of-text token.
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[(EOS, 2)])
+    model_class = getattr(transformers, architecture)
+    sizes = {
+        "hidden_size": 32, "n_embd": 32, "dim": 32, "d_model": 32, "embedding_size": 16,
+        "intermediate_size": 64, "hidden_dim": 64, "d_ff": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "num_hidden_layers": 2, "num_layers": 2, "n_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "n_head": 4, "n_heads": 4, "num_heads": 4, "head_dim": 8,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_kv": 8, "max_position_embeddings": 128,
+        "n_positions": 128, "cls_token_id": 1, "sep_token_id": 2, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    known = model_class.config_class()
+    config = model_class.config_class(**tokens, **{key: size for key, size in sizes.items() if hasattr(known, key)})
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model_class(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

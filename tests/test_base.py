@@ -797,6 +797,13 @@ def test_max_length_is_checked_against_the_positions():
         check_max_length(llama_config(10, positions=512), 513)
 
 
+def test_roberta_keeps_positions_for_padding():
+    roberta = SimpleNamespace(max_position_embeddings=514, model_type="roberta", pad_token_id=1)
+    check_max_length(roberta, 512)
+    with pytest.raises(UserError, match="has 512 positions"):
+        check_max_length(roberta, 513)
+
+
 def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
     import torch
     from transformers import AutoModelForSequenceClassification, LlamaConfig

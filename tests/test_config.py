@@ -104,7 +104,7 @@ def test_defaults_are_the_specification() -> None:
     assert (config.train.epochs, config.train.patience) == (100, 20)  # FR-007
     assert (config.train.batch_size, config.train.effective_batch_size) == (8, 32)
     assert config.train.precision == "auto"
-    assert config.train.gradient_checkpointing is True
+    assert config.train.gradient_checkpointing == "auto"
     assert config.train.imbalance == "weighted_loss"
     assert config.train.seed == 42
     assert (config.dora.r, config.dora.alpha, config.dora.lora_dropout) == (8, 16, 0.05)
@@ -460,8 +460,8 @@ def test_refusal_names_all_faults_in_under_three_seconds(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train=5"], ["train=5", "group of keys", "train=default", "train.<key>=<value>"]),
-        (["experiment=nope"], ["experiment/nope", "quickstart"]),
+        (["train=5"], ["train=5", "group of keys", "train=default", "train.lr=1e-4"]),
+        (["experiment=nope"], ["experiment=nope", "'nope' is none of its files", "experiment=quickstart"]),
         (["train.lr=[1"], ["[1", "--help shows what it takes"]),
         (["train.lr=1e-4", "nonsense"], ["nonsense", "--help shows what it takes"]),
         (["data.dir=${oc.env:RAYCV_NOT_SET}"], ["cannot be resolved", "data.dir", "RAYCV_NOT_SET"]),
@@ -504,10 +504,44 @@ def test_script_copied_alone_still_composes(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == [folder / "run.py"]
 
 
-def test_help_shows_commands_groups_and_where_keys_are_explained(tmp_path: Path) -> None:
-    done = command(tmp_path, "--help")
+def test_help_shows_every_key_with_its_value_and_meaning(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=quickstart", "train.lr=0.5", "--help")
     assert done.returncode == 0, done.stderr
-    for part in ("python -m raycv.run experiment=quickstart", "cv.folds=5", "raycv/config.py", "max_length: 512"):
+    for part in ("python -m raycv.run experiment=quickstart", "prompt.max_length=192", "train.lr=0.5", "shuffled,"):
         assert part in done.stdout
-    assert re.search(r"^model: .*mentallama.*tiny_llama", done.stdout, re.MULTILINE)
+    assert re.search(r"^  model: .*mentallama.*tiny_llama", done.stdout, re.MULTILINE)
+    keys = re.findall(r"^  (\w+\.\w+)=.*\n      \S", done.stdout, re.MULTILINE)
+    assert keys == [f"{section}.{key}" for section, values in _composed().items() for key in values]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2025",
+        "1e5",
+        "my folder, with = signs",
+        "it's",
+        'say "x"',
+        "tail\\",
+        "a\\'b",
+        "{a: [b",
+        "(x)",
+        "true",
+        "été",
+        "a:b",
+    ],
+)
+def test_text_needs_no_second_quotes(tmp_path: Path, text: str) -> None:
+    """Keys that take text take it as it is, though Hydra's grammar would read numbers, lists or nothing at all."""
+    done = command(tmp_path, "--cfg", "job", f"tracking.experiment={text}")
+    assert done.returncode == 0, done.stderr
+    assert resolved(done.stdout)["tracking"]["experiment"] == text
+
+
+def test_a_home_folder_and_an_interpolation_are_resolved(tmp_path: Path) -> None:
+    done = command(tmp_path, "--cfg", "job", "--resolve", "data.dir=~/posts", "run.dir=${oc.env:HOME}/runs")
+    assert done.returncode == 0, done.stderr
+    values = resolved(done.stdout)
+    assert values["data"]["dir"] == f"{Path.home()}/posts"
+    assert values["run"]["dir"] == f"{Path.home()}/runs"

@@ -298,7 +298,7 @@ def test_own_criteria_need_not_be_the_nine(tmp_path: Path) -> None:
     ]
     assert data.criteria["C.2"].symptom is None
     assert any(
-        "1,484 posts" in w and "it has 2 posts, 2 criteria, 4 pairs, 1 positives (25.00%)" in w for w in data.warnings
+        "1,484 posts" in w and "here are 2 posts, 2 criteria, 4 pairs, 1 positives (25.00%)" in w for w in data.warnings
     )
 
 
@@ -393,9 +393,9 @@ def test_data_hash_depends_on_the_content_alone(tmp_path: Path) -> None:
 
 
 def test_the_official_release_of_another_size_warns_with_its_positives(tmp_path: Path) -> None:
-    warning = next(w for w in load(tmp_path, official()).warnings if "FR-012" in w)
-    assert "expected 1,484 posts, 9 criteria, 13,356 pairs, 1,292 positives, 392 posts without positive" in warning
-    assert "it has 3 posts, 9 criteria, 27 pairs, 3 positives (11.11%), 1 posts without positive" in warning
+    warning = next(w for w in load(tmp_path, official()).warnings if "ReDSM5" in w)
+    assert "which has 1,484 posts, 9 criteria, 13,356 pairs, 1,292 positives, 392 posts without positive" in warning
+    assert "here are 3 posts, 9 criteria, 27 pairs, 3 positives (11.11%), 1 posts without positive" in warning
 
 
 def test_expected_counts_do_not_warn() -> None:

@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from raycv.config import PromptConfig
-from raycv.encoding import EncodedPairs, PromptEncoder, encode_dataset, encoding_warnings, prompt_encoder
+from raycv.encoding import (
+    EncodedPairs,
+    PromptEncoder,
+    encode_dataset,
+    encoding_summary,
+    encoding_warnings,
+    prompt_encoder,
+)
 from raycv.errors import UserError
 from raycv.prompts import GAP, render
 from raycv.records import Criterion, Dataset, Pair
@@ -101,7 +108,9 @@ def test_after_fitting_the_tokenizer_cuts_nothing_and_question_and_criterion_are
 
     assert facts["prompts_cut_by_tokenizer"] == 0
     assert encoding_warnings(facts) == []
-    assert facts["posts_shortened"] == 4
+    # Windows together hold all of a post.
+    assert (facts["posts_shortened"], facts["posts_in_windows"]) == ((0, 4) if mode == "sliding" else (4, 0))
+    assert ("in several windows" if mode == "sliding" else f"shortened ({mode})") in encoding_summary(facts, 9)
     fitted = {post_id: fitting.fit(post).texts for post_id, post in data.posts.items()}
     texts = [text for pair in data.pairs for text in fitted[pair.post_id]]
     for row, (pair_index, text, prompt) in enumerate(
@@ -213,6 +222,7 @@ def test_none_is_the_literal_right_cut(kind: str) -> None:
         assert ids[:length].tolist() == expected[:96]
     assert facts["prompts_cut_by_tokenizer"] == sum(len(ids) > 96 for ids in whole) == 12
     assert facts["posts_shortened"] == 0
+    assert f"12 of {len(whole)} cut on the right" in encoding_summary(facts, len(POSTS))
 
 
 @pytest.mark.parametrize("max_length", [40, 60, 61, 62, 64, 66, 68, 80, 120])

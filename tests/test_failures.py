@@ -1,10 +1,16 @@
 """What a user sees when a run cannot begin or a fold fails: cause, remedy, exit code, and nothing averaged."""
 
+import contextlib
 import json
+import signal
+import sqlite3
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
-from test_run import raycv
+from test_run import raycv, users_environment
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -43,6 +49,116 @@ def test_a_taken_name_is_refused(tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize("place", ["a_file", "a_file/runs", "/proc/runs"])
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "a_file").write_text("")
+    result = raycv("run", "experiment=quickstart", f"run.dir={place}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"run.dir={place}" in result.stderr
+    assert "choose a folder that you may write to" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("sqlite:////tmp", "unable to open database file"),
+        ("sqlite:////proc/mlflow.db", "cannot be opened"),
+        ("sqlite:///notes.db", "file is not a database"),
+        ("nonsense://host", "tracking.uri=sqlite:///mlflow.db"),
+    ],
+)
+def test_a_tracking_store_that_cannot_be_used_is_refused_in_seconds(tmp_path, uri, said):
+    (tmp_path / "notes.db").write_text("These are notes. " * 100)
+    started = time.monotonic()
+    result = raycv("run", "experiment=quickstart", f"tracking.uri={uri}", cwd=tmp_path)
+    assert time.monotonic() - started < 60
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_answer_is_refused_in_seconds(tmp_path):
+    started = time.monotonic()
+    result = raycv("run", "experiment=quickstart", cwd=tmp_path, RAY_ADDRESS="127.0.0.1:9")
+    assert time.monotonic() - started < 60
+    assert result.returncode == 2
+    assert "RAY_ADDRESS=127.0.0.1:9: nothing answers there" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+def test_artifacts_that_cannot_be_written_leave_no_run_behind(tmp_path):
+    result = raycv("run", "experiment=quickstart", "tracking.artifacts=/proc/mlruns", "run.name=mine", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "refused to log config.yaml" in result.stderr
+    assert not (tmp_path / "runs" / "mine").exists()
+    assert statuses(tmp_path) == {"mine": "FAILED"}
+
+
+def statuses(folder):
+    """Status by run name in the MLflow database of `folder`."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
+        return dict(connection.execute("SELECT name, status FROM runs").fetchall())
+
+
+@contextlib.contextmanager
+def running(folder, *overrides):
+    """A quickstart run of two folds in `folder`, its first epochs done; yields its process. Output: `out`."""
+    command = [sys.executable, "-m", "raycv.run", "experiment=quickstart", "cv.folds=2", "run.name=mine", *overrides]
+    with (folder / "out").open("w") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=users_environment(),
+            stdout=out,
+            stderr=out,
+            # A process that a script starts in the background ignores SIGINT; a user's does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    try:
+        while "epoch 1/" not in (folder / "out").read_text():
+            assert process.poll() is None, (folder / "out").read_text()
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ctrl_c_ends_all_and_marks_the_runs_killed(tmp_path):
+    with running(tmp_path, "train.epochs=60", "train.patience=60") as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [process.name() for process in alive] == []
+    said = (tmp_path / "out").read_text()
+    assert "Interrupted: 0 of 2 folds are finished, and kept in" in said
+    assert "Traceback" not in said
+    assert set(statuses(tmp_path).values()) == {"KILLED"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_database_locked_for_half_a_minute_loses_nothing(tmp_path):
+    """Another process holds SQLite while epochs end and the folds finish: training goes on, and all is logged."""
+    with running(tmp_path, "train.epochs=2") as process:
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            time.sleep(30)
+        assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()
+    assert statuses(tmp_path) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        steps = connection.execute("SELECT step FROM metrics WHERE key = 'val_loss' ORDER BY step").fetchall()
+    assert [step for (step,) in steps] == [1, 1, 2, 2]
+
+
 @pytest.mark.ray
 def test_a_fold_that_can_never_be_placed_is_refused_at_once(tmp_path):
     result = raycv("run", "experiment=quickstart", "resources.gpus_per_fold=3", cwd=tmp_path)
@@ -59,7 +175,10 @@ def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
     result = raycv("run", *overrides, cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "no report" in result.stderr
-    assert "fold 0: model.target_modules: query not found in LlamaForSequenceClassification" in result.stderr
+    reason = "fold 0: model.target_modules: query not found in LlamaForSequenceClassification"
+    assert reason in result.stderr
+    # Said at once, too, not only when the other folds have ended.
+    assert reason in result.stdout
     assert "choose among its linear modules: down_proj, gate_proj" in result.stderr
     run = tmp_path / "runs" / "broken"
     assert not (run / "report.json").exists()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from builders import tiny_bert, tiny_llama
+from builders import ARCHITECTURES, tiny_bert, tiny_llama, tiny_model
+from peft import PeftModel
 from toy import LLAMA_MODULES
+from transformers import AutoModelForSequenceClassification
 
 from raycv.base import fetch_base
 from raycv.config import DoraConfig, ModelConfig
@@ -57,10 +59,53 @@ def test_another_architecture_with_its_own_modules(tmp_path, targets):
     model = add_dora(classifier(tiny_bert(tmp_path)), config(targets), DORA)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("query" in name for name in names)
-    assert any("dense" in name for name in names) == (targets == "all-linear")
-    assert any("classifier" in name for name in names)
+    assert any("dense.lora_" in name for name in names) == (targets == "all-linear")
+    assert {"classifier", "pooler"} <= {part for name in names for part in name.split(".")}
     logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     assert logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_family_trains_and_opens_again_in_stock_peft(tmp_path, architecture, dtype):
+    """Whatever is fresh (poolers, pre-classifiers, dense heads) is trained in full and saved, and gets no adapter."""
+    base = classifier(tiny_model(tmp_path / "base", architecture), dtype)
+    model = add_dora(base, config("all-linear"), DORA)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 2], [9, 8, 7, 6, 5, 2]])
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(input_ids=ids).logits
+    assert logits.dtype == torch.float32
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    optimizer.step()
+    assert all(parameter.grad is not None for parameter in trainable(model))
+    assert not any("lora_" in name and "modules_to_save" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path / "checkpoint", save_embedding_layers=False)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2, dtype=dtype)
+    stock.config.pad_token_id = base.config.pad_token_id
+    reopened = PeftModel.from_pretrained(stock.float(), tmp_path / "checkpoint").eval()(input_ids=ids).logits
+    expected = model.float().eval()(input_ids=ids).logits
+    torch.testing.assert_close(reopened, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_head_depends_on_the_seed_alone(tmp_path):
+    files = fetch_base(str(tiny_model(tmp_path, "BertForMaskedLM")), None)
+    tokenizer = load_tokenizer(files)
+
+    def head(seed, dtype):
+        state = load_classifier(files, tokenizer, dtype, seed=seed).state_dict()
+        return torch.cat([state[key].float().flatten() for key in ("classifier.weight", "bert.pooler.dense.weight")])
+
+    torch.testing.assert_close(head(1, torch.float32), head(1, torch.bfloat16), atol=1e-3, rtol=1e-2)
+    assert not torch.allclose(head(1, torch.float32), head(2, torch.float32))
+
+
+def test_a_model_without_a_head_is_refused(tmp_path):
+    from transformers import LlamaModel
+
+    headless = LlamaModel.from_pretrained(tiny_llama(tmp_path))
+    with pytest.raises(UserError, match="no classification head"):
+        add_dora(headless, config(LLAMA_MODULES), DORA)
 
 
 def test_unknown_target_modules_are_refused_with_those_there_are(tmp_path):

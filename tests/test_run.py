@@ -24,12 +24,16 @@ FOLDS = 5
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
+def users_environment(**more: str) -> dict[str, str]:
+    """Without what the test process has set for itself."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))} | more
+
+
 def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))} | environment
     return subprocess.run(
         [sys.executable, "-m", f"raycv.{command}", *overrides],
         cwd=cwd,
-        env=env,
+        env=users_environment(**environment),
         capture_output=True,
         text=True,
         timeout=800,
@@ -167,6 +171,22 @@ def test_a_checkpoint_reproduces_its_scores_in_stock_peft(run, predictions):
     np.testing.assert_allclose(scores, frame["score"], atol=1e-5)
 
 
+def test_readmes_way_to_open_a_checkpoint_works_as_written(run):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "PeftModel" in block]
+    code = code.replace("runs/<name>", str(run))
+    # Its relative path of the quickstart's base is meant from the checkout.
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[01]\.\d{3} (un)?matched\n", done.stdout)
+
+
+def test_files_with_scores_are_the_users_alone(run):
+    for k in range(FOLDS):
+        assert (run / f"fold_{k}" / "predictions.csv").stat().st_mode & 0o077 == 0
+    assert not list(run.rglob("README.md"))
+
+
 def test_config_environment_and_statistics_are_recorded(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto"}
@@ -297,3 +317,14 @@ def test_with_shuffled_labels_scores_fall_to_chance(done):
     assert 0.40 <= control["mean"]["roc_auc"] <= 0.60
     assert control["mean"]["f1"] < 2 * control["floors"]["all_matched_f1"]
     assert "the labels are permuted" in result.stdout
+    # Nobody may take it for a result, wherever it is read.
+    assert control["control"] is True
+    assert any("permuted" in warning for warning in control["warnings"])
+    assert "CONTROL, labels permuted, not a result: control" in result.stdout
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id], "tags.`raycv.run` = 'control'")
+    assert runs[0].data.tags["raycv.control"] == "labels permuted"
+    assert runs[0].data.tags["mlflow.note.content"].startswith("**Control")
+    assert "CONTROL" in raycv("aggregate", "run=control", cwd=folder).stdout

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from raycv.metrics import METRICS
 from raycv.paths import RunFolder, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize
-from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri
+from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri, flat_params
 
 
 def config(uri, folder, experiment="raycv"):
@@ -60,7 +62,8 @@ def tracked(tmp_path, monkeypatch):
     tracker = Tracker(settings.uri)
     experiment_id = tracker.open_experiment(settings)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(experiment_id, folder, {"a.b": 1, "long": "x" * 9000}, {"k": "v"})
+    parent_id = tracker.start_parent(experiment_id, folder.root.name, {"k": "v"})
+    tracker.describe_parent(parent_id, folder, {"a.b": 1, "long": "x" * 9000})
     return tracker, parent_id, folder, settings
 
 
@@ -151,6 +154,32 @@ def test_a_plain_folder_is_refused(uri):
         absolute_uri(uri)
 
 
+def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
+    code = (
+        "from raycv.config import TrackingConfig; from raycv.tracking import Tracker; uri = 'sqlite:///mlflow.db';"
+        "Tracker(uri).open_experiment(TrackingConfig(uri=uri, artifacts='a', experiment='e'))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
+    ends = [process.communicate()[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], ends
+
+
+def test_an_old_schema_names_the_upgrade(tmp_path):
+    Tracker(f"sqlite:///{tmp_path}/new.db")
+    # MLflow keeps what it knows of a store that this process has opened.
+    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '7ac759974ad8'")
+        connection.commit()
+    with pytest.raises(UserError, match=r"out-of-date(.|\n)*mlflow db upgrade sqlite:///"):
+        Tracker(f"sqlite:///{tmp_path}/old.db").open_experiment(config(f"sqlite:///{tmp_path}/old.db", tmp_path))
+
+
+def test_params_are_flat_and_masked():
+    params = flat_params({"tracking": {"uri": "http://user:secret@host"}, "cv": {"folds": 5}})
+    assert params == {"tracking.uri": "http://***@host", "cv.folds": "5"}
+
+
 def kill(process):
     """The server with its workers, which share its process group; once dead, nothing is left to do."""
     with contextlib.suppress(ProcessLookupError):
@@ -193,7 +222,7 @@ def test_an_http_server_and_its_death(server, tmp_path, caplog):
     settings = config(url, tmp_path)
     tracker = Tracker(url)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder, {"a": 1}, {})
+    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder.root.name, {})
     tracker.log_missing_folds(parent_id, folder, 2, {})
     assert sorted(tracker.children(parent_id)) == [0, 1]
     got = tracker.download(tracker.children(parent_id)[0].info.run_id, "result.json", tmp_path)

@@ -130,7 +130,7 @@ def test_out_of_memory_in_the_middle_of_a_step_loses_and_doubles_nothing(toy):
 def test_out_of_memory_at_one_says_what_to_do(toy):
     with pytest.raises(UserError, match="micro-batch of 1") as caught:
         trainer(toy, Greedy(toy.model(), limit=0)).fit(TRAIN, VAL)
-    assert "train.gradient_checkpointing=true" in str(caught.value)
+    assert "train.gradient_checkpointing=on" in str(caught.value)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(toy):

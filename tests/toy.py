@@ -71,7 +71,7 @@ def train_config(**changes: object) -> TrainConfig:
         "schedule": "constant",
         "imbalance": "none",
         "precision": "fp32",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "off",
         "seed": 1,
     }
     return TrainConfig(**(values | changes))
