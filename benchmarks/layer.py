@@ -8,7 +8,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ class Step:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def __call__(self) -> None:
-        for _ in range(MICRO_BATCHES):
+    def __call__(self, micro_batches: int = MICRO_BATCHES) -> None:
+        for _ in range(micro_batches):
             with self._adapter.context(self.model):
                 states = self.model(inputs_embeds=self._input).last_hidden_state
             states.float().square().mean().backward()
@@ -52,10 +51,13 @@ class Step:
         self._optimizer.zero_grad()
 
     def flops(self) -> float:
-        """FLOPs of the step in units of N·tokens; attention's own are counted on a GPU only."""
+        """FLOPs of a step of one micro-batch in units of N·tokens: raycv's norm counts in full, as if for that one.
+
+        Attention's own are counted on a GPU only.
+        """
         with FlopCounterMode(display=False) as counter:
-            self()
-        return counter.get_total_flops() / (base_weights(self.model) * self.tokens * MICRO_BATCHES)
+            self(micro_batches=1)
+        return counter.get_total_flops() / (base_weights(self.model) * self.tokens)
 
 
 def gemm_gflops(dtype: torch.dtype, shape: Shape, device: torch.device) -> float:
@@ -71,11 +73,11 @@ def peak_bytes(step: Step, device: torch.device) -> dict[str, int]:
     """Peak memory of a step, in a process that does nothing else."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
-        step()
+        step(micro_batches=2)
         peak = torch.cuda.max_memory_allocated(device)
     else:
         before = _memory("VmRSS")
-        step()
+        step(micro_batches=2)
         peak = _memory("VmHWM")
     return {"peak_bytes": peak, "above_weights_bytes": peak - before}
 
@@ -93,17 +95,13 @@ def peak_in_a_process(variant: str, dtype: str, tokens: int, *, small: bool) -> 
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(make: Callable[[str], Step], variants: list[str], repeats: int, device: torch.device) -> dict[str, Any]:
+def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Seconds of a micro-batch and FLOPs of each variant, interleaved."""
-    steps = {variant: make(variant) for variant in variants}
     flops = {variant: step.flops() for variant, step in steps.items()}  # the warm-up too
     seconds = interleaved(steps, repeats, device=device, warm_up=False)
     return {
-        variant: {
-            "seconds": spread([value / MICRO_BATCHES for value in seconds[variant]]),
-            "flops_per_n_token": flops[variant],
-        }
-        for variant in variants
+        variant: {"seconds": spread([value / MICRO_BATCHES for value in values]), "flops_per_n_token": flops[variant]}
+        for variant, values in seconds.items()
     }
 
 
@@ -140,8 +138,8 @@ def main() -> None:
     for dtype, tokens in [(main_dtype, 64), (main_dtype, BAR_TOKENS), *others]:
         # In fp32 there is no autocast and no bf16 adapter: PEFT's DoRA is its default.
         variants = [name for name in ADAPTERS if dtype == "bf16" or name != "dora_peft_bf16"]
-        make = partial(Step, shape=shape, dtype=DTYPES[dtype], tokens=tokens, device=device)
-        for variant, values in measure(make, variants, options.repeats, device).items():
+        steps = {variant: Step(variant, shape, DTYPES[dtype], tokens, device) for variant in variants}
+        for variant, values in measure(steps, options.repeats, device).items():
             with_peak = (dtype, tokens) == (main_dtype, BAR_TOKENS) and (not options.small or variant == "dora_raycv")
             peak = peak_in_a_process(variant, dtype, tokens, small=options.small) if with_peak else {}
             result.add({"dtype": dtype, "tokens": tokens, "variant": variant, **values, **peak})

@@ -14,7 +14,11 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = ("layer", "fold", "collate", "growth", "gpu")
-OWED = "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one."
+OWED = {
+    "gpu": "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one.",
+    "layer": "Figures of one real-width layer are still owed: `python -m benchmarks.layer`, on an idle machine.",
+    "growth": "Figures of how cost grows are still owed: `python -m benchmarks.growth`, on an idle machine.",
+}
 
 Json = dict[str, Any]
 Column = tuple[str, Callable[[Json], str]]
@@ -176,7 +180,7 @@ def section(results: Path = RESULTS) -> str:
     for name in ORDER:
         if name in found:
             lines += [*render(found[name]), ""]
-    lines += [OWED] if "gpu" not in found else []
+    lines += [f"- {text}" for name, text in OWED.items() if name not in found]
     return "\n".join(lines).strip()
 
 
