@@ -5,6 +5,7 @@ Imports nothing that needs Ray, MLflow, Hydra or pydantic: `benchmarks.gpu` runs
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class Result:
             "small": arguments.small,
             "settings": {"repeats": arguments.repeats, **settings},
             "environment": {**describe_environment(), "device": describe_device(device)},
+            # Runnable threads, the benchmark's own among them: more than there are cores, and times say little.
+            "load_average": {"start": os.getloadavg()[0]},
             "rows": [],
             "bars": [],
         }
@@ -117,6 +120,7 @@ class Result:
         self.value["rows"] += rows
         self.value["bars"] += [bar.judged() for bar in bars or []]
         self.value.update(more)
+        self.value["load_average"]["end"] = os.getloadavg()[0]
         write_json(self._path, self.value)
 
     def replace(self, part: str, rows: list[dict[str, Any]]) -> None:

@@ -163,7 +163,11 @@ def render(result: Json) -> list[str]:
     """A result as Markdown lines: command and machine, table, bars."""
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    lines = [f"`{result['command']}`, {environment['processor']}, {environment['device']}, {versions}", ""]
+    machine = f"{environment['processor']}, {environment['device']}"
+    load = result.get("load_average", {}).get("end", 0.0)
+    if load > environment["cpus"] + 1:
+        machine += f" on a busy machine (load {load:.0f} on {environment['cpus']} cores)"
+    lines = [f"`{result['command']}`, {machine}, {versions}", ""]
     lines += RENDERERS[result["benchmark"]](result)
     if result["bars"]:
         lines.append("")
