@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raycv.config import PromptConfig
 from raycv.errors import UserError
 from raycv.prompts import FittedPost, PromptRules, Spans, fit_post, render
 from raycv.records import Dataset
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from raycv.config import PromptConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class PromptEncoder:
         return np.array(batch["input_ids"], dtype=np.int32), lengths
 
 
-def prompt_encoder(tokenizer: Any, prompt: PromptConfig, criteria: Iterable[str]) -> PromptEncoder:
+def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[str]) -> PromptEncoder:
     """An encoder whose post limit leaves room for the longest of `criteria`.
 
     Raises: UserError if a criterion and the question alone exceed `prompt.max_length`.

@@ -14,6 +14,9 @@ import torch
 PREFIX, PADDING = 0, -1
 """Segment numbers; suffixes count from 1."""
 
+FILL = 0.9
+"""A batch of groups computes at most the rest as padding: a step of training holds few posts, of unlike lengths."""
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -86,21 +89,46 @@ def _mask(segments: torch.Tensor) -> torch.Tensor:
     return attends[:, None]
 
 
-def grouped(rows: np.ndarray, group_of_row: np.ndarray, size: int) -> Iterator[list[np.ndarray]]:
-    """`rows` (those of a group adjacent) in batches of whole groups of at most `size` rows; a larger group is split.
+def grouped(
+    rows: np.ndarray, group_of_row: np.ndarray, lengths: np.ndarray, prefix_of_group: np.ndarray, budget: int
+) -> Iterator[list[np.ndarray]]:
+    """`rows` (those of a group adjacent) in batches of whole groups of like size, at most `budget` positions each.
+
+    Args:
+        rows: indices [n] into `group_of_row` and `lengths`.
+        lengths: tokens of each row [R].
+        prefix_of_group: tokens that the rows of each group share [G].
+        budget: at least the longest row; a group that takes more is split, each part computing the prefix again.
 
     Yields, per batch, the rows of each group.
     """
     borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
     batch: list[np.ndarray] = []
+    used = width = 0
     for group in np.split(rows, borders):
-        for part in np.split(group, range(size, len(group), size)):
-            if batch and sum(map(len, batch)) + len(part) > size:
+        prefix = int(prefix_of_group[group_of_row[group[0]]])
+        for part, positions in _parts(group, prefix, lengths[group] - prefix, budget):
+            # A batch is as wide as its widest group.
+            width = max(width, positions)
+            computed = (len(batch) + 1) * width
+            if batch and (computed > budget or used + positions < FILL * computed):
                 yield batch
-                batch = []
+                batch, used, width = [], 0, positions
             batch.append(part)
+            used += positions
     if batch:
         yield batch
+
+
+def _parts(group: np.ndarray, prefix: int, own: np.ndarray, budget: int) -> Iterator[tuple[np.ndarray, int]]:
+    """`group` in as few parts as take at most `budget` positions each, and the positions of each part."""
+    start, positions = 0, prefix
+    for index, size in enumerate(own.tolist()):
+        if index > start and positions + size > budget:
+            yield group[start:index], positions
+            start, positions = index, prefix
+        positions += size
+    yield group[start:], positions
 
 
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:

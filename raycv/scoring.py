@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from raycv.encoding import EncodedPairs
 from raycv.parallel import Workers
-from raycv.prefix import attention_window, can_pack, grouped, pack, packed_logits
+from raycv.prefix import attention_window, can_pack, common_prefix, grouped, pack, packed_logits
 
 Batch = list[np.ndarray]
 """Rows [n] of each group of a batch; a plain batch is one list of rows."""
@@ -54,11 +55,31 @@ class RowScorer:
         return np.flatnonzero(place % workers.size == workers.rank)
 
     def batches(self, rows: np.ndarray, size: int, *, share: bool) -> Iterator[Batch]:
-        """Sorted `rows` in batches of at most `size`."""
+        """Sorted `rows` in batches of at most `size`; with `share`, of at most as many positions as those would take.
+
+        A post with all its criteria is little more than one row, so a count of rows would split posts (and compute
+        them twice) where memory has room for several.
+        """
+        if not len(rows):  # a worker without a part of a small step
+            return
         if share:
-            yield from grouped(rows, self.group_of_row, size)
+            budget = size * int(self.encoded.lengths[rows].max())
+            yield from grouped(rows, self.group_of_row, self.encoded.lengths, self._prefix_of_group, budget)
         else:
             yield from ([rows[start : start + size]] for start in range(0, len(rows), size))
+
+    @cached_property
+    def _prefix_of_group(self) -> np.ndarray:
+        """int64 [G]: tokens that all rows of a group share."""
+        order = np.argsort(self.group_of_row, kind="stable")
+        prefixes = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
+        for rows in np.split(order, np.flatnonzero(np.diff(self.group_of_row[order])) + 1):
+            prefixes[self.group_of_row[rows[0]]] = common_prefix(self._tokens(rows))
+        return prefixes
+
+    def _tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The tokens of each of `rows`, without padding."""
+        return [self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows]
 
     def logits(self, batch: Batch, *, share: bool) -> torch.Tensor:
         """float32 logits [n, 2] of the rows of `batch`, in their order."""
@@ -108,8 +129,8 @@ class RowScorer:
         return self.model(input_ids=input_ids, attention_mask=mask).logits
 
     def _packed(self, batch: Batch) -> torch.Tensor:
-        groups = [[self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows] for rows in batch]
-        return packed_logits(self._classifier(), pack(groups, self.encoded.pad_id, self.device))
+        packed = pack([self._tokens(rows) for rows in batch], self.encoded.pad_id, self.device)
+        return packed_logits(self._classifier(), packed)
 
     def _classifier(self) -> Any:
         """The Hugging Face model under PEFT's wrapper; the adapters sit in its layers."""

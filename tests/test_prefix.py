@@ -93,14 +93,35 @@ def test_each_row_keeps_a_token_of_its_own():
     assert packed.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
 
 
-def test_groups_stay_whole_where_they_fit():
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        # Groups of 16, 14 and 20: the third would leave a sixth of the batch as padding.
+        (100, [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8, 9]]]),
+        (32, [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8, 9]]]),
+        (20, [[[0, 1, 2]], [[3, 4]], [[5, 6, 7, 8, 9]]]),
+        (16, [[[0, 1, 2]], [[3, 4]], [[5, 6, 7]], [[8, 9]]]),
+        (12, [[[0]], [[1]], [[2]], [[3]], [[4]], [[5]], [[6]], [[7]], [[8]], [[9]]]),
+    ],
+)
+def test_groups_stay_whole_where_they_fit(budget, expected):
     group_of_row = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
-    batches = [[part.tolist() for part in batch] for batch in grouped(np.arange(10), group_of_row, 4)]
-    assert batches == [[[0, 1, 2]], [[3, 4]], [[5, 6, 7, 8]], [[9]]]
-    assert [[part.tolist() for part in batch] for batch in grouped(np.arange(10), group_of_row, 5)] == [
-        [[0, 1, 2], [3, 4]],
-        [[5, 6, 7, 8, 9]],
-    ]
+    lengths = np.full(10, 12)
+    prefixes = np.array([10, 10, 10])
+    batches = grouped(np.arange(10), group_of_row, lengths, prefixes, budget)
+    assert [[part.tolist() for part in batch] for batch in batches] == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_a_shared_batch_computes_no_more_positions_than_a_plain_one_may(base, size):
+    toy = Toy(base, toy_dataset(words=25))
+    compute = scorer(toy, None)
+    rows = compute.sorted(np.random.default_rng(size).permutation(48)[:40], share=True)
+    batches = list(compute.batches(rows, size, share=True))
+    assert np.concatenate([part for batch in batches for part in batch]).tolist() == rows.tolist()
+    for batch in batches:
+        groups = [[toy.encoded.input_ids[row, : toy.encoded.lengths[row]] for row in part] for part in batch]
+        assert pack(groups, 0, CPU).input_ids.numel() <= size * toy.encoded.lengths[rows].max()
 
 
 def test_fewer_tokens_are_computed(base):

@@ -1,0 +1,134 @@
+"""What all benchmarks share: arguments, interleaved timing, spread, bars, and the JSON of a result.
+
+Imports nothing that needs Ray, MLflow, Hydra or pydantic: `benchmarks.gpu` runs where these are not installed.
+"""
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.table import RESULTS, render
+from raycv.paths import write_json
+from raycv.utils import describe_device, describe_environment
+
+logger = logging.getLogger(__name__)
+
+Variants = Mapping[str, Callable[[], object]]
+
+
+def parser(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes; `doc` is the module's docstring. Rounds are told on stderr."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--small", action="store_true", help="tiny shapes: shows that it runs, measures nothing")
+    arguments.add_argument("--repeats", type=_positive, default=repeats, help="interleaved repetitions [%(default)s]")
+    arguments.add_argument("--out", type=Path, help="JSON file to write [benchmarks/results/<name>.json]")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds of one call; on a GPU until its work is done."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    variants: Variants, repeats: int, *, device: torch.device | None = None, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls of each variant, after one that does not count (`warm_up`).
+
+    Variants take turns, so that a busy spell of the machine meets all of them; each round begins with another one.
+    """
+    if warm_up:
+        for work in variants.values():
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for repeat in range(repeats):
+        logger.info("round %d of %d: %s", repeat + 1, repeats, ", ".join(names))
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(timed(variants[name], device))
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range of a few measurements."""
+    return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A claim that a result is held against."""
+
+    claim: str
+    value: float
+    limit: float
+    at_most: bool = False
+
+    def judged(self) -> dict[str, Any]:
+        """As it stands in the JSON."""
+        met = self.value <= self.limit if self.at_most else self.value >= self.limit
+        bound = {"at_most" if self.at_most else "at_least": self.limit}
+        return {"claim": self.claim, "value": self.value, **bound, "met": met}
+
+
+class Result:
+    """The JSON of one benchmark: `rows` of measurements, the bars, and where it was measured."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, **settings: Any) -> None:
+        self.path: Path = arguments.out or RESULTS / f"{name}{'.small' if arguments.small else ''}.json"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.value: dict[str, Any] = {
+            "benchmark": name,
+            "command": f"python -m benchmarks.{name}",
+            "small": arguments.small,
+            "settings": {"repeats": arguments.repeats, **settings},
+            "environment": {**describe_environment(), "device": describe_device(device)},
+            # Runnable threads, the benchmark's own among them: more than there are cores, and times say little.
+            "load_average": {"start": os.getloadavg()[0]},
+            "rows": [],
+            "bars": [],
+        }
+
+    def add(self, *rows: dict[str, Any], bars: list[Bar] | None = None, **more: Any) -> None:
+        """Adds measurements and writes what there is: a run that is cut short keeps what it has."""
+        self.value["rows"] += rows
+        self.value["bars"] += [bar.judged() for bar in bars or []]
+        self.value.update(more)
+        self.value["load_average"]["end"] = os.getloadavg()[0]
+        write_json(self.path, self.value)
+
+    def replace(self, part: str, rows: list[dict[str, Any]]) -> None:
+        """Puts `rows` in the place of those of the same `part`."""
+        self.value["rows"] = [row for row in self.value["rows"] if row["part"] != part]
+        self.add(*rows)
+
+    def report(self) -> None:
+        """Says what was measured, and where it is."""
+        print("\n".join(render(self.value)))  # noqa: T201
+        print(f"\nwritten to {self.path}")  # noqa: T201

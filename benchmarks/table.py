@@ -1,0 +1,262 @@
+"""Renders the results as Markdown, between the markers of the README.
+
+Writes the README; `--check` only says whether it is what the results give.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from raycv.paths import read_json, write_text
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+ORDER = ("layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu")
+OWED = {
+    "gpu": "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one.",
+    "layer": "Figures of one real-width layer are still owed: `python -m benchmarks.layer`, on an idle machine.",
+    "growth": "Figures of how cost grows are still owed: `python -m benchmarks.growth`, on an idle machine.",
+}
+
+Json = dict[str, Any]
+Column = tuple[str, Callable[[Json], str]]
+
+
+def seconds(values: Json) -> str:
+    """Median and range."""
+    return f"{values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g})"
+
+
+def gigabytes(row: Json, key: str) -> str:
+    """`key` of `row` in GB; nothing where it was not measured."""
+    return f"{row[key] / 1e9:.1f}" if row.get(key) else ""
+
+
+def _times(result: Json, row: Json, key: str) -> str:
+    """How much faster than the first row."""
+    return f"{result['rows'][0][key]['median'] / row[key]['median']:.1f}x"
+
+
+def _grown(result: Json, row: Json, key: str) -> str:
+    """`key` of `row` over that of the base under the same batching."""
+    (base,) = (each for each in result["rows"] if (each["change"], each["batching"]) == ("base", row["batching"]))
+    value, before = row[key], base[key]
+    if isinstance(value, dict):
+        value, before = value["median"], before["median"]
+    return f"{value / before:.2f}x"
+
+
+def layer(result: Json) -> list[str]:
+    """One layer: time, FLOPs and memory."""
+    titles = result["settings"]["titles"]
+    intro = (
+        "**One decoder layer of Llama-7B**, forward and backward under gradient checkpointing; seconds of a "
+        f"micro-batch, {result['settings']['micro_batches']} of them an optimizer step; N: the layer's base weights."
+    )
+    columns: list[Column] = [
+        ("dtype", lambda row: row["dtype"]),
+        ("tokens", lambda row: str(row["tokens"])),
+        ("adapter", lambda row: titles[row["variant"]]),
+        ("seconds", lambda row: seconds(row["seconds"])),
+        ("FLOPs / (N·token)", lambda row: f"{row['flops_per_n_token']:.1f}"),
+        ("memory beyond the weights, GB", lambda row: gigabytes(row, "above_weights_bytes")),
+    ]
+    return [intro, "", *table(columns, result["rows"])]
+
+
+def fold(result: Json) -> list[str]:
+    """One fold beside the Trainer."""
+    titles, settings = result["settings"]["titles"], result["settings"]
+    intro = (
+        f"**One fold**: an epoch of {settings['train_pairs']} pairs, the validation of {settings['validation_pairs']}; "
+        f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
+    )
+    columns: list[Column] = [
+        ("", lambda row: titles[row["variant"]]),
+        ("epoch, s", lambda row: seconds(row["epoch_seconds"])),
+        ("faster", lambda row: _times(result, row, "epoch_seconds")),
+        ("validation alone, s", lambda row: seconds(row["validation_seconds"])),
+        ("faster", lambda row: _times(result, row, "validation_seconds")),
+        ("tokens of the epoch", lambda row: f"{row['epoch_tokens']:,}"),
+    ]
+    parity = result["parity"]
+    same = (
+        f"Without dropout and in the same order, the losses of {parity['steps']} optimizer steps differ from the "
+        f"Trainer's by {parity['largest_difference']:.1g} at most (a small model)."
+    )
+    return [intro, "", *table(columns, result["rows"]), "", same]
+
+
+def collate(result: Json) -> list[str]:
+    """Padding."""
+    intro = f"**Tokens computed over real tokens**, one epoch of {result['settings']['pairs']:,} pairs."
+    columns: list[Column] = [
+        ("batches", lambda row: row["batching"]),
+        ("tokens", lambda row: f"{row['tokens']:,}"),
+        ("ratio", lambda row: f"{row['ratio']:.2f}"),
+    ]
+    return [intro, "", *table(columns, result["rows"])]
+
+
+def growth(result: Json) -> list[str]:
+    """What grows with what."""
+    columns: list[Column] = [
+        ("change", lambda row: row["change"]),
+        ("batching", lambda row: row["batching"]),
+        ("pairs", lambda row: f"{row['pairs']:,}"),
+        ("epoch, s", lambda row: seconds(row["epoch_seconds"])),
+        ("time", lambda row: _grown(result, row, "epoch_seconds")),
+        ("tokens", lambda row: _grown(result, row, "epoch_tokens")),
+        ("validation, s", lambda row: seconds(row["validation_seconds"])),
+        ("time", lambda row: _grown(result, row, "validation_seconds")),
+        ("tokens", lambda row: _grown(result, row, "validation_tokens")),
+    ]
+    return ["**Growth**: an epoch with its validation, and validation alone.", "", *table(columns, result["rows"])]
+
+
+def batching(result: Json) -> list[str]:
+    """The study of train.batching."""
+    settings = result["settings"]
+    intro = (
+        f"**Does post_grouped cost accuracy?** {settings['posts']:,} posts x 9 criteria, {settings['seeds']} seeds x 5 "
+        f"folds under each, tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
+    )
+    rows = [{"batching": name, **values} for name, values in result["means"].items()]
+    columns: list[Column] = [
+        ("batching", lambda row: row["batching"]),
+        ("mean F1", lambda row: f"{row['f1']:.4f}"),
+        ("mean ROC-AUC", lambda row: f"{row['roc_auc']:.4f}"),
+        ("seconds of a fold", lambda row: f"{row['seconds']:.0f}"),
+    ]
+    paired = [
+        f"{metric}: post_grouped - shuffled = {found['mean']:+.4f}, 95 % interval {found['low']:+.4f} to "
+        f"{found['high']:+.4f} ({found['pairs']} pairs, corrected resampled t-test)"
+        for metric, found in result["paired"].items()
+    ]
+    return [intro, "", *table(columns, rows), "", *(f"- {line}" for line in paired)]
+
+
+def overhead(result: Json) -> list[str]:
+    """What a run costs beside its loops."""
+    columns: list[Column] = [
+        ("run", lambda row: row["case"]),
+        ("wall, s", lambda row: seconds(row["wall"])),
+        ("before the first fold", lambda row: seconds(row["before"])),
+        ("inside the loops", lambda row: seconds(row["loops"])),
+        ("beside them, per fold", lambda row: seconds(row["per_fold"])),
+        ("beside them, per wave of folds", lambda row: seconds(row["wave"])),
+    ]
+    intro = f"**What a run costs beside its training**, {result['settings']['cores']} cores, seconds."
+    return [intro, "", *table(columns, result["rows"])]
+
+
+def scale(result: Json) -> list[str]:
+    """Parallel efficiency."""
+    short, long = result["settings"]["sleeps"]
+    columns: list[Column] = [
+        ("workers", lambda row: str(row["workers"])),
+        ("waves", lambda row: str(row["waves"])),
+        (f"wall at {short:g} s", lambda row: seconds(row["short"])),
+        (f"wall at {long:g} s", lambda row: seconds(row["long"])),
+        ("efficiency beyond start-up", lambda row: f"{row['efficiency']:.2f}"),
+    ]
+    return ["**Five folds that sleep**, on logical workers.", "", *table(columns, result["rows"])]
+
+
+def gpu(result: Json) -> list[str]:
+    """Llama-7B's shapes on a GPU."""
+    titles = result["settings"]["titles"]
+    training: list[Column] = [
+        ("adapter", lambda row: titles[row["adapter"]]),
+        ("checkpointing", lambda row: "on" if row["checkpointing"] else "off"),
+        ("batching", lambda row: row["batching"]),
+        ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
+        ("of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
+        ("peak memory, GB", lambda row: gigabytes(row, "peak_bytes")),
+    ]
+    latency: list[Column] = [
+        ("adapter", lambda row: titles[row["adapter"]]),
+        ("input", lambda row: row["input"]),
+        ("seconds", lambda row: seconds(row["seconds"])),
+    ]
+    parts = {part: [row for row in result["rows"] if row["part"] == part] for part in ("training", "latency")}
+    device, peak = result["environment"]["device"], result["peak_tflops"]
+    return [
+        f"**Llama-7B's shapes on {device}**, random weights; a large product of matrices runs at {peak:.0f} TFLOP/s.",
+        "",
+        *table(training, parts["training"]),
+        "",
+        *table(latency, parts["latency"]),
+    ]
+
+
+RENDERERS: dict[str, Callable[[Json], list[str]]] = {
+    "layer": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching, "overhead": overhead,
+    "scale": scale, "gpu": gpu,
+}  # fmt: skip
+
+
+def table(columns: Iterable[Column], rows: Iterable[Json]) -> list[str]:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = [
+        [name for name, _ in columns],
+        ["---"] * len(columns),
+        *([show(row) for _, show in columns] for row in rows),
+    ]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def render(result: Json) -> list[str]:
+    """A result as Markdown lines: command and machine, table, bars."""
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    machine = f"{environment['processor']}, {environment['device']}"
+    load = result.get("load_average", {}).get("end", 0.0)
+    if load > environment["cpus"] + 1:
+        machine += f" on a busy machine (load {load:.0f} on {environment['cpus']} cores)"
+    lines = [f"`{result['command']}`, {machine}, {versions}", ""]
+    lines += RENDERERS[result["benchmark"]](result)
+    if result["bars"]:
+        lines.append("")
+    for bar in result["bars"]:
+        limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
+        lines.append(f"- {bar['claim']}: {bar['value']:.3g}; bar: {limit}: {'met' if bar['met'] else '**missed**'}")
+    return lines
+
+
+def section(results: Path = RESULTS) -> str:
+    """What stands between the markers."""
+    found = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem in RENDERERS}
+    lines = ["Median and range of interleaved runs in one process.", ""]
+    for name in ORDER:
+        if name in found:
+            lines += [*render(found[name]), ""]
+    lines += [f"- {text}" for name, text in OWED.items() if name not in found]
+    return "\n".join(lines).strip()
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """`text` of a README with the section renewed."""
+    before, found, rest = text.partition(START)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"the README lacks the markers {START} and {END}")
+    return f"{before}{START}\n{section(results)}\n{END}{after}"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="write nothing, fail if the README is out of date")
+    options = arguments.parse_args()
+    text = README.read_text(encoding="utf-8")
+    if options.check and updated(text) != text:
+        raise SystemExit("README.md is not what the results give: python -m benchmarks.table")
+    if not options.check:
+        write_text(README, updated(text))
+
+
+if __name__ == "__main__":
+    main()
