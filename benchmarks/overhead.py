@@ -1,7 +1,7 @@
 """What a run costs beside its training: wall time of a run with a trivial loop, less the time inside the loops.
 
 `python -m raycv.run` in a process of its own, on a few short posts and for one epoch: start of Python, Ray and MLflow,
-then each fold's processes, imports, model, reports and checkpoint. With 1, 2 and 5 folds in flight, and one wave of two.
+then each fold's processes, imports, model, reports and checkpoint. With 1, 2 and 5 folds in flight; one wave of two.
 """
 
 import json
@@ -28,7 +28,7 @@ CORES = 2
 
 
 def run(folder: Path, folds: int, in_flight: int) -> dict[str, float]:
-    """Seconds of one run: until the first fold starts, from there to the last fold's end, after it; and in the loops."""
+    """Seconds of one run: until the first fold starts, from there to the last fold's end, after it; in the loops."""
     name = f"{time.monotonic_ns()}"
     overrides = ["experiment=quickstart", f"data.dir={folder}", f"data.criteria_dir={folder}", "train.epochs=1"]
     overrides += [f"cv.folds={folds}", f"resources.cpus_per_fold={min(1.0, CORES / in_flight)}", f"run.name={name}"]

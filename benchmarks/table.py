@@ -121,7 +121,7 @@ def batching(result: Json) -> list[str]:
     settings = result["settings"]
     intro = (
         f"**Does post_grouped cost accuracy?** {settings['posts']:,} posts x 9 criteria, {settings['seeds']} seeds x 5 "
-        f"folds under each, tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
+        f"folds each way, tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
     )
     rows = [{"batching": name, **values} for name, values in result["means"].items()]
     columns: list[Column] = [
