@@ -75,6 +75,7 @@ def test_fold_computes_fewer_tokens_and_the_same_losses(tmp_path, monkeypatch):
     assert len(result["bars"]) == 4
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_hugging_faces_trainer_for_twenty_steps():
     from benchmarks.corpus import encode, synthetic
     from benchmarks.fold import SMALL, parity
@@ -138,6 +139,7 @@ def test_what_ray_costs_is_measured_on_real_runs(name, tmp_path):
     assert table.render(result)
 
 
+@pytest.mark.slow
 def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     code = (
         "import sys, json; from benchmarks.gpu import main; main();"

@@ -31,6 +31,7 @@ def train(folder: Path, batching: str) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", ["shuffled", "post_grouped"])
 def test_two_workers_train_what_one_trains(tmp_path, batching):
     alone = train(tmp_path / "alone", batching)

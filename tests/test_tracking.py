@@ -154,6 +154,7 @@ def test_a_plain_folder_is_refused(uri):
         absolute_uri(uri)
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     code = (
         "from raycv.config import TrackingConfig; from raycv.tracking import Tracker; uri = 'sqlite:///mlflow.db';"
