@@ -67,7 +67,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     with cv.ray_cluster(config.resources) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
-        folder, parent_id = _start(tracker, experiment_id, config, prepared)
+        config, folder, parent_id = _start(tracker, experiment_id, config, prepared)
         with _ended(tracker, parent_id, folder, config, console):
             results = _folds(config, folder, prepared, placement, parent_id, console)
             report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
@@ -181,13 +181,17 @@ def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> N
     write_json(folder.environment, {**describe_environment(), "seeds": seeds, "base_model": prepared.base_facts})
 
 
-def _start(tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: Prepared) -> tuple[RunFolder, str]:
-    """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had."""
+def _start(
+    tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: Prepared
+) -> tuple[RunConfig, RunFolder, str]:
+    """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had.
+
+    Returns the config under the name that the run has now, however it came to it, the folder, and the parent's id.
+    """
     from raycv import cv
     from raycv.tracking import flat_params
 
     folder = new_run_folder(config)
-    # Recorded under the name that it has now, however it came to it.
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
     stats, parent_id = prepared.dataset.stats, None
     try:
@@ -206,7 +210,7 @@ def _start(tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: 
         # Nothing is computed yet, and the name is free again.
         shutil.rmtree(folder.root, ignore_errors=True)
         raise
-    return folder, parent_id
+    return config, folder, parent_id
 
 
 def _tags(config: RunConfig, folder: RunFolder, stats: Mapping[str, Any]) -> dict[str, str]:
