@@ -217,15 +217,13 @@ class Tracker:
         return self._call("read a run", self._client.get_run, run_id)
 
     def _experiment(self, config: TrackingConfig) -> str:
+        asked = Path(config.artifacts).absolute()
         found = self._client.get_experiment_by_name(config.experiment)
         if found is None:
             # A server has its own place for artifacts; a database in a file has none but the working directory.
-            local = self.uri.startswith(("sqlite:", "file:"))
-            place = Path(config.artifacts).absolute().as_uri() if local else None
-            if local:
-                _check_artifacts(
-                    Path(config.artifacts).absolute(), ["tracking.artifacts=<a folder that you may write to>"]
-                )
+            if self._database:
+                _check_artifacts(asked, ["tracking.artifacts=<a folder that you may write to>"])
+            place = asked.as_uri() if self._database else None
             # The page asks for the kind of an experiment that has none.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
@@ -237,11 +235,11 @@ class Tracker:
                     "tracking.experiment=<other>",
                 ],
             )
-        if str(found.artifact_location).startswith("file:"):
+        if self._database and str(found.artifact_location).startswith("file:"):
             kept = Path(local_file_uri_to_path(found.artifact_location))
             other = ["tracking.experiment=<another>, which takes its place from tracking.artifacts"]
             _check_artifacts(kept, other, f"the experiment {config.experiment!r} keeps its artifacts there")
-            if kept != Path(config.artifacts).absolute():
+            if kept != asked:
                 logger.warning(
                     "tracking.artifacts=%s is not used: the experiment %s keeps its artifacts in %s",
                     *(config.artifacts, config.experiment, kept),
