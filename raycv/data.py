@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from raycv.errors import counted
 from raycv.faults import Faults, Kind, listed, named
 from raycv.labels import Labels, Texts, read_labels, read_texts, symptom_of
 from raycv.records import Criterion, Dataset, Pair
@@ -214,7 +215,7 @@ def _repeat_warning(stats: Mapping[str, Any]) -> list[str]:
     if not stats["posts_with_repeated_text"]:
         return []
     return [
-        f"{stats['posts_with_repeated_text']:,} posts repeat the text of another post: where the two fall into"
+        f"{counted(stats['posts_with_repeated_text'], 'post')} with the text of another post: where the two fall into"
         " different folds, a validation post was seen in training, which flatters the scores."
     ]
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from raycv import __version__
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
-from raycv.errors import UserError
+from raycv.errors import UserError, counted
 from raycv.live import say
 from raycv.paths import RunFolder, read_json, resolve, write_json, write_text
 from raycv.records import Dataset, FoldResult
@@ -307,10 +307,11 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
 
 
 def _announce_ray(console: Console, placement: "Placement", dashboard: str | None) -> None:
-    gpus = f" and {placement.gpus:g} GPU" if placement.gpus else ", no GPU"
+    gpus = f" and {counted(placement.gpus, 'GPU')}" if placement.gpus else ", no GPU"
     gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
-    say(console, f"Up to {placement.concurrent} folds at once, each with {placement.cpus:g} CPU cores{gpus}.{where}")
+    at_once = f"Up to {counted(placement.concurrent, 'fold')} at once, each with {counted(placement.cpus, 'CPU core')}"
+    say(console, f"{at_once}{gpus}.{where}")
 
 
 def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: dict[str, Any], parent_id: str) -> None:

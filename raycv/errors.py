@@ -49,8 +49,12 @@ class FaultsError(UserError):
         shown = [f"  - {fault}" for fault in self.faults[:most]]
         if len(self.faults) > most:
             shown.append(f"  ... and {len(self.faults) - most} more")
-        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        super().__init__(f"{title}: {count}\n" + "\n".join(shown), remedies=remedies)
+        super().__init__(f"{title}: {counted(len(self.faults), 'fault')}\n" + "\n".join(shown), remedies=remedies)
+
+
+def counted(number: float, noun: str) -> str:
+    """`1 fold`, `2 folds`, `0.5 folds`."""
+    return f"{number:,g} {noun}" if number == 1 else f"{number:,g} {noun}s"
 
 
 def shown(value: object, most: int = 40) -> str:

@@ -8,6 +8,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from raycv.errors import counted
+
 PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",
     "pandas", "tokenizers", "safetensors", "huggingface_hub",
@@ -57,7 +59,7 @@ def describe_device(device: Any) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def _version(name: str) -> str | None:

@@ -364,7 +364,7 @@ def test_statistics_by_hand(tmp_path: Path) -> None:
         content = (tmp_path / f"{name}.csv").read_bytes()
         assert file == {"name": f"{name}.csv", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert json.loads(json.dumps(stats, allow_nan=False)) == stats
-    assert any("1 posts repeat the text of another post" in warning for warning in data.warnings)
+    assert any("1 post with the text of another post" in warning for warning in data.warnings)
 
 
 def test_data_hash_depends_on_the_content_alone(tmp_path: Path) -> None:
