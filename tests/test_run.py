@@ -255,7 +255,7 @@ def test_what_the_user_reads(done, run):
         assert word in result.stdout, word
     assert "…" not in result.stdout
     assert f"Report:        {run / 'report.json'}" in lines
-    assert re.search(r"^MLflow: +mlflow ui --backend-store-uri sqlite:///mlflow.db", result.stdout, re.MULTILINE)
+    assert re.search(r"^MLflow: +\S*mlflow ui --backend-store-uri sqlite:///mlflow.db", result.stdout, re.MULTILINE)
     assert "Ray dashboard while it runs: http://127.0.0.1:" in result.stdout
     assert "Matched pairs per validation fold" in result.stdout
     for k in range(FOLDS):
