@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.corpus import TOKENIZER, encode, pairs_of_posts, synthetic
-from benchmarks.fold import Raycv
+from benchmarks.fold import SMALL, Raycv
 from benchmarks.harness import Result, interleaved, parser, spread
 from benchmarks.models import Shape, TokenCount
 from raycv.encoding import EncodedPairs
@@ -20,25 +20,25 @@ BASE_WORDS = 100
 """Mean words of a post: its double still fits 512 tokens nearly always, so that cost is not capped by the cut."""
 
 
-def data_sets(posts: int) -> dict[str, EncodedPairs]:
+def data_sets(posts: int, words: float) -> dict[str, EncodedPairs]:
     """The base and what grows from it."""
     return {
-        "base": encode(synthetic(posts, words_mean=BASE_WORDS)),
-        "pairs x2": encode(synthetic(2 * posts, words_mean=BASE_WORDS)),
-        "pairs x4": encode(synthetic(4 * posts, words_mean=BASE_WORDS)),
-        "post length x2": encode(synthetic(posts, words_mean=2 * BASE_WORDS)),
-        "criteria 9 -> 27": encode(synthetic(posts, words_mean=BASE_WORDS, criteria=27)),
+        "base": encode(synthetic(posts, words_mean=words)),
+        "pairs x2": encode(synthetic(2 * posts, words_mean=words)),
+        "pairs x4": encode(synthetic(4 * posts, words_mean=words)),
+        "post length x2": encode(synthetic(posts, words_mean=2 * words)),
+        "criteria 9 -> 27": encode(synthetic(posts, words_mean=words, criteria=27)),
     }
 
 
 class Case:
     """One data set under one way of batching, a quarter of its posts held out."""
 
-    def __init__(self, change: str, encoded: EncodedPairs, batching: str) -> None:
+    def __init__(self, shape: Shape, change: str, encoded: EncodedPairs, batching: str) -> None:
         posts = int(encoded.post_of_pair.max()) + 1
         self.val = pairs_of_posts(encoded, range(0, posts, 4))
         self.train = np.setdiff1d(np.arange(len(encoded.labels)), self.val)
-        self.work = Raycv(SHAPE, encoded, f"train.batching={batching}")
+        self.work = Raycv(shape, encoded, f"train.batching={batching}")
         self.count = TokenCount(self.work.model)
         self.row: dict[str, Any] = {"change": change, "batching": batching, "pairs": len(encoded.labels)}
 
@@ -53,16 +53,16 @@ class Case:
 
 def main() -> None:
     options = parser(__doc__, repeats=3).parse_args()
-    posts = 4 if options.small else 24
-    encoded = data_sets(posts)
+    shape, posts, words = (SMALL, 4, 20) if options.small else (SHAPE, 24, BASE_WORDS)
+    encoded = data_sets(posts, words)
     cases = {
-        f"{change}, {batching}": Case(change, data, batching)
+        f"{change}, {batching}": Case(shape, change, data, batching)
         for change, data in encoded.items()
         for batching in BATCHING
     }
     tokens_mean = {change: float(data.lengths.mean()) for change, data in encoded.items()}
     result = Result(
-        "growth", options, **vars(SHAPE), tokenizer=TOKENIZER, dtype="float32", posts=posts, words_mean=BASE_WORDS,
+        "growth", options, **vars(shape), tokenizer=TOKENIZER, dtype="float32", posts=posts, words_mean=words,
         gradient_checkpointing=True, tokens_mean=tokens_mean,
     )  # fmt: skip
     measured = {}

@@ -5,7 +5,6 @@ AdamW's update at its end, which is what makes raycv's cached norms stale: once 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from functools import partial
@@ -69,30 +68,23 @@ def gemm_gflops(dtype: torch.dtype, shape: Shape, device: torch.device) -> float
     return 2 * x.shape[0] * weight.numel() / spread(seconds)["median"] / 1e9
 
 
-def peak_bytes(step: Step, device: torch.device) -> dict[str, int]:
-    """Peak memory of a step, in a process that does nothing else."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        step(micro_batches=2)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        before = _memory("VmRSS")
-        step(micro_batches=2)
-        peak = _memory("VmHWM")
-    return {"peak_bytes": peak, "above_weights_bytes": peak - before}
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Peak memory of a process (on a GPU: of its tensors) that built the layer and ran two micro-batches."""
+    step(micro_batches=2)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
 
 
-def _memory(field: str) -> int:
-    """A field of this process's memory in bytes. (`getrusage` would count the parent's peak.)"""
+def _peak_resident() -> int:
+    """Of this process alone, in bytes: `getrusage` would count its parent's peak."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def peak_in_a_process(variant: str, dtype: str, tokens: int, *, small: bool) -> dict[str, int]:
+def peak_in_a_process(variant: str, dtype: str, tokens: int, *, small: bool) -> int:
     """`peak_bytes` of a variant, measured in a fresh process: a process's peak never falls."""
     command = [sys.executable, "-m", "benchmarks.layer", "--peak", variant, dtype, str(tokens)]
     done = subprocess.run([*command, *(["--small"] if small else [])], capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return int(done.stdout.splitlines()[-1])
 
 
 def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -126,7 +118,7 @@ def main() -> None:
     shape = Shape(64, 172, 4, 1) if options.small else Shape(LLAMA_7B.hidden, LLAMA_7B.intermediate, LLAMA_7B.heads, 1)
     if options.peak:
         variant, dtype, tokens = options.peak
-        print(json.dumps(peak_bytes(Step(variant, shape, DTYPES[dtype], int(tokens), device), device)))  # noqa: T201
+        print(peak_bytes(Step(variant, shape, DTYPES[dtype], int(tokens), device), device))  # noqa: T201
         return
     rates = {name: gemm_gflops(dtype, shape, device) for name, dtype in DTYPES.items()}
     main_dtype = max(rates, key=lambda name: rates[name])
@@ -141,7 +133,7 @@ def main() -> None:
         steps = {variant: Step(variant, shape, DTYPES[dtype], tokens, device) for variant in variants}
         for variant, values in measure(steps, options.repeats, device).items():
             with_peak = (dtype, tokens) == (main_dtype, BAR_TOKENS) and (not options.small or variant == "dora_raycv")
-            peak = peak_in_a_process(variant, dtype, tokens, small=options.small) if with_peak else {}
+            peak = {"peak_bytes": peak_in_a_process(variant, dtype, tokens, small=options.small)} if with_peak else {}
             result.add({"dtype": dtype, "tokens": tokens, "variant": variant, **values, **peak})
     result.add(bars=bars(result.value["rows"], main_dtype))
     result.report()

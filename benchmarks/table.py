@@ -61,7 +61,7 @@ def layer(result: Json) -> list[str]:
         ("adapter", lambda row: titles[row["variant"]]),
         ("seconds", lambda row: seconds(row["seconds"])),
         ("FLOPs / (N·token)", lambda row: f"{row['flops_per_n_token']:.1f}"),
-        ("memory beyond the weights, GB", lambda row: gigabytes(row, "above_weights_bytes")),
+        ("peak memory of a process, GB", lambda row: gigabytes(row, "peak_bytes")),
     ]
     return [intro, "", *table(columns, result["rows"])]
 
@@ -217,7 +217,8 @@ def render(result: Json) -> list[str]:
     load = result.get("load_average", {}).get("end", 0.0)
     if load > environment["cpus"] + 1:
         machine += f" on a busy machine (load {load:.0f} on {environment['cpus']} cores)"
-    lines = [f"`{result['command']}`, {machine}, {versions}", ""]
+    note = f" ({result['note']})" if "note" in result else ""
+    lines = [f"`{result['command']}`, {machine}, {versions}{note}", ""]
     lines += RENDERERS[result["benchmark"]](result)
     if result["bars"]:
         lines.append("")
