@@ -18,6 +18,9 @@ OWED = {
     "gpu": "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one.",
     "layer": "Figures of one real-width layer are still owed: `python -m benchmarks.layer`, on an idle machine.",
     "growth": "Figures of how cost grows are still owed: `python -m benchmarks.growth`, on an idle machine.",
+    "batching": "The study of post_grouped's accuracy is still owed: `python -m benchmarks.batching`, about an hour.",
+    "overhead": "Figures of what a run costs beside its training are still owed: `python -m benchmarks.overhead`.",
+    "scale": "Figures of how folds run in parallel are still owed: `python -m benchmarks.scale`.",
 }
 
 Json = dict[str, Any]
