@@ -95,7 +95,10 @@ class CvConfig(Section):
 class TrainConfig(Section):
     epochs: Positive = Field(description="at most so many epochs (FR-007)")
     patience: Positive = Field(description="stop after so many epochs without a better validation F1 (FR-007)")
-    batch_size: Positive = Field(description="pairs in one micro-batch at the start; halved on out-of-memory (FR-007)")
+    batch_size: Positive = Field(
+        description="pairs in one micro-batch at the start; halved on out-of-memory; where posts are shared, as many "
+        "posts as take the memory of so many pairs (FR-007)"
+    )
     effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
     eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
     share_prefix: bool = Field(
