@@ -81,8 +81,11 @@ def read_info(folder: Path) -> CheckpointInfo:
     return CheckpointInfo(rules=PromptRules(**values["rules"]), **fields)
 
 
-def load_adapter(base: Any, folder: Path) -> "PeftModel":
-    """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode."""
+def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
+    """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode.
+
+    Those of `more` folders lie beside it under names of their own; `folder`'s is the active one.
+    """
     from peft import LoraConfig, PeftModel
 
     from raycv.dora import use_factored
@@ -90,4 +93,7 @@ def load_adapter(base: Any, folder: Path) -> "PeftModel":
 
     float32_head(base)
     config = use_factored(LoraConfig.from_pretrained(str(folder)))
-    return PeftModel.from_pretrained(base, str(folder), config=config).eval()
+    model = PeftModel.from_pretrained(base, str(folder), config=config)
+    for number, other in enumerate(more, 1):
+        model.load_adapter(str(other), adapter_name=f"other_{number}")
+    return model.eval()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from raycv import __version__
-from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate
-from raycv.errors import UserError, shown
+from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate, verbatim_keys
+from raycv.errors import UserError, counted, shown
 from raycv.paths import bundled
 
 S = TypeVar("S", bound=Section)
@@ -32,17 +32,20 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         started = True
         _show_warnings()
         try:
-            body(_checked(schema, config))
+            body(validate(schema, _plain(config) | verbatim))
         except UserError as error:
             # Here already: Hydra would print a line of its own about it.
             raise _refused(name, error) from None
 
-    typed = sys.argv[1:]
+    verbatim: dict[str, str] = {}
+    typed: list[str] = []
     # Hydra then raises what it finds, and it is printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        typed, verbatim = _without_verbatim(sys.argv[1:], schema)
         sys.argv[1:] = _for_hydra(typed, schema)
-        answer = _answer(name, schema, typed, [part for part in sys.argv[1:] if re.match(r"[~+\w]\S*=|~", part)])
+        overrides = [part for part in sys.argv[1:] if re.match(r"[~+\w]\S*=|~", part)]
+        answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
             return
@@ -67,6 +70,37 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
             ],
         )
         raise _refused(name, unread) from None
+
+
+def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:
+    """`arguments` without those of the keys that take free text, and these: Hydra would read grammar into a text.
+
+    Raises: UserError if a text is not UTF-8, or lacks its quotes.
+    """
+    keys = verbatim_keys(schema)
+    rest: list[str] = []
+    texts: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key.lstrip("+") not in keys:
+            rest.append(argument)
+            continue
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            remedies = [f"save the text as UTF-8, and give {key} again"]
+            raise UserError(f"{key}: the text given is not UTF-8.", remedies=remedies) from error
+        texts[key.lstrip("+")] = text
+    stray = [argument for argument in rest if not re.match(r"-|~|\+*[\w./@]+=", argument)]
+    if keys and stray and not {"--cfg", "-c"} & set(rest):
+        raise UserError(
+            f"{counted(len(stray), 'word')} on the command line belong to no key=value.",
+            remedies=[
+                f'quote a text for the shell: {keys[0]}="..."',
+                f"or read it from a file: {keys[0]}_file=post.txt",
+            ],
+        )
+    return rest, texts
 
 
 def _show_warnings() -> None:
@@ -131,7 +165,9 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _answer(name: str, schema: type[Section], typed: list[str], overrides: list[str]) -> str | None:
+def _answer(
+    name: str, schema: type[Section], typed: list[str], overrides: list[str], verbatim: dict[str, str]
+) -> str | None:
     """What the command prints instead of doing its work, if it was asked to; `overrides` as Hydra takes them."""
     if {"-h", "--help"} & set(typed):
         return _usage(name, schema, overrides)
@@ -139,7 +175,7 @@ def _answer(name: str, schema: type[Section], typed: list[str], overrides: list[
         return f"raycv {__version__}\n"
     # Hydra's own would show the values as they stand in the files, unknown keys and all.
     if re.search(r"(?:^|\n)(?:--cfg|-c)(?:=|\n)job(?:$|\n)", "\n".join(typed)):
-        return as_yaml(validate(schema, compose(name, overrides)))
+        return as_yaml(validate(schema, compose(name, overrides) | verbatim))
     if unknown := [part for part in typed if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
         raise UserError(f"There is no option {', '.join(unknown)}.", remedies=remedies)
@@ -184,10 +220,6 @@ def compose(name: str, overrides: list[str], *, missing_ok: bool = False) -> dic
 
     with initialize_config_dir(config_dir=str(bundled("configs")), version_base="1.3"):
         return _plain(hydra_compose(name, overrides), missing_ok=missing_ok)
-
-
-def _checked(schema: type[S], config: object) -> S:
-    return validate(schema, _plain(config))
 
 
 def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:

@@ -20,6 +20,9 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+VERBATIM = "verbatim"
+FreeText = Annotated[str, VERBATIM]
+"""Text that the command line hands over as it stands, whatever it holds."""
 
 
 class Section(BaseModel):
@@ -221,6 +224,46 @@ class AggregateConfig(Section):
     )
 
 
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+
+class InferenceConfig(Section):
+    """How a trained fold computes; the same keys for `raycv.infer` and `raycv.serve`."""
+
+    precision: Precision = Field(
+        description="auto: as it was trained where the device is fast at it, else fp32; int8: 8-bit products on a CPU"
+    )
+    batch_size: Positive = Field(description="rows computed at once; where posts are shared, what takes as much memory")
+
+
+class InferTrackingConfig(Section):
+    uri: NonEmpty | None = Field(
+        description="MLflow tracking URI; null: where the run was tracked; none: the inference is not logged"
+    )
+    experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")
+
+
+class InferConfig(Section):
+    """The config of `python -m raycv.infer`."""
+
+    post: FreeText | None = Field(description="the post, any text, as it stands")
+    criterion: FreeText | None = Field(
+        description="a criterion in any words, or an id (A.4) or symptom name of the run's; null: each of the run's"
+    )
+    post_file: NonEmpty | None = Field(description="file that holds the post (UTF-8); - is standard input")
+    output: NonEmpty = Field(description="text, or json: one JSON value on standard output and nothing else")
+    run: NonEmpty = Field(
+        description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
+    )
+    fold: Literal["best", "ensemble"] | Annotated[int, Field(ge=0)] = Field(
+        description="best: by validation F1; a number; ensemble: the mean of all folds' probabilities and thresholds"
+    )
+    dir: NonEmpty = Field(description="folder that holds the runs")
+    criteria_dir: NonEmpty | None = Field(description="folder with the criteria; null: where training read them")
+    infer: InferenceConfig
+    tracking: InferTrackingConfig
+
+
 class SynthesizeConfig(Section):
     """The config of `python -m raycv.synthesize`."""
 
@@ -270,6 +313,11 @@ def _said(field: FieldInfo) -> str:
 def text_keys(schema: type[Section]) -> set[str]:
     """The keys that take text and nothing else (but null)."""
     return {key for key, field in fields(schema) if _is_text(field.annotation)}
+
+
+def verbatim_keys(schema: type[Section]) -> list[str]:
+    """The keys that take free text."""
+    return [key for key, field in fields(schema) if VERBATIM in str(field.annotation) + str(field.metadata)]
 
 
 def _is_text(annotation: Any) -> bool:

@@ -16,7 +16,7 @@ from raycv.errors import counted
 from raycv.faults import Faults, Kind, listed, named
 from raycv.labels import Labels, Texts, read_labels, read_texts, symptom_of
 from raycv.records import Criterion, Dataset, Pair
-from raycv.sources import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_sources
+from raycv.sources import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_criteria, find_sources
 
 EXPECTED_COUNTS = {"posts": 1484, "criteria": 9, "pairs": 13356}
 """FR-012."""
@@ -51,6 +51,15 @@ def load_dataset(posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", 
     assert criteria is not None
     assert labels is not None
     return _dataset(posts, criteria, labels, pairs, sources)
+
+
+def load_criteria(folder: Path) -> dict[str, Criterion]:
+    """The criteria in `folder` that hold text, sorted by id. Raises: FaultsError naming every fault of the file."""
+    faults = Faults()
+    criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults)
+    faults.raise_any(f"The criteria in {folder} cannot be used")
+    assert criteria is not None
+    return {key: Criterion(key, criteria.texts[key], symptom_of(key)) for key in criteria.kept()}
 
 
 # --- The grid --------------------------------------------------------------------------------------------------------

@@ -78,11 +78,12 @@ class FactoredDoraLinear(PeftLoraLinear):
         weight, _, a, b, _ = self.parts(adapter)
         # In-place updates, as optimizers and load_state_dict make them, count up a tensor's version.
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b))
-        cached = self.__dict__.get("_row_norm")
+        norms = self.__dict__.setdefault("_row_norms", {})
+        cached = norms.get(adapter)
         if cached is None or cached[0] != key:
             with without_autocast(weight.device):
                 cached = (key, factored_norm(weight, self._square_norm(weight), a, b, self.scaling[adapter]))
-            self.__dict__["_row_norm"] = cached
+            norms[adapter] = cached
         return cached[1]
 
     def _square_norm(self, weight: torch.Tensor) -> torch.Tensor:

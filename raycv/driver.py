@@ -269,8 +269,9 @@ def _folds(
 ) -> list[FoldResult]:
     """Trains all folds under Ray, with a child run each and the live view on."""
     from raycv import cv
+    from raycv.callback import FoldRuns
     from raycv.live import LiveView
-    from raycv.tracking import FoldRuns, flat_params
+    from raycv.tracking import flat_params
 
     task = cv.fold_task(config, folder, prepared, placement)
     runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config.model_dump()), cv.FOLD_KEY)

@@ -51,6 +51,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().upper())
 
 
+def is_blank(text: str) -> bool:
+    """Whether `text` holds nothing to read: no character, or only white space and invisible ones."""
+    return not text.strip().strip(_INVISIBLE).strip()
+
+
 # --- Posts and criteria ----------------------------------------------------------------------------------------------
 
 
@@ -69,7 +74,7 @@ class Texts:
 
     def blank(self) -> list[str]:
         """The ids without text, sorted."""
-        return sorted(key for key, text in self.texts.items() if not text.strip().strip(_INVISIBLE).strip())
+        return sorted(key for key, text in self.texts.items() if is_blank(text))
 
     def kept(self) -> list[str]:
         """The ids with text, sorted as plain strings."""

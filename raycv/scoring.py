@@ -88,15 +88,17 @@ class RowScorer:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.no_grad()
-    def check_sharing(self) -> str | None:
+    def check_sharing(self, longest_row: int | None = None) -> str | None:
         """None if sharing prefixes is right for this model, else why not: seen from the logits of a post, not believed.
+
+        `longest_row`: tokens of the longest row there will be, if it is not among these.
 
         A model that is not causal (BERT) reads the prompt's end when it computes its beginning.
         """
         classifier = self._classifier()
         if not can_pack(classifier):
             return f"{type(classifier).__name__} has no causal backbone that takes a mask of its own"
-        longest_row = int(self.encoded.lengths.max())
+        longest_row = longest_row or int(self.encoded.lengths.max())
         window = attention_window(classifier.config)
         if window is not None and window < longest_row:
             return f"the attention of {type(classifier).__name__} sees {window} tokens, and prompts have {longest_row}"

@@ -113,6 +113,13 @@ def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources
     )
 
 
+def find_criteria(criteria_dir: Path, faults: Faults) -> Path | None:
+    """The criteria in `criteria_dir`, where no posts are wanted; None, and a fault, if there are none."""
+    folder = _scan(_spelt_as_on_disk(criteria_dir, faults), Kind.NO_CRITERIA, faults)
+    found = _pick(folder, (CRITERIA,), Kind.NO_CRITERIA, faults) if folder is not None else None
+    return found.path if found else None
+
+
 def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
     """The columns that `table` needs and `columns` lacks, for a message."""
     return [_either(names) for names in COLUMNS[table] if not set(names) & set(columns)]

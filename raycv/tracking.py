@@ -1,4 +1,4 @@
-"""MLflow: the parent run, a child run per fold, and Ray's MLflow callback. The only module that imports mlflow.
+"""MLflow: the parent run, a child run per fold, a run per inference. The only module that imports mlflow.
 
 One writer, the driver: workers write files, and the driver logs them (several processes opening a new SQLite store at
 once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
@@ -12,7 +12,6 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +31,6 @@ from mlflow.entities import Dataset as TrackedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
-from ray.air.integrations.mlflow import MLflowLoggerCallback
 from sqlalchemy.exc import SQLAlchemyError
 
 from raycv.config import TrackingConfig
@@ -56,6 +54,7 @@ RUN_TAG = "raycv.run"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
 BEST_PREFIX = "best_"
+CHECKPOINT = "checkpoint"
 PARAM_LIMIT = 6000
 BATCH_LIMIT = 100
 
@@ -158,7 +157,7 @@ class Tracker:
                 self._client.log_artifacts,
                 run_id,
                 str(folder.checkpoint),
-                "checkpoint",
+                CHECKPOINT,
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
@@ -211,6 +210,35 @@ class Tracker:
         """Copies an artifact of a run into `folder` and returns its path."""
         got = self._call(f"fetch {artifact}", self._client.download_artifacts, run_id, artifact, str(folder))
         return Path(got)
+
+    def checkpoint(self, run_id: str, fetched: Path) -> Path:
+        """The checkpoint folder that a child run logged: where it lies, or from a server fetched into `fetched`."""
+        place = self.run(run_id).info.artifact_uri
+        if place.startswith("file:"):
+            return Path(local_file_uri_to_path(place)) / CHECKPOINT
+        target = fetched / run_id
+        if not (target / CHECKPOINT).is_dir():
+            # Whole or not at all: fetched beside, then moved.
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target) as temporary:
+                got = self.download(run_id, CHECKPOINT, Path(temporary))
+                got.rename(target / CHECKPOINT)
+        return target / CHECKPOINT
+
+    def fold_of(self, run: Run) -> int | None:
+        """The fold of a child run; None for any other run."""
+        return int(run.data.tags[FOLD_TAG]) if FOLD_TAG in run.data.tags else None
+
+    def log_inference(
+        self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> str:
+        """A finished run with what was asked of which model, never a text (user story 3). Returns its id."""
+        run = self._call("start a run", self._client.create_run, experiment_id, run_name="infer", tags=dict(tags))
+        run_id = str(run.info.run_id)
+        self._log_params(run_id, params)
+        self.log_metrics(run_id, metrics)
+        self.finish(run_id, "FINISHED")
+        return run_id
 
     def run(self, run_id: str) -> Run:
         """Raises: UserError if the store has no such run."""
@@ -275,80 +303,6 @@ class Tracker:
             if "out-of-date database schema" in cause:
                 remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
             raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
-
-
-class FoldRuns(MLflowLoggerCallback):
-    """Ray's MLflow callback, logging a child run per fold of the parent.
-
-    Ray's own logs every number that Tune passes on, one request each, under a generated name; this one logs what
-    Tracker chooses. A store that fails on the way stops nothing: what is missing is logged from the run folder later.
-    """
-
-    def __init__(
-        self, config: TrackingConfig, parent_id: str, folder: RunFolder, params: Mapping[str, Any], fold_key: str
-    ) -> None:
-        super().__init__(tracking_uri=absolute_uri(config.uri), experiment_name=config.experiment)
-        self.tracking = config
-        self.parent_id = parent_id
-        self.folder = folder
-        self.params = dict(params)
-        self.fold_key = fold_key
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        super().setup(*args, **kwargs)
-        self.tracker = Tracker(self.tracking.uri)
-        # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
-        # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-
-    def close(self) -> None:
-        """Waits until all that was handed over is logged, or has failed."""
-        if hasattr(self, "_writer"):
-            self._writer.shutdown(wait=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks into its own state; connections and threads stay behind.
-        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs")
-        return {key: value for key, value in self.__dict__.items() if key not in left_behind}
-
-    def log_trial_start(self, trial: Any) -> None:
-        self._try(self._start, trial, trial.config[self.fold_key])
-
-    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        if VAL_LOSS in result:
-            self._try(self._epoch, trial, dict(result))
-
-    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-        self._try(self._finish, trial, trial.config[self.fold_key], failed)
-
-    def _start(self, trial: Any, fold: int) -> None:
-        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
-
-    def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
-        if trial in self._trial_runs:
-            self.tracker.log_epoch(self._trial_runs[trial], result)
-
-    def _finish(self, trial: Any, fold: int, failed: bool) -> None:
-        if trial not in self._trial_runs:
-            return
-        run_id = self._trial_runs[trial]
-        if not failed:
-            folder = self.folder.fold(fold)
-            self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
-        self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
-
-    def _try(self, log: Callable[..., None], *args: Any) -> None:
-        def attempt() -> None:
-            try:
-                log(*args)
-            except UserError as error:
-                logger.warning("not logged for now, the run folder has it: %s", error.what)
-            except Exception:
-                # Nobody reads the future of this thread's work: a bug would pass in silence.
-                logger.exception("logging a fold failed")
-                raise
-
-        self._writer.submit(attempt)
 
 
 def _check_database(database: Path) -> None:

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from raycv.callback import FoldRuns
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
 from raycv.metrics import METRICS
 from raycv.paths import RunFolder, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize
-from raycv.tracking import EPOCH_METRICS, FoldRuns, Tracker, absolute_uri, flat_params
+from raycv.tracking import EPOCH_METRICS, Tracker, absolute_uri, flat_params
 
 
 def config(uri, folder, experiment="raycv"):

@@ -1,0 +1,158 @@
+"""Questions and answers of inference, the same whoever computes them: the command itself, or a resident scorer.
+
+Imports nothing heavy: a client of the scorer needs no more than this.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from raycv.errors import UserError, counted
+from raycv.labels import criterion_code, is_blank
+from raycv.records import LABELS, Criterion
+
+Answer = dict[str, Any]
+"""label, score, threshold, criterion_id, model {run, fold, base}, truncated: plain JSON values, no text."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A post and a criterion: free text, or an id or symptom name of the run's criteria; None is each of them."""
+
+    post: str
+    criterion: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model answers."""
+
+    run: str
+    fold: int | Literal["ensemble"]
+    base: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one pair."""
+
+    score: float
+    """probability of `matched`"""
+    truncated: bool
+    """whether part of the post was left out to fit the prompt"""
+
+
+class Predicts(Protocol):
+    """What scores pairs: `raycv.predict.Predictor`."""
+
+    identity: ModelIdentity
+    threshold: float
+
+    @property
+    def computed_in(self) -> str:
+        """fp32, bf16 or int8."""
+
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
+        """A prediction for each (post, criterion), in their order."""
+
+
+class Answerer:
+    """Turns questions into answers: finds the criteria they name, scores all pairs together, compares, labels."""
+
+    def __init__(self, predictor: Predicts, criteria: Mapping[str, Criterion]) -> None:
+        self.predictor = predictor
+        self.criteria = criteria
+
+    def answer(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        """The answers to each question: one, or where no criterion is given one for each of the run's.
+
+        Raises: UserError naming what is wrong with a question (and its number, of several).
+        """
+        asked: list[tuple[int, str, Criterion]] = []
+        for index, question in enumerate(questions):
+            try:
+                asked += [(index, question.post, criterion) for criterion in self._criteria_of(question)]
+            except UserError as error:
+                if len(questions) == 1:
+                    raise
+                raise UserError(f"Question {index + 1}: {error.what}", remedies=error.remedies) from error
+        answers: list[list[Answer]] = [[] for _ in questions]
+        predictions = self.predictor.predict([(post, criterion.text) for _, post, criterion in asked])
+        for (index, _, criterion), prediction in zip(asked, predictions, strict=True):
+            answers[index].append(self._answer(criterion, prediction))
+        return answers
+
+    def _criteria_of(self, question: Question) -> list[Criterion]:
+        if is_blank(question.post):
+            raise UserError(
+                "The post is empty.", remedies=['give its text: post="..."', "or a file: post_file=post.txt"]
+            )
+        if question.criterion is None:
+            return list(self.criteria.values())
+        return [find_criterion(question.criterion, self.criteria)]
+
+    def _answer(self, criterion: Criterion, prediction: Prediction) -> Answer:
+        threshold = self.predictor.threshold
+        return {
+            "label": LABELS[int(prediction.score >= threshold)],
+            "score": prediction.score,
+            "threshold": threshold,
+            "criterion_id": criterion.criterion_id or None,
+            "model": asdict(self.predictor.identity),
+            "truncated": prediction.truncated,
+        }
+
+
+def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
+    """The criterion that `asked` names by id, symptom name or wording; else `asked` itself, without an id.
+
+    Raises: UserError if `asked` is empty, or looks like an id or a symptom name and is none of the run's.
+    """
+    if is_blank(asked):
+        remedies = ["give a text, or an id like A.4", "leave criterion out to ask for each of the run's"]
+        raise UserError("The criterion is empty.", remedies=remedies)
+    name = asked.strip()
+    code = criterion_code(name)
+    for criterion in criteria.values():
+        known = {criterion.criterion_id, criterion.symptom, criterion.text}
+        if name in known or asked in known or (code and criterion_code(criterion.criterion_id) == code):
+            return criterion
+    if code or re.fullmatch(r"[A-Z]{1,3}[._]?\d{1,3}|[A-Z]+(?:_[A-Z]+)+", name):
+        raise UserError(
+            f"criterion={name}: the run has no such criterion.",
+            remedies=[f"choose one of its ids: {', '.join(criteria)}", "or describe it in your own words"],
+        )
+    return Criterion("", asked)
+
+
+def as_json(answers: Sequence[Answer], *, single: bool) -> str:
+    """One JSON object for a single pair, else a list."""
+    return json.dumps(answers[0] if single else list(answers), ensure_ascii=False) + "\n"
+
+
+def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, single: bool) -> str:
+    """For people: two lines for a single pair, else a table; then which model answered."""
+    first = answers[0]
+    model = first["model"]
+    fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
+    name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
+    if single:
+        key = first["criterion_id"]
+        lines = [
+            f"{first['label']}  (probability {first['score']:.3f}, threshold {first['threshold']:.2f})",
+            f"criterion: {key}{name.get(key, '')}" if key else "criterion: as given",
+        ]
+    else:
+        width = max(len(f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}") for answer in answers)
+        lines = [f"{'criterion':<{width}}  probability  label"]
+        for answer in answers:
+            shown = f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}"
+            lines.append(f"{shown:<{width}}  {answer['score']:>11.3f}  {answer['label']}")
+        lines.append(f"matched: a probability of {first['threshold']:.2f} or more")
+    lines.append(f"model: run {model['run']}, {fold}; {model['base']}")
+    cut = sum(answer["truncated"] for answer in answers)
+    if cut:
+        lines.append("the post was shortened to fit the prompt" + ("" if single else f" ({counted(cut, 'pair')})"))
+    return "\n".join(lines) + "\n"

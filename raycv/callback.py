@@ -1,0 +1,91 @@
+"""Ray's MLflow callback: what Tune passes on becomes child runs. Lives in the driver, beside Tune's event loop."""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+from raycv.config import TrackingConfig
+from raycv.errors import UserError
+from raycv.metrics import VAL_LOSS
+from raycv.paths import RunFolder
+from raycv.records import FoldResult
+from raycv.tracking import Tracker, absolute_uri
+
+logger = logging.getLogger(__name__)
+
+
+class FoldRuns(MLflowLoggerCallback):
+    """Ray's MLflow callback, logging a child run per fold of the parent.
+
+    Ray's own logs every number that Tune passes on, one request each, under a generated name; this one logs what
+    Tracker chooses. A store that fails on the way stops nothing: what is missing is logged from the run folder later.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, parent_id: str, folder: RunFolder, params: Mapping[str, Any], fold_key: str
+    ) -> None:
+        super().__init__(tracking_uri=absolute_uri(config.uri), experiment_name=config.experiment)
+        self.tracking = config
+        self.parent_id = parent_id
+        self.folder = folder
+        self.params = dict(params)
+        self.fold_key = fold_key
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        super().setup(*args, **kwargs)
+        self.tracker = Tracker(self.tracking.uri)
+        # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
+        # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+
+    def close(self) -> None:
+        """Waits until all that was handed over is logged, or has failed."""
+        if hasattr(self, "_writer"):
+            self._writer.shutdown(wait=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks into its own state; connections and threads stay behind.
+        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs")
+        return {key: value for key, value in self.__dict__.items() if key not in left_behind}
+
+    def log_trial_start(self, trial: Any) -> None:
+        self._try(self._start, trial, trial.config[self.fold_key])
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        if VAL_LOSS in result:
+            self._try(self._epoch, trial, dict(result))
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        self._try(self._finish, trial, trial.config[self.fold_key], failed)
+
+    def _start(self, trial: Any, fold: int) -> None:
+        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
+
+    def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
+        if trial in self._trial_runs:
+            self.tracker.log_epoch(self._trial_runs[trial], result)
+
+    def _finish(self, trial: Any, fold: int, failed: bool) -> None:
+        if trial not in self._trial_runs:
+            return
+        run_id = self._trial_runs[trial]
+        if not failed:
+            folder = self.folder.fold(fold)
+            self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
+        self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
+
+    def _try(self, log: Callable[..., None], *args: Any) -> None:
+        def attempt() -> None:
+            try:
+                log(*args)
+            except UserError as error:
+                logger.warning("not logged for now, the run folder has it: %s", error.what)
+            except Exception:
+                # Nobody reads the future of this thread's work: a bug would pass in silence.
+                logger.exception("logging a fold failed")
+                raise
+
+        self._writer.submit(attempt)

@@ -1,0 +1,157 @@
+"""`python -m raycv.infer post="..." criterion="..."`: matched or unmatched, and how sure (user story 3)."""
+
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raycv import __version__
+from raycv.answers import Answer, Answerer, Question, as_json, as_text
+from raycv.cli import run_command
+from raycv.config import InferConfig
+from raycv.errors import UserError
+from raycv.records import Criterion
+from raycv.runs import LOCAL_URI, Chosen, choose
+
+logger = logging.getLogger("raycv.infer")
+
+JSON = "json"
+STDIN = "-"
+NOT_TRACKED = "none"
+
+
+def infer(config: InferConfig) -> None:
+    """Answers one question on standard output, and logs to MLflow what was asked of which model, without the text.
+
+    Raises: UserError if something is missing: the post, the run, its checkpoint, the base model.
+    """
+    question = read_question(config)
+    started = time.monotonic()
+    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
+    answerer = load_answerer(chosen, config)
+    loaded = time.monotonic()
+    answers = answerer.answer([question])[0]
+    seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
+    show(answers, answerer.criteria, config, single=question.criterion is not None)
+    log_inference(config, chosen, question, answers, answerer.predictor.computed_in, seconds)
+
+
+def read_question(config: InferConfig) -> Question:
+    """What the user asks. Raises: UserError if there is no post, or two, or the file cannot be read."""
+    if (config.post is None) == (config.post_file is None):
+        there = "no post is given" if config.post is None else "post and post_file are both given"
+        remedies = ['give the text: post="..."', "or a file that holds it: post_file=post.txt (- is standard input)"]
+        raise UserError(f"There is nothing to answer: {there}.", remedies=remedies)
+    if config.output not in ("text", JSON):
+        raise UserError(f"output={config.output}: must be text or json.", remedies=["output=json"])
+    return Question(config.post if config.post is not None else _read_post(str(config.post_file)), config.criterion)
+
+
+def _read_post(file: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=["post_file=<file>"]) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedies = ["save it as UTF-8"]
+        raise UserError(f"post_file={file} is not UTF-8 (byte {error.start}).", remedies=remedies) from error
+
+
+def load_answerer(chosen: Chosen, config: Any) -> Answerer:
+    """The model of `chosen` with the criteria of its run. `config`: has `infer` and `criteria_dir`.
+
+    Raises: UserError if either cannot be had.
+    """
+    from raycv.checkpoint import read_info
+
+    infos = [read_info(folder) for folder in chosen.checkpoints]
+    criteria = read_criteria(infos[0].criteria_dir, infos[0].criteria_hash, config.criteria_dir)
+    # Here: a mistyped run or an unknown criterion is told before torch is imported.
+    from raycv.predict import Predictor
+
+    return Answerer(Predictor(chosen.checkpoints, config.infer, logger.warning), criteria)
+
+
+def read_criteria(trained_with: str, trained_hash: str, given: str | None) -> dict[str, Criterion]:
+    """The criteria to ask for, from `given` or where training read them; a warning if their wording differs."""
+    from raycv.data import criteria_hash, load_criteria
+    from raycv.paths import resolve
+
+    criteria = load_criteria(Path(resolve(given or trained_with)))
+    if criteria_hash(criteria) != trained_hash:
+        logger.warning(
+            "the criteria in %s are not worded as those that the model was trained with: its scores may be off",
+            given or trained_with,
+        )
+    return criteria
+
+
+def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
+    """Prints the answers and nothing else to standard output."""
+    text = as_json(answers, single=single) if config.output == JSON else as_text(answers, criteria, single=single)
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.flush()
+
+
+def _tracking_uri(config: InferConfig) -> str | None:
+    return None if config.tracking.uri in (None, NOT_TRACKED) else config.tracking.uri
+
+
+def log_inference(
+    config: InferConfig,
+    chosen: Chosen,
+    question: Question,
+    answers: Sequence[Answer],
+    precision: str,
+    seconds: dict[str, float],
+) -> None:
+    """One MLflow run: model, threshold, versions, latency, lengths and hashes of the texts. Never fails the answer."""
+    if config.tracking.uri == NOT_TRACKED:
+        return
+    from raycv.config import TrackingConfig
+    from raycv.tracking import Tracker
+    from raycv.utils import describe_environment
+
+    uri = _tracking_uri(config) or chosen.tracking_uri or LOCAL_URI
+    versions = describe_environment()["packages"]
+    params = {
+        **{f"model.{key}": value for key, value in answers[0]["model"].items()},
+        "checkpoints": ", ".join(map(str, chosen.checkpoints)),
+        "threshold": answers[0]["threshold"],
+        "criterion_ids": ", ".join(str(answer["criterion_id"] or "free text") for answer in answers),
+        "precision": precision,
+        **text_facts("post", question.post),
+        **(text_facts("criterion", question.criterion) if question.criterion is not None else {}),
+        **{f"versions.{name}": versions[name] for name in ("raycv", "torch", "transformers", "peft")},
+    }
+    metrics = {**seconds, "pairs": len(answers), "matched": sum(answer["label"] == "matched" for answer in answers)}
+    try:
+        tracker = Tracker(uri)
+        artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
+        experiment = tracker.open_experiment(
+            TrackingConfig(uri=uri, artifacts=artifacts, experiment=config.tracking.experiment)
+        )
+        tracker.log_inference(experiment, {"raycv.version": __version__, "raycv.run": chosen.run}, params, metrics)
+    except UserError as error:
+        logger.warning("the answer stands, but is not in MLflow: %s", error.what)
+
+
+def text_facts(name: str, text: str) -> dict[str, Any]:
+    """What may be known of a text: its length, and a hash to find it again by."""
+    return {
+        f"{name}.characters": len(text),
+        f"{name}.sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+    }
+
+
+def main() -> None:
+    run_command("infer", InferConfig, infer)
+
+
+if __name__ == "__main__":
+    main()

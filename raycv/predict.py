@@ -1,0 +1,186 @@
+"""A fold's checkpoint, or several, -> probabilities of pairs. Prompt, long posts and threshold are the checkpoint's."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raycv.answers import ModelIdentity, Prediction
+from raycv.base import fetch_base
+from raycv.checkpoint import CheckpointInfo, load_adapter, read_info
+from raycv.config import InferenceConfig, Precision
+from raycv.encoding import EncodedPairs, PromptEncoder
+from raycv.errors import UserError
+from raycv.loading import load_classifier, load_tokenizer
+from raycv.memory import MicroBatch
+from raycv.prompts import render
+from raycv.scoring import RowScorer
+
+CHUNK_PAIRS = 2304
+"""Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
+
+Computed = Literal["fp32", "bf16", "int8"]
+
+
+class Predictor:
+    """Scores (post, criterion) pairs with one checkpoint, or with the mean of several of one run."""
+
+    def __init__(
+        self, checkpoints: Sequence[Path], config: InferenceConfig, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`tell`: gets what a user should know: a fallback, a smaller batch.
+
+        Raises: UserError if a checkpoint is missing, damaged or not of the same run, or its base cannot be had.
+        """
+        infos = [read_info(folder) for folder in checkpoints]
+        _check_kin(infos, checkpoints)
+        self.info = infos[0]
+        self.identity = ModelIdentity(
+            self.info.run, "ensemble" if len(infos) > 1 else self.info.fold, self.info.base_model
+        )
+        self.threshold = statistics.fmean(info.threshold for info in infos)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = choose_precision(config.precision, self.info.precision, self.device)
+        base = fetch_base(self.info.base_model, self.info.base_revision)
+        tokenizer = load_tokenizer(base)
+        self.encoder = PromptEncoder(tokenizer, self.info.rules)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        classifier = load_classifier(base, tokenizer, dtype, seed=0, device=str(self.device))
+        # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
+        self.model = load_adapter(classifier, *checkpoints)
+        self.adapters = list(self.model.peft_config)
+        self._batch = MicroBatch(config.batch_size, tell)
+        self._share = self._check_sharing(tell)
+
+    @property
+    def computed_in(self) -> str:
+        """fp32, bf16 or int8."""
+        return self.precision
+
+    @torch.inference_mode()
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
+        """A prediction for each (post text, criterion text), in their order; neither may be empty.
+
+        A post is computed once for all its criteria. Raises: UserError if a criterion is too long for the prompt.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(pairs), CHUNK_PAIRS):
+            encoded, truncated = self._encode(pairs[start : start + CHUNK_PAIRS])
+            scores = self._scores(encoded)
+            predictions += [Prediction(float(score), cut) for score, cut in zip(scores, truncated, strict=True)]
+        return predictions
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> tuple[EncodedPairs, list[bool]]:
+        """The pairs as token rows, and of each whether its post was cut."""
+        fitted: dict[tuple[str, int], tuple[int, Any]] = {}
+        prompts: list[str] = []
+        pair_of_row: list[int] = []
+        post_of_pair: list[int] = []
+        truncated: list[bool] = []
+        limits = {criterion: self._post_limit(criterion) for criterion in {criterion for _, criterion in pairs}}
+        for index, (post, criterion) in enumerate(pairs):
+            key = (post, limits[criterion])
+            if key not in fitted:
+                encoder = PromptEncoder(self.encoder.tokenizer, replace(self.encoder.rules, post_limit=key[1]))
+                fitted[key] = (len(fitted), encoder.fit(post))
+            number, fit = fitted[key]
+            prompts += [render(text, criterion) for text in fit.texts]
+            pair_of_row += [index] * len(fit.texts)
+            post_of_pair.append(number)
+            mode, most = self.encoder.rules.long_post, self.encoder.rules.max_length
+            cut = self.encoder.count(prompts[-1]) > most if mode == "none" else fit.shortened and mode != "sliding"
+            truncated.append(bool(cut))
+        input_ids, lengths = self.encoder.tokens(prompts)
+        encoded = EncodedPairs(
+            input_ids=input_ids,
+            lengths=lengths,
+            pair_of_row=np.array(pair_of_row, dtype=np.int32),
+            labels=np.zeros(len(pairs), dtype=np.int64),
+            post_of_pair=np.array(post_of_pair, dtype=np.int32),
+            pad_id=int(self.encoder.tokenizer.pad_token_id),
+        )
+        return encoded, truncated
+
+    def _post_limit(self, criterion: str) -> int:
+        """Tokens that a post may take beside `criterion`: training's limit, less where the criterion is longer."""
+        rules, count = self.encoder.rules, self.encoder.count
+        empty = count(render("", ""))
+        room = rules.max_length - (count(render("", criterion)) - empty)
+        if rules.long_post != "none" and room <= empty:
+            raise UserError(
+                f"The criterion and the question take {rules.max_length - room + empty} of the prompt's "
+                f"{rules.max_length} tokens, which leaves no room for a post.",
+                remedies=["shorten the criterion"],
+            )
+        return min(rules.post_limit, room)
+
+    def _scores(self, encoded: EncodedPairs) -> np.ndarray:
+        """float64 [P]: the probability of each pair, the maximum over its windows, the mean over the folds."""
+        scorer = RowScorer(self.model, encoded, self.device, self._autocast)
+        rows = scorer.sorted(np.arange(len(encoded.lengths)), share=self._share)
+        total = np.zeros(len(encoded.labels))
+        for adapter in self.adapters:
+            self.model.set_adapter(adapter)
+            scores = np.zeros(len(encoded.labels))
+            logits = self._logits(scorer, rows)
+            np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits.double(), dim=-1)[:, 1].numpy())
+            total += scores
+        return total / len(self.adapters)
+
+    def _logits(self, scorer: RowScorer, rows: np.ndarray) -> torch.Tensor:
+        """Logits [R, 2] of sorted `rows`, in batches that fit the memory."""
+        done: list[torch.Tensor] = []
+
+        def work(size: int) -> torch.Tensor:
+            for batch in scorer.batches(rows, size, share=self._share):
+                done.append(scorer.logits(batch, share=self._share).cpu())
+            return torch.cat(done)
+
+        return self._batch.run(work, done.clear)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def _check_sharing(self, tell: Callable[[str], None]) -> bool:
+        """Whether a post may be computed once for several criteria: seen from the logits of a short one."""
+        encoded, _ = self._encode([("a post", "one"), ("a post", "another")])
+        trouble = RowScorer(self.model, encoded, self.device, self._autocast).check_sharing(
+            self.encoder.rules.max_length
+        )
+        if trouble is not None:
+            tell(f"every pair is computed on its own: {trouble}")
+        return trouble is None
+
+
+def choose_precision(asked: Precision, trained: str, device: torch.device) -> Computed:
+    """The type that a model computes in. `auto` is the one that it was trained in, if `device` is fast at it.
+
+    int8 is never chosen for the user, since it may flip labels.
+    """
+    if asked != "auto":
+        return asked
+    if trained != "bf16":
+        return "fp32"
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _check_kin(infos: Sequence[CheckpointInfo], folders: Sequence[Path]) -> None:
+    """Raises: UserError if the checkpoints do not belong together."""
+    for info, folder in zip(infos, folders, strict=True):
+        for field in ("base_model", "base_revision", "rules", "criteria_hash"):
+            if getattr(info, field) != getattr(infos[0], field):
+                raise UserError(f"{folder} is of another run than {folders[0]}: its {field} differs.")

@@ -1,0 +1,194 @@
+"""Which run, which fold: from what the user names to checkpoint folders. Imports nothing heavy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from raycv.checkpoint import MANIFEST, read_info
+from raycv.errors import UserError
+from raycv.paths import RunFolder, read_json
+from raycv.records import FoldResult
+from raycv.report import best_fold
+
+if TYPE_CHECKING:
+    from raycv.tracking import Tracker
+
+Fold = int | Literal["best", "ensemble"]
+ENSEMBLE: Literal["ensemble"] = "ensemble"
+LATEST = "latest"
+LOCAL_URI = "sqlite:///mlflow.db"
+QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoints that answer, and where their run was tracked."""
+
+    run: str
+    fold: int | Literal["ensemble"]
+    checkpoints: tuple[Path, ...]
+    """absolute; one, or for an ensemble one per fold"""
+    tracking_uri: str | None
+
+
+def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
+    """The checkpoint(s) of `run`, which is a checkpoint folder, `latest`, a name or folder in `runs`, or an MLflow id.
+
+    Raises: UserError if there is no such run, or it has no such fold.
+    """
+    path = Path(run)
+    if (path / MANIFEST).is_file():
+        return _from_checkpoint(path.absolute(), fold)
+    folder = _finished_run(runs) if run == LATEST else find_run(runs, run)
+    if folder is not None:
+        return _from_folder(folder, fold)
+    if path.is_dir():
+        raise UserError(
+            f"run={run} is neither a run's folder nor a checkpoint: it has no config.yaml and no {MANIFEST}.",
+            remedies=["name a folder like runs/<name>, or runs/<name>/fold_<k>/checkpoint"],
+        )
+    return _from_mlflow(run, fold, runs, tracking_uri or LOCAL_URI)
+
+
+def find_run(runs: Path, run: str) -> RunFolder | None:
+    """The folder of the run named `run`, or for `latest` of the newest whose folds are all finished, else the newest.
+
+    None if there is none of that name.
+
+    Raises: UserError if `latest` is asked for and there is no run at all.
+    """
+    if run != LATEST:
+        # A name, or the path of the folder, as the shell completes it.
+        named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+        return next((RunFolder(folder.absolute()) for folder in named), None)
+    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
+    if not made:
+        remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
+        raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
+    return RunFolder(([path for path in made if _is_finished(RunFolder(path.parent))] or made)[-1].parent)
+
+
+def folds_of(config_file: Path) -> int:
+    """How many folds the run was asked for. Raises: UserError if its config does not say."""
+    try:
+        return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
+
+
+def open_tracker(uri: str) -> "Tracker":
+    """The MLflow store at `uri`. Raises: UserError if its password or its database is missing."""
+    from raycv.tracking import Tracker
+
+    if "***" in uri:
+        raise UserError(
+            f"The run was tracked at {uri}, whose password was not written down.",
+            remedies=["give the whole address as the tracking URI: http://user:password@host"],
+        )
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).is_file():
+        raise UserError(
+            f"The MLflow database {Path(database).absolute()} does not exist.",
+            remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
+        )
+    return Tracker(uri)
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    try:
+        return len(_finished_folds(folder)) == folds_of(folder.config)
+    except UserError:
+        return False
+
+
+def _finished_folds(folder: RunFolder) -> list[int]:
+    return [fold for fold in range(folds_of(folder.config)) if folder.fold(fold).result.is_file()]
+
+
+def _finished_run(runs: Path) -> RunFolder:
+    folder = find_run(runs, LATEST)
+    assert folder is not None
+    if not _is_finished(folder):
+        raise UserError(
+            f"No run in {runs.absolute()} is finished.",
+            remedies=[
+                QUICKSTART,
+                f"take a finished fold of an unfinished run: run={folder.root.name} fold=<k>",
+                "name the folder that holds the runs: dir=<folder>",
+            ],
+        )
+    return folder
+
+
+def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
+    info = read_info(folder)
+    if fold not in ("best", info.fold):
+        raise UserError(
+            f"fold={fold}: {folder} is the checkpoint of fold {info.fold} alone.",
+            remedies=["leave fold out", "name the run instead of the checkpoint: run=<name>"],
+        )
+    # The tracking store of the run that the folder lies in, if it still lies in one.
+    return Chosen(info.run, info.fold, (folder,), _tracked_at(RunFolder(folder.parent.parent)))
+
+
+def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
+    finished, asked = _finished_folds(folder), folds_of(folder.config)
+    if isinstance(fold, int) and fold not in finished:
+        there = f"it has fold 0 to {asked - 1}" if fold >= asked else "that fold is not finished"
+        remedies = [f"choose a finished one: {_listed(finished)}" if finished else QUICKSTART]
+        raise UserError(f"fold={fold}: run {folder.root.name} has no such checkpoint: {there}.", remedies=remedies)
+    if not isinstance(fold, int) and len(finished) < asked:
+        remedies = [f"choose a finished fold: {_listed(finished)}" if finished else QUICKSTART, "finish the run"]
+        what = f"fold={fold}: {len(finished)} of {asked} folds of run {folder.root.name} are finished."
+        raise UserError(what, remedies=remedies)
+    if fold == "best":
+        fold = best_fold([FoldResult.read(folder.fold(number).result) for number in finished])
+    taken = finished if fold == ENSEMBLE else [fold]
+    checkpoints = tuple(folder.fold(number).checkpoint for number in taken)
+    return Chosen(folder.root.name, fold, checkpoints, _tracked_at(folder))
+
+
+def _listed(folds: Sequence[int]) -> str:
+    return " or ".join(f"fold={fold}" for fold in folds)
+
+
+def _tracked_at(folder: RunFolder) -> str | None:
+    return str(read_json(folder.tracking)["uri"]) if folder.tracking.is_file() else None
+
+
+def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
+    """The checkpoints that a run logged to MLflow; those that are not files here are fetched once."""
+    remedies = ["the newest run: run=latest", f"the runs there are: ls {runs}", "another folder: dir=<folder>"]
+    try:
+        tracker = open_tracker(uri)
+        asked = tracker.run(run)
+    except UserError as error:
+        raise UserError(
+            f"run={run} is neither a run in {runs.absolute()} nor an MLflow run: {error.what}", remedies=remedies
+        ) from error
+    children, number = tracker.children(run), tracker.fold_of(asked)
+    if number is not None:
+        children = {number: asked}
+    finished = {k: child for k, child in children.items() if child.info.status == "FINISHED"}
+    if not finished:
+        what = f"run={run} is an MLflow run, but neither a finished cross-validation nor a fold of one."
+        raise UserError(what, remedies=remedies)
+    taken = _taken(run, fold, finished, asked.data.metrics)
+    places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
+    return Chosen(read_info(places[0]).run, fold if fold == ENSEMBLE else taken[0], places, uri)
+
+
+def _taken(run: str, fold: Fold, finished: dict[int, Any], metrics: dict[str, float]) -> list[int]:
+    if fold == ENSEMBLE:
+        return sorted(finished)
+    best = next(iter(finished)) if len(finished) == 1 else int(metrics.get("best_fold", -1))
+    wanted = best if fold == "best" else fold
+    if wanted not in finished:
+        raise UserError(
+            f"fold={fold}: the MLflow run {run} has no such finished fold.",
+            remedies=[f"choose one: {_listed(sorted(finished))}"],
+        )
+    return [wanted]
