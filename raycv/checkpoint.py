@@ -9,12 +9,14 @@ from raycv.errors import UserError
 from raycv.paths import read_json, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
+from raycv.retry import cause_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 MANIFEST = "raycv.json"
 FORMAT = 1
+DAMAGED = ("take another fold: fold=<k>", "copy the checkpoint again, or train the fold again")
 VERSIONED = ("raycv", "torch", "transformers", "peft")
 
 
@@ -72,28 +74,41 @@ def read_info(folder: Path) -> CheckpointInfo:
             remedies=["name a folder like runs/<name>/fold_<k>/checkpoint"],
         )
     values = read_json(manifest)
-    if values.get("format") != FORMAT:
+    if not isinstance(values, dict) or "format" not in values:
+        raise UserError(f"{manifest} is damaged: it does not say its format.", remedies=DAMAGED)
+    if values["format"] != FORMAT:
         raise UserError(
-            f"{manifest} has format {values.get('format')!r}; this raycv reads format {FORMAT}.",
+            f"{manifest} has format {values['format']!r}; this raycv reads format {FORMAT}.",
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
-    fields = {name: values[name] for name in CheckpointInfo.__dataclass_fields__ if name != "rules"}
-    return CheckpointInfo(rules=PromptRules(**values["rules"]), **fields)
+    try:
+        fields = {name: values[name] for name in CheckpointInfo.__dataclass_fields__ if name != "rules"}
+        return CheckpointInfo(rules=PromptRules(**values["rules"]), **fields)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{manifest} is damaged: {error} is missing or not what it should be.", remedies=DAMAGED
+        ) from error
 
 
 def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
     """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode.
 
     Those of `more` folders lie beside it under names of their own; `folder`'s is the active one.
+    Raises: UserError if one of them is damaged or does not fit the base.
     """
     from peft import LoraConfig, PeftModel
+    from safetensors import SafetensorError
 
     from raycv.dora import use_factored
     from raycv.model import float32_head
 
     float32_head(base)
-    config = use_factored(LoraConfig.from_pretrained(str(folder)))
-    model = PeftModel.from_pretrained(base, str(folder), config=config)
-    for number, other in enumerate(more, 1):
-        model.load_adapter(str(other), adapter_name=f"other_{number}")
+    current = folder
+    try:
+        config = use_factored(LoraConfig.from_pretrained(str(folder)))
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+        for number, current in enumerate(more, 1):
+            model.load_adapter(str(current), adapter_name=f"other_{number}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"The adapter in {current} cannot be loaded: {cause_of(error)}", remedies=DAMAGED) from error
     return model.eval()

@@ -82,7 +82,11 @@ def read_criteria(trained_with: str, trained_hash: str, given: str | None) -> di
     from raycv.data import criteria_hash, load_criteria
     from raycv.paths import resolve
 
-    criteria = load_criteria(Path(resolve(given or trained_with)))
+    try:
+        criteria = load_criteria(Path(resolve(given or trained_with)))
+    except UserError as error:
+        remedies = ["name the folder that holds the run's criteria: criteria_dir=<folder>"]
+        raise UserError(error.what, remedies=remedies) from error
     if criteria_hash(criteria) != trained_hash:
         logger.warning(
             "the criteria in %s are not worded as those that the model was trained with: its scores may be off",

@@ -17,6 +17,8 @@ import yaml
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
+from raycv.cli import compose
+
 ROOT = Path(__file__).parent.parent
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
@@ -179,6 +181,43 @@ def test_readmes_way_to_open_a_checkpoint_works_as_written(run):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"[01]\.\d{3} (un)?matched\n", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def posts():
+    return pd.read_csv(ROOT / "data/sample/posts.csv", dtype={"post_id": str}).set_index("post_id")["post"]
+
+
+def test_inference_finds_the_predictions_again(run, predictions, posts):
+    """FR-008: training and inference share prompts, long posts, criteria and thresholds, so scores are the same."""
+    from raycv.answers import Question
+    from raycv.config import InferConfig, validate
+    from raycv.infer import load_answerer
+    from raycv.runs import choose
+
+    config = validate(InferConfig, compose("infer", []))
+    for fold in (0, 3):
+        answerer = load_answerer(choose("first", fold, run.parent, None), config)
+        expected = predictions[fold]
+        questions = [
+            Question(posts[post_id], criterion_id)
+            for post_id, criterion_id in zip(expected["post_id"], expected["criterion_id"], strict=True)
+        ]
+        found = [answer for answers in answerer.answer(questions) for answer in answers]
+        assert [answer["criterion_id"] for answer in found] == list(expected["criterion_id"])
+        np.testing.assert_allclose([answer["score"] for answer in found], expected["score"], atol=1e-5)
+
+
+def test_the_infer_command_answers_from_the_latest_run_and_from_mlflow(done, report, predictions, posts, mlflow_runs):
+    _, parent, _ = mlflow_runs
+    row = predictions[report["best_fold"]].iloc[0]
+    question = (f"post={posts[row['post_id']]}", f"criterion={row['criterion_id']}", "output=json")
+    for which in ("latest", parent.info.run_id):
+        result = raycv("infer", *question, f"run={which}", cwd=done[0])
+        assert result.returncode == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert answer["score"] == pytest.approx(row["score"], abs=1e-5)
+        assert (answer["model"]["fold"], answer["criterion_id"]) == (report["best_fold"], row["criterion_id"])
 
 
 def test_files_with_scores_are_the_users_alone(run):

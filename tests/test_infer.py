@@ -1,0 +1,362 @@
+"""Inference of one question: which model answers, texts that pass untouched, what is printed, logged and refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from toy import Recorder, Toy, toy_base, train_config
+
+from raycv.answers import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
+from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.cli import run_command
+from raycv.config import InferConfig
+from raycv.data import criteria_hash
+from raycv.errors import UserError
+from raycv.infer import read_question, text_facts
+from raycv.paths import RunFolder, write_json, write_text
+from raycv.records import Criterion, FoldResult
+from raycv.runs import choose
+from raycv.train import FoldTrainer
+
+TRAIN, VAL = np.arange(30), np.arange(30, 48)
+CANARY = "w3 w5 zebra-canary"
+
+
+def make_run(folder: Path, name: str = "toy", folds: int = 2) -> Path:
+    """A finished run of toy folds, as the driver leaves it, with MLflow in `folder`."""
+    toy = Toy(toy_base(folder))
+    write_text(
+        folder / "criteria" / "criteria.csv",
+        "criterion_id,criterion\n" + "".join(f"{c.criterion_id},{c.text}\n" for c in toy.dataset.criteria.values()),
+    )
+    run = RunFolder(folder / "runs" / name)
+    for fold in range(folds):
+        model = toy.model(seed=fold, dropout=0.1)
+        outcome = FoldTrainer(model, toy.encoded, train_config(epochs=1, seed=fold), "fp32", Recorder()).fit(TRAIN, VAL)
+        info = CheckpointInfo(
+            base_model=toy.base.name,
+            base_revision=None,
+            rules=toy.encoder.rules,
+            threshold=0.4 + 0.1 * fold,
+            criteria=dict.fromkeys(toy.dataset.criteria),
+            criteria_hash=criteria_hash(toy.dataset.criteria),
+            criteria_dir=str(folder / "criteria"),
+            run=name,
+            fold=fold,
+            epoch=1,
+            precision="fp32",
+        )
+        files = run.fold(fold)
+        files.checkpoint.mkdir(parents=True)
+        save_checkpoint(files.checkpoint, model, toy.tokenizer, info)
+        metrics = dict.fromkeys(("precision", "recall", "f1", "accuracy", "roc_auc"), 0.5 + fold / 10)
+        result = FoldResult(fold, info.threshold, 1, 1, metrics, 1.0, 30, 18, 9, [], [], {})
+        write_json(files.result, asdict(result))
+        pairs = [toy.dataset.pairs[index] for index in VAL]
+        rows = [
+            f"{pair.post_id},{pair.criterion_id},{pair.label},{score!r}"
+            for pair, score in zip(pairs, map(float, outcome.val_scores), strict=True)
+        ]
+        write_text(files.predictions, "\n".join(["post_id,criterion_id,label,score", *rows]) + "\n")
+    write_text(run.config, yaml.safe_dump({"cv": {"folds": folds}}))
+    write_json(run.tracking, {"uri": f"sqlite:///{folder / 'mlflow.db'}", "parent_run_id": "0" * 32})
+    write_json(run.report, {})
+    return run.root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("infer"))
+
+
+def infer(*overrides: str, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "raycv.infer", *overrides],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+        **({"stdin": subprocess.DEVNULL} if "input" not in options else {}),
+        **options,
+    )
+
+
+# --- Text passes untouched -------------------------------------------------------------------------------------------
+
+NASTY = [
+    "I can't sleep, \"really\"; a=b, c: d {e: [f, g]} ${oc.env:HOME} ${post} ??? \\ \\' 'x",
+    "-leading dash",
+    "--cfg job\n--help\n-h",
+    "null",
+    "~",
+    "???",
+    "a\n\tb\r\nc",
+    "🙂 לא ישן 日本語 é",
+    "${now:%Y}",
+    "[1,2",
+    "x" * 100_000,
+    " padded ",
+    "= == +post=",
+]
+
+
+def through_the_command_line(monkeypatch, *arguments: str) -> InferConfig:
+    got: list[InferConfig] = []
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", *arguments])
+    run_command("infer", InferConfig, got.append)
+    return got[0]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_free_text_is_free_text(monkeypatch, text):
+    config = through_the_command_line(monkeypatch, f"post={text}", "run=x", f"criterion={text}", "fold=3")
+    assert (config.post, config.criterion, config.run, config.fold) == (text, text, "x", 3)
+
+
+ARGUMENT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=60)
+
+
+@given(post=ARGUMENT, criterion=ARGUMENT)
+@example(post="${oc.env:HOME}", criterion="'\"\\'")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_arrives_as_it_was(monkeypatch, post, criterion):
+    config = through_the_command_line(monkeypatch, f"criterion={criterion}", f"post={post}")
+    assert (config.post, config.criterion) == (post, criterion)
+
+
+def test_a_text_without_quotes_is_refused_without_repeating_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", "post=I", "feel", "terrible"])
+    with pytest.raises(SystemExit) as stopped:
+        run_command("infer", InferConfig, print)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "quote a text for the shell" in said
+    assert "terrible" not in said
+
+
+def test_bytes_that_are_no_utf8_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", "post=caf\udce9"])
+    with pytest.raises(SystemExit) as stopped:
+        run_command("infer", InferConfig, print)
+    assert stopped.value.code == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+# --- Which model answers ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_fold_of_the_newest_finished_run_answers_unless_told(run):
+    runs = run.parent
+    chosen = choose("latest", "best", runs, None)
+    assert (chosen.run, chosen.fold) == ("toy", 1)
+    assert chosen.checkpoints == (run / "fold_1" / "checkpoint",)
+    assert chosen.tracking_uri == f"sqlite:///{runs.parent / 'mlflow.db'}"
+    assert choose("toy", 0, runs, None).checkpoints == (run / "fold_0" / "checkpoint",)
+    assert len(choose(str(run), "ensemble", runs, None).checkpoints) == 2
+    folder = run / "fold_0" / "checkpoint"
+    assert choose(str(folder), "best", runs, None).checkpoints == (folder,)
+
+
+@pytest.mark.parametrize(
+    ("name", "fold", "said"),
+    [
+        ("toy", 7, "it has fold 0 to 1"),
+        ("nothing", "best", "neither a run in"),
+        ("{run}/fold_0", "best", "neither a run's folder nor a checkpoint"),
+        ("{run}/fold_0/checkpoint", 1, "is the checkpoint of fold 0 alone"),
+        ("{run}/fold_0/checkpoint", "ensemble", "is the checkpoint of fold 0 alone"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_with_a_remedy(run, tmp_path, monkeypatch, name, fold, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said) as refused:
+        choose(name.format(run=run), fold, run.parent, None)
+    assert refused.value.remedies
+
+
+def test_without_a_finished_run_the_quickstart_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)There is no run.*experiment=quickstart"):
+        choose("latest", "best", tmp_path, None)
+    write_text(tmp_path / "half" / "config.yaml", "cv: {folds: 2}")
+    with pytest.raises(UserError, match=r"(?s)No run in .* is finished.*experiment=quickstart"):
+        choose("latest", "best", tmp_path, None)
+
+
+# --- Criteria and answers --------------------------------------------------------------------------------------------
+
+CRITERIA = {"A.1": Criterion("A.1", "low mood", "DEPRESSED_MOOD"), "X9": Criterion("X9", "other words")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("A.1", "A.1"),
+        (" a1 ", "A.1"),
+        ("DEPRESSED_MOOD", "A.1"),
+        ("depressed mood", "A.1"),
+        ("low mood", "A.1"),
+        ("X9", "X9"),
+        ("is sad about the rain", ""),
+        ("sleepless", ""),
+    ],
+)
+def test_a_criterion_is_found_by_id_symptom_or_wording_else_taken_as_text(asked, found):
+    criterion = find_criterion(asked, CRITERIA)
+    assert criterion.criterion_id == found
+    assert criterion.text == (CRITERIA[found].text if found else asked)
+
+
+@pytest.mark.parametrize("asked", ["A.4", "SLEEP_ISSUES", "B12", "NO_SUCH_NAME"])
+def test_an_unknown_id_is_refused_and_the_known_ones_are_named(asked):
+    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1, X9"):
+        find_criterion(asked, CRITERIA)
+
+
+class Fixed:
+    """Says 0.5 of everything, at a threshold of 0.5: the border is matched."""
+
+    identity = ModelIdentity("r", 2, "base")
+    threshold = 0.5
+    computed_in = "fp32"
+
+    def predict(self, pairs):
+        return [
+            Prediction(0.5 if criterion == "low mood" else 0.499, post.startswith("long")) for post, criterion in pairs
+        ]
+
+
+def test_answers_keep_the_order_of_questions_and_criteria():
+    answers = Answerer(Fixed(), CRITERIA).answer([Question("p"), Question("long p", "A.1"), Question("p", "free")])
+    assert [[(a["criterion_id"], a["label"]) for a in each] for each in answers] == [
+        [("A.1", "matched"), ("X9", "unmatched")],
+        [("A.1", "matched")],
+        [(None, "unmatched")],
+    ]
+    assert [each[0]["truncated"] for each in answers] == [False, True, False]
+    assert json.loads(as_json(answers[1], single=True)) == {
+        "label": "matched",
+        "score": 0.5,
+        "threshold": 0.5,
+        "criterion_id": "A.1",
+        "model": {"run": "r", "fold": 2, "base": "base"},
+        "truncated": True,
+    }
+    assert isinstance(json.loads(as_json(answers[0], single=False)), list)
+    assert "A.1 DEPRESSED_MOOD" in as_text(answers[0], CRITERIA, single=False)
+
+
+@pytest.mark.parametrize("post", ["", " \n\t", "\u200b\ufeff"])
+def test_an_empty_post_or_criterion_is_refused(post):
+    with pytest.raises(UserError, match="The post is empty"):
+        Answerer(Fixed(), CRITERIA).answer([Question(post)])
+    with pytest.raises(UserError, match=r"Question 2: The criterion is empty"):
+        Answerer(Fixed(), CRITERIA).answer([Question("p"), Question("p", post)])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "no post is given"),
+        (("post=a", "post_file=b"), "both given"),
+        (("post_file=missing.txt",), "cannot be read"),
+        (("post_file=.",), "cannot be read"),
+        (("post=a", "output=xml"), "must be text or json"),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_refused(monkeypatch, tmp_path, given, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        read_question(through_the_command_line(monkeypatch, *given))
+
+
+def test_a_post_file_is_read_as_it_stands(monkeypatch, tmp_path):
+    (tmp_path / "post.txt").write_bytes("\ufeffzwei\r\nZeilen ${x}".encode())
+    config = through_the_command_line(monkeypatch, f"post_file={tmp_path / 'post.txt'}")
+    assert read_question(config).post == "zwei\r\nZeilen ${x}"
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_question(through_the_command_line(monkeypatch, f"post_file={tmp_path / 'latin.txt'}"))
+
+
+def test_of_a_text_only_length_and_hash_are_logged():
+    facts = text_facts("post", "abc")
+    assert facts == {
+        "post.characters": 3,
+        "post.sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_json_object_and_logs_no_text(run):
+    cwd = run.parent.parent
+    done = infer(f"post={CANARY}", "criterion=C1", "output=json", cwd=cwd)
+    assert done.returncode == 0, done.stderr.decode()
+    answer = json.loads(done.stdout)
+    assert list(answer) == ["label", "score", "threshold", "criterion_id", "model", "truncated"]
+    assert answer["model"] == {"run": "toy", "fold": 1, "base": str(cwd / "base")}
+    assert answer["label"] == ("matched" if answer["score"] >= answer["threshold"] else "unmatched")
+    assert done.stdout.count(b"\n") == 1
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{cwd / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("raycv-inference")
+    [logged] = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["model.run"] == "toy"
+    assert float(logged.data.params["threshold"]) == answer["threshold"]
+    assert logged.data.params["post.characters"] == str(len(CANARY))
+    assert {"seconds_load", "seconds_answer", "pairs"} <= set(logged.data.metrics)
+    for file in cwd.rglob("*"):
+        if file.is_file():
+            assert b"zebra-canary" not in file.read_bytes(), file
+
+
+def test_the_answer_comes_although_tracking_is_away(run):
+    post = f"post={CANARY}"
+    done = infer(post, "criterion=C0", "tracking.uri=sqlite:////proc/no/mlflow.db", cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr.decode()
+    assert re.match(rb"(un)?matched  \(probability 0\.\d{3}, threshold 0\.50\)\n", done.stdout)
+    assert b"the answer stands, but is not in MLflow" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_standard_input_and_all_criteria(run):
+    done = infer("post_file=-", "output=json", "tracking.uri=none", cwd=run.parent.parent, input=CANARY.encode())
+    assert done.returncode == 0, done.stderr.decode()
+    assert [answer["criterion_id"] for answer in json.loads(done.stdout)] == ["C0", "C1", "C2"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda checkpoint: (checkpoint / "raycv.json").write_text("{"), "is damaged"),
+        (lambda checkpoint: (checkpoint / "raycv.json").write_text('{"format": 1}'), "is damaged"),
+        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x" * 50), "cannot be loaded"),
+        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").unlink(), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_without_a_traceback(tmp_path, damage, said, monkeypatch, capsys):
+    run = make_run(tmp_path, folds=1)
+    damage(run / "fold_0" / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", "post=x", "tracking.uri=none"])
+    from raycv.infer import infer as body
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command("infer", InferConfig, body)
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "What to do" in told or "not JSON" in told
