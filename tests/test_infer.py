@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -323,6 +324,7 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
             assert b"zebra-canary" not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_the_answer_comes_although_tracking_is_away(run):
     post = f"post={CANARY}"
     done = infer(post, "criterion=C0", "tracking.uri=sqlite:////proc/no/mlflow.db", cwd=run.parent.parent)
@@ -332,6 +334,7 @@ def test_the_answer_comes_although_tracking_is_away(run):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_standard_input_and_all_criteria(run):
     done = infer("post_file=-", "output=json", "tracking.uri=none", cwd=run.parent.parent, input=CANARY.encode())
     assert done.returncode == 0, done.stderr.decode()
@@ -347,11 +350,10 @@ def test_standard_input_and_all_criteria(run):
         (lambda checkpoint: (checkpoint / "adapter_model.safetensors").unlink(), "cannot be loaded"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_without_a_traceback(tmp_path, damage, said, monkeypatch, capsys):
-    run = make_run(tmp_path, folds=1)
-    damage(run / "fold_0" / "checkpoint")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["raycv.infer", "post=x", "tracking.uri=none"])
+def test_a_damaged_checkpoint_is_refused_without_a_traceback(run, tmp_path, damage, said, monkeypatch, capsys):
+    checkpoint = shutil.copytree(run / "fold_0" / "checkpoint", tmp_path / "checkpoint")
+    damage(checkpoint)
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", "post=x", f"run={checkpoint}", "tracking.uri=none"])
     from raycv.infer import infer as body
 
     with pytest.raises(SystemExit) as stopped:
