@@ -381,7 +381,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
             output.append(scored(source)[0])
             with pytest.raises(UserError, match="Another process"), ScoreFile(output.output, (), 0, {}).opened():
                 pass
-        with output.opened(), pytest.raises(UserError, match=r"were computed in fp32.*\n.*infer.precision=fp32"):
+        with output.opened(), pytest.raises(UserError, match=r"were computed in fp32(.|\n)*infer\.precision=fp32"):
             output.append(ScoredChunk(2, 2, 0.5, "bf16"))
     (tmp_path / "out.csv.part").write_bytes(b"row")
     next((tmp_path / "out.parquet.parts").iterdir()).unlink()
@@ -402,19 +402,19 @@ def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, e
     def command(output: Path) -> list[str]:
         return [sys.executable, "-c", SMALL_CHUNKS, *arguments(checkpoint, source, output)]
 
-    subprocess.run(command(whole), check=True, timeout=300, cwd=ROOT)
+    subprocess.run(command(whole), check=True, timeout=800, cwd=ROOT)
     state = tmp_path / f"broken.{ending}.state.json"
     for records in (60, 240):
         process = subprocess.Popen(command(broken), cwd=ROOT)
-        deadline = time.monotonic() + 120
-        while not state.exists() or json.loads(state.read_text())["records"] < records:
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while not state.exists() or json.loads(state.read_text())["records"] < records:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.005)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
         assert not broken.exists()
-    done = subprocess.run(command(broken), check=True, timeout=300, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(broken), check=True, timeout=800, cwd=ROOT, capture_output=True, text=True)
     assert "continues after" in done.stderr
     assert broken.read_bytes() == whole.read_bytes()
     assert not state.exists()
