@@ -251,7 +251,17 @@ class InferConfig(Section):
         description="a criterion in any words, or an id (A.4) or symptom name of the run's; null: each of the run's"
     )
     post_file: NonEmpty | None = Field(description="file that holds the post (UTF-8); - is standard input")
-    output: NonEmpty = Field(description="text, or json: one JSON value on standard output and nothing else")
+    input: NonEmpty | None = Field(
+        description="file of many pairs (.csv, .jsonl, .parquet): post or text, and a criterion or criterion_id a row; "
+        "without such a column each post is asked for every criterion, or for criterion="
+    )
+    output: NonEmpty = Field(
+        description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "
+        "(.csv, .jsonl, .parquet)"
+    )
+    engine: Literal["local", "ray"] = Field(
+        description="who scores input: this process, or Ray Data over a cluster; the same scores"
+    )
     run: NonEmpty = Field(
         description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
     )

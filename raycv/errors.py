@@ -53,8 +53,9 @@ class FaultsError(UserError):
 
 
 def counted(number: float, noun: str) -> str:
-    """`1 fold`, `2 folds`, `0.5 folds`."""
-    return f"{number:,g} {noun}" if number == 1 else f"{number:,g} {noun}s"
+    """`1 fold`, `2 folds`, `0.5 folds`, `1,000,000 folds`."""
+    shown = f"{number:,g}" if isinstance(number, float) else f"{number:,}"
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
 def shown(value: object, most: int = 40) -> str:

@@ -24,10 +24,13 @@ NOT_TRACKED = "none"
 
 
 def infer(config: InferConfig) -> None:
-    """Answers one question on standard output, and logs to MLflow what was asked of which model, without the text.
+    """Answers a question on standard output, or a file of them in a file; MLflow gets which model was asked, no text.
 
     Raises: UserError if something is missing: the post, the run, its checkpoint, the base model.
     """
+    if config.input is not None:
+        score_many(config)
+        return
     question = read_question(config)
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
@@ -37,6 +40,28 @@ def infer(config: InferConfig) -> None:
     seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
     show(answers, answerer.criteria, config, single=question.criterion is not None)
     log_inference(config, chosen, question, answers, answerer.predictor.computed_in, seconds)
+
+
+def score_many(config: InferConfig) -> None:
+    """Scores the pairs of `config.input` into `config.output`.
+
+    Raises: UserError as `infer`, or if the input or the output cannot be used.
+    """
+    from raycv.many import Recipe, check_asked, facts, local_engine, score_file
+
+    check_asked(config)
+    started = time.monotonic()
+    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
+    criteria = criteria_of(chosen, config)
+    recipe = Recipe(chosen.checkpoints, config.infer)
+    if config.engine == "ray":
+        from raycv.ray_scoring import ray_engine
+
+        engine = ray_engine(recipe)
+    else:
+        engine = local_engine(lambda: recipe.load(logger.warning))
+    params, counts = facts(score_file(config, chosen, criteria, engine), config)
+    log_run(config, chosen, params, {**counts, "seconds": time.monotonic() - started})
 
 
 def read_question(config: InferConfig) -> Question:
@@ -67,14 +92,19 @@ def load_answerer(chosen: Chosen, config: Any) -> Answerer:
 
     Raises: UserError if either cannot be had.
     """
-    from raycv.checkpoint import read_info
-
-    infos = [read_info(folder) for folder in chosen.checkpoints]
-    criteria = read_criteria(infos[0].criteria_dir, infos[0].criteria_hash, config.criteria_dir)
+    criteria = criteria_of(chosen, config)
     # Here: a mistyped run or an unknown criterion is told before torch is imported.
     from raycv.predict import Predictor
 
     return Answerer(Predictor(chosen.checkpoints, config.infer, logger.warning), criteria)
+
+
+def criteria_of(chosen: Chosen, config: Any) -> dict[str, Criterion]:
+    """The criteria of `chosen`'s run. `config`: has `criteria_dir`. Raises: UserError if they cannot be read."""
+    from raycv.checkpoint import read_info
+
+    info = read_info(chosen.checkpoints[0])
+    return read_criteria(info.criteria_dir, info.criteria_hash, config.criteria_dir)
 
 
 def read_criteria(trained_with: str, trained_hash: str, given: str | None) -> dict[str, Criterion]:
@@ -114,7 +144,21 @@ def log_inference(
     precision: str,
     seconds: dict[str, float],
 ) -> None:
-    """One MLflow run: model, threshold, versions, latency, lengths and hashes of the texts. Never fails the answer."""
+    """One MLflow run: threshold, latency, lengths and hashes of the texts, and what `log_run` adds."""
+    params = {
+        "model.base": answers[0]["model"]["base"],
+        "threshold": answers[0]["threshold"],
+        "criterion_ids": ", ".join(str(answer["criterion_id"] or "free text") for answer in answers),
+        "precision": precision,
+        **text_facts("post", question.post),
+        **(text_facts("criterion", question.criterion) if question.criterion is not None else {}),
+    }
+    metrics = {**seconds, "pairs": len(answers), "matched": sum(answer["label"] == "matched" for answer in answers)}
+    log_run(config, chosen, params, metrics)
+
+
+def log_run(config: InferConfig, chosen: Chosen, params: dict[str, Any], metrics: dict[str, float]) -> None:
+    """One MLflow run with `params` and `metrics`, which model it was, and versions. Never fails the answer."""
     if config.tracking.uri == NOT_TRACKED:
         return
     from raycv.config import TrackingConfig
@@ -124,16 +168,12 @@ def log_inference(
     uri = _tracking_uri(config) or chosen.tracking_uri or LOCAL_URI
     versions = describe_environment()["packages"]
     params = {
-        **{f"model.{key}": value for key, value in answers[0]["model"].items()},
+        "model.run": chosen.run,
+        "model.fold": chosen.fold,
         "checkpoints": ", ".join(map(str, chosen.checkpoints)),
-        "threshold": answers[0]["threshold"],
-        "criterion_ids": ", ".join(str(answer["criterion_id"] or "free text") for answer in answers),
-        "precision": precision,
-        **text_facts("post", question.post),
-        **(text_facts("criterion", question.criterion) if question.criterion is not None else {}),
+        **params,
         **{f"versions.{name}": versions[name] for name in ("raycv", "torch", "transformers", "peft")},
     }
-    metrics = {**seconds, "pairs": len(answers), "matched": sum(answer["label"] == "matched" for answer in answers)}
     try:
         tracker = Tracker(uri)
         artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")

@@ -114,7 +114,7 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
     if row.broken and not key:
         return None
     same = key if key in found.places else found.codes.get(code or "")
-    if fault := _id_fault(key, is_criterion=table == CRITERIA):
+    if fault := id_fault(key, is_criterion=table == CRITERIA):
         faults.add(Kind.ID, found.path, f"{id_column} {fault}", row.place)
         found.places.setdefault(key, row.place)
         return None
@@ -129,7 +129,8 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
     return key
 
 
-def _id_fault(key: str, *, is_criterion: bool) -> str | None:
+def id_fault(key: str, *, is_criterion: bool) -> str | None:
+    """What is wrong with `key` as an id, if anything."""
     if not key:
         return "is empty"
     if len(key) > _ID_LIMIT:

@@ -62,6 +62,10 @@ class Predictor:
         """fp32, bf16 or int8."""
         return self.precision
 
+    def check_criterion(self, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a post in the prompt."""
+        self._post_limit(criterion)
+
     @torch.inference_mode()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post text, criterion text), in their order; neither may be empty.

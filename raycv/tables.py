@@ -114,7 +114,7 @@ def _records(path: Path, report: Report) -> Generator[tuple[int, list[str]], Non
 
     Raises: UnreadableError where the rest of the file cannot be read.
     """
-    with _field_limit():
+    with field_limit():
         # strict: without it a stray quote is dropped from the text, and an unclosed one swallows the rest of the file.
         reader = csv.reader(_lines(path, report), strict=True)
         while True:
@@ -142,7 +142,7 @@ def _csv_fault(message: str, line: int) -> UnreadableError:
 
 
 @contextmanager
-def _field_limit() -> Iterator[None]:
+def field_limit() -> Iterator[None]:
     """The csv module's limit is one for the whole process: set while a file is read, then put back."""
     before = csv.field_size_limit(FIELD_LIMIT)
     try:
@@ -152,7 +152,7 @@ def _field_limit() -> Iterator[None]:
 
 
 def _lines(path: Path, report: Report) -> Iterator[str]:
-    with _opened(path) as file:
+    with opened(path) as file:
         number = 0
         while line := file.readline(LINE_LIMIT + 1):
             number += 1
@@ -181,8 +181,11 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
-    """`path` as text: a byte order mark is skipped, line ends are kept, bytes that are not UTF-8 become surrogates."""
+def opened(path: Path) -> Iterator[io.TextIOWrapper]:
+    """`path` as text: a byte order mark is skipped, line ends are kept, bytes that are not UTF-8 become surrogates.
+
+    Raises: UnreadableError if it is no regular file, or starts as no UTF-8 text does.
+    """
     check_file(path)
     try:
         binary = path.open("rb")
@@ -244,7 +247,7 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
         broken = not (isinstance(criterion_id, str) and isinstance(text, str))
         if broken:
             report(Kind.JSON, "needs `id` and `text`, both strings", place)
-        elif not _is_unicode(f"{criterion_id}{text}") or "\0" in f"{criterion_id}{text}":
+        elif not is_unicode(f"{criterion_id}{text}") or "\0" in f"{criterion_id}{text}":
             # JSON can escape what no UTF-8 file can hold; the tokenizer and the hashes would fail on it.
             report(Kind.ENCODING, "an escape \\uXXXX that is no character", place)
             broken = True
@@ -256,5 +259,6 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
     return rows
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: no surrogates, which stand for escapes or for bytes that are no character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

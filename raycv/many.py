@@ -1,0 +1,232 @@
+"""Many pairs: `python -m raycv.infer input=pairs.csv output=scores.csv`. Reads, scores, writes chunk after chunk.
+
+Here or over a Ray cluster: the chunks are the same, and so are the scores. Imports nothing heavy.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from raycv import __version__
+from raycv.answers import Predicts
+from raycv.checkpoint import MANIFEST
+from raycv.config import InferConfig, InferenceConfig
+from raycv.data import criteria_hash
+from raycv.errors import UserError, counted
+from raycv.live import duration, say
+from raycv.pairs import BadRow, Chunk, PairSource, open_source, pair_file
+from raycv.records import Criterion
+from raycv.runs import Chosen
+from raycv.scores import PairScore, Progress, ScoredChunk, ScoreFile, check_output
+
+FIRST_BAD = 10
+"""Bad rows that are shown; all of them stand in `<output>.errors.csv`."""
+PLAIN_SECONDS = 30
+"""Between two lines of progress where there is no terminal."""
+IDENTITY_BYTES = 1_000_000
+
+
+class PairScorer(Predicts, Protocol):
+    """What scores chunks: `raycv.predict.Predictor`."""
+
+    def check_criterion(self, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a post."""
+
+
+Engine = Callable[[PairSource, int], Generator[ScoredChunk, None, None]]
+"""Scores the chunks of a source after so many records, in their order."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a scorer is made of, wherever it is made."""
+
+    checkpoints: tuple[Path, ...]
+    infer: InferenceConfig
+
+    def load(self, tell: Callable[[str], None]) -> PairScorer:
+        """Raises: UserError if a checkpoint or its base cannot be had."""
+        from raycv.predict import Predictor
+
+        return Predictor(self.checkpoints, self.infer, tell)
+
+
+def check_asked(config: InferConfig) -> None:
+    """Raises: UserError if the config asks for a file and a single post at once, or has no file to write."""
+    given = [name for name in ("post", "post_file") if getattr(config, name) is not None]
+    if given:
+        what = f"input and {given[0]} are both given: many pairs, or one?"
+        raise UserError(what, remedies=[f"leave {given[0]} out", "leave input out"])
+    check_output(Path(config.output))
+
+
+def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Criterion], engine: Engine) -> Progress:
+    """Scores `config.input` into `config.output`; returns the counts of all that is there, earlier parts included.
+
+    Raises: UserError if the input cannot be read, nothing of it can be scored, or the output is not to be continued.
+    """
+    console = Console(stderr=True)
+    source = open_source(Path(str(config.input)), criteria, config.criterion)
+    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen))
+    with output.opened():
+        begun = output.progress
+        if begun.records:
+            say(console, f"continues after {counted(begun.records, 'record')}")
+        try:
+            with closing(engine(source, begun.records)) as scored, ProgressView(console, source, begun) as view:
+                for chunk in scored:
+                    output.append(chunk)
+                    view.update(chunk, output.progress)
+        except KeyboardInterrupt:
+            done = counted(output.progress.records, "record")
+            say(console, f"{done} are scored and kept; the same command continues after them")
+            raise
+        output.finish()
+    say(console, summary(output))
+    return output.progress
+
+
+def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:
+    """What the scores depend on, by names that a message can use. The engine is not among it.
+
+    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it.
+    """
+    stat = source.path.stat()
+    with source.path.open("rb") as file:
+        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
+    asked = source.asked.text if source.asked else ""
+    return {
+        "the size of the input": stat.st_size,
+        "the time of the input": stat.st_mtime_ns,
+        "the beginning of the input": head,
+        "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
+        "the criteria": criteria_hash(source.criteria),
+        "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
+        "the records of a chunk": source.chunk_records,
+        "the version of raycv": __version__,
+    }
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """Of the adapter, the head, the threshold and the prompt's rules; the base model is named by the manifest."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def local_engine(load: Callable[[], PairScorer]) -> Engine:
+    """Scores in this process. `load` is called once, when there is something to score."""
+
+    def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
+        scorer = None
+        for chunk in source.chunks(done):
+            scorer = scorer or load()
+            yield score_chunk(chunk, scorer)
+
+    return scored
+
+
+def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
+    """The scores of a chunk. A pair whose criterion is too long for the prompt is another bad row."""
+    too_long: dict[str, str] = {}
+    for text in dict.fromkeys(pair.criterion.text for pair in chunk.pairs):
+        try:
+            scorer.check_criterion(text)
+        except UserError as error:
+            too_long[text] = error.what
+    pairs = [pair for pair in chunk.pairs if pair.criterion.text not in too_long]
+    predictions = scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
+    scores = [
+        PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
+        for pair, prediction in zip(pairs, predictions, strict=True)
+    ]
+    long = [BadRow(pair.line, too_long[pair.criterion.text]) for pair in chunk.pairs if pair.criterion.text in too_long]
+    bad = sorted([*chunk.bad, *long], key=lambda row: row.line)
+    return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
+
+
+class ProgressView:
+    """How far it is and how long it will take: a bar on a terminal, a line now and then elsewhere. Shows bad rows."""
+
+    def __init__(self, console: Console, source: PairSource, begun: Progress) -> None:
+        self._console = console
+        file = pair_file(source.path)
+        self._place, self._total = file.place, max(file.total, 1)
+        self._began = self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        self._shown = 0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(f"{begun.pairs:,} pairs", total=self._total, left="")
+
+    def __enter__(self) -> "ProgressView":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, chunk: ScoredChunk, progress: Progress) -> None:
+        """`progress`: the counts with `chunk`."""
+        for bad in chunk.bad[: max(FIRST_BAD - self._shown, 0)]:
+            say(self._console, f"{self._place} {bad.line}: {bad.reason}")
+        self._shown += len(chunk.bad)
+        left = self._left(chunk.position)
+        pairs = f"{progress.pairs:,} pairs" + (f", {counted(progress.bad, 'bad row')}" if progress.bad else "")
+        self._bar.update(self._task, completed=chunk.position, description=pairs, left=left)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            share = chunk.position / self._total
+            say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs} scored" + (left and f", {left}"))
+
+    def _left(self, position: int) -> str:
+        """At the pace since the first chunk, before which the model is loaded."""
+        if self._first is None:
+            self._first = position, time.monotonic()
+            return ""
+        start, began = self._first
+        pace = (time.monotonic() - began) / max(position - start, 1)
+        return f"about {duration(pace * (self._total - position))} left"
+
+
+def summary(output: ScoreFile) -> str:
+    """What the user reads at the end."""
+    progress = output.progress
+    lines = [
+        f"{counted(progress.pairs, 'pair')} scored, {progress.matched:,} matched (probability of "
+        f"{progress.threshold:.2f} or more): {output.output}"
+    ]
+    if progress.truncated:
+        lines.append(f"{counted(progress.truncated, 'pair')}: the post was shortened to fit the prompt")
+    if progress.bad:
+        lines.append(f"{counted(progress.bad, 'bad row')} skipped: {output.errors}")
+    return "\n".join(lines)
+
+
+def facts(progress: Progress, config: InferConfig) -> tuple[dict[str, Any], dict[str, float]]:
+    """Parameters and metrics for MLflow: counts, sizes and hashes, never text."""
+    params = {
+        "engine": config.engine,
+        "threshold": progress.threshold,
+        "precision": progress.precision,
+        "input.bytes": progress.identity["the size of the input"],
+        "input.sha256_of_the_first_mb": progress.identity["the beginning of the input"],
+    }
+    names: Sequence[str] = ("records", "pairs", "matched", "truncated", "bad")
+    return params, {name: float(getattr(progress, name)) for name in names}

@@ -1,0 +1,123 @@
+"""The Ray Data seam of inference: one reader, its chunks scored by actors over the cluster, streamed back in order."""
+
+import pickle
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from raycv.config import ResourcesConfig
+from raycv.cv import ray_cluster
+from raycv.errors import UserError
+from raycv.many import Engine, PairScorer, Recipe, score_chunk
+from raycv.pairs import PairSource
+from raycv.scores import ScoredChunk
+
+# Ray and what it reads from the environment on import are set up in raycv.cv.
+import ray  # isort: skip
+import ray.data  # isort: skip
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
+
+CHUNK, SCORED = "chunk", "scored"
+_CLUSTER = ResourcesConfig(
+    gpus_per_fold="auto", cpus_per_fold="auto", workers_per_fold=1, autoscaling=False, ray_logs=False
+)
+
+
+def ray_engine(recipe: Recipe) -> Engine:
+    """Scores over the cluster of RAY_ADDRESS or of this machine, or over one that is started for it."""
+
+    def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
+        with ray_cluster(_CLUSTER):
+            for row in _dataset(recipe, source, done).iter_rows():
+                found = pickle.loads(row[SCORED])
+                if isinstance(found, UserError):
+                    raise found
+                yield found
+
+    return scored
+
+
+def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
+    """A row for each chunk, in the order of the file: the pickled ScoredChunk, or the UserError that ends it all."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A block is a chunk: Ray would gather small ones up to 128 MB before it hands any on.
+    context.target_max_block_size = 1
+    scorers, cpus, gpus = _shares()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # The file is read on this machine alone: the other nodes need not see it.
+    chunks = ray.data.read_datasource(
+        _Chunks(source, done), override_num_blocks=1, num_cpus=0, ray_remote_args={"scheduling_strategy": here}
+    )
+    return chunks.map_batches(
+        _ChunkScorer,
+        fn_constructor_args=(recipe.load,),
+        batch_size=1,
+        concurrency=scorers,
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+
+
+def _shares() -> tuple[int, float, float]:
+    """How many scorers there are, and the cores and GPUs of each.
+
+    A GPU each, where there are any. Else a node each with its cores, all of one number: that of threads is part of what
+    a score is, in its last digits.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus:
+        return gpus, 1, 1
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        raise UserError("The Ray cluster has neither GPUs nor cores.", remedies=["engine=local", "add a node to it"])
+    return sum(core // min(cores) for core in cores), min(cores), 0
+
+
+class _Chunks(ray.data.Datasource):
+    """The chunks of a file after `done` records, pickled, as they are read."""
+
+    def __init__(self, source: PairSource, done: int) -> None:
+        super().__init__()
+        self._source = source
+        self._done = done
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        source, done = self._source, self._done
+
+        def read() -> Iterable[pyarrow.Table]:
+            try:
+                for chunk in source.chunks(done):
+                    yield pyarrow.table({CHUNK: [pickle.dumps(chunk)]})
+            except UserError as error:
+                yield pyarrow.table({CHUNK: [pickle.dumps(error)]})
+
+        metadata = ray.data.block.BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ray.data.ReadTask(read, metadata)]
+
+
+class _ChunkScorer:
+    """An actor with a model, which it loads with the first chunk."""
+
+    def __init__(self, load: Callable[[Callable[[str], None]], PairScorer]) -> None:
+        self._load = load
+        self._scorer: PairScorer | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        # An error travels as a result: Ray would wrap it, and print the traceback of every actor.
+        found = pickle.loads(batch[CHUNK][0])
+        if not isinstance(found, UserError):
+            try:
+                self._scorer = self._scorer or self._load(lambda text: None)
+                found = score_chunk(found, self._scorer)
+            except UserError as error:
+                found = error
+        return {SCORED: [pickle.dumps(found)]}

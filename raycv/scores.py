@@ -1,0 +1,350 @@
+"""Scores of many pairs on disk: written as they come, continued after an interruption, moved into place when complete.
+
+Beside `<output>` while it grows: `.part` (for Parquet `.parts/`, a file a chunk), `.state.json`, `.lock`; and
+`.errors.csv`, which stays if rows were bad. A chunk counts once `.state.json` says so; what was written after that is
+cut back. All of them can be read by the user alone, and none holds text.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from raycv.errors import UserError
+from raycv.pairs import FORMATS, BadRow
+from raycv.paths import read_json, replaced, write_text
+from raycv.records import LABELS
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """The score of one pair. `ids`: the values of the input's id columns."""
+
+    row: int
+    ids: tuple[str, ...]
+    criterion_id: str | None
+    score: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What became of a chunk. Holds no text."""
+
+    records: int
+    position: int
+    threshold: float
+    precision: str
+    scores: list[PairScore] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is on disk for good."""
+
+    identity: dict[str, Any]
+    """what the scores depend on; they are continued with the same alone"""
+    records: int = 0
+    pairs: int = 0
+    matched: int = 0
+    truncated: int = 0
+    bad: int = 0
+    precision: str | None = None
+    threshold: float | None = None
+    part_bytes: int = 0
+    errors_bytes: int = 0
+
+
+class Sink(Protocol):
+    """Where rows go while the output is not complete."""
+
+    def resume(self, progress: Progress) -> None:
+        """Cuts back what came after `progress`. Raises: UserError if less than that is there."""
+
+    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
+        """Writes the rows of the chunk that begins after `records` records; returns the bytes that are there now."""
+
+    def finish(self, output: Path) -> None:
+        """Moves everything to `output`."""
+
+    def discard(self) -> None:
+        """Removes everything."""
+
+
+class ScoreFile:
+    """The output of one run over a file, and of those that continue it."""
+
+    def __init__(self, output: Path, ids: Sequence[str], fold: int | str, identity: Mapping[str, Any]) -> None:
+        """`ids`: names of the id columns; `identity`: what the scores depend on, plain JSON values."""
+        self.output = output
+        self.errors = _beside(output, "errors.csv")
+        self.progress = Progress(dict(identity))
+        self._fold = fold
+        self._state = _beside(output, "state.json")
+        columns = ("row", *ids, "criterion_id", "label", "score", "threshold", "fold", "truncated")
+        if output.suffix.casefold() == ".parquet":
+            self._sink: Sink = _ParquetParts(_beside(output, "parts"), columns, type(fold))
+        else:
+            line_of = _json_line if output.suffix.casefold() == ".jsonl" else _csv_line
+            self._sink = _TextPart(_beside(output, "part"), columns, line_of)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["ScoreFile"]:
+        """Starts or continues the output; `progress` then says where.
+
+        Raises: UserError if it is there already, belongs to other inputs, is written by another process, or cannot be.
+        """
+        check_output(self.output)
+        lock = FileLock(_beside(self.output, "lock"), mode=0o600)
+        try:
+            with self._writing():
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            remedies = ["wait for it to end", "name another output"]
+            raise UserError(f"Another process writes {self.output}.", remedies=remedies) from error
+        try:
+            with self._writing():
+                self._resume()
+            yield self
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Timeout:
+            raise
+        except OSError as error:
+            remedies = ["make room or give another place: output=<file>; what is written is kept, and continued"]
+            raise UserError(f"output={self.output} cannot be written: {error.strerror}.", remedies=remedies) from error
+
+    def _resume(self) -> None:
+        if self._state.exists():
+            self.progress = self._continued()
+        if self.progress.records == 0:
+            # The state comes first: without it, what lies beside it is nobody's and is written over.
+            self._save(replace(self.progress, errors_bytes=0))
+            self._save(replace(self.progress, errors_bytes=_append(self.errors, b"line,reason\n", at=0)))
+        _cut(self.errors, self.progress.errors_bytes)
+        self._sink.resume(self.progress)
+
+    def _continued(self) -> Progress:
+        try:
+            found = Progress(**read_json(self._state))
+        except TypeError as error:
+            remedies = [f"delete {self._state}, and start anew"]
+            raise UserError(f"{self._state} is of another version of raycv.", remedies=remedies) from error
+        wanted = self.progress.identity
+        names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
+        if names:
+            what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
+            begun = f"to start anew, delete {self._state}"
+            raise UserError(what, remedies=["run the command as it was", begun, "name another output"])
+        return found
+
+    def append(self, chunk: ScoredChunk) -> None:
+        """Writes a chunk for good. Raises: UserError if it was computed in another precision than those before."""
+        before = self.progress
+        if before.precision not in (None, chunk.precision):
+            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        labels = [int(score.score >= chunk.threshold) for score in chunk.scores]
+        rows = [
+            (one.row, *one.ids, one.criterion_id, LABELS[label], one.score, chunk.threshold, self._fold, one.truncated)
+            for one, label in zip(chunk.scores, labels, strict=True)
+        ]
+        errors = "".join(_csv_line(("line", "reason"), (bad.line, bad.reason)) for bad in chunk.bad)
+        with self._writing():
+            after = replace(
+                before,
+                records=chunk.records,
+                pairs=before.pairs + len(rows),
+                matched=before.matched + sum(labels),
+                truncated=before.truncated + sum(one.truncated for one in chunk.scores),
+                bad=before.bad + len(chunk.bad),
+                precision=chunk.precision,
+                threshold=chunk.threshold,
+                part_bytes=self._sink.append(rows, before.records),
+                errors_bytes=_append(self.errors, errors.encode("utf-8"), at=before.errors_bytes),
+            )
+            self._save(after)
+
+    def _save(self, progress: Progress) -> None:
+        write_text(self._state, json.dumps(asdict(progress), indent=2) + "\n", private=True)
+        self.progress = progress
+
+    def finish(self) -> None:
+        """Moves the output into place. Raises: UserError if no pair was scored; the bad rows then stay listed."""
+        with self._writing():
+            if self.progress.pairs:
+                self._sink.finish(self.output)
+            else:
+                self._sink.discard()
+            self._state.unlink()
+            if not self.progress.bad:
+                self.errors.unlink()
+        if not self.progress.pairs:
+            why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
+            raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
+
+
+def check_output(output: Path) -> None:
+    """Raises: UserError if `output` is there already, or its ending tells no format."""
+    if output.suffix.casefold() not in FORMATS:
+        remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
+        raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
+    if output.exists() or output.is_symlink():
+        raise UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.with_name(f"{output.name}.{ending}")
+
+
+# --- CSV and JSON lines ----------------------------------------------------------------------------------------------
+
+
+class _TextPart:
+    """Lines in one file."""
+
+    def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
+        self._path = path
+        self._columns = tuple(columns)
+        self._line_of = line_of
+        self._bytes = 0
+
+    def resume(self, progress: Progress) -> None:
+        if progress.records == 0:
+            header = _csv_line(self._columns, self._columns) if self._line_of is _csv_line else ""
+            self._bytes = _append(self._path, header.encode("utf-8"), at=0)
+            return
+        _cut(self._path, progress.part_bytes)
+        self._bytes = progress.part_bytes
+
+    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
+        lines = "".join(self._line_of(self._columns, row) for row in rows)
+        self._bytes = _append(self._path, lines.encode("utf-8"), at=self._bytes)
+        return self._bytes
+
+    def finish(self, output: Path) -> None:
+        os.replace(self._path, output)
+
+    def discard(self) -> None:
+        self._path.unlink()
+
+
+def _csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(
+        str(value).lower() if isinstance(value, bool) else value for value in row
+    )
+    return buffer.getvalue()
+
+
+def _json_line(columns: Sequence[str], row: Sequence[Any]) -> str:
+    return json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _append(path: Path, data: bytes, *, at: int) -> int:
+    """Writes `data` at byte `at`, where the file then ends; returns that end. What is there is on disk for good."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as file:
+        file.seek(at)
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _cut(path: Path, size: int) -> None:
+    """Cuts `path` to `size` bytes. Raises: UserError if it has fewer."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise _changed(path, f"{there:,} bytes", f"{size:,}")
+    os.truncate(path, size)
+
+
+def _changed(path: Path, there: str, written: str) -> UserError:
+    remedies = ["delete it and the .state.json beside it, and start anew"]
+    return UserError(f"{path} has {there}, and {written} were written: it was changed since.", remedies=remedies)
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+class _ParquetParts:
+    """A file for each chunk, named after the records before it; they become the row groups of one file."""
+
+    def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
+        self._folder = folder
+        self._columns = tuple(columns)
+        self._fold_type = fold_type
+
+    def resume(self, progress: Progress) -> None:
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        for path in self._parts():
+            if int(path.stem) >= progress.records:
+                path.unlink()
+        rows = sum(_parquet(path).metadata.num_rows for path in self._parts())
+        if rows != progress.pairs:
+            raise _changed(self._folder, f"{rows:,} rows", f"{progress.pairs:,}")
+
+    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
+        import pyarrow
+        import pyarrow.parquet
+
+        if rows:
+            values = zip(*rows, strict=True)
+            arrays = [pyarrow.array(column, kind.type) for column, kind in zip(values, self._schema(), strict=True)]
+            table = pyarrow.Table.from_arrays(arrays, schema=self._schema())
+            with replaced(self._folder / f"{records:015}.parquet", private=True) as temporary:
+                pyarrow.parquet.write_table(table, temporary)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+        return 0
+
+    def finish(self, output: Path) -> None:
+        import pyarrow.parquet
+
+        with replaced(output, private=True) as temporary:
+            with pyarrow.parquet.ParquetWriter(temporary, self._schema()) as writer:
+                for path in self._parts():
+                    writer.write_table(_parquet(path).read())
+            temporary.chmod(0o600)
+        self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self._folder)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob("*.parquet"))
+
+    def _schema(self) -> Any:
+        import pyarrow
+
+        kinds = {
+            "row": pyarrow.int64(),
+            "score": pyarrow.float64(),
+            "threshold": pyarrow.float64(),
+            "fold": pyarrow.int64() if self._fold_type is int else pyarrow.string(),
+            "truncated": pyarrow.bool_(),
+        }
+        return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in self._columns])
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)

@@ -1,0 +1,502 @@
+"""Files of many pairs: what goes in comes out scored, in any format, by any engine, however often it is interrupted."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from toy import WORDS, Recorder, Toy, toy_base, train_config
+
+from raycv import pairs as pairs_module
+from raycv import predict
+from raycv.answers import ModelIdentity, Prediction
+from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.cli import compose
+from raycv.config import InferConfig, InferenceConfig, validate
+from raycv.data import criteria_hash
+from raycv.errors import UserError
+from raycv.infer import infer
+from raycv.many import local_engine, score_chunk
+from raycv.pairs import CHUNK_PAIRS, Chunk, PairSource, open_source
+from raycv.predict import Predictor
+from raycv.records import Criterion
+from raycv.scores import ScoredChunk, ScoreFile
+from raycv.train import FoldTrainer
+
+ROOT = Path(__file__).parent.parent
+CANARY = "zebrafinch"
+"""A word of every post: nothing that is written or said may hold it."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a toy fold, its criteria beside it."""
+    folder = tmp_path_factory.mktemp("many")
+    toy = Toy(toy_base(folder))
+    model = toy.model()
+    trainer = FoldTrainer(model, toy.encoded, train_config(epochs=2), "fp32", Recorder())
+    trainer.fit(np.arange(30), np.arange(30, 48))
+    criteria = folder / "criteria"
+    criteria.mkdir()
+    lines = [f"{key},{criterion.text}" for key, criterion in toy.dataset.criteria.items()]
+    (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *lines]) + "\n")
+    info = CheckpointInfo(
+        base_model=toy.base.name,
+        base_revision=None,
+        rules=toy.encoder.rules,
+        threshold=0.5,
+        criteria=dict.fromkeys(toy.dataset.criteria),
+        criteria_hash=criteria_hash(toy.dataset.criteria),
+        criteria_dir=str(criteria),
+        run="toy",
+        fold=0,
+        epoch=1,
+        precision="fp32",
+    )
+    place = folder / "checkpoint"
+    save_checkpoint(place, model, toy.tokenizer, info)
+    # A threshold that tells the posts of these tests apart.
+    asked = [(post, criterion.text) for post in posts(12) for criterion in toy.dataset.criteria.values()]
+    scores = [one.score for one in Predictor([place], InferenceConfig(precision="auto", batch_size=4)).predict(asked)]
+    save_checkpoint(place, model, toy.tokenizer, replace(info, threshold=float(np.median(scores))))
+    return place
+
+
+def posts(number: int, seed: int = 0) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join([CANARY, *generator.choice(WORDS, size=int(generator.integers(2, 9)))]) for _ in range(number)]
+
+
+def arguments(checkpoint: Path, source: Path, output: Path, *overrides: str) -> list[str]:
+    return [f"run={checkpoint}", f"input={source}", f"output={output}", "tracking.uri=none", *overrides]
+
+
+def score(checkpoint: Path, source: Path, output: Path, *overrides: str) -> None:
+    infer(validate(InferConfig, compose("infer", arguments(checkpoint, source, output, *overrides))))
+
+
+def write_csv(path: Path, header: str, rows: list[list[object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(header + "\n")
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(number: int) -> list[list[object]]:
+    return [[f"p{index}", f"C{index % 3}", post] for index, post in enumerate(posts(number))]
+
+
+def everything_written(folder: Path) -> str:
+    return "".join(path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file())
+
+
+# --- In and out ------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_in_and_out_gives_the_same(checkpoint, tmp_path, capfd):
+    rows = rows_of(12)
+    names = ("post_id", "criterion_id", "text")
+    records = [dict(zip(names, row, strict=True)) for row in rows]
+    sources = [tmp_path / f"in.{ending}" for ending in ("csv", "jsonl", "parquet")]
+    write_csv(sources[0], ",".join(names), rows)
+    sources[1].write_text("".join(json.dumps(record) + "\n" for record in records))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sources[2])
+    places = tmp_path / "out"
+    found = {}
+    for source in sources:
+        for ending in ("csv", "jsonl", "parquet"):
+            output = places / f"{source.suffix[1:]}.{ending}"
+            score(checkpoint, source, output)
+            found[output.name] = output.read_bytes()
+            assert output.stat().st_mode & 0o777 == 0o600
+    assert len(found) == 9
+    for ending in ("csv", "jsonl", "parquet"):
+        assert len({content for name, content in found.items() if name.endswith(f".{ending}")}) == 1
+    lines = [json.loads(line) for line in found["csv.jsonl"].decode().splitlines()]
+    assert lines == pyarrow.parquet.read_table(places / "csv.parquet").to_pylist()
+    assert [
+        {**line, "row": str(line["row"]), "fold": "0", "truncated": str(line["truncated"]).lower()} for line in lines
+    ] == [
+        {**row, "score": float(row["score"]), "threshold": float(row["threshold"])}
+        for row in read_csv(places / "csv.csv")
+    ]
+    assert list(lines[0]) == ["row", "post_id", "criterion_id", "label", "score", "threshold", "fold", "truncated"]
+    assert [(line["row"], line["post_id"], line["criterion_id"]) for line in lines] == [
+        (index + 1, f"p{index}", f"C{index % 3}") for index in range(12)
+    ]
+    assert {line["label"] for line in lines} == {"matched", "unmatched"}
+    assert all((line["score"] >= line["threshold"]) == (line["label"] == "matched") for line in lines)
+    assert sorted(path.name for path in places.iterdir()) == sorted(found), "nothing else is left"
+    assert CANARY not in everything_written(places) + "".join(capfd.readouterr())
+
+
+def test_without_a_criterion_column_each_post_is_asked_for_all_or_for_the_given_one(checkpoint, tmp_path):
+    source = write_csv(tmp_path / "posts.csv", "id,post,upvotes", [[7, post, 1] for post in posts(3)])
+    score(checkpoint, source, tmp_path / "all.csv")
+    found = read_csv(tmp_path / "all.csv")
+    assert [(row["row"], row["id"], row["criterion_id"]) for row in found] == [
+        (str(row), "7", criterion) for row in (1, 2, 3) for criterion in ("C0", "C1", "C2")
+    ]
+    score(checkpoint, source, tmp_path / "one.csv", "criterion=C1")
+    one = read_csv(tmp_path / "one.csv")
+    asked = [row for row in found if row["criterion_id"] == "C1"]
+    assert [row["row"] for row in one] == [row["row"] for row in asked]
+    np.testing.assert_allclose([float(row["score"]) for row in one], [float(row["score"]) for row in asked], atol=1e-6)
+
+
+def test_scores_are_those_of_single_pairs_whatever_the_chunks(checkpoint, tmp_path, monkeypatch):
+    assert CHUNK_PAIRS <= predict.CHUNK_PAIRS, "a chunk is one batch of the predictor"
+    rows = rows_of(20)
+    source = write_csv(tmp_path / "in.csv", "post_id,criterion_id,post", rows)
+    score(checkpoint, source, tmp_path / "whole.csv")
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 3)
+    score(checkpoint, source, tmp_path / "chunked.csv")
+    predictor = Predictor([checkpoint], InferenceConfig(precision="auto", batch_size=4))
+    single = [predictor.predict([(post, f"w{key[1]}")])[0].score for _, key, post in rows]
+    for name in ("whole.csv", "chunked.csv"):
+        found = [float(row["score"]) for row in read_csv(tmp_path / name)]
+        np.testing.assert_allclose(found, single, atol=1e-6)
+
+
+# --- Bad rows --------------------------------------------------------------------------------------------------------
+
+BAD_CSV = (
+    b"post_id,criterion,post\n"
+    b"p1,C0," + CANARY.encode() + b" w1\n"
+    b"p2,C0,\n"  # 3
+    b"p3,Z.9," + CANARY.encode() + b"\n"  # 4
+    b'p4,C1,"' + CANARY.encode() + b'\nw2\n\nw3"\n'  # 5, good, four lines
+    b"p5,C1," + CANARY.encode() + b" \xff\n"  # 9
+    b"p6,C1," + CANARY.encode() + b",and more\n"  # 10
+    b"p7,C1," + CANARY.encode() + b" \0\n"  # 11
+    b'p8,C1,"' + CANARY.encode() + b" never closed\n"  # 12
+    b"\n"
+    b"p9," + b"w3 " * 60 + b"," + CANARY.encode() + b"\n"  # 14
+    b"p10,C2\n"  # 15
+    b'p11,C2,"' + CANARY.encode() + b'" said\n'  # 16
+    b"p12,," + CANARY.encode() + b"\n"  # 17
+    b"p13,C2," + CANARY.encode() + b" w4\n"
+)
+
+
+def test_bad_rows_are_named_by_line_and_the_rest_is_scored(checkpoint, tmp_path, capfd):
+    source = tmp_path / "in.csv"
+    source.write_bytes(BAD_CSV)
+    score(checkpoint, source, tmp_path / "out" / "scores.csv")
+    assert [row["post_id"] for row in read_csv(tmp_path / "out" / "scores.csv")] == ["p1", "p4", "p13"]
+    assert [row["row"] for row in read_csv(tmp_path / "out" / "scores.csv")] == ["1", "4", "13"]
+    bad = {int(row["line"]): row["reason"] for row in read_csv(tmp_path / "out" / "scores.csv.errors.csv")}
+    expected = {
+        3: "the post is empty",
+        4: "criterion=Z.9: the run has no such criterion",
+        9: "the post is not UTF-8",
+        10: "4 fields instead of 3",
+        11: "the post holds a NUL character",
+        12: "a quoted field goes on after its closing quote",
+        14: "leaves no room for a post",
+        15: "2 fields instead of 3",
+        16: "a quoted field goes on after its closing quote",
+        17: "the criterion is empty",
+    }
+    assert list(bad) == list(expected)
+    for line, reason in expected.items():
+        assert reason in bad[line]
+    assert (tmp_path / "out" / "scores.csv.errors.csv").stat().st_mode & 0o777 == 0o600
+    said = capfd.readouterr().err
+    assert "line 3: the post is empty" in said
+    assert "3 pairs scored" in said
+    assert "10 bad rows skipped" in said
+    assert CANARY not in said + everything_written(tmp_path / "out")
+
+
+def test_bad_json_lines_and_parquet_rows(checkpoint, tmp_path):
+    lines = [
+        json.dumps({"Post": f"{CANARY} w1", "post_id": 1}),
+        "{broken",
+        "",
+        json.dumps([CANARY]),
+        json.dumps({"post": 3}),
+        '{"post": "\\ud800"}',
+        json.dumps({"post": CANARY, "criterion": "C1"}),
+        json.dumps({"text": CANARY}),
+        json.dumps({"post": CANARY, "post_id": "a " * 60}),
+        json.dumps({"post": CANARY}),
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines))
+    score(checkpoint, source, tmp_path / "j.csv", "criterion=C0")
+    assert [(row["row"], row["post_id"]) for row in read_csv(tmp_path / "j.csv")] == [("1", "1"), ("9", "")]
+    assert [row["line"] for row in read_csv(tmp_path / "j.csv.errors.csv")] == ["2", "4", "5", "6", "7", "8", "9"]
+    raw = pyarrow.array([b"w1", b"\xff", None, b"w2"], pyarrow.binary())
+    table = pyarrow.table({"post": pyarrow.Array.from_buffers(pyarrow.string(), 4, raw.buffers()), "id": [1, 2, 3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    score(checkpoint, tmp_path / "in.parquet", tmp_path / "p.csv", "criterion=C0")
+    assert [row["id"] for row in read_csv(tmp_path / "p.csv")] == ["1", "4"]
+    assert [row["line"] for row in read_csv(tmp_path / "p.csv.errors.csv")] == ["2", "3"]
+
+
+def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text('post\nw1\n"w2\nw3\nw4\n')
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(pair.row, pair.line, pair.post) for pair in chunk.pairs] == [(1, 2, "w1"), (3, 4, "w3"), (4, 5, "w4")]
+    assert [bad.line for bad in chunk.bad] == [3]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "said"),
+    [
+        ("a,b\n1,2\n", [], "no column post or text: its columns are 'a', 'b'"),
+        ("", [], "it is empty"),
+        ("post,text\n1,2\n", [], "both post and text"),
+        ("post,post\n1,2\n", [], "occurs 2 times"),
+        ("post,criterion,criterion_id\n1,2,3\n", [], "both criterion and criterion_id"),
+        ("post\n", [], "Nothing could be scored: it has no rows"),
+        ("post\n \n", [], "Nothing could be scored: all of its rows are bad"),
+        ("post,criterion\na,C0\n", ["criterion=C0"], "criterion is given on the command line"),
+        ("post\na\n", ["criterion=Z.9"], "no such criterion"),
+        ("post\na\n", ["post=b"], "input and post are both given"),
+        ("post\na\n", ["output=json"], "ends in a format"),
+        ("post\na\n", ["input=in.xlsx"], "does not tell how to read it"),
+        ("post\na\n", ["input=no.csv"], "No such file"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(checkpoint, tmp_path, monkeypatch, content, overrides, said):
+    monkeypatch.chdir(tmp_path)
+    Path("in.csv").write_text(content)
+    with pytest.raises(UserError) as caught:
+        score(checkpoint, Path("in.csv"), Path("out.csv"), *overrides)
+    assert said in caught.value.what
+    assert caught.value.remedies
+    assert not Path("out.csv").exists()
+    assert {path.name for path in Path().iterdir()} <= {"in.csv", "out.csv.errors.csv"}
+
+
+# --- Continuing ------------------------------------------------------------------------------------------------------
+
+CRITERIA = {f"C{index}": Criterion(f"C{index}", WORDS[index]) for index in range(3)}
+
+
+class Fake:
+    """Scores by the length of the post."""
+
+    identity = ModelIdentity("toy", 0, "none")
+    threshold = 0.5
+    computed_in = "fp32"
+
+    def check_criterion(self, criterion: str) -> None:
+        pass
+
+    def predict(self, pairs):
+        return [Prediction(len(post) % 10 / 10, False) for post, _ in pairs]
+
+
+def scored(source: PairSource, done: int = 0) -> list[ScoredChunk]:
+    return list(local_engine(Fake)(source, done))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unbroken_run(tmp_path, ending):
+    rows = [["p", post] for post in posts(20)]
+    rows[4][1] = rows[17][1] = ""
+    source = open_source(write_csv(tmp_path / "in.csv", "post_id,post", rows), CRITERIA, None, chunk_pairs=9)
+    expected = {}
+    for stop in range(8):
+        output = ScoreFile(tmp_path / str(stop) / f"out.{ending}", source.layout.ids, 0, {"a": 1})
+        with output.opened():
+            for chunk in scored(source)[:stop]:
+                output.append(chunk)
+            # A chunk that was written and not counted, torn in the middle.
+            for file in output.output.parent.glob("*"):
+                if file.name.endswith((".part", ".errors.csv")):
+                    file.write_bytes(file.read_bytes() + b"999,torn")
+            if ending == "parquet":
+                (output.output.parent / f"out.{ending}.parts" / f"{999:015}.parquet").write_bytes(b"torn")
+        again = ScoreFile(output.output, source.layout.ids, 0, {"a": 1})
+        with again.opened():
+            assert again.progress.records == min(3 * stop, 20)
+            for chunk in scored(source, again.progress.records):
+                again.append(chunk)
+            again.finish()
+        assert (again.progress.pairs, again.progress.bad) == (54, 2)
+        files = {file.name: file.read_bytes() for file in output.output.parent.iterdir()}
+        assert set(files) == {f"out.{ending}", f"out.{ending}.errors.csv"}
+        expected = expected or files
+        assert files == expected
+
+
+def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    output = tmp_path / "out.csv"
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, output)
+    state = tmp_path / "out.csv.state.json"
+    assert json.loads(state.read_text())["records"] == 9
+    with pytest.raises(UserError, match="criterion, the records of a chunk changed") as caught:
+        score(checkpoint, source, output, "criterion=C1")
+    assert str(state) in str(caught.value)
+    manifest = checkpoint / "raycv.json"
+    before = manifest.read_text()
+    try:
+        manifest.write_text(json.dumps({**json.loads(before), "threshold": 0.1}))
+        with pytest.raises(UserError, match="the checkpoints changed"):
+            score(checkpoint, source, output)
+    finally:
+        manifest.write_text(before)
+    os.utime(source, (1, 1))
+    with pytest.raises(UserError, match="the time of the input changed"):
+        score(checkpoint, source, output)
+    state.unlink()
+    score(checkpoint, source, output)
+    with pytest.raises(UserError, match="is there already"):
+        score(checkpoint, source, output)
+    assert len(read_csv(output)) == 27
+
+
+def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
+    source = open_source(write_csv(tmp_path / "in.csv", "post", [["w1"], ["w2"]]), CRITERIA, None, chunk_pairs=3)
+    for ending in ("csv", "parquet"):
+        output = ScoreFile(tmp_path / f"out.{ending}", (), 0, {})
+        with output.opened():
+            output.append(scored(source)[0])
+            with pytest.raises(UserError, match="Another process"), ScoreFile(output.output, (), 0, {}).opened():
+                pass
+        with output.opened(), pytest.raises(UserError, match=r"were computed in fp32(.|\n)*infer\.precision=fp32"):
+            output.append(ScoredChunk(2, 2, 0.5, "bf16"))
+    (tmp_path / "out.csv.part").write_bytes(b"row")
+    next((tmp_path / "out.parquet.parts").iterdir()).unlink()
+    for ending in ("csv", "parquet"):
+        with pytest.raises(UserError, match="changed since"), ScoreFile(tmp_path / f"out.{ending}", (), 0, {}).opened():
+            pass
+
+
+SMALL_CHUNKS = "import raycv.pairs; raycv.pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, ending):
+    source = write_csv(tmp_path / "in.csv", "post_id,criterion_id,post", rows_of(600))
+    whole, broken = tmp_path / f"whole.{ending}", tmp_path / f"broken.{ending}"
+
+    def command(output: Path) -> list[str]:
+        return [sys.executable, "-c", SMALL_CHUNKS, *arguments(checkpoint, source, output)]
+
+    subprocess.run(command(whole), check=True, timeout=800, cwd=ROOT)
+    state = tmp_path / f"broken.{ending}.state.json"
+    for records in (60, 240):
+        process = subprocess.Popen(command(broken), cwd=ROOT)
+        try:
+            while not state.exists() or json.loads(state.read_text())["records"] < records:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.005)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        assert not broken.exists()
+    done = subprocess.run(command(broken), check=True, timeout=800, cwd=ROOT, capture_output=True, text=True)
+    assert "continues after" in done.stderr
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not state.exists()
+
+
+# --- Size ------------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_many import CRITERIA, Fake
+from raycv.many import local_engine
+from raycv.pairs import open_source
+from raycv.scores import ScoreFile
+source = open_source(Path(sys.argv[1]), CRITERIA, None)
+output = ScoreFile(Path(sys.argv[2]), source.layout.ids, 0, {})
+peaks = []
+with output.opened():
+    for chunk in local_engine(Fake)(source, 0):
+        output.append(chunk)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if chunk.records >= 100_000 and not peaks:
+            peaks.append(peak)
+    output.finish()
+peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(output.progress.records, output.progress.pairs, *peaks)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_million_rows_take_no_more_memory_than_a_tenth(tmp_path, ending):
+    source = tmp_path / "in.csv"
+    with source.open("w") as file:
+        file.write("post_id,criterion_id,post\n")
+        for index in range(1_000_000):
+            file.write(f'p{index},C{index % 3},"{"w1 w2, " * 20}{index}"\n')
+    output = tmp_path / f"out.{ending}"
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(source), str(output)], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    records, pairs, tenth, whole = map(float, done.stdout.split())
+    assert (records, pairs) == (1_000_000, 1_000_000)
+    assert whole - tenth < 150
+
+
+def test_huge_posts_end_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "CHUNK_CHARACTERS", 100)
+    source = open_source(write_csv(tmp_path / "in.csv", "post", [["w" * 60]] * 5), CRITERIA, None)
+    ends = [chunk.records for chunk in source.chunks()]
+    assert ends == [2, 4, 5]
+    assert [chunk.records for chunk in source.chunks(2)] == [4, 5]
+
+
+def test_a_chunk_of_bad_rows_alone_asks_the_model_nothing():
+    class Silent(Fake):
+        def predict(self, pairs):
+            raise AssertionError
+
+    assert score_chunk(Chunk(3, 3), Silent()).scores == []
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint, tmp_path):
+    source = write_csv(tmp_path / "in.csv", "post_id,criterion_id,post", [*rows_of(40), ["bad", "C0", ""], *rows_of(9)])
+    outputs = {engine: tmp_path / f"{engine}.csv" for engine in ("local", "ray")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = ""
+    for engine, output in outputs.items():
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_CHUNKS, *arguments(checkpoint, source, output, f"engine={engine}")],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said += done.stdout + done.stderr
+    assert outputs["ray"].read_bytes() == outputs["local"].read_bytes()
+    errors = [Path(f"{output}.errors.csv").read_bytes() for output in outputs.values()]
+    assert errors[0] == errors[1]
+    assert CANARY not in said
