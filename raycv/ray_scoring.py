@@ -1,5 +1,6 @@
 """The Ray Data seam of inference: one reader, its chunks scored by actors over the cluster, streamed back in order."""
 
+import logging
 import pickle
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -17,7 +18,6 @@ from raycv.scores import ScoredChunk
 # Ray and what it reads from the environment on import are set up in raycv.cv.
 import ray  # isort: skip
 import ray.data  # isort: skip
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
 CHUNK, SCORED = "chunk", "scored"
 _CLUSTER = ResourcesConfig(
@@ -41,6 +41,8 @@ def ray_engine(recipe: Recipe) -> Engine:
 
 def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
     """A row for each chunk, in the order of the file: the pickled ScoredChunk, or the UserError that ends it all."""
+    # Its own remarks on progress bars and actors; what fails is raised.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -48,16 +50,14 @@ def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
     # A block is a chunk: Ray would gather small ones up to 128 MB before it hands any on.
     context.target_max_block_size = 1
     scorers, cpus, gpus = _shares()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # The file is read on this machine alone: the other nodes need not see it.
-    chunks = ray.data.read_datasource(
-        _Chunks(source, done), override_num_blocks=1, num_cpus=0, ray_remote_args={"scheduling_strategy": here}
-    )
+    chunks = ray.data.read_datasource(_Chunks(source, done), override_num_blocks=1, num_cpus=0, label_selector=here)
     return chunks.map_batches(
         _ChunkScorer,
         fn_constructor_args=(recipe.load,),
         batch_size=1,
-        concurrency=scorers,
+        compute=ray.data.ActorPoolStrategy(size=scorers),
         num_cpus=cpus,
         num_gpus=gpus,
     )
