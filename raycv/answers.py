@@ -52,7 +52,7 @@ class Predicts(Protocol):
 
     @property
     def computed_in(self) -> str:
-        """fp32, bf16 or int8."""
+        """fp32 or bf16."""
 
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post, criterion), in their order."""

@@ -224,15 +224,13 @@ class AggregateConfig(Section):
     )
 
 
-Precision = Literal["auto", "fp32", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class InferenceConfig(Section):
-    """How a trained fold computes; the same keys for `raycv.infer` and `raycv.serve`."""
+    """How a trained fold computes."""
 
-    precision: Precision = Field(
-        description="auto: as it was trained where the device is fast at it, else fp32; int8: 8-bit products on a CPU"
-    )
+    precision: Precision = Field(description="auto: as it was trained where the device is fast at it, else fp32")
     batch_size: Positive = Field(description="rows computed at once; where posts are shared, what takes as much memory")
 
 

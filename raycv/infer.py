@@ -10,6 +10,7 @@ from typing import Any
 
 from raycv import __version__
 from raycv.answers import Answer, Answerer, Question, as_json, as_text
+from raycv.checkpoint import read_info
 from raycv.cli import run_command
 from raycv.config import InferConfig
 from raycv.errors import UserError
@@ -101,8 +102,6 @@ def load_answerer(chosen: Chosen, config: Any) -> Answerer:
 
 def criteria_of(chosen: Chosen, config: Any) -> dict[str, Criterion]:
     """The criteria of `chosen`'s run. `config`: has `criteria_dir`. Raises: UserError if they cannot be read."""
-    from raycv.checkpoint import read_info
-
     info = read_info(chosen.checkpoints[0])
     return read_criteria(info.criteria_dir, info.criteria_hash, config.criteria_dir)
 
@@ -146,7 +145,6 @@ def log_inference(
 ) -> None:
     """One MLflow run: threshold, latency, lengths and hashes of the texts, and what `log_run` adds."""
     params = {
-        "model.base": answers[0]["model"]["base"],
         "threshold": answers[0]["threshold"],
         "criterion_ids": ", ".join(str(answer["criterion_id"] or "free text") for answer in answers),
         "precision": precision,
@@ -170,6 +168,7 @@ def log_run(config: InferConfig, chosen: Chosen, params: dict[str, Any], metrics
     params = {
         "model.run": chosen.run,
         "model.fold": chosen.fold,
+        "model.base": read_info(chosen.checkpoints[0]).base_model,
         "checkpoints": ", ".join(map(str, chosen.checkpoints)),
         **params,
         **{f"versions.{name}": versions[name] for name in ("raycv", "torch", "transformers", "peft")},

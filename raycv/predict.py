@@ -24,7 +24,7 @@ from raycv.scoring import RowScorer
 CHUNK_PAIRS = 2304
 """Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
 
-Computed = Literal["fp32", "bf16", "int8"]
+Computed = Literal["fp32", "bf16"]
 
 
 class Predictor:
@@ -59,7 +59,7 @@ class Predictor:
 
     @property
     def computed_in(self) -> str:
-        """fp32, bf16 or int8."""
+        """fp32 or bf16."""
         return self.precision
 
     def check_criterion(self, criterion: str) -> None:
@@ -165,10 +165,7 @@ class Predictor:
 
 
 def choose_precision(asked: Precision, trained: str, device: torch.device) -> Computed:
-    """The type that a model computes in. `auto` is the one that it was trained in, if `device` is fast at it.
-
-    int8 is never chosen for the user, since it may flip labels.
-    """
+    """The type that a model computes in. `auto` is the one that it was trained in, if `device` is fast at it."""
     if asked != "auto":
         return asked
     if trained != "bf16":
