@@ -75,6 +75,8 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
             f"prompt.max_length={rules.max_length} leaves no room for a post beside the longest criterion.",
             remedies=["raise prompt.max_length", "shorten the criteria"],
         )
+    # White space at its ends would take the room of words, or all of it.
+    post = post.strip()
     pieces = spans(post)
     if rules.long_post == "sliding":
         texts = _windows(post, pieces, fits, rules.stride_fraction)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from raycv.config import PromptConfig
@@ -368,8 +368,10 @@ ANY_POST = st.one_of(
 @example(post="y" * 900, room=12, head=0.25, stride=0.5)
 @example(post="👩‍👧" * 60, room=12, head=0.5, stride=1.0)
 @example(post="שלום עולם " * 30, room=12, head=1.0, stride=1.0)
+@example(post="\n\u2003" * 90 + "so tired" + " \u00a0" * 90, room=12, head=1.0, stride=1.0)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_post_fits(mode: str, kind: str, post: str, room: int, head: float, stride: float) -> None:
+    assume(post.strip() or len(post) < 4)  # a blank post never comes here: it is dropped with the data
     max_length = least_length(kind) + room
     encoded, facts = encode_dataset(encoder(mode, max_length, kind, head=head, stride=stride), dataset({"p": post}))
 
