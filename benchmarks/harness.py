@@ -105,7 +105,7 @@ class Result:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.value: dict[str, Any] = {
             "benchmark": name,
-            "command": f"python -m benchmarks.{name}",
+            "command": f"python -m benchmarks.{name}{' --small' if arguments.small else ''}",
             "small": arguments.small,
             "settings": {"repeats": arguments.repeats, **settings},
             "environment": {**describe_environment(), "device": describe_device(device)},

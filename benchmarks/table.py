@@ -28,7 +28,9 @@ Column = tuple[str, Callable[[Json], str]]
 
 
 def seconds(values: Json) -> str:
-    """Median and range."""
+    """Median and range; of a single measurement itself."""
+    if values["n"] == 1:
+        return f"{values['median']:.3g}"
     return f"{values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g})"
 
 
@@ -73,7 +75,8 @@ def fold(result: Json) -> list[str]:
     """One fold beside the Trainer."""
     titles, settings = result["settings"]["titles"], result["settings"]
     intro = (
-        f"**One fold**: an epoch of {settings['train_pairs']} pairs, the validation of {settings['validation_pairs']}; "
+        f"**One fold**: an epoch of {settings['train_pairs']} pairs in one optimizer step, the validation of "
+        f"{settings['validation_pairs']}; "
         f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
     )
     columns: list[Column] = [
@@ -82,7 +85,7 @@ def fold(result: Json) -> list[str]:
         ("faster", lambda row: _times(result, row, "epoch_seconds")),
         ("validation alone, s", lambda row: seconds(row["validation_seconds"])),
         ("faster", lambda row: _times(result, row, "validation_seconds")),
-        ("tokens of the epoch", lambda row: f"{row['epoch_tokens']:,}"),
+        ("tokens, validation included", lambda row: f"{row['epoch_tokens']:,}"),
     ]
     parity = result["parity"]
     same = (
@@ -220,12 +223,17 @@ def render(result: Json) -> list[str]:
     load = result.get("load_average", {}).get("end", 0.0)
     if load > environment["cpus"] + 1:
         machine += f" on a busy machine (load {load:.0f} on {environment['cpus']} cores)"
+    repeats = result["settings"].get("repeats", 1)
+    machine += f", {repeats} runs of each" if repeats > 1 else ""
     note = f" ({result['note']})" if "note" in result else ""
     lines = [f"`{result['command']}`, {machine}, {versions}{note}", ""]
     lines += RENDERERS[result["benchmark"]](result)
     if result["bars"]:
         lines.append("")
     for bar in result["bars"]:
+        if result["small"]:
+            lines.append(f"- {bar['claim']}: {bar['value']:.3g} (small shapes: not held against its bar)")
+            continue
         limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
         lines.append(f"- {bar['claim']}: {bar['value']:.3g}; bar: {limit}: {'met' if bar['met'] else '**missed**'}")
     return lines
@@ -234,7 +242,7 @@ def render(result: Json) -> list[str]:
 def section(results: Path = RESULTS) -> str:
     """What stands between the markers."""
     found = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem in RENDERERS}
-    lines = ["Median and range of interleaved runs in one process.", ""]
+    lines = ["Times are the median, and the range, of interleaved runs.", ""]
     for name in ORDER:
         if name in found:
             lines += [*render(found[name]), ""]

@@ -105,7 +105,8 @@ class TrainConfig(Section):
     effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
     eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
     share_prefix: bool = Field(
-        description="compute a post once for all its criteria, in validation and in post-grouped training; same logits"
+        description="compute a post once for all its criteria, in validation and in post-grouped training; the same "
+        "logits, but for dropout's draws in training"
     )
     batching: Literal["shuffled", "post_grouped"] = Field(
         description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
