@@ -2,7 +2,7 @@
 
 A random-weight Llama, 768 wide and 8 layers deep, on a CPU in float32, gradient checkpointing on for all. The posts
 stand at even quantiles of the lengths of the full-size synthetic set; they are few, since padded to 512 a pair takes
-five seconds on two cores. Beside the times the parity: without dropout the same pairs in the same order give the same
+seconds on two cores. Beside the times the parity: without dropout the same pairs in the same order give the same
 losses.
 """
 
@@ -30,7 +30,7 @@ from raycv.encoding import EncodedPairs
 from raycv.model import add_dora
 from raycv.train import FoldTrainer
 
-POSTS = 4
+POSTS = 6
 MIDSIZE = Shape(hidden=768, intermediate=2048, heads=12, layers=8, vocab=1400)
 SMALL = Shape(hidden=64, intermediate=128, heads=4, layers=2, vocab=1400)
 PARITY_STEPS = 20

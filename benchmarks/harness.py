@@ -22,6 +22,7 @@ from raycv.utils import describe_device, describe_environment
 logger = logging.getLogger(__name__)
 
 Variants = Mapping[str, Callable[[], object]]
+Clock = Callable[[], float]
 
 
 def parser(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
@@ -42,13 +43,37 @@ def _positive(text: str) -> int:
     return value
 
 
-def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+def _options(arguments: argparse.Namespace) -> str:
+    """The switches that say what was measured; those that name places or counts stand elsewhere in the result."""
+    switches = [
+        f" --{name.replace('_', '-')}" for name in ("small", "one_core", "compile") if getattr(arguments, name, False)
+    ]
+    layers = getattr(arguments, "layers", None)
+    return "".join([*switches, f" --layers {layers}" if layers else ""])
+
+
+def add_one_core(arguments: argparse.ArgumentParser) -> None:
+    """Adds `--one-core`, for a machine that is not idle; `clock` obeys it."""
+    arguments.add_argument(
+        "--one-core", action="store_true", help="one thread, and its CPU seconds: what else runs counts little"
+    )
+
+
+def clock(*, one_core: bool) -> Clock:
+    """What seconds are read from: the wall, or the CPU time of this process, which from here on has one thread."""
+    if not one_core:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
+def timed(work: Callable[[], object], device: torch.device | None = None, *, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call; on a GPU until its work is done."""
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: torch.device | None) -> None:
@@ -57,7 +82,12 @@ def _wait(device: torch.device | None) -> None:
 
 
 def interleaved(
-    variants: Variants, repeats: int, *, device: torch.device | None = None, warm_up: bool = True
+    variants: Variants,
+    repeats: int,
+    *,
+    device: torch.device | None = None,
+    warm_up: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each of `repeats` calls of each variant, after one that does not count (`warm_up`).
 
@@ -72,7 +102,7 @@ def interleaved(
         logger.info("round %d of %d: %s", repeat + 1, repeats, ", ".join(names))
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(timed(variants[name], device))
+            seconds[name].append(timed(variants[name], device, clock=clock))
     return seconds
 
 
@@ -105,7 +135,7 @@ class Result:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.value: dict[str, Any] = {
             "benchmark": name,
-            "command": f"python -m benchmarks.{name}{' --small' if arguments.small else ''}",
+            "command": f"python -m benchmarks.{name}{_options(arguments)}",
             "small": arguments.small,
             "settings": {"repeats": arguments.repeats, **settings},
             "environment": {**describe_environment(), "device": describe_device(device)},

@@ -8,19 +8,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from raycv.errors import counted
 from raycv.paths import read_json, write_text
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ORDER = ("layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu")
+ORDER = (
+    "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu",
+    "latency_cli", "load", "latency", "drift", "int8",
+)  # fmt: skip
 OWED = {
     "gpu": "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one.",
     "layer": "Figures of one real-width layer are still owed: `python -m benchmarks.layer`, on an idle machine.",
     "growth": "Figures of how cost grows are still owed: `python -m benchmarks.growth`, on an idle machine.",
     "batching": "The study of post_grouped's accuracy is still owed: `python -m benchmarks.batching`, about an hour.",
     "overhead": "Figures of what a run costs beside its training are still owed: `python -m benchmarks.overhead`.",
+    "latency_cli": "Figures of how fast `raycv.infer` answers are still owed: `python -m benchmarks.latency_cli`.",
+    "load": "Figures of the resident scorer under load are still owed: `python -m benchmarks.load`.",
     "scale": "Figures of how folds run in parallel are still owed: `python -m benchmarks.scale`.",
+    "drift": "What bf16 and int8 change of the scores is still owed: `python -m benchmarks.drift`.",
+    "latency": "Figures of an answer's latency are still owed: `python -m benchmarks.latency`, on an idle machine.",
 }
 
 Json = dict[str, Any]
@@ -74,9 +82,10 @@ def layer(result: Json) -> list[str]:
 def fold(result: Json) -> list[str]:
     """One fold beside the Trainer."""
     titles, settings = result["settings"]["titles"], result["settings"]
+    steps = -(-settings["train_pairs"] // settings["effective_batch"])
     intro = (
-        f"**One fold**: an epoch of {settings['train_pairs']} pairs in one optimizer step, the validation of "
-        f"{settings['validation_pairs']}; "
+        f"**One fold**: an epoch of {settings['train_pairs']} pairs in {counted(steps, 'optimizer step')}, the "
+        f"validation of {settings['validation_pairs']}; "
         f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
     )
     columns: list[Column] = [
@@ -171,6 +180,33 @@ def scale(result: Json) -> list[str]:
     return ["**Five folds that sleep**, on logical workers.", "", *table(columns, result["rows"])]
 
 
+def latency_cli(result: Json) -> list[str]:
+    """Fresh processes of raycv.infer."""
+    columns: list[Column] = [
+        ("one pair", lambda row: row["way"]),
+        ("p50, s", lambda row: f"{row['p50']:.2f}"),
+        ("p95, s", lambda row: f"{row['p95']:.2f}"),
+        ("processes", lambda row: str(row["n"])),
+    ]
+    spent = ", ".join(f"{what} {value:.2f}" for what, value in result["cold_seconds"].items())
+    intro = "**`raycv.infer`, process start to exit**, the quickstart's model; logging to MLflow included."
+    return [intro, "", *table(columns, result["rows"]), "", f"- seconds of a cold one: {spent}"]
+
+
+def load(result: Json) -> list[str]:
+    """The scorer under load."""
+    clients: list[Column] = [
+        ("clients", lambda row: str(row["clients"])),
+        ("answers per second", lambda row: f"{row['per_second']:.1f}"),
+        ("503", lambda row: str(row["refused_503"])),
+        ("other errors", lambda row: str(row["errors"])),
+    ]
+    ways: list[Column] = [("nine criteria", lambda row: row["way"]), ("seconds", lambda row: seconds(row["seconds"]))]
+    intro = f"**The resident scorer**, the quickstart's model, {result['settings']['seconds']:g} s of load."
+    parts = {key: [row for row in result["rows"] if key in row] for key in ("clients", "way")}
+    return [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
+
+
 def gpu(result: Json) -> list[str]:
     """Llama-7B's shapes on a GPU."""
     titles = result["settings"]["titles"]
@@ -198,9 +234,66 @@ def gpu(result: Json) -> list[str]:
     ]
 
 
+def drift(result: Json) -> list[str]:
+    """Scores of other precisions beside float32."""
+    columns: list[Column] = [
+        ("computed in", lambda row: row["variant"]),
+        ("pairs", lambda row: f"{row['pairs']:,}"),
+        ("labels that flip", lambda row: str(row["flips"])),
+        ("largest difference", lambda row: f"{row['max']:.2g}"),
+        ("mean difference", lambda row: f"{row['mean']:.2g}"),
+        ("seconds of one fold", lambda row: seconds(row["seconds"]) if "seconds" in row else ""),
+    ]
+    intro = (
+        f"**Drift of the scores** from float32: every validation pair of {result['folds']} folds, each by its own "
+        f"fold's checkpoint and threshold; base model `{result['base_model']}`."
+    )
+    return [intro, "", *table(columns, result["rows"])]
+
+
+def latency(result: Json) -> list[str]:
+    """A 7B's answers on a CPU."""
+    settings = result["settings"]
+    columns: list[Column] = [
+        ("precision", lambda row: row["precision"]),
+        ("input", lambda row: row["input"]),
+        ("seconds", lambda row: seconds(row["seconds"])),
+        ("floor: the products alone", lambda row: seconds(row["floor"])),
+        ("ratio", lambda row: f"{row['ratio']:.2f}"),
+        ("GFLOP/s of the products", lambda row: f"{row['gemm_gflops']:,.0f}"),
+        ("cores like these for 1 s (derived)", lambda row: f"{row['cores']:.0f}"),
+    ]
+    measured, layers = settings["layers_measured"], settings["layers"]
+    how = "whole" if measured == layers else f"{measured} of {layers} layers measured, extrapolated linearly"
+    shares = [
+        f"- {precision}, where the time of one pair goes: "
+        + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+        for precision, kinds in result["breakdown"].items()
+    ]
+    intro = f"**One answer at Llama-7B's shapes on a CPU**, random weights, {how}, DoRA r=8, model loaded and warm."
+    return [intro, "", *table(columns, result["rows"]), "", *shares]
+
+
+def int8(result: Json) -> list[str]:
+    """Libraries for 8-bit products."""
+    found = ", ".join(
+        f"{name} {version or 'not installed'}" for name, version in result["settings"]["libraries"].items()
+    )
+    columns: list[Column] = [
+        ("tokens", lambda row: str(row["tokens"])),
+        ("products", lambda row: row["variant"]),
+        ("milliseconds", lambda row: seconds({key: value * 1e3 for key, value in row["seconds"].items()})),
+        ("GFLOP/s", lambda row: f"{row['gflops']:,.0f}"),
+        ("relative error", lambda row: f"{row['error']:.2%}"),
+    ]
+    intro = f"**8-bit products**: the seven projections of one Llama-7B layer; {found} ([the choice](docs/int8.md))."
+    return [intro, "", *table(columns, result["rows"])]
+
+
 RENDERERS: dict[str, Callable[[Json], list[str]]] = {
     "layer": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching, "overhead": overhead,
-    "scale": scale, "gpu": gpu,
+    "scale": scale, "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift, "latency": latency,
+    "int8": int8,
 }  # fmt: skip
 
 
@@ -220,11 +313,14 @@ def render(result: Json) -> list[str]:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft"))
     machine = f"{environment['processor']}, {environment['device']}"
-    load = result.get("load_average", {}).get("end", 0.0)
-    if load > environment["cpus"] + 1:
-        machine += f" on a busy machine (load {load:.0f} on {environment['cpus']} cores)"
+    # At its start: at the end the benchmark's own processes count too.
+    busy = result.get("load_average", {}).get("start", 0.0)
+    if busy > environment["cpus"] + 1:
+        machine += f" on a busy machine (load {busy:.0f} on {environment['cpus']} cores)"
     repeats = result["settings"].get("repeats", 1)
     machine += f", {repeats} runs of each" if repeats > 1 else ""
+    if result["settings"].get("one_core"):
+        machine += ", CPU seconds of one core"
     note = f" ({result['note']})" if "note" in result else ""
     lines = [f"`{result['command']}`, {machine}, {versions}{note}", ""]
     lines += RENDERERS[result["benchmark"]](result)

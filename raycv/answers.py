@@ -13,6 +13,10 @@ from raycv.errors import UserError, counted
 from raycv.labels import criterion_code, is_blank
 from raycv.records import LABELS, Criterion
 
+SCORE_DECIMALS = 6
+"""Of an answer's score, and the label goes by the rounded one: what a pair is computed beside (a scorer batches) moves
+the digits behind."""
+
 Answer = dict[str, Any]
 """label, score, threshold, criterion_id, model {run, fold, base}, truncated: plain JSON values, no text."""
 
@@ -73,7 +77,7 @@ class Answerer:
         asked: list[tuple[int, str, Criterion]] = []
         for index, question in enumerate(questions):
             try:
-                asked += [(index, question.post, criterion) for criterion in self._criteria_of(question)]
+                asked += [(index, question.post, criterion) for criterion in self.criteria_of(question)]
             except UserError as error:
                 if len(questions) == 1:
                     raise
@@ -84,7 +88,8 @@ class Answerer:
             answers[index].append(self._answer(criterion, prediction))
         return answers
 
-    def _criteria_of(self, question: Question) -> list[Criterion]:
+    def criteria_of(self, question: Question) -> list[Criterion]:
+        """What `question` asks for. Raises: UserError if a text of it is empty, or it names none of the run's."""
         if is_blank(question.post):
             raise UserError(
                 "The post is empty.", remedies=['give its text: post="..."', "or a file: post_file=post.txt"]
@@ -95,9 +100,10 @@ class Answerer:
 
     def _answer(self, criterion: Criterion, prediction: Prediction) -> Answer:
         threshold = self.predictor.threshold
+        score = round(prediction.score, SCORE_DECIMALS)
         return {
-            "label": LABELS[int(prediction.score >= threshold)],
-            "score": prediction.score,
+            "label": LABELS[int(score >= threshold)],
+            "score": score,
             "threshold": threshold,
             "criterion_id": criterion.criterion_id or None,
             "model": asdict(self.predictor.identity),

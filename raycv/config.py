@@ -28,7 +28,8 @@ FreeText = Annotated[str, VERBATIM]
 class Section(BaseModel):
     """A part of the config: unknown keys are refused, and `"5"` is not 5."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # defer_build: a command pays for its own schema alone, not for those of all commands.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelConfig(Section):
@@ -225,13 +226,15 @@ class AggregateConfig(Section):
     )
 
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class InferenceConfig(Section):
     """How a trained fold computes."""
 
-    precision: Precision = Field(description="auto: as it was trained where the device is fast at it, else fp32")
+    precision: Precision = Field(
+        description="auto: as it was trained where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
+    )
     batch_size: Positive = Field(description="rows computed at once; where posts are shared, what takes as much memory")
 
 
@@ -269,8 +272,58 @@ class InferConfig(Section):
     )
     dir: NonEmpty = Field(description="folder that holds the runs")
     criteria_dir: NonEmpty | None = Field(description="folder with the criteria; null: where training read them")
+    server: NonEmpty = Field(
+        description="who computes: auto: a running raycv.serve of this model, else this process; none: this process; "
+        "or the scorer's address, http://host:port (its token: RAYCV_TOKEN)"
+    )
     infer: InferenceConfig
     tracking: InferTrackingConfig
+
+
+class ServerConfig(Section):
+    host: NonEmpty = Field(description="address to listen on; one that others can reach needs a token")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(description="port to listen on; 0: any that is free")
+    token: Annotated[str, Field(min_length=16)] | None = Field(
+        description="what requests must bring as `Authorization: Bearer <token>`; safer in RAYCV_TOKEN than typed"
+    )
+    replicas: Positive = Field(description="processes that hold the model, at least")
+    max_replicas: Positive = Field(description="and at most: Ray Serve adds some while requests wait")
+    cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = Field(
+        description="CPU cores of one; auto: the node's, shared out evenly"
+    )
+    gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = Field(
+        description="GPUs of one, fractions allowed; auto: 1 where there are some, else 0"
+    )
+    max_queued: Positive = Field(description="requests of a replica at most, in work and waiting; more are told 503")
+    batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
+        description="how long a request that is not alone waits for more to be computed with"
+    )
+    max_pairs: Positive = Field(description="pairs of one request, each of the run's criteria counted")
+    max_post_characters: Positive = Field(description="characters of a post or a criterion")
+    max_body_bytes: Positive = Field(description="bytes of one request")
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_fewer(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("replicas", 1):
+            raise ValueError(f"must be serve.replicas or more, which is {info.data['replicas']}")
+        return value
+
+
+class ServeConfig(Section):
+    """The config of `python -m raycv.serve`."""
+
+    run: NonEmpty = Field(
+        description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
+    )
+    fold: Literal["best", "ensemble"] | Annotated[int, Field(ge=0)] = Field(
+        description="best: by validation F1; a number; ensemble: the mean of all folds' probabilities and thresholds"
+    )
+    dir: NonEmpty = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    criteria_dir: NonEmpty | None = Field(description="folder with the criteria; null: where training read them")
+    infer: InferenceConfig
+    tracking: InferTrackingConfig
+    serve: ServerConfig
 
 
 class SynthesizeConfig(Section):

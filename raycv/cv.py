@@ -29,7 +29,7 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.board import ProgressBoard
-from raycv.config import ResourcesConfig, RunConfig
+from raycv.config import RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, train_worker
 from raycv.live import DONE, FAILED, STARTING, LiveView
@@ -52,16 +52,25 @@ JOIN_REMEDIES = (
 
 
 @contextmanager
-def ray_cluster(config: ResourcesConfig) -> Iterator[str | None]:
-    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address."""
+def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[str | None]:
+    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address.
+
+    `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
+    """
     _check_address(os.environ.get("RAY_ADDRESS", ""))
-    level = logging.INFO if config.ray_logs else logging.ERROR
+    level = logging.INFO if ray_logs else logging.ERROR
     try:
-        context = ray.init(log_to_driver=config.ray_logs, logging_level=level)
+        context = ray.init(log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
+    except Exception as error:
+        # Ray raises no type of its own for it.
+        if "timed out" not in str(error):
+            raise
+        remedies = ["wait until the machine is less busy, and try again", JOIN_REMEDIES[1]]
+        raise UserError(f"Ray did not start in time: {error}", remedies=remedies) from error
     logging.getLogger("ray").setLevel(level)
-    if not config.ray_logs:
+    if not ray_logs:
         # Tune would print the whole traceback of a failed trial; the fold's own error is shown, and error.json has all.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     if threading.current_thread() is threading.main_thread():

@@ -64,7 +64,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     tracker = Tracker(config.tracking.uri)
     experiment_id = tracker.open_experiment(config.tracking)
     prepared = _prepare(config, dataset, splits, console)
-    with cv.ray_cluster(config.resources) as dashboard:
+    with cv.ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
         config, folder, parent_id = _start(tracker, experiment_id, config, prepared)

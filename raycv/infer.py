@@ -1,27 +1,26 @@
 """`python -m raycv.infer post="..." criterion="..."`: matched or unmatched, and how sure (user story 3)."""
 
-import hashlib
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from raycv import __version__
-from raycv.answers import Answer, Answerer, Question, as_json, as_text
+from raycv.answers import Answer, Question, as_json, as_text
 from raycv.checkpoint import read_info
 from raycv.cli import run_command
+from raycv.client import ask
 from raycv.config import InferConfig
 from raycv.errors import UserError
+from raycv.inference_log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
+from raycv.loaded import load_answerer, read_criteria
 from raycv.records import Criterion
-from raycv.runs import LOCAL_URI, Chosen, choose
+from raycv.runs import Chosen, choose
 
 logger = logging.getLogger("raycv.infer")
 
 JSON = "json"
 STDIN = "-"
-NOT_TRACKED = "none"
 
 
 def infer(config: InferConfig) -> None:
@@ -33,14 +32,22 @@ def infer(config: InferConfig) -> None:
         score_many(config)
         return
     question = read_question(config)
+    reply = ask(config, [question], logger.warning)
+    if reply is not None:
+        show(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
+        return
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
-    answerer = load_answerer(chosen, config)
+    answerer = load_answerer(chosen, config.infer, config.criteria_dir, logger.warning)
     loaded = time.monotonic()
     answers = answerer.answer([question])[0]
     seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
     show(answers, answerer.criteria, config, single=question.criterion is not None)
-    log_inference(config, chosen, question, answers, answerer.predictor.computed_in, seconds)
+    log(
+        config,
+        chosen,
+        record_answers(chosen.checkpoints, [question], [answers], answerer.predictor.computed_in, seconds),
+    )
 
 
 def score_many(config: InferConfig) -> None:
@@ -53,7 +60,7 @@ def score_many(config: InferConfig) -> None:
     check_asked(config)
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
-    criteria = criteria_of(chosen, config)
+    criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning)
     recipe = Recipe(chosen.checkpoints, config.infer)
     if config.engine == "ray":
         from raycv.ray_scoring import ray_engine
@@ -62,7 +69,8 @@ def score_many(config: InferConfig) -> None:
     else:
         engine = local_engine(lambda: recipe.load(logger.warning))
     params, counts = facts(score_file(config, chosen, criteria, engine), config)
-    log_run(config, chosen, params, {**counts, "seconds": time.monotonic() - started})
+    model = {"run": chosen.run, "fold": chosen.fold, "base": read_info(chosen.checkpoints[0]).base_model}
+    log(config, chosen, record(model, chosen.checkpoints, params, {**counts, "seconds": time.monotonic() - started}))
 
 
 def read_question(config: InferConfig) -> Question:
@@ -88,42 +96,6 @@ def _read_post(file: str) -> str:
         raise UserError(f"post_file={file} is not UTF-8 (byte {error.start}).", remedies=remedies) from error
 
 
-def load_answerer(chosen: Chosen, config: Any) -> Answerer:
-    """The model of `chosen` with the criteria of its run. `config`: has `infer` and `criteria_dir`.
-
-    Raises: UserError if either cannot be had.
-    """
-    criteria = criteria_of(chosen, config)
-    # Here: a mistyped run or an unknown criterion is told before torch is imported.
-    from raycv.predict import Predictor
-
-    return Answerer(Predictor(chosen.checkpoints, config.infer, logger.warning), criteria)
-
-
-def criteria_of(chosen: Chosen, config: Any) -> dict[str, Criterion]:
-    """The criteria of `chosen`'s run. `config`: has `criteria_dir`. Raises: UserError if they cannot be read."""
-    info = read_info(chosen.checkpoints[0])
-    return read_criteria(info.criteria_dir, info.criteria_hash, config.criteria_dir)
-
-
-def read_criteria(trained_with: str, trained_hash: str, given: str | None) -> dict[str, Criterion]:
-    """The criteria to ask for, from `given` or where training read them; a warning if their wording differs."""
-    from raycv.data import criteria_hash, load_criteria
-    from raycv.paths import resolve
-
-    try:
-        criteria = load_criteria(Path(resolve(given or trained_with)))
-    except UserError as error:
-        remedies = ["name the folder that holds the run's criteria: criteria_dir=<folder>"]
-        raise UserError(error.what, remedies=remedies) from error
-    if criteria_hash(criteria) != trained_hash:
-        logger.warning(
-            "the criteria in %s are not worded as those that the model was trained with: its scores may be off",
-            given or trained_with,
-        )
-    return criteria
-
-
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
     """Prints the answers and nothing else to standard output."""
     text = as_json(answers, single=single) if config.output == JSON else as_text(answers, criteria, single=single)
@@ -135,61 +107,15 @@ def _tracking_uri(config: InferConfig) -> str | None:
     return None if config.tracking.uri in (None, NOT_TRACKED) else config.tracking.uri
 
 
-def log_inference(
-    config: InferConfig,
-    chosen: Chosen,
-    question: Question,
-    answers: Sequence[Answer],
-    precision: str,
-    seconds: dict[str, float],
-) -> None:
-    """One MLflow run: threshold, latency, lengths and hashes of the texts, and what `log_run` adds."""
-    params = {
-        "threshold": answers[0]["threshold"],
-        "criterion_ids": ", ".join(str(answer["criterion_id"] or "free text") for answer in answers),
-        "precision": precision,
-        **text_facts("post", question.post),
-        **(text_facts("criterion", question.criterion) if question.criterion is not None else {}),
-    }
-    metrics = {**seconds, "pairs": len(answers), "matched": sum(answer["label"] == "matched" for answer in answers)}
-    log_run(config, chosen, params, metrics)
-
-
-def log_run(config: InferConfig, chosen: Chosen, params: dict[str, Any], metrics: dict[str, float]) -> None:
-    """One MLflow run with `params` and `metrics`, which model it was, and versions. Never fails the answer."""
-    if config.tracking.uri == NOT_TRACKED:
+def log(config: InferConfig, chosen: Chosen, entry: Record) -> None:
+    """`entry` in MLflow. Never fails the answer."""
+    uri = store_of(config.tracking.uri, chosen.tracking_uri)
+    if uri is None:
         return
-    from raycv.config import TrackingConfig
-    from raycv.tracking import Tracker
-    from raycv.utils import describe_environment
-
-    uri = _tracking_uri(config) or chosen.tracking_uri or LOCAL_URI
-    versions = describe_environment()["packages"]
-    params = {
-        "model.run": chosen.run,
-        "model.fold": chosen.fold,
-        "model.base": read_info(chosen.checkpoints[0]).base_model,
-        "checkpoints": ", ".join(map(str, chosen.checkpoints)),
-        **params,
-        **{f"versions.{name}": versions[name] for name in ("raycv", "torch", "transformers", "peft")},
-    }
     try:
-        tracker = Tracker(uri)
-        artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
-        experiment = tracker.open_experiment(
-            TrackingConfig(uri=uri, artifacts=artifacts, experiment=config.tracking.experiment)
-        )
-        tracker.log_inference(experiment, {"raycv.version": __version__, "raycv.run": chosen.run}, params, metrics)
+        InferenceLog(uri, config.tracking.experiment).write(entry)
     except UserError as error:
-        logger.warning("the answer stands, but is not in MLflow: %s", error.what)
-
-
-def text_facts(name: str, text: str) -> dict[str, Any]:
-    """What may be known of a text: its length, and a hash to find it again by."""
-    return {
-        f"{name}.characters": len(text),
-        f"{name}.sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-    }
+        logger.warning("%s: %s", NOT_LOGGED, error.what)
 
 
 def main() -> None:

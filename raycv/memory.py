@@ -1,7 +1,7 @@
 """What fits into a device's memory: the size of a micro-batch, and whether activations need be computed twice."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,11 +31,21 @@ def is_out_of_memory(error: Exception) -> bool:
 class MicroBatch:
     """The working size of a micro-batch. Halves on out-of-memory, and never grows again (FR-007)."""
 
-    def __init__(self, size: int, tell: Callable[[str], None], relieve: Callable[[], bool] = lambda: False) -> None:
-        """`relieve` may free memory in another way, and says whether it did: it is asked before the size is halved."""
+    def __init__(
+        self,
+        size: int,
+        tell: Callable[[str], None],
+        relieve: Callable[[], bool] = lambda: False,
+        remedies: Sequence[str] = REMEDIES,
+    ) -> None:
+        """`relieve` may free memory in another way, and says whether it did: it is asked before the size is halved.
+
+        `remedies`: what a user can do where one row does not fit.
+        """
         self.size = size
         self._tell = tell
         self._relieve = relieve
+        self._remedies = remedies
 
     def run(self, work: Callable[[int], torch.Tensor], reset: Callable[[], None]) -> torch.Tensor:
         """`work(size)`, with half the size as often as memory demands; `reset` undoes what a broken attempt left.
@@ -56,10 +66,7 @@ class MicroBatch:
             if self._relieve():
                 continue
             if self.size == 1:
-                raise UserError(
-                    f"Out of memory with a micro-batch of 1: {cause}",
-                    remedies=REMEDIES,
-                )
+                raise UserError(f"Out of memory with a micro-batch of 1: {cause}", remedies=self._remedies)
             self._tell(f"out of memory: micro-batch {self.size} -> {self.size // 2}")
             self.size //= 2
 

@@ -1,7 +1,7 @@
 """A fold's checkpoint, or several, -> probabilities of pairs. Prompt, long posts and threshold are the checkpoint's."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from raycv.checkpoint import CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
 from raycv.encoding import EncodedPairs, PromptEncoder
 from raycv.errors import UserError
+from raycv.int8 import check_int8, to_int8
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
 from raycv.prompts import render
@@ -24,7 +25,11 @@ from raycv.scoring import RowScorer
 CHUNK_PAIRS = 2304
 """Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
 
-Computed = Literal["fp32", "bf16"]
+REMEDIES = (
+    "compute in half the memory where the device is fast at it: infer.precision=bf16",
+    "use a device with more memory, or hide the GPU: CUDA_VISIBLE_DEVICES= python -m raycv.infer ...",
+)
+Computed = Literal["fp32", "bf16", "int8"]
 
 
 class Predictor:
@@ -35,7 +40,8 @@ class Predictor:
     ) -> None:
         """`tell`: gets what a user should know: a fallback, a smaller batch.
 
-        Raises: UserError if a checkpoint is missing, damaged or not of the same run, or its base cannot be had.
+        Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
+            cannot be computed in the precision that is asked for.
         """
         infos = [read_info(folder) for folder in checkpoints]
         _check_kin(infos, checkpoints)
@@ -46,16 +52,23 @@ class Predictor:
         self.threshold = statistics.fmean(info.threshold for info in infos)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = choose_precision(config.precision, self.info.precision, self.device)
+        if self.precision == "int8":
+            check_int8(self.device, len(infos))
+        # int8 is rounded from the weights that training computed with.
+        wide = self.info.precision if self.precision == "int8" else self.precision
+        self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
         base = fetch_base(self.info.base_model, self.info.base_revision)
         tokenizer = load_tokenizer(base)
         self.encoder = PromptEncoder(tokenizer, self.info.rules)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        classifier = load_classifier(base, tokenizer, dtype, seed=0, device=str(self.device))
+        classifier = load_classifier(base, tokenizer, self._dtype, seed=0, device=str(self.device))
         # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
-        self._batch = MicroBatch(config.batch_size, tell)
+        self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
         self._share = self._check_sharing(tell)
+        if self.precision == "int8":
+            # After the check: a step of int8 would hide whether the plain and the shared logits agree.
+            self.model, self.adapters = to_int8(self.model), []
 
     @property
     def computed_in(self) -> str:
@@ -127,14 +140,21 @@ class Predictor:
         """float64 [P]: the probability of each pair, the maximum over its windows, the mean over the folds."""
         scorer = RowScorer(self.model, encoded, self.device, self._autocast)
         rows = scorer.sorted(np.arange(len(encoded.lengths)), share=self._share)
-        total = np.zeros(len(encoded.labels))
+        probabilities = []
+        for _ in self._as_each_fold():
+            logits = self._logits(scorer, rows).double()
+            scores = np.zeros(len(encoded.labels))
+            np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())
+            probabilities.append(scores)
+        return np.mean(probabilities, axis=0)
+
+    def _as_each_fold(self) -> Iterator[None]:
+        """Makes the model that of one fold after the other; in int8 there is one, and its adapter is merged."""
+        if not self.adapters:
+            yield
         for adapter in self.adapters:
             self.model.set_adapter(adapter)
-            scores = np.zeros(len(encoded.labels))
-            logits = self._logits(scorer, rows)
-            np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits.double(), dim=-1)[:, 1].numpy())
-            total += scores
-        return total / len(self.adapters)
+            yield
 
     def _logits(self, scorer: RowScorer, rows: np.ndarray) -> torch.Tensor:
         """Logits [R, 2] of sorted `rows`, in batches that fit the memory."""
@@ -148,7 +168,7 @@ class Predictor:
         return self._batch.run(work, done.clear)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        if self.precision != "bf16":
+        if self._dtype != torch.bfloat16:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 

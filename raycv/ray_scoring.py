@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from raycv.config import ResourcesConfig
 from raycv.cv import ray_cluster
 from raycv.errors import UserError
 from raycv.many import Engine, PairScorer, Recipe, score_chunk
@@ -20,16 +19,13 @@ import ray  # isort: skip
 import ray.data  # isort: skip
 
 CHUNK, SCORED = "chunk", "scored"
-_CLUSTER = ResourcesConfig(
-    gpus_per_fold="auto", cpus_per_fold="auto", workers_per_fold=1, autoscaling=False, ray_logs=False
-)
 
 
 def ray_engine(recipe: Recipe) -> Engine:
     """Scores over the cluster of RAY_ADDRESS or of this machine, or over one that is started for it."""
 
     def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
-        with ray_cluster(_CLUSTER):
+        with ray_cluster(ray_logs=False):
             for row in _dataset(recipe, source, done).iter_rows():
                 found = pickle.loads(row[SCORED])
                 if isinstance(found, UserError):

@@ -302,7 +302,7 @@ class Tracker:
             cause = mask_secrets(str(error).split("\n[SQL")[0].split("\n(Background")[0].strip())
             if "out-of-date database schema" in cause:
                 remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
-            raise UserError(f"MLflow at {self.shown_uri} refused to {what}: {cause}", remedies=remedies) from error
+            raise UserError(f"MLflow at {self.shown_uri} could not {what}: {cause}", remedies=remedies) from error
 
 
 def _check_database(database: Path) -> None:

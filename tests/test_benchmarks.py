@@ -1,5 +1,6 @@
 """The benchmarks run, count what they claim to, and the README holds what they measured. Nothing is timed here."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from benchmarks import table
 from benchmarks.harness import Bar, interleaved, spread
 
 ROOT = Path(benchmarks.__file__).parent.parent
-NAMES = ("layer", "collate", "fold", "growth", "batching", "overhead", "scale", "gpu")
+NAMES = (
+    "layer", "collate", "fold", "growth", "batching", "overhead", "scale", "gpu",
+    "latency_cli", "load", "drift", "latency", "int8",
+)  # fmt: skip
 SPREAD = {"median", "min", "max", "n"}
 
 
@@ -127,15 +131,15 @@ def test_the_interval_is_wider_than_that_of_independent_folds():
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["overhead", "scale"])
-def test_what_ray_costs_is_measured_on_real_runs(name, tmp_path):
+@pytest.mark.parametrize(("name", "bars"), [("overhead", 1), ("scale", 1), ("latency_cli", 1), ("load", 4)])
+def test_what_ray_costs_is_measured_on_real_runs(name, bars, tmp_path):
     """In a process of its own, as it starts Ray."""
     out = tmp_path / f"{name}.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--small", "--repeats", "1", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert len(result["bars"]) == 1
+    assert len(result["bars"]) == bars
     assert table.render(result)
 
 
@@ -163,6 +167,78 @@ def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
         row["adapter"] for row in training
     }
     assert table.render(result)
+
+
+def test_latency_runs_small_and_holds_the_answer_against_the_products(tmp_path, monkeypatch):
+    result = small("latency", tmp_path, monkeypatch)
+    rows = {(row["precision"], row["input"]): row for row in result["rows"]}
+    assert len(rows) == 6
+    for (precision, _), row in rows.items():
+        assert set(row["seconds"]) == set(row["floor"]) == SPREAD
+        assert row["ratio"] == pytest.approx(row["seconds"]["median"] / row["floor"]["median"])
+        assert row["cores"] == row["seconds"]["median"] * result["settings"]["threads"]
+        assert sum(result["breakdown"][precision].values()) == pytest.approx(1)
+        # 2 N T: three layers of four square and three wide projections.
+        flops = 2 * 3 * (4 * 64 * 64 + 3 * 64 * 172) * row["tokens"]
+        assert row["gemm_gflops"] * 1e9 * row["floor"]["median"] == pytest.approx(flops)
+    assert {row["tokens"] for row in result["rows"]} == {16, 32, 16 + 9 * 9}
+    assert len(result["bars"]) == 4
+
+
+def test_a_model_that_does_not_fit_is_measured_by_fewer_layers(tmp_path, monkeypatch):
+    from benchmarks import latency
+    from benchmarks.models import LLAMA_7B
+
+    monkeypatch.setattr(latency, "_available", lambda: 64e9)
+    assert latency.fitting(LLAMA_7B) == LLAMA_7B
+    monkeypatch.setattr(latency, "_available", lambda: 8e9)
+    assert 5 < latency.fitting(LLAMA_7B).layers < 15, "0.4 GB a layer beside 3.5 GB"
+    monkeypatch.setattr(latency, "fitting", lambda shape, most: dataclasses.replace(shape, layers=1))
+    result = small("latency", tmp_path, monkeypatch)
+    assert "1 of 3 layers measured, extrapolated linearly" in "\n".join(table.render(result))
+    row = result["rows"][0]
+    flops = 2 * 3 * (4 * 64 * 64 + 3 * 64 * 172) * row["tokens"]
+    assert row["gemm_gflops"] * 1e9 * row["floor"]["median"] == pytest.approx(flops)
+
+
+def test_int8_compares_what_is_installed(tmp_path, monkeypatch):
+    result = small("int8", tmp_path, monkeypatch)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert {"bf16, torch (not int8)", "int8, raycv on torch._int_mm"} <= set(rows)
+    assert all(0 < row["error"] < 0.05 for row in rows.values())
+
+
+def test_drift_counts_labels_on_the_other_side_of_each_folds_threshold():
+    from benchmarks.drift import compared
+
+    folds = [
+        {"fp32": np.array([0.1, 0.4, 0.9]), "int8": np.array([0.1, 0.5, 0.8])},
+        {"fp32": np.array([0.4, 0.4]), "int8": np.array([0.6, 0.4])},
+    ]
+    found = compared(folds, [0.5, 0.7], "int8")
+    assert (found["pairs"], found["flips"]) == (5, 1)
+    assert found["max"] == pytest.approx(0.2)
+    assert found["mean"] == pytest.approx(0.08)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_drift_of_a_real_run(tmp_path):
+    """In a process of its own, as it starts Ray."""
+    out = tmp_path / "drift.json"
+    command = [sys.executable, "-m", "benchmarks.drift", "--small", "--repeats", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert {"fp32", "bf16", "predictions.csv", "PEFT, unmerged DoRA, fp32"} <= set(rows)
+    assert {row["pairs"] for row in rows.values()} == {990}
+    for exact in ("predictions.csv", "PEFT, unmerged DoRA, fp32"):
+        assert rows[exact]["flips"] == 0
+        assert rows[exact]["max"] < 1e-5
+    assert 1e-5 < rows["bf16"]["max"] < 0.1
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
 
 def test_readme_holds_what_the_results_give():

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raycv.cli import compose
-from raycv.config import AggregateConfig, InferConfig, RunConfig, SynthesizeConfig, validate
+from raycv.config import AggregateConfig, InferConfig, RunConfig, Section, ServeConfig, SynthesizeConfig, validate
 from raycv.errors import FaultsError, UserError, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -88,8 +88,9 @@ def test_every_experiment_is_valid_and_changes_something(name: str) -> None:
     ],
 )
 def test_every_file_of_every_group_is_valid(group: str, name: str) -> None:
-    schema, command = (InferConfig, "infer") if group == "infer" else (RunConfig, "run")
-    validate(schema, compose(command, [f"{group}={name}"]))
+    schemas: dict[str, type[Section]] = {"infer": InferConfig, "serve": ServeConfig}
+    command = group if group in schemas else "run"
+    validate(schemas.get(group, RunConfig), compose(command, [f"{group}={name}"]))
 
 
 def test_defaults_are_the_specification() -> None:

@@ -22,7 +22,8 @@ from raycv.cli import run_command
 from raycv.config import InferConfig
 from raycv.data import criteria_hash
 from raycv.errors import UserError
-from raycv.infer import read_question, text_facts
+from raycv.infer import read_question
+from raycv.inference_log import text_facts
 from raycv.paths import RunFolder, write_json, write_text
 from raycv.records import Criterion, FoldResult
 from raycv.runs import choose
@@ -290,7 +291,7 @@ def test_a_post_file_is_read_as_it_stands(monkeypatch, tmp_path):
 
 
 def test_of_a_text_only_length_and_hash_are_logged():
-    facts = text_facts("post", "abc")
+    facts = text_facts("post", ["abc"])
     assert facts == {
         "post.characters": 3,
         "post.sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",

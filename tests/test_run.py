@@ -192,12 +192,12 @@ def test_inference_finds_the_predictions_again(run, predictions, posts):
     """FR-008: training and inference share prompts, long posts, criteria and thresholds, so scores are the same."""
     from raycv.answers import Question
     from raycv.config import InferConfig, validate
-    from raycv.infer import load_answerer
+    from raycv.loaded import load_answerer
     from raycv.runs import choose
 
     config = validate(InferConfig, compose("infer", []))
     for fold in (0, 3):
-        answerer = load_answerer(choose("first", fold, run.parent, None), config)
+        answerer = load_answerer(choose("first", fold, run.parent, None), config.infer, None, print)
         expected = predictions[fold]
         questions = [
             Question(posts[post_id], criterion_id)

@@ -1,0 +1,50 @@
+"""What `benchmarks.load` and `benchmarks.latency_cli` share: a run of their own, and a scorer of it in its process."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raycv.synthesize import write_dataset
+
+START_SECONDS = 300.0
+
+
+def make_run(folder: Path, posts: int) -> None:
+    """A finished run of the quickstart's model in `folder`/runs, two folds, one epoch."""
+    write_dataset(folder, posts=posts, seed=7, profile="short")
+    given = ["experiment=quickstart", f"data.dir={folder}", f"data.criteria_dir={folder}", "train.epochs=1"]
+    command = [sys.executable, "-m", "raycv.run", *given, "cv.folds=2", "run.name=model"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def scorer(folder: Path, *overrides: str) -> Iterator[str]:
+    """`python -m raycv.serve` on the run in `folder`; yields its address."""
+    command = [sys.executable, "-m", "raycv.serve", "run=model", "serve.port=0", *overrides]
+    log = folder / "serve.log"
+    with log.open("w") as out, subprocess.Popen(command, cwd=folder, stdout=out, stderr=out) as process:
+        try:
+            yield _address(process, log)
+        finally:
+            # Not SIGINT, which what a shell starts in the background ignores.
+            process.terminate()
+
+
+def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    ends = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < ends:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "listening on" in line]
+        if lines:
+            return lines[0].split("listening on ")[1].split()[0]
+        time.sleep(0.2)
+    raise SystemExit(log.read_text(encoding="utf-8"))
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

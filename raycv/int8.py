@@ -1,0 +1,108 @@
+"""Linear layers that multiply in 8 bits on a CPU: dynamic, symmetric, a scale per row of weights and per token.
+
+On torch's own `torch._int_mm`, the operator that torchao's int8 stands on too. docs/int8.md compares the libraries:
+on CPUs without AMX torchao sums the weights anew in every call, and torch.ao.quantization is about to be removed.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from raycv.errors import UserError
+
+LEVELS = 127
+"""Largest magnitude of a code. -128 is left out, so that scales are symmetric."""
+
+
+class Int8Linear(nn.Module):
+    """y = W x + bias with W in int8 and x rounded to int8 token by token; sums are exact, in int32."""
+
+    codes: torch.Tensor
+    """int8 [out, in]"""
+    scale: torch.Tensor
+    """float32 [out]"""
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """`linear` may be of any float type; a copy in float32 exists while it is rounded."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = _scale(weight)
+        self.register_buffer("codes", (weight / scale).round_().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0])
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`: [..., in]; returns [..., out] in the type of `x`."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = _scale(rows)
+        codes = torch.mul(rows, scale.reciprocal()).round_().to(torch.int8)
+        out = torch.mul(torch._int_mm(codes, self.codes.t()), self.scale).mul_(scale)
+        if self.bias is not None:
+            out += self.bias
+        return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _scale(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [n, 1]: what a code of 1 stands for in each row of `rows` [n, m]."""
+    largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True)).float()
+    # A row of zeros has codes of zero, whatever its scale.
+    return largest.clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
+
+
+def check_int8(device: torch.device, folds: int) -> None:
+    """Raises: UserError if `folds` checkpoints cannot be computed in int8 on `device`, or only slowly."""
+    asked = "infer.precision=int8"
+    if device.type != "cpu":
+        raise UserError(
+            f"{asked} computes on a CPU, and this machine has a GPU.",
+            remedies=["infer.precision=bf16", "hide the GPU: CUDA_VISIBLE_DEVICES= python -m raycv.infer ..."],
+        )
+    if not has_fast_int8():
+        raise UserError(
+            f"{asked}: this CPU has no 8-bit products (AVX-512 VNNI or AMX), so it would be slower than float32.",
+            remedies=["infer.precision=auto"],
+        )
+    if folds > 1:
+        raise UserError(
+            f"{asked} merges a fold's adapter into the weights, so the ensemble would hold {folds} whole models.",
+            remedies=["take one fold: fold=best", "infer.precision=auto, where all folds share one base"],
+        )
+
+
+def has_fast_int8() -> bool:
+    """Whether this CPU multiplies int8 in hardware."""
+    return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def to_int8(model: Any) -> Any:
+    """The classifier under `model` (a PeftModel with one adapter) with that merged and its linear layers in int8.
+
+    Merging is PEFT's, in float32 and layer by layer: no second copy of the model exists. The head stays as it is.
+    `model` is used up. Raises: UserError if it has no linear layer outside the head.
+    """
+    base = model.get_base_model()
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.get_base_layer().float()
+            layer.merge(safe_merge=True)
+            base.set_submodule(name, layer.get_base_layer())
+            _round(base, name)
+    classifier = model.unload()  # the trained head comes out of PEFT's wrapper
+    for name, _ in list(classifier.named_modules()):
+        _round(classifier, name)
+    if not any(isinstance(module, Int8Linear) for module in classifier.modules()):
+        raise UserError(
+            f"infer.precision=int8: {type(classifier).__name__} has no nn.Linear outside its head.",
+            remedies=["infer.precision=auto"],
+        )
+    return classifier.eval()
+
+
+def _round(classifier: nn.Module, name: str) -> None:
+    """Puts an Int8Linear in the place of the plain linear layer `name`; the head's are Float32Heads."""
+    linear = classifier.get_submodule(name)
+    if type(linear) is nn.Linear:
+        classifier.set_submodule(name, Int8Linear(linear))

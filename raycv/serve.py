@@ -1,0 +1,144 @@
+"""`python -m raycv.serve run=...`: a resident scorer; `raycv.infer` finds it by itself."""
+
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from raycv.cli import run_command
+from raycv.client import TOKEN_VARIABLE, Connection, Unavailable, discovery_file
+from raycv.config import ServeConfig, ServerConfig
+from raycv.errors import UserError
+from raycv.inference_log import NOT_TRACKED, store_of
+from raycv.loaded import read_criteria
+from raycv.paths import absolute_folder, write_json
+from raycv.runs import choose
+
+HEALTH_ATTEMPTS = 20
+
+
+def run_server(config: ServeConfig) -> None:
+    """Serves until Ctrl-C or SIGTERM, then leaves nothing behind: no process, no discovery file.
+
+    Raises: UserError if the run, its model, the port or Ray cannot be had, or the address is open without a token.
+    """
+    limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
+    config = config.model_copy(update={"serve": limits})
+    asked = None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
+    chosen = choose(config.run, config.fold, Path(config.dir), asked)
+    criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
+    read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
+    # Here: what the user mistyped is told before Ray is imported.
+    from raycv.scorer import Setup, running
+    from raycv.tracking import absolute_uri
+
+    store = store_of(config.tracking.uri, chosen.tracking_uri)
+    setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8))
+    file = discovery_file(Path(config.dir), limits.port)
+    say(f"loading run {chosen.run}, fold {chosen.fold}")
+    try:
+        with running(setup):
+            try:
+                announce(setup_record(limits, setup.instance, setup.store, config.tracking.experiment), file)
+                threading.Event().wait()
+            finally:
+                # A second Ctrl-C would leave Ray's processes behind.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                file.unlink(missing_ok=True)
+                say("stopping")
+    except KeyboardInterrupt:
+        pass
+
+
+def listening(config: ServerConfig, token: str | None) -> ServerConfig:
+    """`config` with its port and token settled. Raises: UserError if the port is taken, or open without a token."""
+    token = config.token or token or None
+    if token is None and not is_loopback(config.host):
+        raise UserError(
+            f"serve.host={config.host}: others could reach it, and there is no token.",
+            remedies=[
+                f"give one: {TOKEN_VARIABLE}=$(python -c 'import secrets; print(secrets.token_urlsafe())')",
+                "listen on this machine alone: serve.host=127.0.0.1",
+            ],
+        )
+    if token is not None and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
+        raise UserError(f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces.")
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.host, config.port))
+            port = probe.getsockname()[1]
+    except OSError as error:
+        raise UserError(
+            f"serve.host={config.host} serve.port={config.port}: cannot listen there ({error.strerror or error}).",
+            remedies=["take another port: serve.port=8001", "or any that is free: serve.port=0"],
+        ) from error
+    return config.model_copy(update={"port": port, "token": token})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def setup_record(config: ServerConfig, instance: str, store: str | None, experiment: str) -> dict[str, object]:
+    """What a client must know of the scorer, which is asked for its model. Raises: UserError if it does not answer."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+    started = time.time()
+    for _ in range(HEALTH_ATTEMPTS):
+        try:
+            with Connection(url, config.token) as connection:
+                health = connection.get("/health")
+            break
+        except (Unavailable, ConnectionRefusedError):
+            time.sleep(0.5)
+    else:
+        raise UserError(f"The scorer started, but does not answer at {url}.", remedies=["see that the port is free"])
+    if health["instance"] != instance:
+        raise UserError(f"Another scorer answers at {url}.", remedies=["take another port: serve.port=0"])
+    return {
+        "url": url,
+        "token": config.token,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": started,
+        "instance": instance,
+        "tracking_uri": store,
+        "experiment": experiment,
+        "model": health["model"],
+    }
+
+
+def announce(record: dict[str, object], file: Path) -> None:
+    """Writes the discovery file, for its owner's eyes, and says where the scorer is."""
+    write_json(file, record, private=True)
+    model = record["model"]
+    assert isinstance(model, dict)
+    say(f"run {model['named']}, fold {model['fold']}, {model['base']}, {model['precision']}")
+    say(f"listening on {record['url']}  (POST /score, GET /health; the page: {record['url']}/docs)")
+    say("raycv.infer finds it by itself; Ctrl-C stops it")
+
+
+def say(text: str) -> None:
+    """A line for who started the server."""
+    sys.stdout.write(f"raycv.serve: {text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    run_command("serve", ServeConfig, run_server)
+
+
+if __name__ == "__main__":
+    main()

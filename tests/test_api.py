@@ -1,0 +1,158 @@
+"""The scorer's HTTP interface, called as a server calls it, before a model that only counts (real: test_serve.py)."""
+
+import asyncio
+import json
+import logging
+import re
+
+import pytest
+
+from raycv.api import Overloaded, TooManyPairsError, build_api
+from raycv.config import ServerConfig
+from raycv.errors import UserError
+
+CANARY = "quokkacanary"
+TOKEN = "a-token-of-the-tests"
+ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": None, "model": {}, "truncated": False}
+LIMITS = {"host": "127.0.0.1", "port": 0, "token": None, "replicas": 1, "max_replicas": 1}
+LIMITS |= {"cpus_per_replica": "auto", "gpus_per_replica": "auto", "max_queued": 4, "batch_wait_ms": 2.0}
+LIMITS |= {"max_pairs": 8, "max_post_characters": 1000, "max_body_bytes": 20000}
+
+
+class Echo:
+    """Answers every question alike, or raises `error`."""
+
+    def __init__(self, error=None):
+        self.error, self.asked = error, []
+
+    async def score(self, questions, log):
+        if self.error is not None:
+            raise self.error
+        self.asked.append((list(questions), log))
+        return {"answers": [[ANSWER] for _ in questions], "criteria": {}, "model": {}, "warnings": []}
+
+    def health(self):
+        return {"status": "ok"}
+
+
+def call(app, method, path, body=b"", headers=(), chunk=4096, run=asyncio.run):
+    """Status and JSON of one request, its body in pieces and without a length unless `headers` has one."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    parts = [data[start : start + chunk] for start in range(0, len(data), chunk)] or [b""]
+    sent = []
+
+    async def receive():
+        if not parts:
+            return {"type": "http.disconnect"}
+        part = parts.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+    async def send(message):
+        sent.append(message)
+
+    given = [(b"content-type", b"application/json"), *headers]
+    scope = {"type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": given, "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}
+    run(app(scope, receive, send))
+    text = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], json.loads(text) if text[:1] == b"{" else text.decode(errors="replace")
+
+
+def api(error=None, **limits):
+    scorer = Echo(error)
+    return build_api(scorer, ServerConfig(**LIMITS | limits)), scorer
+
+
+def test_one_pair_is_many_of_one():
+    app, scorer = api()
+    assert call(app, "POST", "/score", {"post": "w0", "criterion": "C0"})[0] == 200
+    assert call(app, "POST", "/score", {"pairs": [{"post": "w0", "criterion": "C0"}], "log": True})[0] == 200
+    (one, unlogged), (many, logged) = scorer.asked
+    assert one == many
+    assert (unlogged, logged) == (False, True)
+    assert call(app, "GET", "/health") == (200, {"status": "ok"})
+    assert call(app, "GET", "/docs")[0] == 200
+    assert {"/score", "/health"} == set(call(app, "GET", "/openapi.json")[1]["paths"])
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"pairs": []}, 422),
+        ({}, 422),
+        ([CANARY], 422),
+        (CANARY, 422),
+        ({"post": 5}, 422),
+        ({"post": [CANARY]}, 422),
+        ({"post": None}, 422),
+        ({"post": CANARY, CANARY: CANARY}, 422),
+        ({"pairs": [{"post": CANARY, "criterion": {CANARY: 1}}]}, 422),
+        ({"pairs": {CANARY: CANARY}}, 422),
+        ({"pairs": [{"post": CANARY}] * 9}, 422),
+        ({"post": CANARY * 100}, 422),
+        ({"post": CANARY, "log": CANARY}, 422),
+        (b'{"post": "quokkacanary \\ud800"}', 422),
+        (b'{"post": "quokkacanary', 422),
+        (b'{"post": "quokkacanary \xff"}', 400),
+        ({"post": CANARY * 3000}, 413),
+    ],
+)
+def test_a_bad_body_is_refused_without_its_text(body, status, caplog):
+    app, scorer = api()
+    with caplog.at_level(logging.DEBUG):
+        got, answer = call(app, "POST", "/score", body)
+    assert got == status, answer
+    assert set(answer) == {"error", "remedies"}
+    assert CANARY not in json.dumps(answer) + caplog.text
+    assert scorer.asked == []
+
+
+def test_an_announced_size_is_refused_before_the_body_is_read():
+    app, _ = api()
+    assert call(app, "POST", "/score", b"", [(b"content-length", b"20001")])[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("The post is empty.", remedies=["give its text"]), 400),
+        (TooManyPairsError("too many"), 413),
+        (Overloaded(), 503),
+        (RuntimeError(CANARY), 500),
+    ],
+)
+def test_what_the_model_raises(error, status, caplog):
+    app, _ = api(error)
+    with caplog.at_level(logging.DEBUG):
+        got, answer = call(app, "POST", "/score", {"post": "w0"})
+    assert got == status
+    assert set(answer) == {"error", "remedies"}
+    assert CANARY not in json.dumps(answer) + caplog.text
+
+
+def test_without_the_token_there_is_only_the_page():
+    app, scorer = api(token=TOKEN)
+    right, wrong = [(b"authorization", f"Bearer {TOKEN}".encode())], [(b"authorization", b"Bearer \xe9")]
+    for headers in ([], wrong):
+        assert call(app, "POST", "/score", {"post": "w0"}, headers)[0] == 401
+        assert call(app, "GET", "/health", headers=headers)[0] == 401
+    assert scorer.asked == []
+    assert call(app, "POST", "/score", {"post": "w0"}, right)[0] == 200
+    assert call(app, "GET", "/docs")[0] == 200
+    assert call(app, "POST", "/static/../score", {"post": "w0"})[0] in (404, 405)
+
+
+def test_the_page_needs_no_web():
+    app, _ = api(token=TOKEN)
+    page = call(app, "GET", "/docs")[1]
+    links = re.findall(r'(?:href|src|url)\s*[=:]\s*["\']([^"\']+)', page)
+    assert "/openapi.json" in links
+    assert len(links) >= 4
+    for link in links:
+        assert call(app, "GET", link)[0] == 200, link
+
+
+def test_there_are_no_files():
+    app, _ = api()
+    for path in ("/", "/../../etc/passwd", "/score/../../etc/passwd", "/docs/../x", "/static/../../etc/passwd"):
+        assert call(app, "GET", path)[0] in (404, 405)

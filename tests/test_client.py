@@ -1,0 +1,186 @@
+"""Finding a scorer and falling back: against a plain HTTP server. The real scorer is in test_serve.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from raycv.answers import Question
+from raycv.checkpoint import MANIFEST
+from raycv.cli import compose
+from raycv.client import ask, checked_address, discovery_file
+from raycv.config import InferConfig, validate
+from raycv.errors import UserError
+from raycv.paths import write_json
+
+QUESTION = Question("I lie awake", "A.4")
+ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "model": {}, "truncated": False}
+
+
+class FakeScorer(ThreadingHTTPServer):
+    """Says what a scorer would; `status` and `instance` may be changed; keeps what was asked."""
+
+    def __init__(self, model):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.status, self.instance, self.asked = model, 200, "one", []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, {"instance": self.server.instance, "model": self.server.model})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((body, self.headers.get("Authorization")))
+        refused = {"error": "no such criterion", "remedies": ["choose one"]}
+        answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
+        self.reply(self.server.status, answer if self.server.status == 200 else refused)
+
+    def reply(self, status, value):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A manifest and nothing else: what choosing a checkpoint needs."""
+    folder = tmp_path / "some" / "fold_0" / "checkpoint"
+    info = dict.fromkeys(("base_model", "base_revision", "criteria_hash", "criteria_dir", "precision"), "")
+    rules = {"long_post": "head", "max_length": 48, "head_fraction": 0.25, "stride_fraction": 0.5, "post_limit": 9}
+    numbers = {"threshold": 0.5, "criteria": {}, "fold": 0, "epoch": 1, "format": 1, "run": "some"}
+    write_json(folder / MANIFEST, {**info, **numbers, "rules": rules})
+    return folder
+
+
+@pytest.fixture
+def scorer(checkpoint, tmp_path):
+    model = {"run": "some", "named": "some", "fold": 0, "fold_asked": "best", "precision": "fp32"}
+    server = FakeScorer({**model, "checkpoints": [str(checkpoint)], "criteria_dir": None})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def announce(scorer, runs: Path, **changes) -> Path:
+    record = {"url": scorer.url, "token": "secret", "pid": os.getpid(), "host": socket.gethostname()}
+    record |= {"started": time.time() + 1, "instance": "one", "tracking_uri": None, "experiment": "raycv-inference"}
+    file = discovery_file(runs, scorer.server_address[1])
+    write_json(file, {**record, "model": scorer.model, **changes}, private=True)
+    return file
+
+
+def config(checkpoint, runs, **changes):
+    values = compose("infer", []) | {"run": str(checkpoint), "dir": str(runs)} | changes
+    return validate(InferConfig, values)
+
+
+def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    told = []
+    reply = ask(config(checkpoint, tmp_path), [QUESTION], told.append)
+    assert reply.answers == [[ANSWER]]
+    assert reply.criteria["A.4"].symptom == "SLEEP_ISSUES"
+    assert told == ["careful"]
+    expected = {"pairs": [{"post": "I lie awake", "criterion": "A.4"}], "log": True}
+    assert scorer.asked == [(expected, "Bearer secret")]
+
+
+@pytest.mark.parametrize(
+    ("announced", "asked"),
+    [
+        ({}, {"server": "none"}),
+        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}),
+        ({}, {"criteria_dir": "elsewhere"}),
+        ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}),
+        ({"host": "another-machine"}, {}),
+        ({"started": 0.0}, {}),
+        ({"instance": "two"}, {}),
+        ({"model": {"checkpoints": ["/other"], "precision": "fp32", "criteria_dir": None}}, {}),
+    ],
+)
+def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked):
+    file = announce(scorer, tmp_path, **announced)
+    assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], lambda text: None) is None
+    assert scorer.asked == []
+    assert file.exists()
+
+
+def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, checkpoint, tmp_path):
+    file = announce(scorer, tmp_path)
+    file.chmod(0o644)
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    file.chmod(0o600)
+    file.write_text("[]")
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    assert scorer.asked == []
+
+
+def test_a_dead_scorers_file_is_removed(scorer, checkpoint, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    file = announce(scorer, tmp_path, pid=ended.pid)
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    assert not file.exists()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    file = announce(scorer, tmp_path, url=f"http://127.0.0.1:{port}")
+    told = []
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+    assert not file.exists()
+    assert "is gone" in told[0]
+
+
+def test_an_overloaded_scorer_is_left_alone_unless_it_was_named(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    scorer.status = 503
+    told = []
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+    assert "overloaded" in told[0]
+    with pytest.raises(UserError, match="overloaded"):
+        ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], told.append)
+
+
+def test_a_refused_question_is_the_users_error(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    scorer.status = 400
+    with pytest.raises(UserError, match="no such criterion") as caught:
+        ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None)
+    assert caught.value.remedies == ["choose one"]
+
+
+def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAYCV_TOKEN", "from-the-environment")
+    # latest: whatever it has
+    assert ask(config("latest", tmp_path, server=scorer.url), [QUESTION], lambda text: None)
+    assert scorer.asked[0][1] == "Bearer from-the-environment"
+    assert ask(config("some", tmp_path, server=scorer.url), [QUESTION], lambda text: None)
+    assert ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
+    for asked in ({"fold": 3}, {"criteria_dir": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
+        with pytest.raises(UserError, match="scorer"):
+            ask(config("some", tmp_path, server=scorer.url, **asked), [QUESTION], lambda text: None)
+    assert len(scorer.asked) == 3
+
+
+def test_addresses():
+    assert checked_address("http://host:80/x?y") == "http://host:80"
+    for wrong in ("host", "ftp://host", "http://", "http://user:pw@host", "http://host:x"):
+        with pytest.raises(UserError, match="server:"):
+            checked_address(wrong)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(UserError, match="cannot answer"):
+        ask(config("latest", Path("runs"), server=f"http://127.0.0.1:{port}"), [QUESTION], lambda text: None)

@@ -1,0 +1,266 @@
+"""A checkpoint's scores at inference are those of training, in every long-post mode and for any mixture of pairs."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+
+import raycv.int8
+import raycv.predict
+from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.config import InferenceConfig
+from raycv.errors import UserError
+from raycv.int8 import Int8Linear, has_fast_int8
+from raycv.model import Float32Head
+from raycv.predict import Predictor, choose_precision
+from raycv.train import FoldTrainer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TRAIN, VAL = np.arange(30), np.arange(30, 48)
+MODES = ("head_tail", "sliding", "none")
+needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no 8-bit products")
+
+
+class Trained:
+    """A toy fold after an epoch: its checkpoint, and its validation scores in the loop."""
+
+    def __init__(self, folder: Path, mode: str, fold: int) -> None:
+        # Prompts of 26 tokens, 15 of them the frame: the longer of these posts do not fit.
+        prompt = prompt_config(max_length=26, long_post=mode)
+        self.toy = Toy(toy_base(folder), toy_dataset(words=24), prompt)
+        model = self.toy.model(seed=1 + fold, dropout=0.1)
+        loop = FoldTrainer(model, self.toy.encoded, train_config(epochs=1, seed=1 + fold), "fp32", Recorder())
+        self.scores = loop.fit(TRAIN, VAL).val_scores
+        self.folder = folder / f"checkpoint_{fold}"
+        self.info = CheckpointInfo(
+            base_model=self.toy.base.name, base_revision=None, rules=self.toy.encoder.rules, threshold=0.3 + fold / 10,
+            criteria={"C0": None, "C1": None, "C2": None}, criteria_hash="abc", criteria_dir="/criteria",
+            run="some-run", fold=fold, epoch=1, precision="fp32",
+        )  # fmt: skip
+        save_checkpoint(self.folder, model, self.toy.tokenizer, self.info)
+
+    def pairs(self, indices: np.ndarray = VAL) -> list[tuple[str, str]]:
+        """The texts of pairs."""
+        dataset = self.toy.dataset
+        chosen = [dataset.pairs[index] for index in indices]
+        return [(dataset.posts[pair.post_id], dataset.criteria[pair.criterion_id].text) for pair in chosen]
+
+    def rewritten(self, folder: Path, **changes: object) -> Path:
+        """The same checkpoint with another manifest."""
+        save_checkpoint(folder, self.toy.model(), self.toy.tokenizer, replace(self.info, **changes))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains a fold of a mode, once."""
+
+    @cache
+    def train(mode: str = "head_tail", fold: int = 0) -> Trained:
+        return Trained(places(mode), mode, fold)
+
+    @cache
+    def places(mode: str) -> Path:
+        return tmp_path_factory.mktemp(mode)
+
+    return train
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def predictor(*folders: Path, precision: str = "fp32", batch_size: int = 16, tell=lambda text: None) -> Predictor:
+    return Predictor(folders, InferenceConfig(precision=precision, batch_size=batch_size), tell)
+
+
+def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
+    return np.array([prediction.score for prediction in predictor.predict(pairs)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_scores_are_those_of_the_training_loop(trained, mode, batch_size):
+    fold = trained(mode)
+    np.testing.assert_allclose(
+        scores(predictor(fold.folder, batch_size=batch_size), fold.pairs()), fold.scores, atol=1e-6
+    )
+    assert np.ptp(fold.scores) > 1e-2, "equal scores would show nothing"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cut_posts_are_told(trained, mode):
+    fold = trained(mode)
+    told = [prediction.truncated for prediction in predictor(fold.folder).predict(fold.pairs())]
+    count = fold.toy.tokenizer
+    long = [len(count(f"post: {post}, criterion: {text} Does")["input_ids"]) > 20 for post, text in fold.pairs()]
+    assert any(told) == (any(long) and mode != "sliding")
+    assert not all(told)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pairs_score_does_not_depend_on_its_company(trained, mode):
+    """Posts with one to nine criteria, in any order, some twice: each pair as if it were asked alone."""
+    fold = trained(mode)
+    model = predictor(fold.folder)
+    posts = list(fold.toy.dataset.posts.values())[:9]
+    pairs = [(post, WORDS[index]) for number, post in enumerate(posts, 1) for index in range(number)]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    mixed = [pairs[index] for index in order] + pairs[:1]
+    together = scores(model, mixed)
+    alone = np.array([scores(model, [pair])[0] for pair in mixed])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert together[-1] == pytest.approx(together[list(order).index(0)], abs=1e-6)
+
+
+def test_no_pairs_no_predictions(trained):
+    assert predictor(trained().folder).predict([]) == []
+
+
+def test_the_ensemble_is_the_mean_of_its_folds(trained):
+    folds = [trained(fold=fold) for fold in range(3)]
+    ensemble = predictor(*(fold.folder for fold in folds))
+    single = [scores(predictor(fold.folder), fold.pairs()) for fold in folds]
+    np.testing.assert_allclose(scores(ensemble, folds[0].pairs()), np.mean(single, axis=0), atol=1e-6)
+    assert np.abs(single[0] - single[1]).max() > 1e-3
+    assert ensemble.threshold == pytest.approx(0.4)
+    assert (ensemble.identity.fold, predictor(folds[1].folder).identity.fold) == ("ensemble", 1)
+
+
+def test_bf16_is_close_and_not_the_same(trained):
+    fold = trained()
+    model = predictor(fold.folder, precision="bf16")
+    assert model.computed_in == "bf16"
+    difference = np.abs(scores(model, fold.pairs()) - fold.scores)
+    assert 0 < difference.max() < 0.03
+
+
+@needs_int8
+@pytest.mark.parametrize("mode", MODES)
+def test_int8_is_close_and_not_the_same(trained, mode):
+    fold = trained(mode)
+    model = predictor(fold.folder, precision="int8")
+    assert model.computed_in == "int8"
+    difference = np.abs(scores(model, fold.pairs()) - fold.scores)
+    assert 0 < difference.max() < 0.05
+
+
+@needs_int8
+def test_in_int8_all_but_the_head_is_rounded_with_the_adapter_in_it(trained):
+    fold = trained()
+    model = predictor(fold.folder, precision="int8").model
+    rounded = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert len(rounded) == 7 * model.config.num_hidden_layers
+    assert isinstance(model.score, Float32Head)
+    assert model.score.weight.dtype == torch.float32
+    assert not any("lora" in name for name, _ in model.named_modules())
+    # What PEFT merges, by DoRA's definition.
+    layer = predictor(fold.folder).model.get_base_model().model.layers[0].mlp.up_proj
+    parts = layer.parts("default")
+    dense = parts.weight + layer.scaling["default"] * parts.b @ parts.a
+    merged = parts.magnitude[:, None] * dense / dense.norm(dim=1, keepdim=True)
+    int8 = rounded["model.layers.0.mlp.up_proj"]
+    step = int8.scale[:, None]
+    assert ((int8.codes * step - merged).abs() <= step * 0.501).all()
+    assert (merged - parts.weight).abs().max() > step.max(), "the adapter does something"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_products_are_those_of_rounded_numbers(dtype):
+    """Against float64 on the rounded weights and inputs; with a bias, a row of zeros, and leading dimensions."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 24).to(dtype)
+    linear.weight.data[3] = 0
+    x = torch.randn(2, 5, 64, dtype=dtype)
+    x[0, 1] = 0
+    x[1, 2] *= 1000  # one large token does not spoil the others
+    layer = Int8Linear(linear)
+    wide = x.double()
+    step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    rounded = (wide / step).round() * step
+    exact = rounded @ (layer.codes.double() * layer.scale.double()[:, None]).T + linear.bias.double()
+    got = layer(x)
+    assert (got.dtype, got.shape) == (dtype, (2, 5, 24))
+    # Row by row, as their sizes differ; the output is rounded to `dtype`.
+    size = exact.norm(dim=-1)
+    assert ((got.double() - exact).norm(dim=-1) <= torch.finfo(dtype).eps * size + 1e-3 * size).all()
+    unrounded = torch.nn.functional.linear(wide, linear.weight.double(), linear.bias.double())
+    assert ((got.double() - unrounded).norm(dim=-1) <= 0.02 * size).all()
+
+
+def test_int8_is_refused_where_it_makes_no_sense(trained, monkeypatch):
+    with pytest.raises(UserError, match="has a GPU") as refused:
+        raycv.int8.check_int8(GPU, 1)
+    assert "CUDA_VISIBLE_DEVICES=" in str(refused.value)
+    monkeypatch.setattr(raycv.int8, "has_fast_int8", lambda: True)
+    with pytest.raises(UserError, match=r"the ensemble would hold 2 whole models[^$]*fold=best"):
+        predictor(trained().folder, trained(fold=1).folder, precision="int8")
+    monkeypatch.setattr(raycv.int8, "has_fast_int8", lambda: False)
+    with pytest.raises(UserError, match=r"no 8-bit products[^$]*infer\.precision=auto"):
+        predictor(trained().folder, precision="int8")
+
+
+def test_a_model_without_plain_linear_layers_is_refused_in_int8():
+    class Bare(torch.nn.Module):
+        def get_base_model(self):
+            return self
+
+        def unload(self):
+            return self
+
+    with pytest.raises(UserError, match=r"Bare has no nn\.Linear"):
+        raycv.int8.to_int8(Bare())
+
+
+def test_a_criterion_longer_than_trainings_shortens_the_post(trained):
+    fold = trained()
+    long = " ".join(WORDS[:6])
+    model = predictor(fold.folder)
+    post = " ".join(WORDS)
+    encoded, _ = model._encode([(post, long)])
+    assert encoded.lengths.tolist() == [26]
+    tokens = model.encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids[0])
+    question = ["criterion:", *WORDS[:6], "Does"]
+    assert question in [tokens[start : start + len(question)] for start in range(len(tokens))]
+    assert model.predict([(post, long)])[0].truncated
+    with pytest.raises(UserError, match="leaves no room for a post"):
+        model.predict([(post, " ".join(WORDS * 3))])
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained_in", "fast", "chosen"),
+    [
+        ("auto", "bf16", True, "bf16"),
+        ("auto", "bf16", False, "fp32"),
+        ("auto", "fp32", True, "fp32"),
+        ("auto", "fp32", False, "fp32"),
+        ("fp32", "bf16", True, "fp32"),
+        ("bf16", "fp32", False, "bf16"),
+        ("int8", "bf16", True, "int8"),
+    ],
+)
+def test_precision(monkeypatch, asked, trained_in, fast, chosen):
+    """auto is what training computed in, where the device is fast at it; never int8."""
+    monkeypatch.setattr(raycv.predict, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: fast)
+    assert choose_precision(asked, trained_in, CPU) == chosen
+    assert choose_precision(asked, trained_in, GPU) == chosen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"criteria_hash": "other"}, {"base_revision": "other"}, {"rules": None}],
+    ids=lambda each: next(iter(each)),
+)
+def test_checkpoints_of_different_runs_are_refused(trained, tmp_path, changes):
+    fold = trained()
+    if "rules" in changes:
+        changes = {"rules": replace(fold.info.rules, max_length=40)}
+    other = fold.rewritten(tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=f"is of another run than .*its {next(iter(changes))} differs"):
+        predictor(fold.folder, other)

@@ -1,0 +1,122 @@
+"""A replica without a cluster: real model, Ray Serve's real batching, API and MLflow writer. With one: test_serve."""
+
+import asyncio
+import json
+import sqlite3
+
+import pytest
+import ray.serve.context
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.schema import ReplicaRank
+from test_api import call
+from test_serve import CANARY, SERVER, save_toy
+
+from raycv.answers import Question
+from raycv.api import Overloaded, TooManyPairsError, build_api
+from raycv.cli import compose
+from raycv.config import InferConfig, ServeConfig, validate
+from raycv.errors import UserError
+from raycv.inference_log import InferenceWriter, record_answers
+from raycv.loaded import load_answerer
+from raycv.runs import choose
+from raycv.scorer import Scorer, Setup
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replica")
+    values = compose("serve", []) | {"run": str(save_toy(folder)), "serve": SERVER | {"max_queued": 6}}
+    config = validate(ServeConfig, values)
+    chosen = choose(config.run, "best", folder, None)
+    scorer = Scorer(Setup(config, chosen, None, f"sqlite:///{folder}/mlflow.db", "instance"))
+    # What Ray Serve's queue asks of the replica that it runs in; it belongs to the loop that first used it.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ray.serve.context, "_INTERNAL_REPLICA_CONTEXT", None)
+    ray.serve.context._set_internal_replica_context(
+        replica_id=ReplicaID("one", DeploymentID("scorer")),
+        servable_object=scorer,
+        _deployment_config=DeploymentConfig(max_ongoing_requests=100),
+        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
+        world_size=1,
+    )
+    loop = asyncio.new_event_loop()
+    yield scorer, chosen, folder, loop
+    scorer._writer.close(30)
+    loop.close()
+    patch.undo()
+
+
+def ask(scorer, loop, *requests, log=False):
+    """What becomes of requests that arrive together."""
+
+    async def all_of_them():
+        return await asyncio.gather(*(scorer.score(each, log) for each in requests), return_exceptions=True)
+
+    return loop.run_until_complete(all_of_them())
+
+
+def test_requests_together_are_one_batch_and_get_what_they_get_alone(replica):
+    scorer, chosen, _, loop = replica
+    alone = load_answerer(chosen, scorer._setup.config.infer, None, lambda text: None)
+    asked = [[Question("w0 w1 w4", "C0")], [Question("w2"), Question("w0 w1 w4", "my words")], [Question("w3", "C2")]]
+    before = dict(scorer.health())
+    got = ask(scorer, loop, *asked)
+    assert [each["answers"] for each in got] == [alone.answer(questions) for questions in asked]
+    after = scorer.health()
+    assert after["batches"] - before["batches"] < after["requests"] - before["requests"] == 3
+    assert after["pairs"] - before["pairs"] == 6
+    assert got[0]["criteria"] == {"C0": None, "C1": None, "C2": None}
+
+
+def test_ones_fault_is_not_the_others(replica):
+    scorer, *_, loop = replica
+    too_long = Question("w0", "w1 " * 60)
+    unknown, many = Question("w0", "Z.99"), [Question("w0")] * 3
+    good, long, wrong, more = ask(scorer, loop, [Question("w0", "C0")], [too_long], [unknown], many)
+    assert good["answers"][0][0]["criterion_id"] == "C0"
+    assert isinstance(long, UserError)
+    assert "no room for a post" in long.what
+    assert isinstance(wrong, UserError)
+    assert isinstance(more, TooManyPairsError)
+
+
+def test_more_than_may_wait_are_refused_and_it_goes_on(replica):
+    scorer, *_, loop = replica
+    got = ask(scorer, loop, *[[Question("w0", "C0")]] * 10)
+    assert sum(isinstance(each, Overloaded) for each in got) == 4
+    assert sum(isinstance(each, dict) for each in got) == 6
+    assert scorer.health()["waiting"] == 0
+
+
+def test_over_http_and_into_mlflow_without_the_text(replica, capfd):
+    scorer, _, folder, loop = replica
+    app = build_api(scorer, scorer._limits)
+    body = {"post": f"w0 {CANARY}", "criterion": f"{CANARY} it is"}
+    status, answer = call(app, "POST", "/score", {**body, "log": True}, run=loop.run_until_complete)
+    assert status == 200
+    assert answer["warnings"] == []
+    scorer._writer.close(60)
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        logged = dict(store.execute("select key, value from params").fetchall())
+        assert store.execute("select count(*) from runs").fetchone() == (1,)
+    assert logged["post.characters"] == str(len(body["post"]))
+    assert {"post.sha256", "criterion.sha256", "model.run", "threshold", "versions.torch"} <= set(logged)
+    assert not [path for path in folder.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert CANARY not in "".join(capfd.readouterr()) + json.dumps(answer)
+
+
+def test_a_store_out_of_reach_is_told_and_harms_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = InferenceWriter(f"sqlite:///{tmp_path}/file/mlflow.db", "x")
+    assert writer.opened.wait(120)
+    answer = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
+    writer.put(record_answers([], [Question(CANARY, CANARY)], [[answer]], "fp32", {}))
+    writer.close(60)
+    (warning,) = writer.warnings()
+    assert "not in MLflow" in warning
+    assert CANARY not in warning
+
+
+def test_infer_takes_a_server_key():
+    assert validate(InferConfig, compose("infer", [])).server == "auto"

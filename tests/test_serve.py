@@ -1,0 +1,304 @@
+"""The resident scorer as users have it: `python -m raycv.serve` in a process of its own, asked over HTTP."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from toy import Toy, toy_base
+
+from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.client import PATTERN, Connection
+from raycv.config import ServerConfig
+from raycv.data import criteria_hash, load_criteria
+from raycv.errors import UserError
+from raycv.serve import is_loopback, listening
+
+CANARY = "quokkacanary"
+TOKEN = "a-token-of-the-tests"
+START_SECONDS = 300
+SERVER = {
+    "host": "127.0.0.1",
+    "port": 0,
+    "token": None,
+    "replicas": 1,
+    "max_replicas": 1,
+    "cpus_per_replica": "auto",
+    "gpus_per_replica": "auto",
+    "max_queued": 4,
+    "batch_wait_ms": 2.0,
+    "max_pairs": 8,
+    "max_post_characters": 1000,
+    "max_body_bytes": 20000,
+}
+
+
+def environment(home: Path) -> dict[str, str]:
+    """A user's: Ray's session in a folder that the test can read through."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY")}
+    return {**kept, "RAY_TMPDIR": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def save_toy(folder: Path) -> Path:
+    """A checkpoint with three criteria; its scores mean nothing."""
+    toy = Toy(toy_base(folder))
+    criteria = folder / "criteria"
+    criteria.mkdir()
+    rows = [f"{key},{criterion.text}" for key, criterion in toy.dataset.criteria.items()]
+    (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *rows]) + "\n")
+    info = CheckpointInfo(
+        base_model=toy.base.name,
+        base_revision=None,
+        rules=toy.encoder.rules,
+        threshold=0.5,
+        criteria=dict.fromkeys(toy.dataset.criteria),
+        criteria_hash=criteria_hash(load_criteria(criteria)),
+        criteria_dir=str(criteria),
+        run="toy",
+        fold=0,
+        epoch=1,
+        precision="fp32",
+    )
+    save_checkpoint(folder / "checkpoint", toy.model(), toy.tokenizer, info)
+    return folder / "checkpoint"
+
+
+class Served:
+    """A running scorer and where its things are."""
+
+    def __init__(self, home: Path, *overrides: str, token: str | None = None) -> None:
+        self.home, self.runs, self.token = home, home / "runs", token
+        self.runs.mkdir()
+        self.checkpoint = save_toy(home)
+        self.environment = environment(home) | ({"RAYCV_TOKEN": token} if token else {})
+        self.log = home / "serve.log"
+        self.store = f"sqlite:///{home}/mlflow.db"
+        given = [f"run={self.checkpoint}", f"dir={self.runs}", f"tracking.uri={self.store}", "serve.port=0"]
+        command = [sys.executable, "-m", "raycv.serve", *given, *overrides]
+        with self.log.open("w") as log:
+            # A session of its own: what is left of it can be counted.
+            self.process = subprocess.Popen(
+                command, cwd=home, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.url = self._wait()
+
+    def _wait(self) -> str:
+        ends = time.monotonic() + START_SECONDS
+        while time.monotonic() < ends and self.process.poll() is None:
+            if found := re.search(r"listening on (\S+)", self.log.read_text()):
+                return found[1]
+            time.sleep(0.2)
+        if self.process.poll() is None:
+            self.process.terminate()
+        raise AssertionError(self.log.read_text())
+
+    def send(self, path, body=None, *, token=None):
+        with Connection(self.url, token or self.token) as connection:
+            return connection.send("POST" if body is not None else "GET", path, body)
+
+    def infer(self, *overrides):
+        given = [f"run={self.checkpoint}", f"dir={self.runs}", "output=json", *overrides]
+        command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", *given]
+        return subprocess.run(command, cwd=self.home, env=self.environment, capture_output=True, timeout=300)
+
+    def stop(self, number=signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(120)
+
+    def left(self) -> list[str]:
+        """Commands of processes that have the scorer's Ray folder in their environment."""
+        mark, found = f"RAY_TMPDIR={self.home}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_text())
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    # Sockets of Ray lie below it, and their paths may not be long.
+    home = tmp_path_factory.mktemp("s")
+    scorer = Served(home, "serve.max_queued=4", "serve.max_pairs=8", "serve.max_post_characters=1000")
+    yield scorer
+    if scorer.process.poll() is None:
+        scorer.stop()
+
+
+pytestmark_ray = [pytest.mark.slow, pytest.mark.ray]
+
+
+def ray_test(function):
+    for mark in pytestmark_ray:
+        function = mark(function)
+    return function
+
+
+@ray_test
+def test_one_pair_many_pairs_and_every_criterion(served):
+    status, one = served.send("/score", {"post": "w0 w1", "criterion": "C0"})
+    assert status == 200
+    ((answer,),) = one["answers"]
+    assert set(answer) == {"label", "score", "threshold", "criterion_id", "model", "truncated"}
+    assert answer["label"] == ("matched" if answer["score"] >= 0.5 else "unmatched")
+    pairs = [{"post": "w0 w1", "criterion": "C0"}, {"post": "w2"}, {"post": "w3", "criterion": "in my words"}]
+    status, many = served.send("/score", {"pairs": pairs})
+    assert status == 200
+    assert [len(each) for each in many["answers"]] == [1, 3, 1]
+    assert many["answers"][0] == one["answers"][0]
+    assert many["answers"][2][0]["criterion_id"] is None
+    health = served.send("/health")[1]
+    assert health["model"]["checkpoints"] == [str(served.checkpoint)]
+    assert health["requests"] >= 2
+
+
+@ray_test
+def test_requests_that_arrive_together_are_computed_together_and_each_gets_its_own(served):
+    alone = {name: served.send("/score", {"post": name, "criterion": "C1"})[1]["answers"] for name in ("w1", "w2")}
+    before, got = served.send("/health")[1], {}
+
+    def client(number):
+        post = f"w{number % 2 + 1}"
+        # Each fourth is wrong, which is to be nobody else's trouble.
+        criterion = "Z.99" if number == 3 else "C1"
+        while True:
+            status, answer = served.send("/score", {"post": post, "criterion": criterion})
+            if status != 503:
+                break
+        got[number] = (status, answer)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(12)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert got.pop(3)[0] == 400
+    for number, (status, answer) in got.items():
+        assert (status, answer["answers"]) == (200, alone[f"w{number % 2 + 1}"])
+    after = served.send("/health")[1]
+    assert after["batches"] - before["batches"] < after["requests"] - before["requests"]
+
+
+@ray_test
+def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy(served):
+    for question in (["criterion=C1"], ["criterion=my own words"], []):
+        found = served.infer("post=w0 w4 w1", *question)
+        alone = served.infer("post=w0 w4 w1", *question, "server=none", "tracking.uri=none")
+        assert (found.returncode, alone.returncode) == (0, 0), found.stderr[-3000:] + alone.stderr[-3000:]
+        assert found.stdout == alone.stdout
+        loaded = {line.rpartition(b"|")[2].strip() for line in found.stderr.splitlines()}
+        assert b"raycv.client" in loaded
+        assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
+        assert not [line for line in found.stderr.splitlines() if not line.startswith(b"import time:")]
+    named = served.infer("post=w0 w4 w1", f"server={served.url}")
+    assert named.stdout == found.stdout
+
+
+@ray_test
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"post": "w0", "criterion": "Z.99"}, 400),
+        ({"post": "  "}, 400),
+        ({"pairs": []}, 422),
+        ({}, 422),
+        ({"post": 5}, 422),
+        ({"post": [CANARY]}, 422),
+        ({"post": CANARY, CANARY: CANARY}, 422),
+        ({"pairs": [{"post": CANARY, "criterion": {CANARY: 1}}]}, 422),
+        ({"post": f"{CANARY} \ud800"}, 422),
+        ({"post": CANARY * 100}, 422),
+        ({"pairs": [{"post": CANARY}] * 3}, 413),
+        ({"pairs": [{"post": CANARY}] * 9}, 422),
+        ({"post": CANARY * 700_000}, 413),
+    ],
+)
+def test_a_bad_body_is_refused_without_its_text(served, body, status):
+    got, answer = served.send("/score", body)
+    assert got == status
+    assert set(answer) == {"error", "remedies"}
+    assert CANARY not in json.dumps(answer)
+
+
+@ray_test
+def test_its_page_and_what_is_not_there(served):
+    status, schema = served.send("/openapi.json")
+    assert status == 200
+    assert {"/score", "/health"} <= set(schema["paths"])
+    assert served.send("/../../etc/passwd")[0] == 404
+
+
+@ray_test
+def test_overload_is_told_503_and_passes(served):
+    statuses = []
+
+    def client():
+        for _ in range(5):
+            statuses.append(served.send("/score", {"post": "w0 w1 w2", "criterion": "C0"})[0])
+
+    threads = [threading.Thread(target=client) for _ in range(32)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert set(statuses) == {200, 503}
+    assert served.send("/score", {"post": "w0"})[0] == 200
+
+
+@ray_test
+def test_text_reaches_no_file_and_stopping_leaves_nothing(served):
+    """Last, since it stops the scorer."""
+    body = {"post": f"w0 {CANARY}", "criterion": f"is it {CANARY}", "log": True}
+    assert served.send("/score", body)[0] == 200
+    (file,) = served.runs.glob(PATTERN)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert served.stop() == 0
+    assert list(served.runs.glob(PATTERN)) == []
+    ends = time.monotonic() + 30
+    while served.left() and time.monotonic() < ends:
+        time.sleep(0.5)
+    assert served.left() == []
+    holding = [path for path in served.home.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert holding == []
+    assert list(served.home.glob("session*/logs/*")) or list(served.home.glob("*/session*/logs/*"))
+    from mlflow import MlflowClient
+
+    store = MlflowClient(tracking_uri=served.store)
+    experiment = store.get_experiment_by_name("raycv-inference")
+    runs = store.search_runs([experiment.experiment_id])
+    assert "criterion.sha256" in runs[0].data.params
+    assert runs[0].data.metrics["pairs"] == 1
+
+
+@ray_test
+def test_a_token_is_asked_for_and_sigterm_stops_it(tmp_path_factory):
+    scorer = Served(tmp_path_factory.mktemp("t"), token=TOKEN)
+    try:
+        assert scorer.send("/health")[0] == 200
+        with Connection(scorer.url, "a-wrong-token-it-is") as connection:
+            assert connection.send("GET", "/health")[0] == 401
+            assert connection.send("POST", "/score", {"post": "w0"})[0] == 401
+            assert connection.send("GET", "/openapi.json")[0] == 200
+        assert TOKEN not in scorer.log.read_text()
+    finally:
+        assert scorer.stop(signal.SIGTERM) == 0
+
+
+def test_where_it_may_listen(monkeypatch):
+    settled = listening(ServerConfig(**SERVER), None)
+    assert settled.port > 0
+    for host in ("0.0.0.0", "::", "192.0.2.1", "my-host"):
+        with pytest.raises(UserError, match="no token"):
+            listening(ServerConfig(**SERVER | {"host": host}), None)
+    with pytest.raises(UserError, match="16 or more"):
+        listening(ServerConfig(**SERVER), "short")
+    assert listening(ServerConfig(**SERVER | {"host": "0.0.0.0"}), TOKEN).token == TOKEN
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen"):
+        listening(ServerConfig(**SERVER | {"port": taken.getsockname()[1]}), None)
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "example.org")] == [True, True, True, False]
