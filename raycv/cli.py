@@ -4,13 +4,16 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 from raycv import __version__
 from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate, verbatim_keys
 from raycv.errors import UserError, counted, shown
 from raycv.paths import bundled
+from raycv.retry import mask_secrets
 
 S = TypeVar("S", bound=Section)
 
@@ -41,6 +44,7 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     typed: list[str] = []
     # Hydra then raises what it finds, and it is printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.excepthook = _show_traceback
     try:
         typed, verbatim = _without_verbatim(sys.argv[1:], schema)
         sys.argv[1:] = _for_hydra(typed, schema)
@@ -106,7 +110,7 @@ def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list
 def _show_warnings() -> None:
     """Hydra's logging is off; what raycv warns of (retries, fallbacks) goes to stderr all the same."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Masked("%(levelname)s: %(message)s"))
     logger = logging.getLogger("raycv")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.WARNING)
@@ -116,8 +120,18 @@ def _show_warnings() -> None:
             known.disabled = False
 
 
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, but for passwords: an unexpected error of a client may hold the whole address."""
+    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _refused(name: str, error: UserError) -> SystemExit:
-    sys.stderr.write(f"\nraycv.{name}: {error}\n")
+    sys.stderr.write(mask_secrets(f"\nraycv.{name}: {error}\n"))
     return SystemExit(error.exit_code)
 
 
@@ -125,9 +139,10 @@ def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
         raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
+    known = {key for key, _ in fields(schema)}
     # Hydra takes no null for a group, although that is what `experiment` is unless it is given.
     given = [argument for argument in arguments if argument != "experiment=null"]
-    return [_forced(argument, groups, texts) for argument in given]
+    return [_forced(argument, groups, known, texts) for argument in given]
 
 
 def _groups() -> dict[str, set[str]]:
@@ -135,7 +150,7 @@ def _groups() -> dict[str, set[str]]:
     return {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
 
 
-def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
+def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: set[str]) -> str:
     """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy.
 
     The value of a key that takes text is quoted, so that numbers, spaces, commas and ~ need no second set of quotes.
@@ -154,7 +169,10 @@ def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
                 ],
             )
         return argument
-    if key in texts and value != "null" and value[:1] not in ("'", '"'):
+    if key not in known:
+        # Our schema refuses it, by its name alone: a mistyped post= must not be parsed, and repeated in the complaint.
+        value = _quoted(value)
+    elif key in texts and value != "null" and value[:1] not in ("'", '"'):
         value = _quoted(os.path.expanduser(value))
     return f"++{key}={value}"
 
@@ -176,7 +194,9 @@ def _answer(
     # Hydra's own would show the values as they stand in the files, unknown keys and all.
     if re.search(r"(?:^|\n)(?:--cfg|-c)(?:=|\n)job(?:$|\n)", "\n".join(typed)):
         return as_yaml(validate(schema, compose(name, overrides) | verbatim))
-    if unknown := [part for part in typed if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
+    # By their names alone: what is written behind one may be a text.
+    options = [part.partition("=")[0] for part in typed]
+    if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
         raise UserError(f"There is no option {', '.join(unknown)}.", remedies=remedies)
     return None

@@ -185,6 +185,13 @@ class TrackingConfig(Section):
     experiment: NonEmpty = Field(description="MLflow experiment")
 
 
+class PrivacyConfig(Section):
+    log_text: bool = Field(
+        description="write posts and criteria into predictions.csv, and with it into MLflow; false: text stays in the "
+        "data folder"
+    )
+
+
 class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
@@ -210,7 +217,13 @@ class RunConfig(Section):
     train: TrainConfig
     resources: ResourcesConfig
     tracking: TrackingConfig
+    privacy: PrivacyConfig
     run: RunNameConfig
+
+    def without_secrets(self) -> "RunConfig":
+        """The config as those may have it who do not talk to the tracking store."""
+        tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
+        return self.model_copy(update={"tracking": tracking})
 
 
 class AggregateConfig(Section):

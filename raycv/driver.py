@@ -84,6 +84,9 @@ def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
     dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty)
     if config.data.shuffle_labels:
         dataset = _with_shuffled_labels(dataset, config.cv.seed)
+    if config.privacy.log_text:
+        warning = "privacy.log_text=true: predictions.csv holds posts and criteria, here and in MLflow"
+        dataset = replace(dataset, warnings=[*dataset.warnings, warning])
     return dataset, make_splits(dataset.pairs, config.cv.folds, config.cv.seed)
 
 

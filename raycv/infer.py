@@ -15,7 +15,7 @@ from raycv.cli import run_command
 from raycv.config import InferConfig
 from raycv.errors import UserError
 from raycv.records import Criterion
-from raycv.runs import LOCAL_URI, Chosen, choose
+from raycv.runs import LOCAL_URI, Chosen, check_password, choose
 
 logger = logging.getLogger("raycv.infer")
 
@@ -174,6 +174,7 @@ def log_run(config: InferConfig, chosen: Chosen, params: dict[str, Any], metrics
         **{f"versions.{name}": versions[name] for name in ("raycv", "torch", "transformers", "peft")},
     }
     try:
+        check_password(uri)
         tracker = Tracker(uri)
         artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
         experiment = tracker.open_experiment(
