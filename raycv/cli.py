@@ -28,23 +28,37 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
 
     Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 1 anything else.
     """
-    started = False
+    sys.excepthook = _show_traceback
+    try:
+        config = _composed(name, schema)
+        if config is not None:
+            _show_warnings()
+            body(config)
+    except UserError as error:
+        raise _refused(name, error) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nraycv.{name}: interrupted\n")
+        raise SystemExit(130) from None
 
-    def task(config: object) -> None:
-        nonlocal started
-        started = True
-        _show_warnings()
+
+def _composed(name: str, schema: type[S]) -> S | None:
+    """The config that the command line asks for, checked; None if it asked for an answer, which is then printed.
+
+    Raises: UserError if it cannot be composed.
+    """
+    configs: list[S] = []
+    faults: list[UserError] = []
+
+    def take(config: object) -> None:
+        # No work in here, and no error out of here: Hydra would print the command line with it, passwords and all.
         try:
-            body(validate(schema, _plain(config) | verbatim))
+            configs.append(validate(schema, _plain(config) | verbatim))
         except UserError as error:
-            # Here already: Hydra would print a line of its own about it.
-            raise _refused(name, error) from None
+            faults.append(error)
 
-    verbatim: dict[str, str] = {}
     typed: list[str] = []
     # Hydra then raises what it finds, and it is printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.excepthook = _show_traceback
     try:
         typed, verbatim = _without_verbatim(sys.argv[1:], schema)
         sys.argv[1:] = _for_hydra(typed, schema)
@@ -52,28 +66,23 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
-            return
+            return None
         import hydra
 
-        hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(task)()
-    except UserError as error:
-        raise _refused(name, error) from None
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\nraycv.{name}: interrupted\n")
-        raise SystemExit(130) from None
+        hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
+    except UserError:
+        raise
     except Exception as error:
-        if started:
-            raise
         # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
         what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
-        unread = UserError(
-            what,
-            remedies=[
-                "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
-                f"python -m raycv.{name} --help shows what it takes",
-            ],
-        )
-        raise _refused(name, unread) from None
+        remedies = [
+            "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
+            f"python -m raycv.{name} --help shows what it takes",
+        ]
+        raise UserError(what, remedies=remedies) from error
+    if faults:
+        raise faults[0]
+    return configs[0] if configs else None
 
 
 def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
@@ -19,7 +19,15 @@ from raycv.retry import mask_secrets
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return text
+
+
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
 """Text that the command line hands over as it stands, whatever it holds."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raycv import __version__
+from raycv.base import check_name
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
 from raycv.errors import UserError, counted
@@ -57,6 +58,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     console = console or Console()
     dataset, splits = _data(config)
     _check_run_folder(config)
+    check_name(config.model.name, config.model.revision)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
     from raycv.tracking import Tracker, flat_params

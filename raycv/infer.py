@@ -1,5 +1,6 @@
 """`python -m raycv.infer post="..." criterion="..."`: matched or unmatched, and how sure (user story 3)."""
 
+import contextlib
 import hashlib
 import logging
 import sys
@@ -14,6 +15,7 @@ from raycv.checkpoint import read_info
 from raycv.cli import run_command
 from raycv.config import InferConfig
 from raycv.errors import UserError
+from raycv.faults import FIELD_LIMIT
 from raycv.records import Criterion
 from raycv.runs import LOCAL_URI, Chosen, check_password, choose
 
@@ -22,6 +24,8 @@ logger = logging.getLogger("raycv.infer")
 JSON = "json"
 STDIN = "-"
 NOT_TRACKED = "none"
+POST_BYTES = 4 * FIELD_LIMIT
+"""As many as UTF-8 takes at most for the longest field of a table; a device may have no end."""
 
 
 def infer(config: InferConfig) -> None:
@@ -78,9 +82,13 @@ def read_question(config: InferConfig) -> Question:
 
 def _read_post(file: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if file == STDIN else open(file, "rb") as opened:
+            data = opened.read(POST_BYTES + 1)
     except OSError as error:
         raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=["post_file=<file>"]) from error
+    if len(data) > POST_BYTES:
+        remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
+        raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
