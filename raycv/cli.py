@@ -1,5 +1,7 @@
 """What the commands share: Hydra's entry, typed config, errors without tracebacks. The only module that knows Hydra."""
 
+import contextlib
+import io
 import logging
 import os
 import re
@@ -20,6 +22,11 @@ S = TypeVar("S", bound=Section)
 HYDRA_OPTIONS = (
     "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--hydra-help", "--info", "-i", "--config-path",
     "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--shell-completion", "-sc", "--experimental-rerun",
+)  # fmt: skip
+
+# As in our own files: a file of the user's may lack it, and Hydra would make a folder and a log before it is refused.
+SILENT_HYDRA = (
+    "hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled",
 )  # fmt: skip
 
 
@@ -57,32 +64,46 @@ def _composed(name: str, schema: type[S]) -> S | None:
             faults.append(error)
 
     typed: list[str] = []
+    said = io.StringIO()
     # Hydra then raises what it finds, and it is printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         typed, verbatim = _without_verbatim(sys.argv[1:], schema)
-        sys.argv[1:] = _for_hydra(typed, schema)
-        overrides = [part for part in sys.argv[1:] if re.match(r"[~+\w]\S*=|~", part)]
+        for_hydra = _for_hydra(typed, schema)
+        overrides = [part for part in for_hydra if re.match(r"[~+\w]\S*=|~", part)]
         answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
             return None
         import hydra
 
-        hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
+        # Options first: argparse does not know again the key=value behind one that follows others.
+        sys.argv[1:] = [*(part for part in for_hydra if part not in overrides), *SILENT_HYDRA, *overrides]
+        with contextlib.redirect_stderr(said):
+            hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
+        sys.stderr.write(said.getvalue())
     except UserError:
         raise
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # Of argparse, with its usage; it repeats what was typed, so a password is masked like in every other message.
+        raise _unread(name, said.getvalue().strip().rpartition("error: ")[2], typed) from None
     except Exception as error:
         # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
-        what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
-        remedies = [
-            "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
-            f"python -m raycv.{name} --help shows what it takes",
-        ]
-        raise UserError(what, remedies=remedies) from error
+        raise _unread(name, error, typed) from error
     if faults:
         raise faults[0]
     return configs[0] if configs else None
+
+
+def _unread(name: str, why: object, typed: list[str]) -> UserError:
+    remedies = [
+        "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
+        f"python -m raycv.{name} --help shows what it takes",
+    ]
+    what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
+    return UserError(what, remedies=remedies)
 
 
 def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:
