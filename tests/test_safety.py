@@ -5,6 +5,8 @@ import json
 import pickle
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from test_infer import make_run
 from raycv.base import fetch_base
 from raycv.cli import run_command
 from raycv.config import InferConfig
+from raycv.errors import UserError
 from raycv.infer import infer
 from raycv.loading import load_classifier, load_config, load_tokenizer
+from raycv.runs import choose
 
 PACKAGE = Path(sys.modules["raycv.infer"].__file__ or "").parent
 
@@ -130,6 +134,40 @@ def test_code_that_a_model_of_a_known_type_brings_is_passed_over(tmp_path):
     assert type(model).__module__.startswith("transformers.")
     assert type(load_config(files)).__module__.startswith("transformers.")
     assert not (tmp_path / "was_run").exists()
+
+
+# --- A tracking server may be anybody's ------------------------------------------------------------------------------
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Answers every question about a run with one whose id climbs."""
+
+    def do_GET(self) -> None:
+        info = {"run_id": "../../../escaped", "run_uuid": "x", "experiment_id": "0", "status": "FINISHED"}
+        info |= {"artifact_uri": "mlflow-artifacts:/0/x/artifacts", "lifecycle_stage": "active"}
+        tags = [{"key": "raycv.fold", "value": "0"}]
+        content = json.dumps({"run": {"info": info, "data": {"tags": tags}}, "runs": []}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_id_of_a_run_leads_nowhere_but_into_the_folder_of_runs(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    runs = tmp_path / "a" / "b" / "runs"
+    with pytest.raises(UserError, match=r'Invalid value "\.\./\.\./\.\./escaped"'):
+        choose("0" * 32, "best", runs, f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- No way round ----------------------------------------------------------------------------------------------------
