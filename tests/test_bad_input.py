@@ -372,6 +372,45 @@ def test_a_malformed_file_of_ones_own_is_refused(tmp_path: Path, refused: Callab
         assert fragment in said, said
 
 
+URI = "http://ann:s3cret-heron@host"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"tracking.uri={URI}", "cv.folds=["],
+        [f"tracking.uri={URI}", "--config-name=run", "nonsense", "--config-dir=x"],
+        [f"tracking.uri={URI}", "--tracking=x"],
+        [f"tracking.url={URI}"],
+        [f"train.lr={URI}"],
+        [f"model.name={URI}"],
+        [f"data.dir={URI}"],
+        ["data.dir=http://host/?token=s3cret-heron"],
+        [f"run.dir={URI}/\0"],
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_a_refusal_does_not_repeat_a_password(refused: Callable[..., str], overrides: list[str]) -> None:
+    assert "s3cret" not in refused("run", "experiment=quickstart", *overrides)
+
+
+def test_not_even_a_traceback_repeats_a_password() -> None:
+    code = "\n".join(
+        [
+            "from raycv.cli import run_command",
+            "from raycv.config import RunConfig",
+            "def body(config): raise RuntimeError(config.tracking.uri)",
+            "run_command('run', RunConfig, body)",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"tracking.uri={URI}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: http://***@host" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
 # --- The other commands ----------------------------------------------------------------------------------------------
 
 OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
