@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LOCK := requirements.lock
+AUDIT := .venv/.audit
 
-.PHONY: install quickstart test test-slow check format lock
+.PHONY: install quickstart test test-slow check format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -38,3 +40,15 @@ format: install
 # The exact versions of this environment, for everyone; torch without the local version of its build.
 lock:
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//; s/+cu[0-9]*$$//' > requirements.lock
+
+# Known vulnerabilities of the locked versions. pip-audit gets an environment of its own: it is no part of raycv's.
+# It asks pypi.org about each version, which not every mirror passes on; --strict: what it cannot ask is no pass.
+ADVISORIES := https://pypi.org/pypi/pip/24.0/json
+audit:
+	@$(PYTHON) -c 'import sys, urllib.request as r; sys.exit(b"vulnerabilities" not in r.urlopen("$(ADVISORIES)", timeout=20).read())' 2> /dev/null || { echo "audit: the advisories of pypi.org cannot be read from here ($(ADVISORIES)), so NOTHING WAS CHECKED. Run it where there is a network."; exit 1; }
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(LOCK)
+
+# The license of every package that is installed from the lock, as the packages state it.
+licenses: install
+	@$(BIN)/python scripts/licenses.py $(LOCK)

@@ -95,6 +95,20 @@ def fetch_base(name: str, revision: str | None, *, base_seconds: float = BASE_SE
     return _inspect(name, Path(os.path.expanduser(location)).absolute(), None)
 
 
+def check_name(name: str, revision: str | None) -> None:
+    """What can be known of a base model without network or torch: a folder's files, or the form of a hub id.
+
+    Raises: UserError if it cannot be one.
+    """
+    if _is_folder(resolve(name)):
+        fetch_base(name, revision)
+        return
+    from huggingface_hub.utils import validate_repo_id
+
+    with _explained(name, revision):
+        validate_repo_id(name)
+
+
 def absolute_name(name: str) -> str:
     """`name` with a relative folder made absolute, all else unchanged: for the driver, as workers run elsewhere."""
     return str(Path(os.path.expanduser(name)).absolute()) if _is_folder(name) else name

@@ -12,6 +12,7 @@ from raycv.errors import UserError
 from raycv.metrics import VAL_LOSS
 from raycv.paths import RunFolder
 from raycv.records import FoldResult
+from raycv.retry import mask_secrets
 from raycv.tracking import Tracker, absolute_uri
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,10 @@ class FoldRuns(MLflowLoggerCallback):
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state; connections and threads stay behind.
         left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs")
-        return {key: value for key, value in self.__dict__.items() if key not in left_behind}
+        state = {key: value for key, value in self.__dict__.items() if key not in left_behind}
+        # That state is a file in the run folder: no place for a password.
+        tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
+        return state | {"tracking": tracking, "tracking_uri": tracking.uri}
 
     def log_trial_start(self, trial: Any) -> None:
         self._try(self._start, trial, trial.config[self.fold_key])

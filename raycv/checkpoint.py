@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MANIFEST = "raycv.json"
+WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+"""PEFT's names."""
 FORMAT = 1
 DAMAGED = ("take another fold: fold=<k>", "copy the checkpoint again, or train the fold again")
 VERSIONED = ("raycv", "torch", "transformers", "peft")
@@ -90,6 +92,15 @@ def read_info(folder: Path) -> CheckpointInfo:
         ) from error
 
 
+def _check_weights(folder: Path) -> None:
+    """Raises: UserError without safetensors: PEFT would then read a pickle, or ask the hub for one."""
+    if (folder / WEIGHTS).is_file():
+        return
+    pickled = (folder / PICKLED_WEIGHTS).exists()
+    why = f"; {PICKLED_WEIGHTS} is a pickle, which could run code, and is never read" if pickled else ""
+    raise UserError(f"The adapter in {folder} cannot be loaded: it has no {WEIGHTS}{why}.", remedies=DAMAGED)
+
+
 def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
     """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode.
 
@@ -102,6 +113,8 @@ def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
     from raycv.dora import use_factored
     from raycv.model import float32_head
 
+    for each in (folder, *more):
+        _check_weights(each)
     float32_head(base)
     current = folder
     try:

@@ -1,16 +1,21 @@
 """What the commands share: Hydra's entry, typed config, errors without tracebacks. The only module that knows Hydra."""
 
+import contextlib
+import io
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 from raycv import __version__
 from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate, verbatim_keys
 from raycv.errors import UserError, counted, shown
 from raycv.paths import bundled
+from raycv.retry import mask_secrets
 
 S = TypeVar("S", bound=Section)
 
@@ -19,57 +24,86 @@ HYDRA_OPTIONS = (
     "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--shell-completion", "-sc", "--experimental-rerun",
 )  # fmt: skip
 
+# As in our own files: a file of the user's may lack it, and Hydra would make a folder and a log before it is refused.
+SILENT_HYDRA = (
+    "hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled",
+)  # fmt: skip
+
 
 def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     """Composes `configs/<name>.yaml` with the command line, checks it against `schema` and calls `body`.
 
     Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 1 anything else.
     """
-    started = False
-
-    def task(config: object) -> None:
-        nonlocal started
-        started = True
-        _show_warnings()
-        try:
-            body(validate(schema, _plain(config) | verbatim))
-        except UserError as error:
-            # Here already: Hydra would print a line of its own about it.
-            raise _refused(name, error) from None
-
-    verbatim: dict[str, str] = {}
-    typed: list[str] = []
-    # Hydra then raises what it finds, and it is printed here like every other fault.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.excepthook = _show_traceback
     try:
-        typed, verbatim = _without_verbatim(sys.argv[1:], schema)
-        sys.argv[1:] = _for_hydra(typed, schema)
-        overrides = [part for part in sys.argv[1:] if re.match(r"[~+\w]\S*=|~", part)]
-        answer = _answer(name, schema, typed, overrides, verbatim)
-        if answer is not None:
-            sys.stdout.write(answer)
-            return
-        import hydra
-
-        hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(task)()
+        config = _composed(name, schema)
+        if config is not None:
+            _show_warnings()
+            body(config)
     except UserError as error:
         raise _refused(name, error) from None
     except KeyboardInterrupt:
         sys.stderr.write(f"\nraycv.{name}: interrupted\n")
         raise SystemExit(130) from None
-    except Exception as error:
-        if started:
+
+
+def _composed(name: str, schema: type[S]) -> S | None:
+    """The config that the command line asks for, checked; None if it asked for an answer, which is then printed.
+
+    Raises: UserError if it cannot be composed.
+    """
+    configs: list[S] = []
+    faults: list[UserError] = []
+
+    def take(config: object) -> None:
+        # No work in here, and no error out of here: Hydra would print the command line with it, passwords and all.
+        try:
+            configs.append(validate(schema, _plain(config) | verbatim))
+        except UserError as error:
+            faults.append(error)
+
+    typed: list[str] = []
+    said = io.StringIO()
+    # Hydra then raises what it finds, and it is printed here like every other fault.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        typed, verbatim = _without_verbatim(sys.argv[1:], schema)
+        for_hydra = _for_hydra(typed, schema)
+        overrides = [part for part in for_hydra if re.match(r"[~+\w]\S*=|~", part)]
+        answer = _answer(name, schema, typed, overrides, verbatim)
+        if answer is not None:
+            sys.stdout.write(answer)
+            return None
+        import hydra
+
+        # Options first: argparse does not know again the key=value behind one that follows others.
+        sys.argv[1:] = [*(part for part in for_hydra if part not in overrides), *SILENT_HYDRA, *overrides]
+        with contextlib.redirect_stderr(said):
+            hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
+        sys.stderr.write(said.getvalue())
+    except UserError:
+        raise
+    except SystemExit as stop:
+        if not stop.code:
             raise
+        # Of argparse, with its usage; it repeats what was typed, so a password is masked like in every other message.
+        raise _unread(name, said.getvalue().strip().rpartition("error: ")[2], typed) from None
+    except Exception as error:
         # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
-        what = f"The command line cannot be read: {error}\n  received: {shown(' '.join(typed), most=300)}"
-        unread = UserError(
-            what,
-            remedies=[
-                "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
-                f"python -m raycv.{name} --help shows what it takes",
-            ],
-        )
-        raise _refused(name, unread) from None
+        raise _unread(name, error, typed) from error
+    if faults:
+        raise faults[0]
+    return configs[0] if configs else None
+
+
+def _unread(name: str, why: object, typed: list[str]) -> UserError:
+    remedies = [
+        "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
+        f"python -m raycv.{name} --help shows what it takes",
+    ]
+    what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
+    return UserError(what, remedies=remedies)
 
 
 def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:
@@ -106,7 +140,7 @@ def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list
 def _show_warnings() -> None:
     """Hydra's logging is off; what raycv warns of (retries, fallbacks) goes to stderr all the same."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Masked("%(levelname)s: %(message)s"))
     logger = logging.getLogger("raycv")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.WARNING)
@@ -116,8 +150,18 @@ def _show_warnings() -> None:
             known.disabled = False
 
 
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, but for passwords: an unexpected error of a client may hold the whole address."""
+    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _refused(name: str, error: UserError) -> SystemExit:
-    sys.stderr.write(f"\nraycv.{name}: {error}\n")
+    sys.stderr.write(mask_secrets(f"\nraycv.{name}: {error}\n"))
     return SystemExit(error.exit_code)
 
 
@@ -125,9 +169,10 @@ def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
         raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
+    known = {key for key, _ in fields(schema)}
     # Hydra takes no null for a group, although that is what `experiment` is unless it is given.
     given = [argument for argument in arguments if argument != "experiment=null"]
-    return [_forced(argument, groups, texts) for argument in given]
+    return [_forced(argument, groups, known, texts) for argument in given]
 
 
 def _groups() -> dict[str, set[str]]:
@@ -135,7 +180,7 @@ def _groups() -> dict[str, set[str]]:
     return {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
 
 
-def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
+def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: set[str]) -> str:
     """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy.
 
     The value of a key that takes text is quoted, so that numbers, spaces, commas and ~ need no second set of quotes.
@@ -154,7 +199,10 @@ def _forced(argument: str, groups: dict[str, set[str]], texts: set[str]) -> str:
                 ],
             )
         return argument
-    if key in texts and value != "null" and value[:1] not in ("'", '"'):
+    if key not in known:
+        # Our schema refuses it, by its name alone: a mistyped post= must not be parsed, and repeated in the complaint.
+        value = _quoted(value)
+    elif key in texts and value != "null" and value[:1] not in ("'", '"'):
         value = _quoted(os.path.expanduser(value))
     return f"++{key}={value}"
 
@@ -176,7 +224,9 @@ def _answer(
     # Hydra's own would show the values as they stand in the files, unknown keys and all.
     if re.search(r"(?:^|\n)(?:--cfg|-c)(?:=|\n)job(?:$|\n)", "\n".join(typed)):
         return as_yaml(validate(schema, compose(name, overrides) | verbatim))
-    if unknown := [part for part in typed if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
+    # By their names alone: what is written behind one may be a text.
+    options = [part.partition("=")[0] for part in typed]
+    if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
         raise UserError(f"There is no option {', '.join(unknown)}.", remedies=remedies)
     return None

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
@@ -19,7 +19,15 @@ from raycv.retry import mask_secrets
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return text
+
+
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
 """Text that the command line hands over as it stands, whatever it holds."""
@@ -186,6 +194,13 @@ class TrackingConfig(Section):
     experiment: NonEmpty = Field(description="MLflow experiment")
 
 
+class PrivacyConfig(Section):
+    log_text: bool = Field(
+        description="write posts and criteria into predictions.csv, and with it into MLflow; false: text stays in the "
+        "data folder"
+    )
+
+
 class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
@@ -211,7 +226,13 @@ class RunConfig(Section):
     train: TrainConfig
     resources: ResourcesConfig
     tracking: TrackingConfig
+    privacy: PrivacyConfig
     run: RunNameConfig
+
+    def without_secrets(self) -> "RunConfig":
+        """The config as those may have it who do not talk to the tracking store."""
+        tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
+        return self.model_copy(update={"tracking": tracking})
 
 
 class AggregateConfig(Section):

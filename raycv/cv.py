@@ -143,11 +143,15 @@ def _workers_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
 def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
     """What trials and workers get. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
+    texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
     return FoldTask(
-        config=config,
+        # Trials and workers write logs and state of their own, and none of them talks to the tracking store.
+        config=config.without_secrets(),
         run=folder.root.name,
         root=str(folder.root),
-        shared=ray.put(SharedArrays(prepared.encoded, prepared.splits, dataset.pairs)),
+        shared=ray.put(
+            SharedArrays(prepared.encoded, prepared.splits, dataset.pairs, texts if config.privacy.log_text else None)
+        ),
         base=prepared.base,
         rules=prepared.encoder.rules,
         criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},

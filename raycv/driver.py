@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raycv import __version__
+from raycv.base import check_name
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
 from raycv.errors import UserError, counted
@@ -57,6 +58,7 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
     console = console or Console()
     dataset, splits = _data(config)
     _check_run_folder(config)
+    check_name(config.model.name, config.model.revision)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
     from raycv.tracking import Tracker, flat_params
@@ -84,6 +86,9 @@ def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
     dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty)
     if config.data.shuffle_labels:
         dataset = _with_shuffled_labels(dataset, config.cv.seed)
+    if config.privacy.log_text:
+        warning = "privacy.log_text=true: predictions.csv holds posts and criteria, here and in MLflow"
+        dataset = replace(dataset, warnings=[*dataset.warnings, warning])
     return dataset, make_splits(dataset.pairs, config.cv.folds, config.cv.seed)
 
 

@@ -23,6 +23,7 @@ from raycv.metrics import THRESHOLD, TRAIN_LOSS, VAL_LOSS
 from raycv.paths import FoldFolder, RunFolder, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
+from raycv.retry import mask_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +60,8 @@ class SharedArrays:
     encoded: "EncodedPairs"
     splits: list["Split"]
     pairs: list[Pair]
+    texts: tuple[dict[str, str], dict[str, str]] | None
+    """of posts and criteria, by id; only if they are to stand in the predictions (privacy.log_text)"""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def _keep_error(folder: FoldFolder, error: Exception) -> None:
     cause = getattr(failures[0], "_base_exc", failures[0]) if failures else error
     text = "".join(traceback.format_exception(cause))
     message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
-    write_json(folder.error, {"message": message, "traceback": f"{error}\n{text}"})
+    write_json(folder.error, {"message": mask_secrets(message), "traceback": mask_secrets(f"{error}\n{text}")})
 
 
 def _keep_fold(folder: FoldFolder, result: Any) -> None:
@@ -247,18 +250,21 @@ def _fold_result(
 
 
 def _predictions(shared: SharedArrays, split: "Split", scores: "np.ndarray") -> Any:
-    """A DataFrame: post_id, criterion_id, label, score; a row per validation pair, no text."""
+    """A DataFrame: post_id, criterion_id, label, score; a row per validation pair; text only if it was asked for."""
     import pandas as pd
 
     pairs = [shared.pairs[index] for index in split.val_indices]
-    return pd.DataFrame(
-        {
-            "post_id": [pair.post_id for pair in pairs],
-            "criterion_id": [pair.criterion_id for pair in pairs],
-            "label": [pair.label for pair in pairs],
-            "score": scores,
-        }
-    )
+    columns = {
+        "post_id": [pair.post_id for pair in pairs],
+        "criterion_id": [pair.criterion_id for pair in pairs],
+        "label": [pair.label for pair in pairs],
+        "score": scores,
+    }
+    if shared.texts is not None:
+        posts, criteria = shared.texts
+        columns["post"] = [posts[pair.post_id] for pair in pairs]
+        columns["criterion"] = [criteria[pair.criterion_id] for pair in pairs]
+    return pd.DataFrame(columns)
 
 
 def epoch_metrics(result: "EpochResult") -> dict[str, float]:

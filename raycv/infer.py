@@ -1,5 +1,6 @@
 """`python -m raycv.infer post="..." criterion="..."`: matched or unmatched, and how sure (user story 3)."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -12,6 +13,7 @@ from raycv.cli import run_command
 from raycv.client import ask
 from raycv.config import InferConfig
 from raycv.errors import UserError
+from raycv.faults import FIELD_LIMIT
 from raycv.inference_log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
 from raycv.loaded import load_answerer, read_criteria
 from raycv.records import Criterion
@@ -21,6 +23,8 @@ logger = logging.getLogger("raycv.infer")
 
 JSON = "json"
 STDIN = "-"
+POST_BYTES = 4 * FIELD_LIMIT
+"""As many as UTF-8 takes at most for the longest field of a table; a device may have no end."""
 
 
 def infer(config: InferConfig) -> None:
@@ -86,9 +90,13 @@ def read_question(config: InferConfig) -> Question:
 
 def _read_post(file: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if file == STDIN else open(file, "rb") as opened:
+            data = opened.read(POST_BYTES + 1)
     except OSError as error:
         raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=["post_file=<file>"]) from error
+    if len(data) > POST_BYTES:
+        remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
+        raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

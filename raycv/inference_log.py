@@ -16,7 +16,7 @@ from typing import Any
 from raycv import __version__
 from raycv.answers import Answer, Question
 from raycv.errors import UserError, counted
-from raycv.runs import LOCAL_URI
+from raycv.runs import LOCAL_URI, check_password
 
 NOT_TRACKED = "none"
 NOT_LOGGED = "the answer stands, but is not in MLflow"
@@ -98,6 +98,7 @@ class InferenceLog:
         from raycv.config import TrackingConfig
         from raycv.tracking import Tracker
 
+        check_password(uri)
         self._tracker: Tracker = Tracker(uri)
         artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
         self._experiment = self._tracker.open_experiment(

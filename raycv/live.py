@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raycv.retry import mask_secrets
+
 COLUMNS = (
     ("fold", 4), ("state", 10), ("epoch", 7), ("step", 7), ("", 5), ("batch", 4), ("loss", 5), ("val F1", 6),
     ("best", 5), ("left", 7),
@@ -143,8 +145,8 @@ class LiveView:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied."""
-    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied; secrets masked."""
+    console.print(mask_secrets(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -36,9 +36,10 @@ _PASSING_MLFLOW_CODES = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXC
 
 _SECRETS = (
     # user:password@ and token@ of a URL, up to the last @ before a slash: passwords may hold one
-    (re.compile(r"://[^/\s]*@"), "://***@"),
+    # (a path made of an address has one slash less)
+    (re.compile(r"(:/{1,2})[^/\s]*@"), r"\1***@"),
     # the same with an unescaped slash in the password, which database drivers accept
-    (re.compile(r"://[^/\s:@]+:[^\s@]*@"), "://***@"),
+    (re.compile(r"(:/{1,2})[^/\s:@]+:[^\s@]*@"), r"\1***@"),
     (re.compile(r"(?i)(authorization\W+\w+\s+|\bbearer\s+)[\w.~+/=-]{4,}"), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
     # query strings and key=value connection strings

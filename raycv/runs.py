@@ -83,11 +83,7 @@ def open_tracker(uri: str) -> "Tracker":
     """The MLflow store at `uri`. Raises: UserError if its password or its database is missing."""
     from raycv.tracking import Tracker
 
-    if "***" in uri:
-        raise UserError(
-            f"The run was tracked at {uri}, whose password was not written down.",
-            remedies=["give the whole address as the tracking URI: http://user:password@host"],
-        )
+    check_password(uri)
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).is_file():
         raise UserError(
@@ -95,6 +91,15 @@ def open_tracker(uri: str) -> "Tracker":
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
     return Tracker(uri)
+
+
+def check_password(uri: str) -> None:
+    """Raises: UserError if `uri` comes from a file, where its password was masked."""
+    if "***" in uri:
+        raise UserError(
+            f"The run was tracked at {uri}, whose password was not written down.",
+            remedies=["give the whole address as the tracking URI: http://user:password@host"],
+        )
 
 
 def _is_finished(folder: RunFolder) -> bool:

@@ -134,7 +134,11 @@ def write_dataset(
     command += f" criteria={criteria}" if criteria != len(CRITERIA) else ""
     stats = _statistics(made, grid)
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedies = ["choose a folder that you may write to: out=<folder>"]
+        raise UserError(f"out={out}: the folder cannot be made ({error.strerror}).", remedies=remedies) from error
     # The README first: a folder whose writing was cut short is still marked as synthetic.
     (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
     _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))

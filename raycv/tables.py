@@ -106,7 +106,13 @@ def _check_header(columns: tuple[str, ...], line: int, report: Report) -> None:
 
 # What bytes that are not UTF-8 are decoded to by `surrogateescape`; valid UTF-8 never yields these.
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
-_MAGIC = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"PK\x03\x04": "a zip archive or Excel workbook"}
+_MAGIC = {
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"PK\x03\x04": "a zip archive or Excel workbook",
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a Parquet file",
+}
 
 
 def _records(path: Path, report: Report) -> Generator[tuple[int, list[str]], None, None]:
@@ -191,13 +197,19 @@ def opened(path: Path) -> Iterator[io.TextIOWrapper]:
         binary = path.open("rb")
     except OSError as error:
         raise UnreadableError(Kind.NO_FILE, str(error.strerror)) from None
-    with binary:
-        head = binary.read(4)
-        for magic, what in _MAGIC.items():
-            if head.startswith(magic):
-                raise UnreadableError(Kind.ENCODING, f"not UTF-8 text but {what}", "line 1")
-        binary.seek(0)
-        yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        with binary:
+            head = binary.read(4)
+            for magic, what in _MAGIC.items():
+                if head.startswith(magic):
+                    raise UnreadableError(Kind.ENCODING, f"not UTF-8 text but {what}", "line 1")
+            if b"\0" in head:
+                raise UnreadableError(Kind.ENCODING, "not UTF-8 text but UTF-16 text, or no text at all", "line 1")
+            binary.seek(0)
+            yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        # A disk or a network drive that fails while the file is read.
+        raise UnreadableError(Kind.NO_FILE, str(error.strerror)) from None
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -243,6 +243,8 @@ def test_errors_of_requests_and_mlflow_are_known():
         ("host=db user=ann password=s3cret port=1", "host=db user=ann password=*** port=1"),
         ("http://127.0.0.1:5000/api/2.0 refused", "http://127.0.0.1:5000/api/2.0 refused"),
         ("sqlite:////data/mlflow.db is locked", "sqlite:////data/mlflow.db is locked"),
+        ("no folder http:/ann:s3cret@host", "no folder http:/***@host"),
+        ("sqlite:////home/ann@work/mlflow.db is locked", "sqlite:////home/ann@work/mlflow.db is locked"),
         ("mail ann@example.org about org/model@main", "mail ann@example.org about org/model@main"),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -180,6 +181,15 @@ def test_an_old_schema_names_the_upgrade(tmp_path):
 def test_params_are_flat_and_masked():
     params = flat_params({"tracking": {"uri": "http://user:secret@host"}, "cv": {"folds": 5}})
     assert params == {"tracking.uri": "http://***@host", "cv.folds": "5"}
+
+
+def test_what_ray_keeps_of_the_callback_holds_no_password(tmp_path):
+    """Tune pickles its callbacks into the run folder, where the state of a failed run stays."""
+    settings = config("http://ann:s3cret@host:5000", tmp_path)
+    runs = FoldRuns(settings, "0" * 32, RunFolder(tmp_path), {}, "fold")
+    assert runs.tracking.uri == settings.uri
+    assert b"s3cret" not in pickle.dumps(runs)
+    assert b"http://***@host:5000" in pickle.dumps(runs)
 
 
 def kill(process):

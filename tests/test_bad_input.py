@@ -1,0 +1,550 @@
+"""Bad input, through the commands as a user types them: one message with place, value and remedy, and nothing written.
+
+What the loader and the schema refuse is listed with their tests, and goes through the command here.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_config import MALFORMED as MALFORMED_CONFIG
+from test_data import (
+    CANARY,
+    MALFORMED,
+    MALFORMED_RELEASE,
+    C,
+    Edit,
+    Files,
+    G,
+    P,
+    official,
+    refusal,
+    replaced,
+    specification,
+    write,
+)  # fmt: skip
+
+from raycv import aggregate, infer, run, synthesize
+from raycv.data import load_dataset
+from raycv.errors import FaultsError
+
+COMMANDS = {"run": run.main, "infer": infer.main, "aggregate": aggregate.main, "synthesize": synthesize.main}
+SECONDS = 10
+"""A refusal takes a tenth of a second; the machine may be busy."""
+BACKSTOP = "tracking.uri=refused-at-last"
+"""What a run would stumble over after config and data, so that no test can start one."""
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command in an empty folder; returns the message with which it refuses."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("MLFLOW_TRACKING_URI", "RAYCV_RUN_DIR", "RAYCV_AUTOSCALING"):
+        monkeypatch.delenv(name, raising=False)
+
+    def refuse(command: str, *arguments: str) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", [f"raycv.{command}", *arguments])
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            COMMANDS[command]()
+        assert time.monotonic() - started < SECONDS
+        printed = capsys.readouterr()
+        check(printed.out, printed.err, command, stopped.value.code, work)
+        return printed.err
+
+    return refuse
+
+
+def check(out: str, err: str, command: str, code: object, work: Path) -> None:
+    """One message, for a person, that holds no text of a post; nothing else printed or written."""
+    assert code == 2, err
+    assert out == ""
+    assert err.count(f"raycv.{command}: ") == 1, err
+    assert any(remedy in err for remedy in ("What to do", "; received", "unknown key; ", "write sections as")), err
+    assert "Traceback" not in err
+    assert "Error executing job" not in err
+    assert "tracking.uri=refused-at-last: MLflow" not in err
+    assert CANARY not in err
+    assert list(work.iterdir()) == []
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+TEXT = CANARY.encode()
+
+
+def recoded(name: str, encoding: str) -> Edit:
+    return lambda files: files.update({name: files[name].decode().encode(encoding)})
+
+
+def every(name: str, old: bytes, new: bytes) -> Edit:
+    return lambda files: files.update({name: files[name].replace(old, new)})
+
+
+def criterion_named(new: str) -> Edit:
+    return lambda files: files.update({name: files[name].replace(b"A.9,", f"{new},".encode()) for name in (G, C)})
+
+
+MORE_DATA: dict[str, tuple[Edit, list[str]]] = {
+    "UTF-16 without a mark": (recoded(P, "utf-16-le"), ["posts.csv, line 1: not UTF-8 text but UTF-16"]),
+    "big-endian UTF-16 without a mark": (recoded(G, "utf-16-be"), ["groundtruth.csv, line 1: not UTF-8 text but"]),
+    "UTF-32": (recoded(C, "utf-32"), ["criteria.csv, line 1: not UTF-8 text"]),
+    "gzip": (
+        lambda files: files.update({P: b"\x1f\x8b\x08\x00" + bytes(40)}),
+        ["posts.csv, line 1: not UTF-8 text but a gzip archive"],
+    ),
+    "Parquet": (
+        lambda files: files.update({G: b"PAR1" + bytes(40)}),
+        ["groundtruth.csv, line 1: not UTF-8 text but a Parquet file"],
+    ),
+    "Windows-1252 quotes": (replaced(P, b"Grey", b"\x93Grey\x94"), ["posts.csv, line 2: the byte 0x93 is not UTF-8"]),
+    "UTF-8 longer than it may be": (replaced(P, b"Grey", b"Gr\xc0\xafey"), ["posts.csv, line 2: the byte 0xc0"]),
+    "half a surrogate pair": (replaced(P, b"Grey", b"Gr\xed\xa0\x80ey"), ["posts.csv, line 2: the byte 0xed"]),
+    "a byte order mark twice": (
+        lambda files: files.update({P: b"\xef\xbb\xbf" * 2 + files[P]}),
+        ["posts.csv, line 1: `post_id` missing", "name the columns"],
+    ),
+    "a byte order mark within the header": (
+        replaced(P, b"post_id,post", b"post_id,\xef\xbb\xbfpost"),
+        ["posts.csv, line 1: `post` (or `text`) missing", "a value of 5 characters"],
+    ),
+    "tabs": (every(P, b",", b"\t"), ["posts.csv, line 1:", "separated by tabs", "write them with commas"]),
+    "bars": (every(G, b",", b"|"), ["groundtruth.csv, line 1:", "separated by bars", "write them with commas"]),
+    "NaN as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,NaN"), ["line 15: label 'NaN' is unknown", "yes or no"]),
+    "a negative label": (replaced(G, b"p2,A.5,no", b"p2,A.5,-1"), ["line 15: label '-1' is unknown", "yes or no"]),
+    "a fraction as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,0.5"), ["line 15: label '0.5' is unknown"]),
+    "infinity as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,1e999"), ["line 15: label '1e999' is unknown"]),
+    "duplicate column of labels": (
+        every(G, b",label\n", b",label,Label\n"),
+        ["groundtruth.csv, line 1: the column 'label' occurs 2 times", "keep one column"],
+    ),
+    "NUL in an id": (replaced(G, b"p2,A.5,no", b"p2,A.\x005,no"), ["groundtruth.csv, line 15: a NUL character"]),
+    "NUL in the header": (
+        replaced(C, b"criterion_id,", b"criterion\0_id,"),
+        ["criteria.csv, line 1: `criterion_id` missing", "13 characters"],
+    ),
+    "absolute criterion id": (criterion_named("/etc/x"), ["line 10: criterion_id '/etc/x' is or holds a path"]),
+    "climbing criterion id": (criterion_named("../../x"), ["line 10: criterion_id '../../x' is or holds a path"]),
+    "criterion id of Windows": (criterion_named("..\\x"), ["criteria.csv, line 10: criterion_id", "no / or \\"]),
+    "criterion id that is a dot": (criterion_named("."), ["line 10: criterion_id '.' is or holds a path"]),
+    "escape sequence in an id": (criterion_named("A\x1b[2J"), ["line 10: criterion_id holds a line break or another"]),
+    "rows that are all broken": (every(G, b",no\n", b"\n"), ["24 rows with a wrong number of fields", "needs quotes"]),
+    "a header in quotes that never close": (
+        replaced(P, b"post_id,", b'"post_id,'),
+        ["posts.csv, line 1: a quoted field", "quotes where it must"],
+    ),
+    "HTML of a login page": (
+        lambda files: files.update({P: b"<!DOCTYPE html>\n<html><body>log in</body></html>\n"}),
+        ["posts.csv, line 1:", "name the columns"],
+    ),
+    "a git-lfs pointer": (
+        lambda files: files.update({P: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"}),
+        ["posts.csv, line 1:", "name the columns"],
+    ),
+}  # fmt: skip
+
+DATA = [
+    *[(name, specification, case) for name, case in (MALFORMED | MORE_DATA).items()],
+    *[(name, official, case) for name, case in MALFORMED_RELEASE.items()],
+]
+
+
+@pytest.mark.parametrize(("made", "case"), [one[1:] for one in DATA], ids=[one[0] for one in DATA])
+def test_a_malformed_data_set_is_refused(
+    tmp_path: Path, refused: Callable[..., str], made: Callable[[], Files], case: tuple[Edit, list[str]]
+) -> None:
+    edit, fragments = case
+    files = made()
+    edit(files)
+    data = write(tmp_path / "data", files)
+    said = refused("run", *using(data))
+    for fragment in fragments:
+        assert fragment in said, said
+
+
+def using(data: Path, *more: str) -> list[str]:
+    own = [f"data.dir={data}", f"data.criteria_dir={data}", "model=tiny_llama", "cv.folds=2", BACKSTOP]
+    return [*own, *more]
+
+
+Spoil = Callable[[Path], object]
+
+
+def both(first: Spoil, second: Spoil) -> Spoil:
+    return lambda data: (first(data), second(data))
+
+
+def link(name: str, target: str) -> Spoil:
+    def made(data: Path) -> None:
+        (data / name).unlink(missing_ok=True)
+        (data / name).symlink_to(target)
+
+    return made
+
+
+def folder(name: str) -> Spoil:
+    def made(data: Path) -> None:
+        (data / name).unlink()
+        (data / name).mkdir()
+
+    return made
+
+
+def moved(target: str) -> Spoil:
+    """The data folder itself is a link."""
+
+    def made(data: Path) -> None:
+        data.rename(data.with_name("elsewhere"))
+        data.symlink_to(target)
+
+    return made
+
+
+def sparse(name: str, head: bytes) -> Spoil:
+    """A file of 1 GB that takes no room."""
+
+    def made(data: Path) -> None:
+        with (data / name).open("wb") as file:
+            file.write(head)
+            file.truncate(10**9)
+
+    return made
+
+
+PLACES: dict[str, tuple[Spoil, list[str]]] = {
+    "a link to itself": (link(P, P), ["posts.csv: a symbolic link that cannot be followed", "symbolic link"]),
+    "links in a circle": (
+        both(link(P, "b.csv"), link("b.csv", P)),
+        ["posts.csv: a symbolic link that cannot be followed"],
+    ),
+    "a link to nothing": (link(G, "nothing.csv"), ["groundtruth.csv: a symbolic link that cannot be followed"]),
+    "a folder for a file": (folder(C), ["criteria.csv: a folder where a file is expected"]),
+    "a device for a file": (link(P, "/dev/zero"), ["posts.csv: no regular file (a pipe, socket or device)"]),
+    "a file that fails while it is read": (link(P, "/proc/self/mem"), ["posts.csv: Input/output error"]),
+    "a pipe for a file": (
+        both(lambda data: (data / P).unlink(), lambda data: os.mkfifo(data / P)),
+        ["posts.csv: no regular file (a pipe, socket or device)"],
+    ),
+    "a folder that links to itself": (moved("data"), ["data: looked for the folder"]),
+    "a folder that is not there": (moved("nowhere"), ["data: looked for the folder", "does not exist"]),
+    "an empty folder": (lambda data: [path.unlink() for path in data.iterdir()], ["no table `posts`"]),
+    "a gigabyte in one field": (sparse(P, b'post_id,post\np1,"x'), ["posts.csv, line 2", "1,000,000 characters"]),
+    "a gigabyte of nothing": (sparse(G, b""), ["groundtruth.csv, line 1: not UTF-8 text"]),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_files_and_folders_that_are_none_are_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
+    spoil, fragments = PLACES[case]
+    data = write(tmp_path / "data", specification())
+    spoil(data)
+    said = refused("run", *using(data))
+    for fragment in fragments:
+        assert fragment in said, said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    data = write(tmp_path / "data", specification())
+    (data / P).chmod(0)
+    assert "posts.csv: Permission denied" in refused("run", *using(data))
+
+
+# --- Configs ---------------------------------------------------------------------------------------------------------
+
+# On the command line the values of these keys are text: a model may be called 5.
+TEXT_KEYS = ("model.name=5", "run.dir=false", "train.gradient_checkpointing=2")
+TYPED = [(override, said) for override, said in MALFORMED_CONFIG if override not in TEXT_KEYS]
+
+MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["train.learning_rat=1"], ["train.learning_rat: unknown key"]),
+    "near key": (["train.epoch=3"], ["train.epoch: unknown key; did you mean train.epochs?"]),
+    "key of another section": (["cv.epochs=3"], ["cv.epochs: unknown key; did you mean train.epochs?"]),
+    "unknown section": (["trian.lr=1e-4"], ["trian: unknown key; did you mean train?"]),
+    "key below a value": (["train.lr.value=1"], ["train.lr: should be a valid number; received {'value': '1'}"]),
+    "a value for a section": (["run=abc"], ["run: should be a valid dictionary", "received 'abc'"]),
+    "a value for a group": (["cv=3"], ["cv=3", "is a group of keys", "cv=default"]),
+    "a section taken away": (["~tracking.uri"], ["tracking.uri: field required; received nothing"]),
+    "code of models": (["model.trust_remote_code=true"], ["model.trust_remote_code: unknown key"]),
+    "keys that exclude each other": (
+        ["train.batching=post_grouped", "train.imbalance=weighted_sampling"],
+        ["train.imbalance: draws pairs one by one, which train.batching=post_grouped cannot"],
+    ),
+    "PEFT's layer and our dropout": (
+        ["dora.implementation=peft", "dora.dropout=lora_path"],
+        ["dora.implementation: needs dora.dropout=peft"],
+    ),
+    "batches that do not divide": (
+        ["train.batch_size=5", "train.effective_batch_size=32"],
+        ["train.effective_batch_size: must be a multiple of train.batch_size, which is 5; received 32"],
+    ),
+    "more folds than posts": (["cv.folds=4"], ["cv.folds=4 but there are only 3 posts", "lower cv.folds"]),
+    "a fold without a match": (["cv.folds=3"], ["fold 0: its validation part (9 pairs) has no matched pair"]),
+    "a million folds": (["cv.folds=1000000"], ["cv.folds=1000000 but there are only 3 posts"]),
+    "empty texts refused": (["data.empty=refuse", "data.dir={empty}"], ["posts.csv, line 2: post 'p1' has no text"]),
+    "a file for the data folder": (["data.dir={data}/posts.csv"], ["a file; give the folder that holds it"]),
+    "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["File name too long"]),
+    "criteria elsewhere": (["data.criteria_dir=nowhere"], ["nowhere", "data.criteria_dir"]),
+    "climbing name": (["run.name=../../etc"], ["run.name: string should match pattern", "received '../../etc'"]),
+    "absolute name": (["run.name=/tmp/x"], ["run.name: string should match pattern", "received '/tmp/x'"]),
+    "name that is a dot": (["run.name=.."], ["run.name: string should match", "received '..'"]),
+    "name with a line break": (["run.name=a\n"], ["run.name: string should match pattern", r"received 'a\n'"]),
+    "name that is too long": (["run.name=" + "x" * 101], ["run.name: string should match", "101 characters"]),
+    "no folder of runs": (["run.dir=/proc/x"], ["run.dir=/proc/x: /proc is no folder that can be written"]),
+    "file of runs": (["run.dir={data}/posts.csv"], ["is no folder that can be written"]),
+    "no model": (["model.name=/nowhere"], ["There is no folder /nowhere (model.name=/nowhere)"]),
+    "a folder that is no model": (["model.name={data}"], ["is no model: it has no config.json"]),
+    "no id of a model": (["model.name=a/b/c"], ["model.name='a/b/c' is neither a folder", "an id on the hub"]),
+    "a climbing id of a model": (["model.name=org/.."], ["model.name='org/..' is neither a folder"]),
+    "a model that does not ship": (["model.name=raycv://models/x"], ["raycv's own 'models/x' is missing"]),
+    "a revision of a folder": (["model.revision=v2"], ["model.revision=v2 means nothing"]),
+    "an environment variable that is not set": (["data.dir=${oc.env:NOT_SET_AT_ALL}"], ["NOT_SET_AT_ALL"]),
+    "a reference to nothing": (["train.lr=${train.rate}"], ["cannot be resolved", "train.rate"]),
+    "references in a circle": (["train.lr=${train.weight_decay}", "train.weight_decay=${train.lr}"], ["train.lr"]),
+    "a list without its end": (["model.target_modules=[a"], ["[a", "--help shows what it takes"]),
+    "a word": (["nonsense"], ["nonsense", "--help shows what it takes"]),
+    "no key": (["=5"], ["=5", "--help shows what it takes"]),
+    "an option of Hydra's without its kind": (["--info=nonsense"], ["--info", "invalid choice", "nonsense"]),
+    "an option that there is not": (["--folds=3"], ["There is no option --folds", "write key=value without dashes"]),
+    "a sweep": (["cv.folds=2,3", "--multirun"], ["--multirun is not supported"]),
+    "several values": (["cv.folds=2,3"], ["cv.folds=2,3", "--help shows what it takes"]),
+    "a number without end": (["cv.folds=" + "9" * 5000], ["--help shows what it takes"]),
+    "no experiment": (["experiment=nope"], ["'nope' is none of its files", "experiment=quickstart"]),
+}
+
+FILES: dict[str, tuple[str | bytes, list[str]]] = {
+    "tabs": ("train:\n\tlr: 1\n", ["found character '\\t' that cannot start", "own.yaml", "line 3, column 1"]),
+    "no YAML": ("train: [1\n", ["own.yaml"]),
+    "Latin-1": ("data:\n  dir: caf\u00e9\n".encode("latin-1"), ["utf-8"]),
+    "a list": ("- a\n- b\n", ["own"]),
+    "a text": ("just words\n", ["own"]),
+    "NUL": (b"data:\n  dir: a\0b\n", ["own.yaml"]),
+    "an escaped NUL": ('data:\n  dir: "a\\0b"\n', ["data.dir: must not hold a NUL character; received 'a\\x00b'"]),
+    "an object of Python": ("train:\n  lr: !!python/object/apply:os.getcwd []\n", ["python/object/apply:os.getcwd"]),
+    "numbers as text": ('train:\n  epochs: "3"\n', ["train.epochs: should be a valid integer; received '3'"]),
+    "not a number": ("train:\n  lr: .nan\n", ["train.lr: should be a finite number; received nan"]),
+    "a date": ("train:\n  epochs: 2025-11-12\n", ["train.epochs: should be a valid integer"]),
+    "a switch": ("train:\n  schedule: on\n", ["train.schedule: should be", "received True"]),
+    "a key twice": ("train:\n  lr: 1e-4\n  lr: 1e-5\n", ["duplicate key lr"]),
+    "a dotted key": ("train.lr: 1e-4\n", ["train.lr: unknown key with a dot in its name"]),
+    "aliases without end": (
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n", ["d: unknown key", "a: unknown key"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "said"), TYPED, ids=[override for override, _ in TYPED])
+def test_a_malformed_value_is_refused(refused: Callable[..., str], override: str, said: str) -> None:
+    message = refused("run", "experiment=quickstart", BACKSTOP, override)
+    assert f"- {override.split('=')[0]}: " in message
+    assert said in f"{message} ".replace("\n", " ")
+
+
+@pytest.mark.parametrize("case", MORE_CONFIG)
+def test_a_malformed_command_line_is_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
+    overrides, fragments = MORE_CONFIG[case]
+    data = write(tmp_path / "data", specification())
+    empty = write(tmp_path / "empty", specification({"p1": "", "p2": "a", "p3": "b"}))
+    said = refused(
+        "run", *using(data, *(one.replace("{data}", f"{data}").replace("{empty}", f"{empty}") for one in overrides))
+    )
+    for fragment in fragments:
+        assert fragment in said, said
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_malformed_file_of_ones_own_is_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
+    content, fragments = FILES[case]
+    own = tmp_path / "configs"
+    own.mkdir()
+    content = content.encode() if isinstance(content, str) else content
+    (own / "own.yaml").write_bytes(b"defaults: [run, _self_]\n" * (content[:1] not in (b"-", b"j")) + content)
+    said = refused("run", f"--config-dir={own}", "--config-name=own", BACKSTOP)
+    for fragment in fragments:
+        assert fragment in said, said
+
+
+URI = "http://ann:s3cret-heron@host"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"tracking.uri={URI}", "cv.folds=["],
+        [f"tracking.uri={URI}", "--config-name=run", "nonsense", "--config-dir=x"],
+        [f"tracking.uri={URI}", "--tracking=x"],
+        [f"tracking.url={URI}"],
+        [f"train.lr={URI}"],
+        [f"model.name={URI}"],
+        [f"data.dir={URI}"],
+        ["data.dir=http://host/?token=s3cret-heron"],
+        [f"run.dir={URI}/\0"],
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_a_refusal_does_not_repeat_a_password(refused: Callable[..., str], overrides: list[str]) -> None:
+    assert "s3cret" not in refused("run", "experiment=quickstart", *overrides)
+
+
+def test_not_even_a_traceback_repeats_a_password() -> None:
+    code = "\n".join(
+        [
+            "from raycv.cli import run_command",
+            "from raycv.config import RunConfig",
+            "def body(config): raise RuntimeError(config.tracking.uri)",
+            "run_command('run', RunConfig, body)",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"tracking.uri={URI}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: http://***@host" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+# --- The other commands ----------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
+    "no post": ("infer", [], ["no post is given", "post_file=post.txt"]),
+    "two posts": ("infer", ["post=a", "post_file=b"], ["post and post_file are both given"]),
+    "a post without quotes": ("infer", ["post=I", "feel", "bad"], ["2 words on the command line belong to no"]),
+    "a file that is not there": ("infer", ["post_file=no.txt"], ["post_file=no.txt cannot be read: No such file"]),
+    "a folder of posts": ("infer", ["post_file=."], ["post_file=. cannot be read: Is a directory"]),
+    "a post without end": ("infer", ["post_file=/dev/zero"], ["more than 4,000,000 bytes", "input=pairs.csv"]),
+    "a fold below none": ("infer", ["post=a", "fold=-1"], ["fold: ", "received -1"]),
+    "a fold by name": ("infer", ["post=a", "fold=first"], ["fold: ", "received 'first'"]),
+    "an output of no kind": ("infer", ["post=a", "output=xml"], ["output=xml: must be text or json"]),
+    "rows without a number": ("infer", ["post=a", "infer.batch_size=0"], ["infer.batch_size: ", "received 0 "]),
+    "no run": ("infer", ["post=a", "run=nothing"], ["run=nothing is neither a run in", "run=latest"]),
+    "a run that climbs": ("infer", ["post=a", "run=../../etc"], ["run=../../etc is neither a run"]),
+    "not one run": ("infer", ["post=a"], ["There is no run in", "experiment=quickstart"]),
+    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["There is no run in"]),
+    "a table and a post": ("infer", ["input=a.csv", "post=b", "output=s.csv"], ["input and post are both given"]),
+    "scores of no kind": ("infer", ["input=a.csv", "output=s.xlsx"], ["output=s.xlsx", "ends in a format"]),
+    "scores over a device": ("infer", ["input=a.csv", "output=/dev/null.csv/x.csv"], ["There is no run in"]),
+    "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'"]),
+    "the summary of no run": ("aggregate", ["run=nothing"], ["mlflow.db does not exist", "give its place"]),
+    "a summary with an unknown key": ("aggregate", ["rum=3"], ["rum: unknown key; did you mean run?"]),
+    "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>"]),
+    "no posts": ("synthesize", ["out=x", "posts=0"], ["posts: ", "received 0 "]),
+    "a profile of no kind": ("synthesize", ["out=x", "profile=long"], ["profile: ", "received 'long'"]),
+    "words below none": ("synthesize", ["out=x", "words_mean=-3"], ["words_mean: ", "received -3"]),
+    "words that are no number": ("synthesize", ["out=x", "words_mean=nan"], ["words_mean: ", "received nan"]),
+    "a folder that cannot be made": (
+        "synthesize",
+        ["out=/proc/x", "posts=3"],
+        ["out=/proc/x: the folder cannot be made"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -> None:
+    command, arguments, fragments = OTHERS[case]
+    said = refused(command, *arguments)
+    for fragment in fragments:
+        assert fragment in f"{said} ".replace("\n", " "), said
+
+
+def test_there_are_many_of_them() -> None:
+    assert len(DATA) + len(PLACES) >= 60
+    assert len(TYPED) + len(MORE_CONFIG) + len(FILES) + len(OTHERS) >= 60
+
+
+# --- As processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["a gigabyte in one field", "links in a circle", "a file that fails while it is read"])
+def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
+    spoil, fragments = PLACES[case]
+    data = write(tmp_path / "data", specification())
+    spoil(data)
+    said = as_process(tmp_path, "run", *using(data))
+    for fragment in fragments:
+        assert fragment in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["near key", "more folds than posts", "a number without end", "no model"])
+def test_a_process_refuses_configs_in_seconds(tmp_path: Path, case: str) -> None:
+    overrides, fragments = MORE_CONFIG[case]
+    data = write(tmp_path / "data", specification())
+    said = as_process(tmp_path, "run", *using(data, *overrides))
+    for fragment in fragments:
+        assert fragment in said
+
+
+def as_process(tmp_path: Path, command: str, *arguments: str) -> str:
+    work = tmp_path / "work"
+    work.mkdir()
+    # An address space of 2 GB: what reads a gigabyte into strings fails in it.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))"
+    code = f"{limit}; import raycv.{command} as command; command.main()"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=work, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - started < SECONDS
+    check(done.stdout, done.stderr, command, done.returncode, work)
+    return done.stderr
+
+
+# --- Anything at all -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> Files:
+    """A data set with some bytes of some file cut out, put in, or exchanged."""
+    files = draw(st.sampled_from([specification, official]))()
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(files)))
+        content = files[name]
+        start = draw(st.integers(0, len(content)))
+        end = draw(st.integers(start, min(len(content), start + 60)))
+        new = draw(st.one_of(st.binary(max_size=6), st.sampled_from(NASTY)))
+        files[name] = content[:start] + new + content[end:]
+    return files
+
+
+NASTY = [
+    b'"',
+    b",",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"NaN",
+    b"../",
+    b"{",
+    b"]",
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=spoilt())
+def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, files: Files) -> None:
+    """Never another error, never a text in the message; what is read has only known ids and labels."""
+    data = write(tmp_path_factory.mktemp("spoilt"), files)
+    try:
+        dataset = load_dataset(data, data)
+    except FaultsError:
+        refusal(data)
+        return
+    assert {pair.label for pair in dataset.pairs} == {0, 1}
+    assert {pair.post_id for pair in dataset.pairs} <= set(dataset.posts)
+    assert {pair.criterion_id for pair in dataset.pairs} <= set(dataset.criteria)
+    assert not any("/" in key or "\0" in key for key in dataset.criteria)
