@@ -135,6 +135,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        description="within an epoch the training state is saved that often, to resume from; null: after epochs alone"
+    )
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -212,6 +215,9 @@ class RunConfig(Section):
     resources: ResourcesConfig
     tracking: TrackingConfig
     run: RunNameConfig
+    resume: NonEmpty | None = Field(
+        description="go on with an unfinished run in run.dir: its name, or latest; all else is as it was"
+    )
 
 
 class AggregateConfig(Section):
