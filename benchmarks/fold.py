@@ -28,6 +28,7 @@ from benchmarks.models import ADAPTERS, Shape, TokenCount, classifier
 from benchmarks.peers import Rows, peer_trainer
 from raycv.encoding import EncodedPairs
 from raycv.model import add_dora
+from raycv.sampling import epoch_order
 from raycv.train import FoldTrainer
 
 POSTS = 6
@@ -56,6 +57,9 @@ class StepLosses:
     def on_epoch(self, *_: object) -> None:
         """Nothing to keep."""
 
+    def on_state(self, *_: object) -> None:
+        """Nothing to keep."""
+
     def on_event(self, text: str) -> None:
         """Nothing to keep."""
 
@@ -79,8 +83,7 @@ class Raycv:
 
     def order(self, train_pairs: np.ndarray) -> np.ndarray:
         """The order in which the first epoch takes `train_pairs`."""
-        self._loop._prepare(train_pairs)
-        return self._loop._order(1, train_pairs)
+        return epoch_order(self._loop.config, self._loop.encoded, train_pairs, 1)
 
 
 class Peer:

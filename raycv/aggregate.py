@@ -39,9 +39,8 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     from raycv.tracking import flat_params
 
     folds = folds_of(folder.config)
-    finished = [folder.fold(fold).result for fold in range(folds) if folder.fold(fold).result.is_file()]
-    stats = read_json(folder.data_stats)
-    report = summarize(folder.root.name, [FoldResult.read(path) for path in finished], folds, stats)
+    results = [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(folds)]
+    report = summarize(folder.root.name, results, folds, read_json(folder.data_stats))
     write_json(folder.report, report)
     tracked = read_json(folder.tracking)
     parent_id = tracked["parent_run_id"]

@@ -9,7 +9,7 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
-from raycv.metrics import VAL_LOSS
+from raycv.metrics import EPOCH_KEY, VAL_LOSS
 from raycv.paths import RunFolder
 from raycv.records import FoldResult
 from raycv.retry import mask_secrets
@@ -38,6 +38,7 @@ class FoldRuns(MLflowLoggerCallback):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         super().setup(*args, **kwargs)
         self.tracker = Tracker(self.tracking.uri)
+        self._logged: dict[Any, set[int]] = {}
         # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
         # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
@@ -49,7 +50,7 @@ class FoldRuns(MLflowLoggerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state; connections and threads stay behind.
-        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs")
+        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs", "_logged")
         state = {key: value for key, value in self.__dict__.items() if key not in left_behind}
         # That state is a file in the run folder: no place for a password.
         tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
@@ -66,10 +67,13 @@ class FoldRuns(MLflowLoggerCallback):
         self._try(self._finish, trial, trial.config[self.fold_key], failed)
 
     def _start(self, trial: Any, fold: int) -> None:
-        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
+        run_id = self.tracker.start_child(self.parent_id, fold, self.params)
+        # Of a fold that goes on, the last epoch may be trained once more.
+        self._logged[trial] = self.tracker.logged_epochs(run_id)
+        self._trial_runs[trial] = run_id
 
     def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
-        if trial in self._trial_runs:
+        if trial in self._trial_runs and result[EPOCH_KEY] not in self._logged[trial]:
             self.tracker.log_epoch(self._trial_runs[trial], result)
 
     def _finish(self, trial: Any, fold: int, failed: bool) -> None:

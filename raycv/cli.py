@@ -70,7 +70,7 @@ def _composed(name: str, schema: type[S]) -> S | None:
     try:
         typed, verbatim = _without_verbatim(sys.argv[1:], schema)
         for_hydra = _for_hydra(typed, schema)
-        overrides = [part for part in for_hydra if re.match(r"[~+\w]\S*=|~", part)]
+        overrides = _overrides(for_hydra)
         answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
@@ -104,6 +104,36 @@ def _unread(name: str, why: object, typed: list[str]) -> UserError:
     ]
     what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
     return UserError(what, remedies=remedies)
+
+
+def typed_keys(name: str) -> set[str]:
+    """The keys that this process's command line sets, singly or by whole groups (experiment=x)."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    # What composed this command is done, and Hydra composes one thing at a time.
+    GlobalHydra.instance().clear()
+    overrides = _overrides(sys.argv[1:])
+    values, defaults = _flat(compose(name, overrides)), _flat(compose(name, []))
+    # A key that is set to its default is set all the same.
+    named = {part.partition("=")[0].lstrip("+~") for part in overrides}
+    return {
+        key
+        for key, value in values.items()
+        if key not in defaults or value != defaults[key] or any(f"{key}.".startswith(f"{one}.") for one in named)
+    }
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    """Those of `arguments` that set a key or a group, in Hydra's grammar."""
+    return [part for part in arguments if re.match(r"[~+\w]\S*=|~", part)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`section.key` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:

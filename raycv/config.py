@@ -143,6 +143,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        description="within an epoch the training state is saved that often, to resume from; null: after epochs alone"
+    )
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -228,6 +231,9 @@ class RunConfig(Section):
     tracking: TrackingConfig
     privacy: PrivacyConfig
     run: RunNameConfig
+    resume: NonEmpty | None = Field(
+        description="go on with an unfinished run in run.dir: its name, or latest; all else is as it was"
+    )
 
     def without_secrets(self) -> "RunConfig":
         """The config as those may have it who do not talk to the tracking store."""

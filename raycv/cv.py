@@ -34,8 +34,7 @@ from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, train_worker
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
-from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json
-from raycv.records import FoldResult
+from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -187,10 +186,8 @@ def check_shared(folder: RunFolder, base: "BaseFiles") -> None:
         )
 
 
-def run_folds(
-    task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView
-) -> list[FoldResult]:
-    """Runs `folds` as Tune trials and returns their results.
+def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:
+    """Runs `folds` as Tune trials, which leave their results in the run's folder.
 
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
@@ -222,10 +219,12 @@ def run_folds(
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
         lines += _causes({fold: states.errors.get(fold, STOPPED) for fold in failed})
-        remedy = f"mend the cause and run again under another name; what is finished is kept in {root.root}"
-        raise RunFailedError("\n".join(lines), remedies=[remedy])
+        remedies = [
+            f"mend the cause, then train the missing folds alone: {resume_command(root)}",
+            f"what is finished is kept in {root.root}",
+        ]
+        raise RunFailedError("\n".join(lines), remedies=remedies)
     shutil.rmtree(root.ray, ignore_errors=True)
-    return [FoldResult.read(root.fold(fold).result) for fold in folds]
 
 
 def _causes(errors: dict[int, str]) -> list[str]:
@@ -275,7 +274,7 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
         posts, events = ray.get(board.read.remote())
         for fold, post in posts.items():
             if "history" in post:
-                best[fold] = max(best.get(fold, 0.0), post["history"][F1])
+                best[fold] = max(best.get(fold, post.get("earlier_f1", 0.0)), post["history"][F1])
                 post = {**post, "best_f1": best[fold]}
             view.update(fold, post)
         for fold, text in events:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from raycv import __version__
 from raycv.base import check_name
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
-from raycv.errors import UserError, counted
+from raycv.errors import RunFailedError, UserError, counted
 from raycv.live import say
-from raycv.paths import RunFolder, read_json, resolve, write_json, write_text
+from raycv.paths import RunFolder, aggregate_command, read_json, resolve, resume_command, write_json, write_text
 from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
+from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
+from raycv.runs import open_tracker
 from raycv.splits import Split, make_splits, positives_table, splits_record
 
 if TYPE_CHECKING:
@@ -49,28 +51,42 @@ class Prepared:
     warnings: list[str]
 
 
-def cross_validate(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
+def cross_validate(config: RunConfig, console: Console | None = None, typed: Collection[str] = ()) -> dict[str, Any]:
     """Runs the whole cross-validation of `config` and returns its report (user stories 1 and 2).
 
+    With `config.resume` an earlier run goes on, under its own config; `typed`: the keys that the command line sets.
     Raises: UserError for anything that the user can mend, before Ray or torch start where that is possible;
     RunFailedError if a fold fails.
     """
     console = console or Console()
+    earlier = earlier_run(config, typed) if config.resume is not None else None
+    config = earlier.config if earlier else config
     dataset, splits = _data(config)
-    _check_run_folder(config)
+    if earlier:
+        earlier.check(dataset, splits)
+        for warning in earlier.warnings():
+            say(console, f"Warning: {warning}", "yellow")
+    _check_run_folder(config, taken=earlier is not None)
     check_name(config.model.name, config.model.revision)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
-    from raycv.tracking import Tracker, flat_params
+    from raycv.tracking import flat_params
 
-    tracker = Tracker(config.tracking.uri)
-    experiment_id = tracker.open_experiment(config.tracking)
+    tracker, experiment_id = _open_store(config, earlier)
     prepared = _prepare(config, dataset, splits, console)
+    if earlier:
+        earlier.check_base(prepared.base_facts)
     with cv.ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
-        config, folder, parent_id = _start(tracker, experiment_id, config, prepared)
-        with _ended(tracker, parent_id, folder, config, console):
+        if earlier:
+            folder, parent_id = earlier.folder, earlier.parent_id
+            cv.check_shared(folder, prepared.base)
+        else:
+            config, folder, parent_id = _start(tracker, experiment_id, config, prepared)
+        with sole_process(folder), _ended(tracker, parent_id, folder, config, console):
+            if earlier:
+                _reopen(tracker, earlier, console)
             results = _folds(config, folder, prepared, placement, parent_id, console)
             report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
             write_json(folder.report, report)
@@ -79,6 +95,36 @@ def cross_validate(config: RunConfig, console: Console | None = None) -> dict[st
                 tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config.model_dump()))
                 tracker.log_report(parent_id, report, folder.report)
     return report
+
+
+def _open_store(config: RunConfig, earlier: Earlier | None) -> tuple["Tracker", str]:
+    """The MLflow store and the id of the experiment."""
+    if earlier is None:
+        from raycv.tracking import Tracker
+
+        tracker = Tracker(config.tracking.uri)
+        return tracker, tracker.open_experiment(config.tracking)
+    tracker = open_tracker(config.tracking.uri)
+    tracker.run(earlier.parent_id)
+    return tracker, earlier.experiment_id
+
+
+def _reopen(tracker: "Tracker", earlier: Earlier, console: Console) -> None:
+    """Makes the earlier run one that is under way, and removes what its processes left half."""
+    folds = earlier.config.cv.folds
+    finished = earlier.folder.finished(folds)
+    kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
+    say(console, f"Going on with run {earlier.folder.root.name}: {kept}")
+    for fold in range(folds):
+        files = earlier.folder.fold(fold)
+        files.error.unlink(missing_ok=True)
+        if fold in finished:
+            shutil.rmtree(files.state, ignore_errors=True)
+        for half in files.root.glob(".*"):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
+    # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
+    shutil.rmtree(earlier.folder.ray, ignore_errors=True)
+    tracker.reopen(earlier.parent_id)
 
 
 def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
@@ -127,7 +173,8 @@ def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: 
     return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
 
 
-def _check_run_folder(config: RunConfig) -> None:
+def _check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
+    """Raises: UserError if runs cannot be written, or the run's folder exists; an earlier run's is `taken` for sure."""
     place = Path(config.run.dir).absolute()
     try:
         while not place.exists():
@@ -139,11 +186,15 @@ def _check_run_folder(config: RunConfig) -> None:
             f"run.dir={config.run.dir}: {place} is no folder that can be written ({error.strerror}).",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
         ) from error
-    if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
+    if not taken and config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
             f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
-            remedies=["choose another run.name, or leave it out", f"remove the old run: rm -r {folder}"],
+            remedies=[
+                "choose another run.name, or leave it out",
+                f"if it was interrupted, go on with it: {resume_command(RunFolder(folder))}",
+                f"remove the old run: rm -r {folder}",
+            ],
         )
 
 
@@ -241,12 +292,17 @@ def _ended(
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        finished = sum(folder.fold(fold).result.is_file() for fold in range(config.cv.folds))
+        finished = len(folder.finished(config.cv.folds))
         say(
             console,
             f"Interrupted: {finished} of {config.cv.folds} folds are finished, and kept in {folder.root}\n"
-            "Start again with the same command (and another run.name, if you gave one). Stopping Ray ...",
+            f"Go on where it stopped: {resume_command(folder)}\nStopping Ray ...",
         )
+        raise
+    except RunFailedError:
+        raise  # It says how to go on.
+    except Exception:
+        say(console, f"The run stopped. When the cause is mended, go on: {resume_command(folder)}")
         raise
     finally:
         # Neither a result nor the error that ended the run may be hidden by a store that is away.
@@ -260,8 +316,8 @@ def _as_warning(console: Console, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        later = f"python -m raycv.aggregate run={folder.root.name} dir={folder.root.parent}"
-        say(console, f"Warning: the summary is not in MLflow: {error.what}\nLog it later: {later}", "yellow")
+        later = f"Log it later: {aggregate_command(folder)}"
+        say(console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
 
 
 def _folds(
@@ -272,20 +328,23 @@ def _folds(
     parent_id: str,
     console: Console,
 ) -> list[FoldResult]:
-    """Trains all folds under Ray, with a child run each and the live view on."""
+    """Trains all folds that are not finished under Ray, with a child run each and the live view on."""
     from raycv import cv
     from raycv.callback import FoldRuns
     from raycv.live import LiveView
     from raycv.tracking import flat_params
 
-    task = cv.fold_task(config, folder, prepared, placement)
-    runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config.model_dump()), cv.FOLD_KEY)
-    folds = [split.fold for split in prepared.splits]
-    with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
-        try:
-            return cv.run_folds(task, folds, placement, runs, view)
-        finally:
-            runs.close()
+    finished = folder.finished(config.cv.folds)
+    folds = [split.fold for split in prepared.splits if split.fold not in finished]
+    if folds:
+        task = cv.fold_task(config, folder, prepared, placement)
+        runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config.model_dump()), cv.FOLD_KEY)
+        with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
+            try:
+                cv.run_folds(task, folds, placement, runs, view)
+            finally:
+                runs.close()
+    return [FoldResult.read(folder.fold(split.fold).result) for split in prepared.splits]
 
 
 def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:

@@ -19,7 +19,7 @@ import ray.train
 
 from raycv.config import RunConfig
 from raycv.errors import UserError
-from raycv.metrics import THRESHOLD, TRAIN_LOSS, VAL_LOSS
+from raycv.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS
 from raycv.paths import FoldFolder, RunFolder, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from raycv.base import BaseFiles
+    from raycv.checkpoint import CheckpointInfo
     from raycv.encoding import EncodedPairs
     from raycv.splits import Split
+    from raycv.state import StateFolder, TrainState
     from raycv.train import EpochResult, TrainResult
 
 FOLD_KEY = "fold"
 """The one parameter of a trial."""
-EPOCH_KEY = "epoch"
 
 STEP_POST_SECONDS = 1.0
 DRAIN_SECONDS = 600.0
@@ -118,7 +119,7 @@ def _drain_reports() -> None:
 
 
 def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -143,8 +144,6 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
             name=f"fold_{fold}",
             storage_path=str(RunFolder(Path(task.root)).ray),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # annotated with the callback of Train V1
-            # A checkpoint is reported when an epoch is the best so far, so the newest is the best.
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
 
@@ -159,23 +158,21 @@ def _keep_error(folder: FoldFolder, error: Exception) -> None:
 
 
 def _keep_fold(folder: FoldFolder, result: Any) -> None:
-    """Moves the fold's files from Ray Train's storage into the run folder; `result.json` comes last."""
+    """Writes what the worker returned beside the checkpoint that it left; `result.json` comes last."""
     returned = result.return_value
     folder.root.mkdir(parents=True, exist_ok=True)
     folder.error.unlink(missing_ok=True)
-    if folder.checkpoint.exists():
-        shutil.rmtree(folder.checkpoint)
-    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
-        with result.checkpoint.as_directory() as source:
-            shutil.copytree(source, Path(temporary) / "checkpoint")
-        os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
     # Scores say something about the authors of posts.
     write_text(folder.predictions, returned["predictions"].to_csv(index=False, lineterminator="\n"), private=True)
     write_json(folder.result, asdict(returned["result"]))
+    shutil.rmtree(folder.state, ignore_errors=True)
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions."""
+    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions.
+
+    Goes on from the fold's training state if there is one; leaves the checkpoint in the fold's folder.
+    """
     started = time.monotonic()
     task: FoldTask = arguments["task"]
     fold: int = arguments["fold"]
@@ -187,6 +184,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     from raycv.base import fetch_base
     from raycv.loading import load_classifier, load_tokenizer
     from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
+    from raycv.progress import spent
+    from raycv.state import StateFolder
     from raycv.train import FoldTrainer
     from raycv.utils import describe_device, set_seed
 
@@ -205,11 +204,20 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     if rank:
         # The same weights on every worker, but other rows: dropout must differ.
         torch.manual_seed(config.train.seed + rank)
-    listener = _RayListener(task, fold, rank, adapted, tokenizer, precision)
+    folder = RunFolder(Path(task.root)).fold(fold)
+    states = StateFolder(folder.state)
+    listener = _RayListener(task, fold, rank, states)
     listener.on_event(f"{why}, on {describe_device(device)}")
     share = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, share)
-    outcome = trainer.fit(split.train_indices, split.val_indices)
+    state = states.newest(listener.on_event)
+    if state is not None:
+        listener.goes_on(state)
+        # The time that the fold took, not this process alone.
+        started -= spent(state)
+    outcome = trainer.fit(split.train_indices, split.val_indices, state)
+    if not rank:
+        _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, outcome.best, precision))
     worker = {
         "host": socket.gethostname(),
         "device": describe_device(device),
@@ -221,6 +229,36 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     }
     result = _fold_result(fold, split, shared.encoded.labels, outcome, time.monotonic() - started, worker)
     return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
+
+
+def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: str) -> "CheckpointInfo":
+    from raycv.checkpoint import CheckpointInfo
+
+    return CheckpointInfo(
+        base_model=task.base.name,
+        base_revision=task.base.revision,
+        rules=task.rules,
+        threshold=best.threshold,
+        criteria=task.criteria,
+        criteria_hash=task.criteria_hash,
+        criteria_dir=task.criteria_dir,
+        run=task.run,
+        fold=fold,
+        epoch=best.epoch,
+        precision=precision,
+    )
+
+
+def _save_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "CheckpointInfo") -> None:
+    """Writes the fold's checkpoint whole or not at all."""
+    from raycv.checkpoint import save_checkpoint
+
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
+        save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
+        # Of a process that was killed before the fold's result was written.
+        shutil.rmtree(folder.checkpoint, ignore_errors=True)
+        os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
 
 
 def _memory_share(placement: Placement, device: Any) -> float:
@@ -282,16 +320,22 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 
 
 class _RayListener:
-    """Carries the loop's news to Ray: epochs and best checkpoints through Ray Train, steps to the progress board."""
+    """Carries the loop's news on: epochs through Ray Train, steps to the progress board, states to their folder."""
 
-    def __init__(self, task: FoldTask, fold: int, rank: int, model: Any, tokenizer: Any, precision: str) -> None:
+    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder") -> None:
         self.task = task
         self.fold = fold
         self.rank = rank
-        self.model = model
-        self.tokenizer = tokenizer
-        self.precision = precision
+        self.states = states
         self._posted = 0.0
+
+    def goes_on(self, state: "TrainState") -> None:
+        """Training will go on from `state`."""
+        if self.rank:
+            return
+        self.on_event(f"goes on after {state}")
+        best = max((epoch["metrics"][F1] for epoch in state.facts["epochs"]), default=0.0)
+        self.task.board.post.remote(self.fold, {"earlier_f1": best})
 
     def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
         now = time.monotonic()
@@ -312,32 +356,13 @@ class _RayListener:
         metrics = epoch_metrics(result)
         if not self.rank:
             self.task.board.post.remote(self.fold, {"history": metrics})
-        if self.rank or not is_best:
-            # All workers report, the first for them all: Ray Train waits for each.
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            self._save(Path(folder), result)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        # All workers report, the first for them all: Ray Train waits for each.
+        ray.train.report(metrics)
+
+    def on_state(self, state: "TrainState") -> None:
+        # One for all workers: it holds what each has for itself.
+        if not self.rank:
+            self.states.save(state)
 
     def on_event(self, text: str) -> None:
         self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)
-
-    def _save(self, folder: Path, result: "EpochResult") -> None:
-        from raycv.checkpoint import CheckpointInfo, save_checkpoint
-
-        task = self.task
-        info = CheckpointInfo(
-            base_model=task.base.name,
-            base_revision=task.base.revision,
-            rules=task.rules,
-            threshold=result.threshold,
-            criteria=task.criteria,
-            criteria_hash=task.criteria_hash,
-            criteria_dir=task.criteria_dir,
-            run=task.run,
-            fold=self.fold,
-            epoch=result.epoch,
-            precision=self.precision,
-        )
-        save_checkpoint(folder, self.model, self.tokenizer, info)

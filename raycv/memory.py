@@ -120,6 +120,10 @@ class Checkpointing:
         said = "more than there is" if need is None else f"{need / 1e9:.1f} GB"
         return f"gradient checkpointing {'off' if fits else 'on'}: without it {said} of {limit / 1e9:.1f} GB"
 
+    def restore(self, on: bool) -> None:
+        """For training that goes on: as it was, whatever would be chosen now."""
+        self._switch(on)
+
     def relieve(self) -> bool:
         """For `auto`, when memory ran out all the same: turns it on; False if it is on already."""
         if self._asked != "auto" or self.on or not getattr(self._model, "supports_gradient_checkpointing", False):

@@ -12,6 +12,7 @@ ACCURACY = "accuracy"
 ROC_AUC = "roc_auc"
 METRICS = (PRECISION, RECALL, F1, ACCURACY, ROC_AUC)
 
+EPOCH_KEY = "epoch"
 THRESHOLD = "threshold"
 TRAIN_LOSS = "train_loss"
 VAL_LOSS = "val_loss"

@@ -130,7 +130,12 @@ def _in_float32(linear: nn.Module) -> Float32Head:
 
 def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that training changes."""
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return (parameter for _, parameter in trainable_by_name(model))
+
+
+def trainable_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same with their names, in the same order."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The workers that train one fold together, data-parallel. Knows torch.distributed; fold.py starts them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -19,6 +20,27 @@ class Workers:
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
+
+    def any(self, mine: bool, device: torch.device) -> bool:
+        """Whether it is so for one worker at least; all get the same answer."""
+        if self.size == 1:
+            return mine
+        return bool(self.sum(torch.tensor(int(mine), device=device)) > 0)
+
+    def gather(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """`tensor` [...] of integers of each worker as one on the CPU, [workers, ...]; exchanged on `device`."""
+        whole = torch.zeros(self.size, *tensor.shape, dtype=torch.int64, device=device)
+        whole[self.rank] = tensor.to(device)
+        return self.sum(whole).to("cpu", tensor.dtype)
+
+    def join(self, mine: Sequence[torch.Tensor], part: np.ndarray, rows: int, device: torch.device) -> torch.Tensor:
+        """The logits [rows, 2] of all workers from this one's, which in turn are those of the rows `part` [m]."""
+        if self.size == 1:
+            return torch.cat(list(mine))
+        whole = torch.zeros(rows, 2, device=device, dtype=mine[0].dtype if mine else torch.float32)
+        if mine:
+            whole[torch.from_numpy(part).to(device)] = torch.cat(list(mine))
+        return self.sum(whole)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums the gradients over the workers in one exchange: each worker had a part of the optimizer step's rows."""

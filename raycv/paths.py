@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,16 +102,37 @@ class RunFolder:
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
         """Written last of all: its presence means that the run is complete."""
+        self.lock = root / ".lock"
+        """Held by the process that runs it; gone when it is complete."""
         self.ray = root / "ray"
-        """Ray's own storage of this run (trial tables, the folds' checkpoints while they train)."""
+        """Ray's own storage of this run, gone when it is complete."""
 
     def fold(self, fold: int) -> "FoldFolder":
         """The files of fold `fold` (0-based)."""
         return FoldFolder(self.root / f"fold_{fold}")
 
+    def finished(self, folds: int) -> list[int]:
+        """Which of fold 0 to `folds` - 1 are finished."""
+        return [fold for fold in range(folds) if self.fold(fold).result.is_file()]
+
+
+def resume_command(folder: RunFolder) -> str:
+    """What to type to go on with the run in `folder`."""
+    return _command("raycv.run", "resume", "run.dir", folder)
+
+
+def aggregate_command(folder: RunFolder) -> str:
+    """What to type for the summary of the run in `folder` once more, in MLflow too."""
+    return _command("raycv.aggregate", "run", "dir", folder)
+
+
+def _command(module: str, name_key: str, place_key: str, folder: RunFolder) -> str:
+    elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={folder.root.parent}"]
+    return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere])
+
 
 class FoldFolder:
-    """The files of one finished fold."""
+    """The files of one fold."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -120,3 +142,5 @@ class FoldFolder:
         self.checkpoint = root / "checkpoint"
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
+        self.state = root / "state"
+        """What training goes on from after an interruption; gone when the fold is finished."""

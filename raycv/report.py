@@ -29,7 +29,7 @@ def summarize(
         raise RunFailedError(
             f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
             "and nothing is averaged over fewer folds than asked for.",
-            remedies=["run it again to its end: fold_<k>/error.json says why a fold failed"],
+            remedies=[f"finish it: python -m raycv.run resume={run} (fold_<k>/error.json says why a fold failed)"],
         )
     if len(results) != folds:
         raise RunFailedError(

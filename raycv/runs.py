@@ -9,7 +9,7 @@ import yaml
 
 from raycv.checkpoint import MANIFEST, read_info
 from raycv.errors import UserError
-from raycv.paths import RunFolder, read_json
+from raycv.paths import RunFolder, read_json, resume_command
 from raycv.records import FoldResult
 from raycv.report import best_fold
 
@@ -64,11 +64,17 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         # A name, or the path of the folder, as the shell completes it.
         named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
         return next((RunFolder(folder.absolute()) for folder in named), None)
-    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
+    made = runs_in(runs)
     if not made:
         remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
         raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
-    return RunFolder(([path for path in made if _is_finished(RunFolder(path.parent))] or made)[-1].parent)
+    return ([folder for folder in made if _is_finished(folder)] or made)[-1]
+
+
+def runs_in(runs: Path) -> list[RunFolder]:
+    """All runs in the folder `runs`, the newest last."""
+    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
+    return [RunFolder(path.parent) for path in made]
 
 
 def folds_of(config_file: Path) -> int:
@@ -110,7 +116,7 @@ def _is_finished(folder: RunFolder) -> bool:
 
 
 def _finished_folds(folder: RunFolder) -> list[int]:
-    return [fold for fold in range(folds_of(folder.config)) if folder.fold(fold).result.is_file()]
+    return folder.finished(folds_of(folder.config))
 
 
 def _finished_run(runs: Path) -> RunFolder:
@@ -146,7 +152,8 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
         remedies = [f"choose a finished one: {_listed(finished)}" if finished else QUICKSTART]
         raise UserError(f"fold={fold}: run {folder.root.name} has no such checkpoint: {there}.", remedies=remedies)
     if not isinstance(fold, int) and len(finished) < asked:
-        remedies = [f"choose a finished fold: {_listed(finished)}" if finished else QUICKSTART, "finish the run"]
+        remedies = [f"choose a finished fold: {_listed(finished)}" if finished else QUICKSTART]
+        remedies.append(f"finish the run: {resume_command(folder)}")
         what = f"fold={fold}: {len(finished)} of {asked} folds of run {folder.root.name} are finished."
         raise UserError(what, remedies=remedies)
     if fold == "best":

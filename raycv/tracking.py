@@ -93,6 +93,10 @@ class Tracker:
         )
         return str(run.info.run_id)
 
+    def reopen(self, run_id: str) -> None:
+        """A run that ended goes on."""
+        self._call("reopen a run", self._client.update_run, run_id, status="RUNNING")
+
     def describe_parent(self, run_id: str, folder: RunFolder, params: Mapping[str, Any]) -> None:
         """Logs the parent's parameters and the files that exist already."""
         self._log_params(run_id, params)
@@ -121,7 +125,7 @@ class Tracker:
         """The child run of `fold`, found by its tag or newly made. Returns its id."""
         found = self.children(parent_id).get(fold)
         if found is not None:
-            self._call("reopen a child run", self._client.update_run, found.info.run_id, status="RUNNING")
+            self.reopen(found.info.run_id)
             return str(found.info.run_id)
         experiment_id = self.run(parent_id).info.experiment_id
         tags = {PARENT_TAG: parent_id, FOLD_TAG: str(fold)}
@@ -140,16 +144,20 @@ class Tracker:
         """The metrics that a person asked for, at the loop's own epoch number."""
         self.log_metrics(run_id, {key: metrics[key] for key in EPOCH_METRICS}, step=int(metrics["epoch"]))
 
+    def logged_epochs(self, run_id: str) -> set[int]:
+        """The epochs that a child run has."""
+        history = self._call("read a child run", self._client.get_metric_history, run_id, VAL_LOSS)
+        return {metric.step for metric in history}
+
     def log_fold(self, run_id: str, result: FoldResult, folder: FoldFolder, config: Path) -> None:
         """A finished fold: epochs that are not logged yet, final metrics, threshold, checkpoint and files."""
-        history = self._call("read a child run", self._client.get_metric_history, run_id, VAL_LOSS)
-        logged = {metric.step for metric in history}
+        logged = self.logged_epochs(run_id)
         for epoch in result.history:
             if int(epoch["epoch"]) not in logged:
                 self.log_epoch(run_id, epoch)
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
-        self.log_metrics(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        self._log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
         self.log_files(run_id, [config, folder.result, folder.predictions])
         if folder.checkpoint.is_dir():
             self._call(
@@ -175,9 +183,7 @@ class Tracker:
         for key, value in report["mean"].items():
             numbers[f"metric_mean_{key}"] = value
             numbers[f"metric_std_{key}"] = report["std"][key]
-        # Logged once more, the same number would be a second point of a curve.
-        known = self.run(parent_id).data.metrics
-        self.log_metrics(parent_id, {key: value for key, value in numbers.items() if known.get(key) != value})
+        self._log_summary(parent_id, numbers)
         children = self.children(parent_id)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
         self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
@@ -199,6 +205,11 @@ class Tracker:
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
         self._call("log metrics", self._client.log_batch, run_id, metrics=batch)
+
+    def _log_summary(self, run_id: str, numbers: Mapping[str, float]) -> None:
+        # Logged once more, the same number would be a second point of a curve.
+        known = self.run(run_id).data.metrics
+        self.log_metrics(run_id, {key: value for key, value in numbers.items() if known.get(key) != value})
 
     def log_files(self, run_id: str, files: Sequence[Path]) -> None:
         """Those of `files` that exist, as artifacts at the top."""
@@ -332,11 +343,12 @@ def _lock_of(database: Path) -> str:
     return f"{database}.lock"
 
 
-def flat_params(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
     """`section.key` -> value: a run's config as MLflow parameters, with passwords in addresses masked."""
+    sections = {name: values for name, values in config.items() if isinstance(values, Mapping)}
     return {
         f"{section}.{key}": mask_secrets(str(value))
-        for section, values in config.items()
+        for section, values in sections.items()
         for key, value in values.items()
     }
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,31 +15,25 @@ from raycv.config import TrainConfig
 from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
 from raycv.memory import REMEDIES, Checkpointing, MicroBatch, is_out_of_memory
-from raycv.metrics import F1, binary_metrics, tune_threshold
+from raycv.metrics import binary_metrics, tune_threshold
 from raycv.model import Precision, trainable
 from raycv.parallel import Workers
+from raycv.progress import (
+    WORKERS,
+    EpochResult,
+    Progress,
+    set_training_tensors,
+    set_weights,
+    training_tensors,
+    workers_tensors,
+)
+from raycv.sampling import class_weights, epoch_order
 from raycv.scoring import RowScorer
+from raycv.state import TrainState
+from raycv.utils import random_state, set_random_state
 
 EVAL_STEP_PAIRS = 256
 """Pairs between two looks at the loss in validation; batches within are of `eval_batch_size` rows."""
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """What one epoch of one fold came to. `epoch` counts from 1."""
-
-    epoch: int
-    train_loss: float
-    """mean over the epoch's pairs, class weights included"""
-    val_loss: float
-    """mean over the validation pairs, class weights included"""
-    threshold: float
-    metrics: dict[str, float]
-    """on the validation pairs at `threshold`"""
-    learning_rate: float
-    """of the epoch's last step"""
-    micro_batch: int
-    seconds: float
 
 
 @dataclass
@@ -63,6 +57,9 @@ class Listener(Protocol):
     def on_epoch(self, result: EpochResult, scores: np.ndarray, is_best: bool) -> None:
         """After every epoch, the model still holding that epoch's weights; `scores`: float64 [n_val]."""
 
+    def on_state(self, state: TrainState) -> None:
+        """What training can go on from, after every epoch and every `checkpoint_minutes`; its tensors change later."""
+
     def on_event(self, text: str) -> None:
         """Something worth telling."""
 
@@ -80,6 +77,7 @@ class FoldTrainer:
         memory_share: float = 1.0,
     ) -> None:
         """`memory_share`: the part of the device's memory that is this fold's, where folds share a device."""
+        self.precision = precision
         self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
         self.model = model.to(self.accelerator.device)
         self.scorer = RowScorer(self.model, encoded, self.accelerator.device, self.accelerator.autocast)
@@ -99,29 +97,31 @@ class FoldTrainer:
         self.class_weights = torch.ones(2, device=self.accelerator.device)
         self.share = self._sharing()
 
-    def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> TrainResult:
+    def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray, state: TrainState | None = None) -> TrainResult:
         """Trains on `train_pairs` until `val_pairs` show no better F1 for `patience` epochs (FR-005, FR-007).
 
-        Both are indices [n] of pairs. Raises: UserError on out-of-memory at 1 and on a loss that is not a number.
+        Both are indices [n] of pairs. From `state`, which an equal training gave its listener, it goes on as if it had
+        never stopped. The model is left with the weights of the best epoch.
+        Raises: UserError on out-of-memory at 1 and on a loss that is not a number.
         """
         self._prepare(train_pairs)
-        self._choose_checkpointing(train_pairs)
+        if state is None:
+            self._choose_checkpointing(train_pairs)
+        else:
+            self._restore(state)
         self._val_labels = self.encoded.labels[val_pairs]
-        epochs: list[EpochResult] = []
-        best: tuple[EpochResult, np.ndarray] | None = None
-        for epoch in range(1, self.config.epochs + 1):
-            result, scores = self._epoch(epoch, train_pairs, val_pairs)
-            epochs.append(result)
-            # Strictly better: of equal epochs the earliest stays.
-            is_best = best is None or result.metrics[F1] > best[0].metrics[F1]
-            if best is None or is_best:
-                best = result, scores
+        self._saved = time.monotonic()
+        progress, config = self.progress, self.config
+        while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
+            result, scores = self._epoch(train_pairs, val_pairs)
+            is_best = progress.add(result, scores, self.model)
             self.listener.on_epoch(result, scores, is_best)
-            if epoch - best[0].epoch >= self.config.patience:
-                self._tell(f"stopped early after epoch {epoch}: no better F1 for {self.config.patience} epochs")
-                break
-        assert best is not None
-        return TrainResult(epochs, *best, self.events)
+            self._save()
+        if len(progress.epochs) < config.epochs:
+            self._tell(f"stopped early after epoch {len(progress.epochs)}: no better F1 for {config.patience} epochs")
+        assert progress.best is not None
+        set_weights(self.model, progress.best.weights)
+        return TrainResult(progress.epochs, progress.best.result, progress.best.scores, self.events)
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
@@ -138,24 +138,32 @@ class FoldTrainer:
             loss += step_loss
         return scores[pairs], loss / len(pairs)
 
-    def _epoch(self, epoch: int, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
-        started = time.monotonic()
-        order = self._order(epoch, train_pairs)
+    def _epoch(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
+        """The next epoch, or what is left of it."""
+        progress = self.progress
+        epoch, started = len(progress.epochs) + 1, time.monotonic() - progress.seconds
+        order = epoch_order(self.config, self.encoded, train_pairs, epoch)
         size = self.config.effective_batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        total = 0.0
-        for index, (loss, _, _) in enumerate(self._pass(steps, training=True), 1):
-            total += loss
-            self.listener.on_step(epoch, index, len(steps), loss / len(steps[index - 1]), self.micro_batch[True].size)
+        for pairs, (loss, _, _) in zip(
+            steps[progress.step :], self._pass(steps[progress.step :], training=True), strict=True
+        ):
+            progress.step += 1
+            progress.loss += loss
+            progress.seconds = time.monotonic() - started
+            micro_batch = self.micro_batch[True].size
+            self.listener.on_step(epoch, progress.step, len(steps), loss / len(pairs), micro_batch)
+            if self._save_is_due():
+                self._save()
         scores, val_loss = self.scores(val_pairs)
         threshold = tune_threshold(self._val_labels, scores)
         result = EpochResult(
             epoch=epoch,
-            train_loss=total / len(order),
+            train_loss=progress.loss / len(order),
             val_loss=val_loss,
             threshold=threshold,
             metrics=binary_metrics(self._val_labels, scores, threshold),
-            learning_rate=self._learning_rate,
+            learning_rate=progress.learning_rate,
             micro_batch=self.micro_batch[True].size,
             seconds=time.monotonic() - started,
         )
@@ -193,7 +201,7 @@ class FoldTrainer:
         share = self.share[training]
         rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=share)
         part = self.scorer.part(rows, self.workers, share=share)
-        random_state = _random_state(self.accelerator.device)
+        before = random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
         logits: list[torch.Tensor] = []
 
@@ -210,21 +218,13 @@ class FoldTrainer:
         def reset() -> None:
             losses.clear()
             logits.clear()
-            _restore_random_state(random_state, self.accelerator.device)
+            set_random_state(before, self.accelerator.device)
             if training:
                 self.optimizer.zero_grad(set_to_none=True)
 
         total = self.workers.sum(self.micro_batch[training].run(work, reset))
-        return float(total), rows, self._whole(logits, part, len(rows)).cpu()
-
-    def _whole(self, logits: list[torch.Tensor], part: np.ndarray, rows: int) -> torch.Tensor:
-        """The logits [rows, 2] of all workers from this one's, which are those of the rows `part`."""
-        if self.workers.size == 1:
-            return torch.cat(logits)
-        whole = torch.zeros(rows, 2, device=self.accelerator.device, dtype=logits[0].dtype if logits else torch.float32)
-        if logits:
-            whole[torch.from_numpy(part).to(whole.device)] = torch.cat(logits)
-        return self.workers.sum(whole)
+        whole = self.workers.join(logits, part, len(rows), self.accelerator.device)
+        return float(total), rows, whole.cpu()
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """The sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
@@ -247,7 +247,7 @@ class FoldTrainer:
         share = self.share[True]
         rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), share=share)
         heaviest = next(iter(self.scorer.batches(rows, self.config.batch_size, share=share)))
-        random_state = _random_state(self.accelerator.device)
+        before = random_state(self.accelerator.device)
 
         def backward() -> None:
             self.model.train()
@@ -257,7 +257,7 @@ class FoldTrainer:
                 )
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
-                _restore_random_state(random_state, self.accelerator.device)
+                set_random_state(before, self.accelerator.device)
 
         # AdamW keeps two numbers for each trainable parameter, and the gradient is one.
         later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
@@ -269,7 +269,7 @@ class FoldTrainer:
         self.workers.sum_gradients(trainable(self.model))
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
-        self._learning_rate = self.schedule.get_last_lr()[0]
+        self.progress.learning_rate = self.schedule.get_last_lr()[0]
         try:
             self.optimizer.step()
         except RuntimeError as error:
@@ -283,13 +283,9 @@ class FoldTrainer:
     def _prepare(self, train_pairs: np.ndarray) -> None:
         from transformers import get_scheduler
 
-        labels = self.encoded.labels[train_pairs]
-        counts = np.bincount(labels, minlength=2)
-        if self.config.imbalance == "weighted_loss":
-            # As sklearn's "balanced": the mean weight over the training fold is 1, so losses keep their scale.
-            balanced = len(labels) / (2 * counts)
-            self.class_weights = torch.tensor(balanced, dtype=torch.float32, device=self.accelerator.device)
-        self._sampling_weights = (1 / counts)[labels] / 2 if self.config.imbalance == "weighted_sampling" else None
+        self.progress = Progress()
+        weights = class_weights(self.config, self.encoded.labels[train_pairs])
+        self.class_weights = torch.from_numpy(weights).to(self.accelerator.device)
         self.optimizer = torch.optim.AdamW(
             trainable(self.model), lr=self.config.lr, weight_decay=self.config.weight_decay
         )
@@ -304,16 +300,42 @@ class FoldTrainer:
             name, self.optimizer, num_warmup_steps=min(self.config.warmup_steps, steps), num_training_steps=steps
         )
 
-    def _order(self, epoch: int, train_pairs: np.ndarray) -> np.ndarray:
-        """The pairs of one epoch in their order: from seed and epoch alone, so that a restart finds it again."""
-        generator = np.random.default_rng([self.config.seed, epoch])
-        if self.config.batching == "post_grouped":
-            posts = self.encoded.post_of_pair[train_pairs]
-            place = generator.permutation(posts.max() + 1)
-            return train_pairs[np.argsort(place[posts], kind="stable")]
-        if self._sampling_weights is None:
-            return generator.permutation(train_pairs)
-        return generator.choice(train_pairs, size=len(train_pairs), replace=True, p=self._sampling_weights)
+    def _save_is_due(self) -> bool:
+        minutes = self.config.checkpoint_minutes
+        if minutes is None:
+            return False
+        # Asked of all, since all of them take part in saving.
+        return self.workers.any(time.monotonic() - self._saved >= 60 * minutes, self.accelerator.device)
+
+    def _save(self) -> None:
+        """Gives the listener all that training needs to go on from here: the order of pairs follows from the epoch."""
+        device = self.accelerator.device
+        sizes = (self.micro_batch[True].size, self.micro_batch[False].size, self.checkpointing.on)
+        own = random_state(device) | {"sizes": torch.tensor(sizes)}
+        tensors = {f"{WORKERS}{name}": self.workers.gather(tensor, device) for name, tensor in own.items()}
+        tensors |= training_tensors(self.model, self.optimizer)
+        facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
+        self.listener.on_state(self.progress.to_state(facts, tensors))
+        self._saved = time.monotonic()
+
+    def _restore(self, state: TrainState) -> None:
+        """Undoes the difference between a training that begins and the one that made `state`."""
+        if state.facts["precision"] != self.precision:
+            raise UserError(
+                f"The fold was trained in {state.facts['precision']}, and would go on in {self.precision} here.",
+                remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
+            )
+        self.progress = Progress.from_state(state)
+        set_training_tensors(self.model, self.optimizer, state.tensors)
+        self.schedule.load_state_dict(state.facts["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        # Cloned: torch.set_rng_state crashes on a row of a larger tensor.
+        own = {name: tensor[self.workers.rank].clone() for name, tensor in workers_tensors(state.tensors).items()}
+        self.micro_batch[True].size, self.micro_batch[False].size, checkpointing = own.pop("sizes").tolist()
+        self.checkpointing.restore(bool(checkpointing))
+        set_random_state(own, self.accelerator.device)
+        self.events[:] = state.facts["events"]
 
     def _tell(self, text: str) -> None:
         self.events.append(text)
@@ -327,16 +349,3 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     margin = logits[:, 1] - logits[:, 0]
     return functional.softplus(torch.where(labels == 1, -margin, margin))
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

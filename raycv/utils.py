@@ -1,4 +1,4 @@
-"""Seeds (FR-009) and the description of the environment that every run records."""
+"""Seeds (FR-009), random states, and the description of the environment that every run records."""
 
 import os
 import platform
@@ -6,9 +6,12 @@ import random
 import subprocess
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycv.errors import counted
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",
@@ -40,6 +43,25 @@ def set_seed(seed: int) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def random_state(device: "torch.device") -> dict[str, "torch.Tensor"]:
+    """What dropout on `device` draws from next, by the kind of generator."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, "torch.Tensor"], device: "torch.device") -> None:
+    """Puts back what `random_state` gave."""
+    import torch
+
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware and the commit of the code, for `environment.json`. Imports nothing heavy."""
     return {
@@ -48,8 +70,8 @@ def describe_environment() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "git": code_state(),
     }
 
 
@@ -62,7 +84,8 @@ def describe_device(device: Any) -> str:
     return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})"
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -78,7 +101,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git() -> dict[str, Any] | None:
+def code_state() -> dict[str, Any] | None:
     """The commit of the checkout that raycv runs from, and whether it has changes; None outside a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:

@@ -82,7 +82,9 @@ def test_package_is_imported_at_its_seam_only(package: str) -> None:
     assert users == SEAMS[package]
 
 
-@pytest.mark.parametrize("module", ["train", "model", "checkpoint", "metrics", "encoding", "report", "data", "splits"])
+@pytest.mark.parametrize(
+    "module", ["train", "state", "progress", "model", "checkpoint", "metrics", "encoding", "report", "data", "splits"]
+)
 def test_what_does_the_work_knows_neither_ray_nor_mlflow(module: str) -> None:
     assert not tops(loads(module)) & {"ray", "mlflow", "hydra", "omegaconf"}
 

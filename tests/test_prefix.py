@@ -12,6 +12,7 @@ from raycv.base import fetch_base
 from raycv.encoding import encode_dataset, prompt_encoder
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.prefix import common_prefix, grouped, pack
+from raycv.sampling import epoch_order
 from raycv.scoring import RowScorer
 from raycv.train import FoldTrainer
 
@@ -151,8 +152,7 @@ def test_gradients_of_a_post_grouped_step_are_those_without_sharing(base):
 def test_post_grouped_order_keeps_posts_together_and_shuffles_them(base):
     toy = Toy(base)
     loop = FoldTrainer(toy.model(), toy.encoded, train_config(batching="post_grouped"), "fp32", Recorder())
-    loop._prepare(TRAIN)
-    first, second = loop._order(1, TRAIN), loop._order(2, TRAIN)
+    first, second = (epoch_order(loop.config, toy.encoded, TRAIN, epoch) for epoch in (1, 2))
     assert sorted(first) == sorted(second) == TRAIN.tolist()
     posts = toy.encoded.post_of_pair
     for order in (first, second):

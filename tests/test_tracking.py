@@ -124,9 +124,22 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
     child = tracker.run(tracker.children(parent_id)[1].info.run_id)
     assert set(child.data.metrics) == set(EPOCH_METRICS)
     assert child.info.status == "RUNNING"
-    runs._writer = ThreadPoolExecutor(1)
-    runs.log_trial_end(trial)
+    # A process that goes on with the run trains the epoch again: one point of the curve all the same.
+    runs = FoldRuns(settings, parent_id, folder, {"p": 1}, "fold")
+    runs.setup()
+    tracker.finish_family(parent_id, "KILLED")
+    runs.log_trial_start(trial)
+    for epoch in fold_result(1).history:
+        runs.log_trial_result(1, trial, epoch)
     runs.close()
+    assert tracker.run(child.info.run_id).info.status == "RUNNING"
+    for _ in range(2):
+        runs._writer = ThreadPoolExecutor(1)
+        runs.log_trial_end(trial)
+        runs.close()
+    for key, steps in (("val_loss", [1, 2]), ("best_f1", [0]), ("fold_seconds", [0])):
+        history = tracker._client.get_metric_history(child.info.run_id, key)
+        assert [point.step for point in history] == steps
     assert tracker.run(child.info.run_id).info.status == "FINISHED"
     assert "not logged" not in caplog.text
     runs.tracker._client.set_terminated = lambda *_: (_ for _ in ()).throw(UserError("away"))

@@ -12,6 +12,7 @@ from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_confi
 
 from raycv.errors import UserError
 from raycv.metrics import METRICS, binary_metrics, tune_threshold
+from raycv.sampling import epoch_order
 from raycv.train import FoldTrainer, cross_entropy
 
 TRAIN = np.arange(30)
@@ -195,20 +196,17 @@ def test_class_weights_come_from_the_training_fold(toy):
 
 def test_weighted_sampling_balances_the_classes_and_is_a_function_of_the_epoch(toy):
     loop = trainer(toy, imbalance="weighted_sampling")
-    loop._prepare(TRAIN)
-    orders = [loop._order(epoch, TRAIN) for epoch in range(1, 60)]
+    orders = [epoch_order(loop.config, toy.encoded, TRAIN, epoch) for epoch in range(1, 60)]
     share = np.mean([toy.encoded.labels[order].mean() for order in orders])
     assert abs(share - 0.5) < 0.05
     assert not np.array_equal(orders[0], orders[1])
-    np.testing.assert_array_equal(orders[6], loop._order(7, TRAIN))
-    assert loop.class_weights.tolist() == [1, 1]
+    np.testing.assert_array_equal(orders[6], epoch_order(loop.config, toy.encoded, TRAIN, 7))
     loop.fit(TRAIN, VAL)  # a pair drawn twice in one step is no obstacle
+    assert loop.class_weights.tolist() == [1, 1]
 
 
 def test_without_sampling_each_epoch_sees_every_pair_once(toy):
-    loop = trainer(toy)
-    loop._prepare(TRAIN)
-    assert sorted(loop._order(3, TRAIN)) == TRAIN.tolist()
+    assert sorted(epoch_order(train_config(), toy.encoded, TRAIN, 3)) == TRAIN.tolist()
 
 
 def test_gradient_checkpointing_changes_no_gradient(toy):

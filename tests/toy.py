@@ -73,6 +73,7 @@ def train_config(**changes: object) -> TrainConfig:
         "precision": "fp32",
         "gradient_checkpointing": "off",
         "seed": 1,
+        "checkpoint_minutes": None,
     }
     return TrainConfig(**(values | changes))
 
@@ -122,6 +123,9 @@ class Recorder:
 
     def on_epoch(self, result: object, scores: np.ndarray, is_best: bool) -> None:
         self.epochs.append((result, scores, is_best))
+
+    def on_state(self, state: object) -> None:
+        """Not kept: its tensors change."""
 
     def on_event(self, text: str) -> None:
         self.events.append(text)

@@ -1,0 +1,194 @@
+"""A run that goes on: found by its name, and refused if anything that its numbers depend on differs from then."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raycv.config import RunConfig, validate
+from raycv.errors import FaultsError, UserError, counted
+from raycv.paths import RunFolder, aggregate_command, read_json, resume_command
+from raycv.records import Dataset
+from raycv.retry import mask_secrets
+from raycv.runs import LATEST, find_run, runs_in
+from raycv.splits import Split, splits_record
+from raycv.utils import code_state, package_version
+
+MAY_DIFFER = {
+    "data.dir", "data.criteria_dir",  # their content is compared
+    "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
+    "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
+}  # fmt: skip
+"""Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
+VERSIONS = ("raycv", "torch", "transformers", "peft", "tokenizers", "numpy")
+"""Packages whose versions must be the same: weights, tokens and the order of pairs come from them."""
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that goes on."""
+
+    folder: RunFolder
+    config: RunConfig
+    """as it was recorded, but for what may differ"""
+    experiment_id: str
+    parent_id: str
+    faults: tuple[str, ...]
+    """what the command line asks for and the run is not"""
+
+    def check(self, dataset: Dataset, splits: list[Split]) -> None:
+        """Raises: FaultsError with all that differs: config, data, splits, versions."""
+        self._refuse([*self.faults, *self._data(dataset), *self._splits(dataset, splits), *self._versions()])
+
+    def check_base(self, facts: Mapping[str, Any]) -> None:
+        """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
+        then, now = read_json(self.folder.environment)["base_model"], json.loads(json.dumps(facts))
+        lines = [_then_now(f"base model, {key}", then.get(key), now[key]) for key in ("revision", "files")]
+        self._refuse([line for line in lines if line])
+
+    def warnings(self) -> list[str]:
+        """What is no reason to refuse: the commit of raycv's code, of which most change no number."""
+        then, now = (_commit(state) for state in (read_json(self.folder.environment)["git"], code_state()))
+        line = _then_now("the code's git commit", then, now)
+        return [f"{line}: folds that go on may differ if what is computed was changed"] if line else []
+
+    def _refuse(self, faults: list[str]) -> None:
+        if faults:
+            raise FaultsError(
+                f"Run {self.folder.root.name} cannot go on, since not all is as it was",
+                faults,
+                remedies=[f"put it back, and go on: {resume_command(self.folder)}", f"or {AFRESH}"],
+            )
+
+    def _data(self, dataset: Dataset) -> list[str]:
+        stats = read_json(self.folder.data_stats)
+        keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
+        keys |= {"data_hash": "hash of posts and labels", "criteria_hash": "hash of the criteria"}
+        lines = [_then_now(f"data, {name}", stats.get(key), dataset.stats[key]) for key, name in keys.items()]
+        return [line for line in lines if line]
+
+    def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+        then, now = read_json(self.folder.splits), splits_record(dataset, splits, self.config.cv.seed)
+        if then == now:
+            return []
+        if then.get("rows") != now["rows"]:
+            return ["splits: splits.json is of other pairs"]
+        old = then.get("folds", [])
+        others = [fold["fold"] for fold in now["folds"] if fold not in old]
+        return [f"splits: {counted(len(others), 'fold')} of {len(splits)} hold other pairs than in splits.json"]
+
+    def _versions(self) -> list[str]:
+        then = read_json(self.folder.environment)["packages"]
+        lines = [_then_now(name, then.get(name), package_version(name)) for name in VERSIONS]
+        return [line for line in lines if line]
+
+
+def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
+    """The run that `config.resume` names, in `config.run.dir`; `typed`: the keys that the command line sets.
+
+    Raises: UserError if there is none, if it is finished, or if another process has it.
+    """
+    assert config.resume is not None
+    folder = _find(Path(config.run.dir), config.resume)
+    with sole_process(folder):
+        pass  # Only asked here, to refuse at once; held while the folds train.
+    values, given, faults = _recorded(folder).model_dump(), config.model_dump(), []
+    for section, name in sorted(key.split(".") for key in typed if "." in key):
+        recorded, asked = values[section][name], given[section][name]
+        if f"{section}.{name}" in MAY_DIFFER:
+            values[section][name] = asked
+        elif asked != recorded:
+            faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
+    tracked = read_json(folder.tracking)
+    values["tracking"]["uri"] = _tracking_uri(str(tracked["uri"]), config, typed)
+    values["run"]["dir"] = str(folder.root.parent)
+    as_it_goes_on = validate(RunConfig, values)
+    return Earlier(folder, as_it_goes_on, tracked["experiment_id"], tracked["parent_run_id"], tuple(faults))
+
+
+@contextmanager
+def sole_process(folder: RunFolder) -> Iterator[None]:
+    """Holds the run while the block runs. Raises: UserError if another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.lock, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Run {folder.root.name} is under way: another process holds {folder.lock}.",
+            remedies=["wait until it ends, or stop it (Ctrl-C); then go on: " + resume_command(folder)],
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"Run {folder.root.name} cannot go on: {folder.root} cannot be written ({error.strerror}).",
+            remedies=["make the folder writable for you"],
+        ) from error
+    try:
+        yield
+        if folder.report.is_file():
+            # Nobody may go on with a complete run.
+            folder.lock.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _find(runs: Path, which: str) -> RunFolder:
+    if which != LATEST:
+        folder = find_run(runs, which)
+        if folder is None:
+            remedies = [f"the runs there are: ls {runs.absolute()}", "another folder: run.dir=<folder>"]
+            raise UserError(f"resume={which}: there is no such run in {runs.absolute()}.", remedies=remedies)
+        if folder.report.is_file():
+            raise UserError(
+                f"resume={which}: the run is finished, its report is {folder.report}.",
+                remedies=[f"the summary again: {aggregate_command(folder)}", AFRESH],
+            )
+        if not folder.tracking.is_file():
+            what = f"resume={which}: the run ended before its first fold: nothing to go on."
+            raise UserError(what, remedies=[AFRESH])
+        return folder
+    folders = runs_in(runs)
+    unfinished = [folder for folder in folders if folder.tracking.is_file() and not folder.report.is_file()]
+    if not unfinished:
+        complete = counted(sum(folder.report.is_file() for folder in folders), "run")
+        raise UserError(
+            f"resume=latest: there is no unfinished run in {runs.absolute()} ({complete} there finished).",
+            remedies=["name the folder that holds it: run.dir=<folder>", "start one: python -m raycv.run"],
+        )
+    return unfinished[-1]
+
+
+def _recorded(folder: RunFolder) -> RunConfig:
+    try:
+        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
+    except FaultsError as error:
+        raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error
+
+
+def _tracking_uri(recorded: str, config: RunConfig, typed: Collection[str]) -> str:
+    """Where the run is tracked. A password was not written down, so the address that is given now may have it."""
+    given = config.tracking.uri
+    return given if "tracking.uri" in typed or mask_secrets(given) == recorded else recorded
+
+
+def _then_now(what: str, then: Any, now: Any) -> str | None:
+    return None if then == now else f"{what}: {_shown(then)} then, {_shown(now)} now"
+
+
+def _commit(state: Mapping[str, Any] | None) -> str:
+    if state is None:
+        return "unknown"
+    return state["commit"][:12] + (" with changes" if state["dirty"] else "")
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"

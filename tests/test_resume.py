@@ -1,0 +1,587 @@
+"""Training that is interrupted and goes on: the same to the last bit, from states that are whole or passed over."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from filelock import FileLock
+from test_failures import statuses
+from test_memory import Tight
+from test_run import ROOT, raycv, users_environment
+from test_train import TRAIN, VAL, Greedy
+from toy import Recorder, Toy, toy_base, train_config
+
+from raycv import __version__ as raycv_version
+from raycv.cli import compose
+from raycv.config import RunConfig, validate
+from raycv.errors import UserError
+from raycv.paths import RunFolder, read_json, resume_command, write_json
+from raycv.resume import earlier_run
+from raycv.state import FACTS, MANIFEST, TENSORS, StateFolder, TrainState
+from raycv.train import FoldTrainer
+from raycv.utils import code_state
+
+STEPS = 4
+"""Optimizer steps of an epoch: 30 pairs in steps of 8."""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return Toy(toy_base(tmp_path_factory.mktemp("toy")))
+
+
+class Stopped(Exception):  # noqa: N818  # nothing went wrong
+    """The power goes."""
+
+
+class Saver(Recorder):
+    """Saves states to a folder, as a fold's worker does; stops in step `stop` of all, before it is saved."""
+
+    def __init__(self, folder=None, stop=None):
+        super().__init__()
+        self.folder, self.stop, self.count = folder and StateFolder(folder), stop, 0
+        self.last = None
+
+    def on_step(self, *step):
+        super().on_step(*step)
+        self.count += 1
+        if self.count == self.stop:
+            raise Stopped
+
+    def on_state(self, state):
+        self.last = (state.epoch, state.step, {name: tensor.clone() for name, tensor in state.tensors.items()})
+        if self.folder:
+            self.folder.save(state)
+
+
+CASES = {
+    "warm-up and weighted loss": {"warmup_steps": 3, "schedule": "linear", "imbalance": "weighted_loss"},
+    "weighted sampling": {"imbalance": "weighted_sampling", "schedule": "cosine"},
+    "post-grouped and shared": {"batching": "post_grouped", "share_prefix": True, "gradient_checkpointing": "on"},
+    "early stopping": {"epochs": 4, "patience": 1, "lr": 1e-12},
+    "out of memory": {},
+    "checkpointing by need": {"gradient_checkpointing": "auto"},
+}
+
+
+def fit(toy, case, listener, state=None, rank=0, **changes):
+    """A training of `case` from a fresh model, or on from `state`. Returns the result and all that it left."""
+    model = toy.model(dropout=0.2)
+    if rank:
+        torch.manual_seed(rank)
+    if case == "out of memory":
+        # Memory runs out in the third step of all, at either size above 2; validation is not touched.
+        model = Greedy(model, limit=2, after=2 if state is None else 0)
+    if case == "checkpointing by need":
+        model = Tight(model, after=3 if state is None else 0)
+    config = train_config(**({"share_prefix": False, "checkpoint_minutes": 1e-9} | CASES[case] | changes))
+    trainer = FoldTrainer(model, toy.encoded, config, "fp32", listener)
+    result = trainer.fit(TRAIN, VAL, state)
+    return result, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(one, other):
+    """Whether two trainings came to the same, to the last bit; only their seconds may differ."""
+    (result, weights), (expected, expected_weights) = one, other
+    assert [replace(epoch, seconds=0) for epoch in result.epochs] == [replace(e, seconds=0) for e in expected.epochs]
+    assert replace(result.best, seconds=0) == replace(expected.best, seconds=0)
+    assert result.events == expected.events
+    np.testing.assert_array_equal(result.val_scores, expected.val_scores)
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def same_state(one, other):
+    assert one[:2] == other[:2]
+    assert one[2].keys() == other[2].keys()
+    assert [name for name in one[2] if not torch.equal(one[2][name], other[2][name])] == []
+
+
+def interrupted(toy, case, folder, stop, **changes):
+    """Trains until step `stop`, then goes on from the disk in a fresh trainer. Returns its fit, saver and state."""
+    with pytest.raises(Stopped):
+        fit(toy, case, Saver(folder, stop), **changes)
+    warnings = []
+    state = StateFolder(folder).newest(warnings.append)
+    assert warnings == []
+    # The generator is anywhere when a process starts anew.
+    torch.manual_seed(12345)
+    saver = Saver(folder)
+    return fit(toy, case, saver, state, **changes), saver, state
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, case):
+    """Stopped in the first epoch, in its last step, and in the second; saving itself changes nothing either."""
+    unbroken = Saver()
+    expected = fit(toy, case, unbroken)
+    same(fit(toy, case, Saver(), checkpoint_minutes=None), expected)
+    for stop in (3, STEPS, STEPS + 2):
+        resumed, saver, state = interrupted(toy, case, tmp_path / str(stop), stop)
+        assert (state.epoch, state.step) == divmod(stop - 1, STEPS)
+        assert saver.steps[0][:2] == (state.epoch + 1, state.step + 1)
+        same(resumed, expected)
+        same_state(saver.last, unbroken.last)
+        assert resumed[0].epochs[0].seconds > 0
+
+
+def test_a_training_that_stops_at_every_step_is_the_unbroken_one(toy, tmp_path):
+    """Ten processes, each of which dies in its second step."""
+    case = "warm-up and weighted loss"
+    expected = fit(toy, case, Saver())
+    for _ in range(20):
+        try:
+            resumed = fit(toy, case, Saver(tmp_path, stop=2), StateFolder(tmp_path).newest(pytest.fail))
+        except Stopped:
+            continue
+        break
+    same(resumed, expected)
+
+
+@pytest.mark.parametrize("stop", [2, STEPS + 1])
+def test_without_minutes_it_goes_on_from_the_last_epoch(toy, tmp_path, stop):
+    case = "weighted sampling"
+    expected = fit(toy, case, Saver())
+    resumed, saver, state = interrupted(toy, case, tmp_path, stop, checkpoint_minutes=None)
+    assert state is None if stop < STEPS else (state.epoch, state.step) == (1, 0)
+    assert saver.steps[0][:2] == (1 if stop < STEPS else 2, 1)
+    same(resumed, expected)
+
+
+def test_what_stopped_early_stops_again_and_is_told_once(toy, tmp_path):
+    """The process died after the last epoch was saved, before the fold was finished."""
+    expected = fit(toy, "early stopping", Saver(tmp_path))
+    again = Saver()
+    resumed = fit(toy, "early stopping", again, StateFolder(tmp_path).newest(pytest.fail))
+    assert (again.steps, again.epochs) == ([], [])
+    assert len(resumed[0].events) == 1
+    same(resumed, expected)
+
+
+def test_the_model_is_left_with_the_best_epoch(toy):
+    """Two epochs that are worse do not change it."""
+    first, weights = fit(toy, "early stopping", Saver(), epochs=1)
+    last, kept = fit(toy, "early stopping", Saver(), patience=2)
+    assert (len(last.epochs), last.best.epoch) == (3, 1)
+    assert all(torch.equal(weights[name], kept[name]) for name in weights)
+    np.testing.assert_array_equal(first.val_scores, last.val_scores)
+
+
+def as_worker(rank, folder):
+    """One of two workers that stop in the second epoch and go on: each finds its own random state again."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    toy, case = Toy(toy_base(folder / str(rank))), "warm-up and weighted loss"
+    expected = fit(toy, case, Saver(), rank=rank)
+    with pytest.raises(Stopped):
+        fit(toy, case, Saver(None if rank else folder / "state", stop=STEPS + 3), rank=rank)
+    torch.distributed.barrier()
+    state = StateFolder(folder / "state").newest(pytest.fail)
+    assert (state.epoch, state.step) == (1, 2)
+    mine, others = state.tensors["workers.cpu"]
+    assert not torch.equal(mine, others)
+    torch.manual_seed(12345)
+    same(fit(toy, case, Saver(), state), expected)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_go_on_each_with_its_own_random_state(tmp_path):
+    code = "import sys; from pathlib import Path; from test_resume import as_worker;"
+    code += "as_worker(int(sys.argv[1]), Path(sys.argv[2]))"
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], cwd=Path(__file__).parent)
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=400) for worker in workers] == [0, 0]
+
+
+def state_of(epoch, step=0):
+    tensors = {"a": torch.arange(6, dtype=torch.float32).view(2, 3) + epoch, "random": torch.arange(9).byte()}
+    return TrainState(epoch, step, {"loss": 0.1 + 0.2, "epochs": []}, tensors)
+
+
+def damage(folder, kind):
+    file = folder / {"facts": FACTS, "manifest": MANIFEST}.get(kind, TENSORS)
+    content = bytearray(file.read_bytes())
+    if kind == "flipped":
+        content[-3] ^= 1
+    if kind == "facts":
+        content[len(content) // 2] ^= 8
+    if kind == "truncated":
+        del content[len(content) // 2 :]
+    file.unlink()
+    if kind not in ("missing", "manifest"):
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "facts", "manifest"])
+def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, kind):
+    store = StateFolder(tmp_path)
+    store.save(state_of(1))
+    store.save(state_of(1, 7))
+    damage(tmp_path / "000001-000000007", kind)
+    warnings = []
+    store = StateFolder(tmp_path)
+    found = store.newest(warnings.append)
+    assert str(found) == "epoch 1"
+    assert torch.equal(found.tensors["a"], state_of(1).tensors["a"])
+    assert found.facts == state_of(1).facts
+    assert len(warnings) == 1
+    assert "000001-000000007 is damaged and passed over" in warnings[0]
+    # Written again, it takes the damaged one's place; the good one is kept.
+    store.save(state_of(1, 7))
+    assert str(StateFolder(tmp_path).newest(pytest.fail)) == "epoch 1 and step 7 of the next"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001-000000000", "000001-000000007"]
+
+
+def test_nothing_whole_is_nothing(tmp_path):
+    warnings = []
+    assert StateFolder(tmp_path / "nowhere").newest(warnings.append) is None
+    StateFolder(tmp_path).save(state_of(1))
+    damage(tmp_path / "000001-000000000", "manifest")
+    assert StateFolder(tmp_path).newest(warnings.append) is None
+    assert len(warnings) == 1
+
+
+def test_the_newest_two_are_kept_and_what_a_killed_process_left_goes(tmp_path):
+    (tmp_path / ".new-killed" / "state").mkdir(parents=True)
+    store = StateFolder(tmp_path)
+    for epoch in range(1, 4):
+        store.save(state_of(epoch))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002-000000000", "000003-000000000"]
+
+
+def test_state_files_are_the_users_alone_and_hold_no_pickle(toy, tmp_path):
+    old = os.umask(0)
+    try:
+        fit(toy, "weighted sampling", Saver(tmp_path), epochs=1)
+    finally:
+        os.umask(old)
+    (folder,) = [path for path in tmp_path.iterdir() if path.name == "000001-000000000"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert sorted(path.name for path in folder.iterdir()) == sorted((TENSORS, FACTS, MANIFEST))
+    for file in folder.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    for name in (FACTS, MANIFEST):
+        json.loads((folder / name).read_text())
+    # A safetensors file is a length, a JSON header and numbers: no zip, no pickle opcodes to run.
+    content = (folder / TENSORS).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert all(set(entry) <= {"dtype", "shape", "data_offsets"} for entry in header.values())
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_state(tmp_path):
+    """A real one is in the fault matrix; here the folder is a file's."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to(.|\n)*resume the run"):
+        StateFolder(tmp_path / "file" / "state").save(state_of(1))
+
+
+# --- A run -----------------------------------------------------------------------------------------------------------
+
+SMALL = ["experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpoint_minutes=0.01"]
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """A folder with run `mine` as a killed process leaves it, but for its MLflow run; made without Ray."""
+    from raycv.driver import Prepared, _data, _write_inputs
+
+    folder = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(ROOT / "data/sample", folder / "data")
+    places = [f"data.dir={folder / 'data'}", f"data.criteria_dir={folder / 'data'}"]
+    config = validate(
+        RunConfig,
+        compose(
+            "run", [*SMALL, "train.gradient_checkpointing=off", *places, f"run.dir={folder / 'runs'}", "run.name=mine"]
+        ),
+    )
+    dataset, splits = _data(config)
+    run = RunFolder(folder / "runs" / "mine")
+    prepared = Prepared(dataset, splits, None, None, None, {"revision": None, "files": {}}, {}, [])  # type: ignore[arg-type]
+    _write_inputs(run, config, prepared)
+    write_json(run.tracking, {"uri": "sqlite:///nowhere.db", "experiment_id": "1", "parent_run_id": "x"})
+    return run
+
+
+@pytest.fixture
+def left(unfinished, tmp_path):
+    """A copy of it, whose data may be changed."""
+    shutil.copytree(unfinished.root.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = RunFolder(tmp_path / "runs" / "mine")
+    moved = run.config.read_text().replace(str(unfinished.root.parent.parent), str(tmp_path))
+    run.config.write_text(moved)
+    return run
+
+
+def refused(run, *overrides):
+    result = raycv("run", *overrides, cwd=run.root.parent.parent)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_another_config_is_refused_with_the_difference(left):
+    said = refused(left, "resume=latest", *SMALL, "train.lr=2e-4", "model=mentallama")
+    # The default itself, since it was typed; and what a group sets.
+    assert "train.lr: the run has 0.002, the command line 0.0002" in said
+    assert "model.name: the run has raycv://models/tiny_llama, the command line klyang/MentaLLaMA-chat-7B" in said
+    assert "2 faults" in said
+    assert "python -m raycv.run resume=mine" in said
+    assert "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new>" in said
+
+
+def test_the_same_config_and_where_it_runs_are_no_difference(left):
+    """Refused only for the store that this run never had."""
+    same = [*SMALL, "resume=mine", "run.name=mine", "train.gradient_checkpointing=off"]
+    said = refused(left, *same, "cv.max_concurrent=1", "resources.ray_logs=true")
+    assert "nowhere.db does not exist" in said
+
+
+@pytest.mark.parametrize("table", ["posts.csv", "groundtruth.csv", "criteria.csv"])
+def test_other_data_is_refused_with_the_difference(left, table):
+    file = left.root.parent.parent / "data" / table
+    lines = file.read_text().splitlines()
+    if table == "groundtruth.csv":
+        last = lines[-1].rsplit(",", 1)
+        lines[-1] = ",".join([last[0], {"yes": "no", "no": "yes", "0": "1", "1": "0"}[last[1]]])
+    else:
+        first, last = (line.split(",") for line in (lines[0], lines[-1]))
+        # No comma and no quote in this line's text.
+        last[first.index("post" if table == "posts.csv" else "criterion")] += " more"
+        lines[-1] = ",".join(last)
+    file.write_text("\n".join(lines) + "\n")
+    said = refused(left, "resume=mine")
+    what = "hash of the criteria" if table == "criteria.csv" else "hash of posts and labels"
+    assert re.search(rf"data, {what}: \w+\S* then, \w+\S* now", said), said
+    assert "more" not in said.split("What to do")[0]
+
+
+def test_other_splits_and_versions_are_refused_with_the_difference(left):
+    splits = read_json(left.splits)
+    one, other = splits["folds"]
+    one["val_indices"][0], other["val_indices"][0] = other["val_indices"][0], one["val_indices"][0]
+    write_json(left.splits, splits)
+    environment = read_json(left.environment)
+    torch_now = environment["packages"]["torch"]
+    environment["packages"] |= {"torch": "2.6.0", "raycv": "0.0.9", "mlflow": "3.0"}
+    write_json(left.environment, environment)
+    said = refused(left, "resume=latest")
+    assert "splits: 2 folds of 2 hold other pairs than in splits.json" in said
+    assert f"torch: 2.6.0 then, {torch_now} now" in said
+    assert f"raycv: 0.0.9 then, {raycv_version} now" in said
+    assert "3 faults" in said
+
+
+def test_another_commit_alone_is_a_warning(left):
+    environment = read_json(left.environment)
+    warned = []
+    for commit in ("0123456789abcdef", None):
+        environment["git"] = commit and {"commit": commit, "dirty": True}
+        write_json(left.environment, environment)
+        config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
+        warned += earlier_run(config, ()).warnings()
+    here = code_state()
+    now = here["commit"][:12] + (" with changes" if here["dirty"] else "") if here else "unknown"
+    assert f"the code's git commit: 0123456789ab with changes then, {now} now" in warned[0]
+    assert len(warned) == (2 if here else 1)
+
+
+def test_what_cannot_go_on_is_said(left):
+    def said(which):
+        values = compose("run", [f"resume={which}", f"run.dir={left.root.parent}"])
+        with pytest.raises(UserError) as caught:
+            earlier_run(validate(RunConfig, values), ())
+        return str(caught.value)
+
+    assert "there is no such run" in said("other")
+    with FileLock(left.lock):
+        assert "Run mine is under way: another process holds" in said("latest")
+    for fold in range(2):
+        write_json(left.fold(fold).result, {})
+    write_json(left.report, {})
+    assert "the run is finished" in said("mine")
+    assert "there is no unfinished run" in said("latest")
+    left.report.unlink()
+    left.config.write_text("cv: [")
+    assert "config.yaml is damaged" in said("mine")
+    left.tracking.unlink()
+    assert "nothing to go on" in said("mine")
+
+
+def test_the_command_is_quoted_for_the_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resume_command(RunFolder(tmp_path / "runs" / "mine")) == "python -m raycv.run resume=mine"
+    elsewhere = tmp_path / "my runs"
+    assert shlex.split(resume_command(RunFolder(elsewhere / "it's"))) == [
+        *("python", "-m", "raycv.run", "resume=it's", f"run.dir={elsewhere}")
+    ]
+
+
+def points(folder):
+    """(run name, metric, step) of every point in the MLflow database of `folder`."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
+        rows = connection.execute("SELECT r.name, m.key, m.step FROM metrics m JOIN runs r USING (run_uuid)").fetchall()
+    return sorted(rows)
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(part) for key, part in value.items() if key != "seconds"}
+    return [without_seconds(part) for part in value] if isinstance(value, list) else value
+
+
+RUN = [*SMALL, "run.name=mine", "cv.max_concurrent=1", "resources.cpus_per_fold=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = raycv("run", *RUN, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+@contextlib.contextmanager
+def started(folder):
+    """The same run in `folder`, in a session of its own; yields its process, and its output goes to `out`."""
+    with (folder / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "raycv.run", *RUN],
+            cwd=folder,
+            env=users_environment(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # A process that a script starts in the background ignores SIGINT; a user's does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process, folder, there):
+    """Until `there()` holds, while the run goes on."""
+    while not there():
+        assert process.poll() is None, (folder / "out").read_text()
+        time.sleep(0.02)
+
+
+def amid_an_epoch(fold):
+    """Whether the newest state of `fold` lies within an epoch, another behind it."""
+    return any(path.name > "000001" and not path.name.endswith("-000000000") for path in fold.state.glob("0*"))
+
+
+def send_amid_the_second_fold(folder, sent):
+    """Runs until fold 1 is in the middle of an epoch, sends `sent` to all processes, and waits until all are gone."""
+    with started(folder) as process:
+        wait_for(process, folder, lambda: amid_an_epoch(RunFolder(folder / "runs" / "mine").fold(1)))
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, sent)
+        code = process.wait(timeout=300)
+    psutil.wait_procs(family, timeout=60)
+    return code
+
+
+def resume(folder, *words):
+    """Goes on with the run in `folder`; returns what that says. Its finished folds are not touched."""
+    run = RunFolder(folder / "runs" / "mine")
+    kept = {fold: run.fold(fold).result.stat().st_mtime_ns for fold in run.finished(2)}
+    result = raycv("run", *words, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"Going on with run mine: {len(kept)} finished fold" in result.stdout
+    assert kept == {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept}
+    return result.stdout
+
+
+def assert_like_unbroken(folder, whole):
+    """Files, numbers and weights of the run in `folder` are those of the one in `whole`, and so is MLflow."""
+    run, expected = RunFolder(folder / "runs" / "mine"), RunFolder(whole / "runs" / "mine")
+    for fold in range(2):
+        one, other = run.fold(fold), expected.fold(fold)
+        assert {path.name for path in one.root.iterdir()} == {"result.json", "predictions.csv", "checkpoint"}
+        assert without_seconds(read_json(one.result)) == without_seconds(read_json(other.result))
+        assert one.predictions.read_bytes() == other.predictions.read_bytes()
+        weights = "adapter_model.safetensors"
+        assert (one.checkpoint / weights).read_bytes() == (other.checkpoint / weights).read_bytes()
+    assert without_seconds(read_json(run.report)) == without_seconds(read_json(expected.report))
+    assert {path.name for path in run.root.iterdir()} == {path.name for path in expected.root.iterdir()}
+    assert statuses(folder) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
+    assert points(folder) == points(whole)
+    assert len(points(folder)) == len(set(points(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
+    """SIGKILL when a fold is finished and the other in the middle of an epoch; then the report alone is missing."""
+    send_amid_the_second_fold(tmp_path, signal.SIGKILL)
+    report = RunFolder(tmp_path / "runs" / "mine").report
+    assert not report.exists()
+    said = resume(tmp_path, "resume=latest")
+    assert re.search(r"fold 1: goes on after epoch \d and step \d+ of the next", said)
+    assert_like_unbroken(tmp_path, whole)
+    report.unlink()
+    resume(tmp_path, "resume=mine")
+    assert_like_unbroken(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_after_ctrl_c_the_printed_command_goes_on_even_from_the_state_before_a_damaged_one(tmp_path, whole):
+    assert send_amid_the_second_fold(tmp_path, signal.SIGINT) == 130
+    said = (tmp_path / "out").read_text()
+    assert "Interrupted: 1 of 2 folds are finished" in said
+    assert set(statuses(tmp_path).items()) == {("mine", "KILLED"), ("fold_0", "FINISHED"), ("fold_1", "KILLED")}
+    printed = re.search("Go on where it stopped: python -m raycv.run (.*)", said)[1]
+    newest = max(RunFolder(tmp_path / "runs" / "mine").fold(1).state.glob("0*"))
+    damage(newest, "flipped")
+    said = resume(tmp_path, *shlex.split(printed))
+    assert f"fold 1: the training state {newest.name} is damaged and passed over" in said
+    assert "fold 1: goes on after epoch" in said
+    assert_like_unbroken(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_a_fold_that_failed_is_trained_alone_when_the_cause_is_mended(tmp_path, whole):
+    """Its states cannot be written, since a file lies in their place."""
+    run = RunFolder(tmp_path / "runs" / "mine")
+    in_the_way = run.fold(1).state
+    with started(tmp_path) as process:
+        wait_for(process, tmp_path, run.fold(0).root.exists)
+        in_the_way.parent.mkdir()
+        in_the_way.write_text("")
+        assert process.wait(timeout=900) == 1
+    said = (tmp_path / "out").read_text()
+    assert f"fold 1: The training state cannot be written to {in_the_way}" in said
+    assert "then train the missing folds alone: python -m raycv.run resume=mine\n" in said
+    assert not run.report.exists()
+    assert set(statuses(tmp_path).items()) == {("mine", "FAILED"), ("fold_0", "FINISHED"), ("fold_1", "FAILED")}
+    in_the_way.unlink()
+    said = resume(tmp_path, "resume=latest")
+    assert "fold 0: epoch" not in said
+    assert_like_unbroken(tmp_path, whole)
