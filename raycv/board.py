@@ -9,12 +9,20 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._posts: dict[int, dict[str, Any]] = {}
         self._events: list[tuple[int, str]] = []
+        self._errors: dict[int, str] = {}
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
 
     def tell(self, fold: int, text: str) -> None:
         self._events.append((fold, text))
+
+    def fail(self, fold: int, message: str) -> None:
+        """Why a fold failed, where there was no room to write it down."""
+        self._errors[fold] = message
+
+    def error(self, fold: int) -> str | None:
+        return self._errors.get(fold)
 
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
         """The latest post of each fold, and the events since the last call."""

@@ -1,6 +1,7 @@
 """Ray's MLflow callback: what Tune passes on becomes child runs. Lives in the driver, beside Tune's event loop."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,9 @@ from raycv.paths import RunFolder
 from raycv.records import FoldResult
 from raycv.retry import mask_secrets
 from raycv.tracking import Tracker, absolute_uri
+
+AWAY_SECONDS = 10.0
+"""Before a store that could not be reached is asked again for the sake of an epoch."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ class FoldRuns(MLflowLoggerCallback):
         super().setup(*args, **kwargs)
         self.tracker = Tracker(self.tracking.uri)
         self._logged: dict[Any, set[int]] = {}
+        self._pending: dict[Any, list[dict[str, Any]]] = {}
+        self._away_until = 0.0
         # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
         # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
@@ -50,7 +56,7 @@ class FoldRuns(MLflowLoggerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state; connections and threads stay behind.
-        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs", "_logged")
+        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs", "_logged", "_pending", "_away_until")
         state = {key: value for key, value in self.__dict__.items() if key not in left_behind}
         # That state is a file in the run folder: no place for a password.
         tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
@@ -61,7 +67,7 @@ class FoldRuns(MLflowLoggerCallback):
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         if VAL_LOSS in result:
-            self._try(self._epoch, trial, dict(result))
+            self._try(self._epoch, trial, trial.config[self.fold_key], dict(result))
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         self._try(self._finish, trial, trial.config[self.fold_key], failed)
@@ -72,14 +78,25 @@ class FoldRuns(MLflowLoggerCallback):
         self._logged[trial] = self.tracker.logged_epochs(run_id)
         self._trial_runs[trial] = run_id
 
-    def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
-        if trial in self._trial_runs and result[EPOCH_KEY] not in self._logged[trial]:
-            self.tracker.log_epoch(self._trial_runs[trial], result)
+    def _epoch(self, trial: Any, fold: int, result: dict[str, Any]) -> None:
+        self._pending.setdefault(trial, []).append(result)
+        # A store that is away is not asked at every epoch: the attempts of many would hold up the run's end.
+        if time.monotonic() >= self._away_until:
+            self._catch_up(trial, fold)
+
+    def _catch_up(self, trial: Any, fold: int) -> str:
+        """Logs what the store has missed of the fold. Returns the id of its run."""
+        if trial not in self._trial_runs:
+            self._start(trial, fold)
+        run_id, pending = self._trial_runs[trial], self._pending.get(trial, [])
+        while pending:
+            if pending[0][EPOCH_KEY] not in self._logged[trial]:
+                self.tracker.log_epoch(run_id, pending[0])
+            pending.pop(0)
+        return str(run_id)
 
     def _finish(self, trial: Any, fold: int, failed: bool) -> None:
-        if trial not in self._trial_runs:
-            return
-        run_id = self._trial_runs[trial]
+        run_id = self._catch_up(trial, fold)
         if not failed:
             folder = self.folder.fold(fold)
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
@@ -90,6 +107,7 @@ class FoldRuns(MLflowLoggerCallback):
             try:
                 log(*args)
             except UserError as error:
+                self._away_until = time.monotonic() + AWAY_SECONDS
                 logger.warning("not logged for now, the run folder has it: %s", error.what)
             except Exception:
                 # Nobody reads the future of this thread's work: a bug would pass in silence.

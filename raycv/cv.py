@@ -192,7 +192,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
-    states = _FoldStates(view, root)
+    states = _FoldStates(view, root, task.board)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -238,9 +238,10 @@ def _causes(errors: dict[int, str]) -> list[str]:
 class _FoldStates(tune.Callback):
     """Tells the live view when trials start and end, and why they failed."""
 
-    def __init__(self, view: LiveView, root: RunFolder) -> None:
+    def __init__(self, view: LiveView, root: RunFolder, board: Any) -> None:
         self.view = view
         self.root = root
+        self.board = board
         self.errors: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,8 +259,9 @@ class _FoldStates(tune.Callback):
         if file.is_file():
             self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in fold_<k>/{file.name})"
         else:
-            # The trial's own process died.
-            self.errors[fold] = str(trial.get_error() or STOPPED).strip().splitlines()[-1]
+            # There was no room for the file, or the trial's own process died.
+            told = ray.get(self.board.error.remote(fold))
+            self.errors[fold] = told or str(trial.get_error() or STOPPED).strip().splitlines()[-1]
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, self.errors[fold])
 

@@ -4,6 +4,7 @@ Nothing heavy is imported before the config and the data have been found usable:
 """
 
 import contextlib
+import itertools
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
 from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
-from raycv.runs import open_tracker
+from raycv.runs import make_newest, open_tracker
 from raycv.splits import Split, make_splits, positives_table, splits_record
 
 if TYPE_CHECKING:
@@ -205,18 +206,21 @@ def new_run_folder(config: RunConfig) -> RunFolder:
     """
     _check_run_folder(config)
     runs = Path(config.run.dir).absolute()
-    name = first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    attempt = 1
-    while (runs / name).exists():
-        attempt += 1
-        name = f"{first}-{attempt}"
-    try:
-        (runs / name).mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
-            remedies=["choose a folder that you may write to: run.dir=<folder>"],
-        ) from error
+    first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in itertools.count(1):
+        name = first if attempt == 1 else f"{first}-{attempt}"
+        try:
+            # Of two processes that make it at once one is told that it exists.
+            (runs / name).mkdir(parents=True)
+            break
+        except OSError as error:
+            if (runs / name).exists():
+                _check_run_folder(config)
+                continue
+            raise UserError(
+                f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
+                remedies=["choose a folder that you may write to: run.dir=<folder>"],
+            ) from error
     return RunFolder(runs / name)
 
 
@@ -224,6 +228,7 @@ def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> N
     from raycv.utils import describe_environment
 
     write_text(folder.config, as_yaml(config))
+    make_newest(folder)
     write_json(folder.splits, splits_record(prepared.dataset, prepared.splits, config.cv.seed))
     stats = {
         **prepared.dataset.stats,

@@ -19,8 +19,8 @@ import ray.train
 
 from raycv.config import RunConfig
 from raycv.errors import UserError
-from raycv.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS
-from raycv.paths import FoldFolder, RunFolder, write_json, write_text
+from raycv.metrics import COLLAPSED, EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
+from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
 from raycv.retry import mask_secrets
@@ -95,10 +95,10 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     folder = RunFolder(Path(task.root)).fold(fold)
     try:
         result = _trainer(task, fold).fit()
+        _keep_fold(folder, result)
     except Exception as error:
-        _keep_error(folder, error)
+        _keep_error(task, fold, error)
         raise
-    _keep_fold(folder, result)
     _drain_reports()
 
 
@@ -148,13 +148,21 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     )
 
 
-def _keep_error(folder: FoldFolder, error: Exception) -> None:
+def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     """Writes why the fold failed where the driver and the user find it."""
+    folder = RunFolder(Path(task.root)).fold(fold)
     failures = list(getattr(error, "worker_failures", {}).values())
     cause = getattr(failures[0], "_base_exc", failures[0]) if failures else error
     text = "".join(traceback.format_exception(cause))
+    if not isinstance(cause, UserError) and is_full(cause):
+        # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
+        cause = unwritable("What Ray keeps of a fold", Path(task.root), cause)
     message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
-    write_json(folder.error, {"message": mask_secrets(message), "traceback": mask_secrets(f"{error}\n{text}")})
+    try:
+        write_json(folder.error, {"message": mask_secrets(message), "traceback": mask_secrets(f"{error}\n{text}")})
+    except (OSError, UserError):
+        # The disk that it failed for: the driver hears of it all the same.
+        ray.get(task.board.fail.remote(fold, mask_secrets(message)))
 
 
 def _keep_fold(folder: FoldFolder, result: Any) -> None:
@@ -216,6 +224,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         # The time that the fold took, not this process alone.
         started -= spent(state)
     outcome = trainer.fit(split.train_indices, split.val_indices, state)
+    matched = int(shared.encoded.labels[split.val_indices].sum())
+    if is_collapsed(outcome.best.metrics, matched, len(split.val_indices)):
+        outcome.events.append(COLLAPSED)
+        if not rank:
+            listener.on_event(f"Warning: {COLLAPSED}")
     if not rank:
         _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, outcome.best, precision))
     worker = {
@@ -251,14 +264,20 @@ def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: 
 
 def _save_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "CheckpointInfo") -> None:
     """Writes the fold's checkpoint whole or not at all."""
+    from safetensors import SafetensorError
+
     from raycv.checkpoint import save_checkpoint
 
-    folder.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
-        save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
-        # Of a process that was killed before the fold's result was written.
-        shutil.rmtree(folder.checkpoint, ignore_errors=True)
-        os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
+            save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
+            # Of a process that was killed before the fold's result was written.
+            shutil.rmtree(folder.checkpoint, ignore_errors=True)
+            os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
+    except (OSError, SafetensorError) as error:
+        remedies = ["resume the run when the folder can be written: the training itself is done and kept"]
+        raise unwritable("The checkpoint", folder.root, error, remedies) from error
 
 
 def _memory_share(placement: Placement, device: Any) -> float:

@@ -1,5 +1,6 @@
 """Scores -> numbers: the decision threshold and the five metrics of the specification."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,21 @@ EPOCH_KEY = "epoch"
 THRESHOLD = "threshold"
 TRAIN_LOSS = "train_loss"
 VAL_LOSS = "val_loss"
+
+ONE_LABEL = 0.99
+"""Share of the pairs under one label from which on a classifier gives all of them the same."""
+CHANCE = 0.05
+"""Distance of the ROC-AUC from 0.5 within which the scores order nothing."""
+COLLAPSED = "the classifier has collapsed: all pairs get one label, and its scores are chance (ROC-AUC near 0.5)"
+
+
+def is_collapsed(metrics: Mapping[str, float], matched: int, pairs: int) -> bool:
+    """Whether `metrics`, on `pairs` of which `matched` are positive, are those of a classifier that tells nothing."""
+    missed = matched * (1 - metrics[RECALL])
+    false_alarms = pairs * (1 - metrics[ACCURACY]) - missed
+    called = matched - missed + false_alarms
+    one_label = max(called, pairs - called) >= ONE_LABEL * pairs
+    return one_label and abs(metrics[ROC_AUC] - 0.5) <= CHANCE
 
 
 def tune_threshold(labels: "np.ndarray", scores: "np.ndarray") -> float:

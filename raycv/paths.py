@@ -1,10 +1,12 @@
 """Where things lie: what ships with the package, and the files of one run."""
 
+import errno
 import json
 import os
 import secrets
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,18 +55,47 @@ def _or_bundled(location: str) -> str:
     return BUNDLED_SCHEME + location if location == DEFAULT_CRITERIA and not Path(location).is_dir() else location
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that a disk is full, or the user's share of it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # The error of a library in another language, or of another process, is a text.
+    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[str] = ()) -> UserError:
+    """That `what` cannot be written to `place`; where its disk is full, which one that is."""
+    cause = getattr(error, "strerror", None) or str(error)
+    if not is_full(error):
+        return UserError(f"{what} cannot be written to {place}: {cause}.", remedies=remedies)
+    disk = place.absolute()
+    while not disk.is_mount():
+        disk = disk.parent
+    usage = shutil.disk_usage(disk)
+    room = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free on it"
+    return UserError(
+        f"{what} cannot be written to {place}: the disk {disk} is full ({room}).",
+        remedies=[f"make room on {disk}: du -xh {disk} | sort -h | tail", *remedies],
+    )
+
+
 @contextmanager
 def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half.
 
     A `private` file can be read by the user alone, others as the user's umask says.
+    Raises: UserError if the disk is full; `path` is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if is_full(error):
+            raise unwritable(path.name, path.parent, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from raycv.errors import RunFailedError
-from raycv.metrics import F1, METRICS, ROC_AUC, THRESHOLD
+from raycv.metrics import COLLAPSED, F1, METRICS, ROC_AUC, THRESHOLD, is_collapsed
 from raycv.records import FoldResult
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ def summarize(
     values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
     pairs = sum(result.val_pairs for result in ordered)
     prevalence = sum(result.val_matched for result in ordered) / pairs
+    collapsed = [one.fold for one in ordered if is_collapsed(one.metrics, one.val_matched, one.val_pairs)]
+    warnings = list(stats.get("warnings", []))
+    if collapsed:
+        warnings.append(f"fold {', '.join(map(str, collapsed))}: {COLLAPSED}")
     return {
         "run": run,
         "control": bool(stats.get("labels_shuffled", False)),
@@ -52,7 +56,8 @@ def summarize(
         "prevalence": prevalence,
         "floors": {"all_matched_f1": 2 * prevalence / (1 + prevalence), "all_unmatched_accuracy": 1 - prevalence},
         "threshold_note": "tuned on the fold that it is reported on, as specified: F1 is flattered a little",
-        "warnings": list(stats.get("warnings", [])),
+        "collapsed_folds": collapsed,
+        "warnings": warnings,
     }
 
 
@@ -73,8 +78,10 @@ def summary_table(report: dict[str, Any]) -> "Group":
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
+    collapsed = report.get("collapsed_folds", [])
     for fold in report["folds"]:
         mark = " *" if fold["fold"] == report["best_fold"] else ""
+        mark += " !" if fold["fold"] in collapsed else ""
         cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
         cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
         table.add_row(f"{fold['fold']}{mark}", *cells)
@@ -87,7 +94,10 @@ def summary_table(report: dict[str, Any]) -> "Group":
         f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
         "dim",
     )
-    return Group(title, table, caption)
+    if not collapsed:
+        return Group(title, table, caption)
+    warning = f"! fold {', '.join(map(str, collapsed))}: {COLLAPSED}: no result."
+    return Group(title, table, caption, Text(warning, "yellow"))
 
 
 def _value(result: FoldResult, key: str) -> float:

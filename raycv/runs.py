@@ -1,5 +1,6 @@
 """Which run, which fold: from what the user names to checkpoint folders. Imports nothing heavy."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,15 @@ def runs_in(runs: Path) -> list[RunFolder]:
     """All runs in the folder `runs`, the newest last."""
     made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
     return [RunFolder(path.parent) for path in made]
+
+
+def make_newest(folder: RunFolder) -> None:
+    """Sees to it that `latest` means the run in `folder`, also when the clock was set back since another was made."""
+    others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
+    newest = max((path.stat().st_mtime for path in others), default=0.0)
+    if folder.config.stat().st_mtime <= newest:
+        # File systems count whole seconds at worst, or two.
+        os.utime(folder.config, (newest + 2, newest + 2))
 
 
 def folds_of(config_file: Path) -> int:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from raycv.errors import UserError
+from raycv.paths import unwritable
 
 FORMAT = 1
 TENSORS, FACTS, MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
@@ -65,10 +65,8 @@ class StateFolder:
                 os.replace(whole, target)
             _sync(self.root)
         except OSError as error:
-            raise UserError(
-                f"The training state cannot be written to {self.root}: {error.strerror}.",
-                remedies=["make room there, or the folder writable, and resume the run: it goes on from the last one"],
-            ) from error
+            remedies = ["resume the run when the folder can be written: it goes on from the last one"]
+            raise unwritable("The training state", self.root, error, remedies) from error
         keep = {target, self._good}
         self._good = target
         for path in self.root.iterdir():

@@ -35,7 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
-from raycv.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS
+from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
 from raycv.paths import FoldFolder, RunFolder
 from raycv.records import FoldResult
 from raycv.retry import call_with_retries, is_passing, mask_secrets
@@ -51,6 +51,7 @@ SQLITE = "sqlite:///"
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
 RUN_TAG = "raycv.run"
+COLLAPSED_TAG = "raycv.collapsed"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
 BEST_PREFIX = "best_"
@@ -123,9 +124,11 @@ class Tracker:
 
     def start_child(self, parent_id: str, fold: int, params: Mapping[str, Any]) -> str:
         """The child run of `fold`, found by its tag or newly made. Returns its id."""
-        found = self.children(parent_id).get(fold)
+        found, params = self.children(parent_id).get(fold), {**params, "fold": fold}
         if found is not None:
             self.reopen(found.info.run_id)
+            # The store may have gone away between the run and its parameters.
+            self._log_params(found.info.run_id, {k: v for k, v in params.items() if k not in found.data.params})
             return str(found.info.run_id)
         experiment_id = self.run(parent_id).info.experiment_id
         tags = {PARENT_TAG: parent_id, FOLD_TAG: str(fold)}
@@ -137,7 +140,7 @@ class Tracker:
             tags=tags,
         )
         run_id = str(run.info.run_id)
-        self._log_params(run_id, {**params, "fold": fold})
+        self._log_params(run_id, params)
         return run_id
 
     def log_epoch(self, run_id: str, metrics: Mapping[str, float]) -> None:
@@ -158,6 +161,8 @@ class Tracker:
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
         self._log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        if is_collapsed(result.metrics, result.val_matched, result.val_pairs):
+            self._set_tags(run_id, {COLLAPSED_TAG: "true"})
         self.log_files(run_id, [config, folder.result, folder.predictions])
         if folder.checkpoint.is_dir():
             self._call(
@@ -186,6 +191,8 @@ class Tracker:
         self._log_summary(parent_id, numbers)
         children = self.children(parent_id)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        if report["collapsed_folds"]:
+            tags[COLLAPSED_TAG] = f"fold {', '.join(map(str, report['collapsed_folds']))}"
         self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
         self.log_files(parent_id, [report_file])
 
@@ -197,8 +204,9 @@ class Tracker:
                 self.finish(run.info.run_id, status)
 
     def finish(self, run_id: str, status: str) -> None:
-        """`status`: FINISHED, FAILED or KILLED."""
-        self._call("end a run", self._client.set_terminated, run_id, status)
+        """`status`: FINISHED, FAILED or KILLED. A run lasts no less than nothing, also when the clock was set back."""
+        ended = max(int(time.time() * 1000), self.run(run_id).info.start_time)
+        self._call("end a run", self._client.set_terminated, run_id, status, end_time=ended)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """All of `metrics` in one request."""
@@ -378,8 +386,10 @@ def _may_pass(error: Exception) -> bool:
 
 def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
     """The parent's description in the MLflow page: a table of the folds with a link to each."""
+    collapsed = report["collapsed_folds"]
     lines = [
         *(["**Control: the labels are permuted. These scores are no result.**", ""] if report["control"] else []),
+        *([f"**Fold {', '.join(map(str, collapsed))}: {COLLAPSED}.**", ""] if collapsed else []),
         f"Best fold: {report['best_fold']}",
         "",
         "| fold | " + " | ".join(METRICS) + " | threshold |",

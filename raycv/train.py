@@ -86,6 +86,7 @@ class FoldTrainer:
         self.config = config
         self.listener = listener
         self.events: list[str] = []
+        self.progress = Progress()
         self.workers = Workers()
         self.checkpointing = Checkpointing(self.model, config.gradient_checkpointing, memory_share, self._tell)
         self.micro_batch = {
@@ -175,12 +176,15 @@ class FoldTrainer:
         Training updates the weights after each step; validation computes the same without gradients.
         """
         self.model.train(training)
+        last = self.progress.step + len(steps)
         for pairs in steps:
             with torch.set_grad_enabled(training):
                 loss, rows, logits = self._step(pairs, training)
             if not math.isfinite(loss):
+                epoch = len(self.progress.epochs) + 1
+                place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
                 raise UserError(
-                    f"The {'training' if training else 'validation'} loss is {loss}.",
+                    f"The {'training' if training else 'validation'} loss is {loss} in {place}.",
                     remedies=["lower train.lr", "train.precision=fp32", "raise train.warmup_steps"],
                 )
             if training:

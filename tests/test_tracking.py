@@ -212,33 +212,38 @@ def kill(process):
     process.wait()
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A real MLflow server on a free port of the loopback."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = f"sqlite:///{tmp_path}/server.db"
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(folder, port):
+    """A real MLflow server on `port` of the loopback, its store in `folder`; yields its process when it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    log = (tmp_path / "server.log").open("w")
-    process = subprocess.Popen(
-        [*command, "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
-        stdout=log,
-        stderr=log,
-        cwd=tmp_path,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=1)
-            break
-        except OSError:
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.5)
-    yield url, process
-    kill(process)
-    log.close()
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.5)
+        yield process
+    finally:
+        kill(process)
+
+
+@pytest.fixture
+def server(tmp_path):
+    port = free_port()
+    with serving(tmp_path, port) as process:
+        yield f"http://127.0.0.1:{port}", process
 
 
 @pytest.mark.slow

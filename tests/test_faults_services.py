@@ -1,0 +1,671 @@
+"""What happens when services and surroundings fail, each for real: memory, disk, MLflow, numbers, clock, folders.
+
+The README's table `When something fails` names the test of each line.
+"""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from builders import tiny_llama, wordlevel_tokenizer
+from mlflow import MlflowClient
+from test_failures import statuses
+from test_run import raycv, users_environment
+from test_tracking import config, finished_run, free_port, kill, serving
+from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+
+from raycv.checkpoint import CheckpointInfo
+from raycv.errors import UserError
+from raycv.fold import _save_checkpoint
+from raycv.metrics import METRICS, binary_metrics, is_collapsed
+from raycv.paths import FoldFolder, RunFolder, read_json, write_json
+from raycv.prompts import PromptRules
+from raycv.records import Pair
+from raycv.runs import find_run, make_newest
+from raycv.splits import make_splits
+from raycv.state import StateFolder, TrainState
+from raycv.tracking import EPOCH_METRICS, Tracker
+from raycv.train import FoldTrainer
+
+pytestmark = pytest.mark.timeout(600)
+
+POISON = "poison"
+SEED = 42
+
+
+def write_task(folder, texts, labels, model_changes=lambda model: None):
+    """A data set of one criterion and a tiny base in `folder`. Returns the overrides of a run of two folds on them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [f"p{index:02}" for index in range(len(texts))]
+    pd.DataFrame({"post_id": ids, "post": texts}).to_csv(folder / "posts.csv", index=False)
+    pd.DataFrame({"post_id": ids, "criterion_id": "C0", "label": labels}).to_csv(
+        folder / "groundtruth.csv", index=False
+    )
+    pd.DataFrame({"criterion_id": ["C0"], "criterion": [WORDS[0]]}).to_csv(folder / "criteria.csv", index=False)
+    words = [*FRAME, *WORDS, POISON, *(f"{word}," for word in (*WORDS, POISON))]
+    tokenizer = wordlevel_tokenizer(words)
+    base = tiny_llama(folder / "base", tokenizer=tokenizer)
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base)
+    model_changes(model, tokenizer)
+    model.save_pretrained(base)
+    return [
+        *("experiment=quickstart", f"data.dir={folder}", f"data.criteria_dir={folder}", f"model.name={base}"),
+        *("cv.folds=2", "prompt.max_length=48", "dora.r=4", "train.share_prefix=false", f"train.seed={SEED}"),
+        *("train.batch_size=4", "train.effective_batch_size=4", "train.gradient_checkpointing=off", "run.name=mine"),
+    ]
+
+
+def learnable(posts=24):
+    """Texts and labels: a post is matched when it holds the criterion's word."""
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, size=4)) for _ in range(posts)]
+    texts = [f"{text} {WORDS[0]}" if index % 3 == 0 else text for index, text in enumerate(texts)]
+    return texts, [int(WORDS[0] in text.split()) for text in texts]
+
+
+def unchanged(model, tokenizer):
+    """The base as it is made."""
+
+
+@contextlib.contextmanager
+def background(folder, *overrides, prefix=(), out="out", **environment):
+    """`raycv.run` in a process group of its own; yields its process. What it says goes to `folder / out`."""
+    with (folder / out).open("w") as said:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "raycv.run", *overrides],
+            **{"cwd": folder, "env": users_environment(**environment), "stdout": said, "stderr": said},
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(happened, process, log, seconds=300):
+    """Waits for `happened()` while `process` runs."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+class Starving(Recorder):
+    """Takes memory away from its own process after each optimizer step, as a neighbour on the device would."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.left = list(left)
+
+    def on_step(self, *step):
+        super().on_step(*step)
+        if self.left:
+            limit_memory(self.left.pop(0))
+
+
+def limit_memory(more):
+    """From now on the kernel gives this process `more` bytes beyond those that it has, and refuses the next."""
+    status = Path("/proc/self/status").read_text()
+    data = 1024 * int(re.search(r"VmData:\s+(\d+) kB", status)[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (data + int(more), resource.RLIM_INFINITY))
+
+
+def as_starved(folder):
+    """Trains in a process whose memory shrinks; a JSON line says what came of it, and of one that has plenty."""
+    torch.set_num_threads(1)
+    words = [*FRAME, *WORDS, *(f"{word}," for word in WORDS)]
+    base = tiny_llama(folder / "base", hidden=128, tokenizer=wordlevel_tokenizer(words))
+    from raycv.base import fetch_base
+
+    toy = Toy(fetch_base(str(base), None), toy_dataset(words=90), prompt_config(max_length=120))
+    train, val = np.arange(40), np.arange(40, 48)
+
+    def loop(model, listener):
+        settings = train_config(epochs=1, patience=1, share_prefix=False)
+        return FoldTrainer(model, toy.encoded, settings, "fp32", listener)
+
+    model = toy.model()
+    expected = loop(model, Recorder()).fit(train, val)
+    need = activations_of(loop(toy.model(), Recorder()), train[:8])
+    starved, listener = toy.model(), Starving([0.75 * need, 0.38 * need, 0.19 * need])
+    result = loop(starved, listener).fit(train, val)
+    limit_memory(2**40)
+    apart = max(
+        float((one - other).detach().abs().max())
+        for one, other in zip(model.parameters(), starved.parameters(), strict=True)
+    )
+    said = {"steps": listener.steps, "events": result.events, "apart": apart, "refused": ""}
+    said["losses"] = [one.epochs[0].train_loss for one in (result, expected)]
+    try:
+        loop(toy.model(), Starving([0.02 * need])).fit(train, val)
+    except UserError as error:
+        said["refused"] = str(error)
+    limit_memory(2**40)
+    print(json.dumps(said))  # noqa: T201
+
+
+def activations_of(loop, pairs):
+    """Bytes that the graph of one step keeps."""
+    from raycv.memory import _measured
+
+    loop._prepare(pairs)
+    loop.model.train()
+    with _measured(loop.model, torch.device("cpu")) as measured:
+        loop._step(pairs, training=True)
+    return measured()
+
+
+def test_memory_that_runs_out_step_by_step(tmp_path):
+    """The kernel refuses memory in steps 2, 3 and 4: 8 -> 4 -> 2 -> 1, each step replayed over the same pairs."""
+    code = "import sys; from pathlib import Path; from test_faults_services import as_starved;"
+    code += "as_starved(Path(sys.argv[1]))"
+    # Each tensor is then the kernel's business, not a free place within the process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        **{"cwd": Path(__file__).parent, "env": environment, "capture_output": True, "text": True, "timeout": 300},
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["events"] == [f"training: out of memory: micro-batch {a} -> {b}" for a, b in pairwise((8, 4, 2, 1))]
+    # (epoch, step, steps, loss, micro-batch): each of the five effective batches once.
+    assert [(step[1], step[4]) for step in said["steps"]] == [(1, 8), (2, 4), (3, 2), (4, 1), (5, 1)]
+    assert said["losses"][0] == pytest.approx(said["losses"][1], rel=1e-5)
+    assert said["apart"] < 1e-4
+    assert "Out of memory with a micro-batch of 1" in said["refused"]
+    assert "  1. turn gradient checkpointing on" in said["refused"]
+    assert "  2. shorten the prompts" in said["refused"]
+
+
+# --- Disk ------------------------------------------------------------------------------------------------------------
+
+
+class Mounted:
+    """A file system of its own under `place`, in a mount namespace that lives as long as its holder."""
+
+    def __init__(self, place, size="40m", then=""):
+        place.mkdir()
+        script = f'mount -t tmpfs -o size={size} tmpfs "$0" && {then or "true"} && echo ready && exec sleep 900'
+        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(place)]
+        self.place = place
+        self.holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if self.holder.stdout.readline() != "ready\n":
+            self.close()
+            pytest.skip(f"no file system can be mounted here: {self.holder.stderr.read().strip()}")
+        # Where processes outside of the namespace see it.
+        self.path = Path(f"/proc/{self.holder.pid}/root{place}")
+
+    def prefix(self, cwd):
+        """What goes before a command that is to run in the namespace."""
+        enter = ["nsenter", f"--target={self.holder.pid}", "--user", "--mount", "--preserve-credentials"]
+        return [*enter, "env", "-C", str(cwd)]
+
+    def run(self, cwd, *command, **environment):
+        return subprocess.run(
+            [*self.prefix(cwd), sys.executable, *command],
+            **{"env": users_environment(**environment), "capture_output": True, "text": True, "timeout": 300},
+            stdin=subprocess.DEVNULL,
+        )
+
+    def close(self):
+        self.holder.kill()
+        self.holder.wait()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Makes such file systems: `mounted(name, ...)` below the test's folder."""
+    made = []
+
+    def make(name, **options):
+        made.append(Mounted(tmp_path / name, **options))
+        return made[-1]
+
+    if not all(map(glob.glob, ("/proc/self/ns/mnt", "/usr/bin/unshare", "/usr/bin/nsenter"))):
+        pytest.skip("no mount namespaces here: unshare and nsenter of util-linux are missing")
+    yield make
+    for one in made:
+        one.close()
+
+
+def fill(folder, over):
+    """Fills the disk of `folder`, and whatever becomes free on it, until `over` is set."""
+    with (folder / "ballast").open("ab", buffering=0) as ballast:
+        while not over.wait(0.02):
+            with contextlib.suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+
+
+@contextlib.contextmanager
+def full(folder):
+    """The disk of `folder` is full while the block runs."""
+    over = threading.Event()
+    filler = threading.Thread(target=fill, args=(folder, over))
+    filler.start()
+    try:
+        yield
+    finally:
+        over.set()
+        filler.join()
+        (folder / "ballast").unlink()
+
+
+def as_writer(folder, base):
+    """Writes each kind of file that a fold leaves twice, the disk being full the second time."""
+    toy = Toy(toy_base(base))
+    model = toy.model()
+    files = FoldFolder(folder / "fold_0")
+    rules = PromptRules(max_length=48, long_post="head_tail", head_fraction=0.25, stride_fraction=0.5)
+    tensors = {"a": torch.arange(100_000.0)}
+    refused = {}
+
+    def write(epoch):
+        info = CheckpointInfo("base", None, rules, 0.5, {"C0": None}, "hash", "data", "mine", 0, epoch, "fp32")
+        yield "state", lambda: StateFolder(files.state).save(TrainState(epoch, 0, {}, tensors))
+        yield "checkpoint", lambda: _save_checkpoint(files, model, toy.tokenizer, info)
+        yield "report", lambda: write_json(folder / "report.json", {"epoch": epoch, "long": "x" * 50_000})
+
+    for _, one in write(1):
+        one()
+    with full(folder):
+        time.sleep(0.5)
+        for name, one in write(2):
+            try:
+                one()
+            except UserError as error:
+                refused[name] = str(error)
+    print(json.dumps(refused))  # noqa: T201
+
+
+def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
+    """A training state, a checkpoint and a report on a file system without room."""
+    disk = mounted("disk", size="8m")
+    code = "import sys; from pathlib import Path; from test_faults_services import as_writer;"
+    code += "as_writer(Path(sys.argv[1]), Path(sys.argv[2]))"
+    done = disk.run(Path(__file__).parent, "-c", code, str(disk.place), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    refused = json.loads(done.stdout.splitlines()[-1])
+    assert list(refused) == ["state", "checkpoint", "report"]
+    for message in refused.values():
+        assert f"the disk {disk.place} is full (0.0 of 8.4 MB are free on it)" in message
+        assert f"make room on {disk.place}" in message
+    assert "resume the run" in refused["state"]
+    assert "resume the run" in refused["checkpoint"]
+    fold = FoldFolder(disk.path / "fold_0")
+    assert StateFolder(fold.state).newest(pytest.fail).epoch == 1
+    assert read_json(fold.checkpoint / "raycv.json")["epoch"] == 1
+    assert (fold.checkpoint / "adapter_model.safetensors").stat().st_size > 0
+    assert read_json(disk.path / "report.json")["epoch"] == 1
+    # Nothing half is left either.
+    assert [path.name for path in fold.root.rglob(".*")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tmp_path, mounted):
+    disk = mounted("disk")
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=40", "train.patience=40"]
+    runs = RunFolder(disk.path / "mine")
+    with background(tmp_path, *overrides, f"run.dir={disk.place}", prefix=disk.prefix(tmp_path)) as process:
+        wait_until(lambda: all(list(runs.fold(k).state.glob("0*")) for k in range(2)), process, tmp_path / "out")
+        with full(disk.path):
+            code = process.wait(timeout=200)
+    said = (tmp_path / "out").read_text()
+    assert code == 1, said
+    assert f"the disk {disk.place} is full" in said
+    assert f"1. make room on {disk.place}" in said
+    assert f"python -m raycv.run resume=mine run.dir={disk.place}" in said
+    assert "Traceback (most" not in said
+    kept = [StateFolder(runs.fold(k).state).newest(pytest.fail).epoch for k in range(2)]
+    assert min(kept) >= 1
+    resumed = disk.run(tmp_path, "-m", "raycv.run", "resume=mine", f"run.dir={disk.place}")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    for k in range(2):
+        assert f"fold {k}: goes on after epoch {kept[k]}" in resumed.stdout
+        assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 41))
+    assert set(statuses(tmp_path).values()) == {"FINISHED"}
+
+
+# --- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_down_at_the_start_is_tried_three_times(tmp_path):
+    overrides = write_task(tmp_path / "task", *learnable(), unchanged)
+    started = time.monotonic()
+    result = raycv("run", *overrides, f"tracking.uri=http://127.0.0.1:{free_port()}", cwd=tmp_path)
+    assert time.monotonic() - started < 60
+    assert result.returncode == 2
+    first, second = (
+        float(re.search(rf"attempt {n} of 3 failed .*; the next one in ([\d.]+) s", result.stderr)[1]) for n in (1, 2)
+    )
+    assert 1 <= first <= 1.5
+    assert 2 <= second <= 3
+    assert "attempt 3 of 3 failed" in result.stderr
+    assert "attempt 4" not in result.stderr
+    assert "failed 3 times. The last cause: " in result.stderr
+    assert "2. or track into a local file: tracking.uri=sqlite:///mlflow.db" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def check_all_is_logged(url, run):
+    """The server has all that the folder of `run` has, each point once."""
+    client = MlflowClient(url)
+    (parent, *rest) = client.search_runs(
+        [client.get_experiment_by_name("raycv").experiment_id], "tags.`raycv.run` = 'mine'"
+    )
+    assert rest == []
+    report = read_json(run.report)
+    assert parent.info.status == "FINISHED"
+    for key in METRICS:
+        assert parent.data.metrics[f"metric_mean_{key}"] == pytest.approx(report["mean"][key])
+    assert {"report.json", "config.yaml"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert sorted(child.info.run_name for child in children) == ["fold_0", "fold_1"]
+    for child in children:
+        result = read_json(run.fold(int(child.data.tags["raycv.fold"])).result)
+        assert child.info.status == "FINISHED"
+        assert child.data.params["dora.r"] == "4"
+        assert child.data.params["fold"] == child.data.tags["raycv.fold"]
+        for key in EPOCH_METRICS:
+            points = client.get_metric_history(child.info.run_id, key)
+            assert sorted((point.step, point.value) for point in points) == [
+                (epoch["epoch"], pytest.approx(epoch[key])) for epoch in result["history"]
+            ]
+        assert child.data.metrics["best_f1"] == pytest.approx(result["metrics"]["f1"])
+        artifacts = {file.path for file in client.list_artifacts(child.info.run_id, "checkpoint")}
+        assert "checkpoint/adapter_model.safetensors" in artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_server_that_goes_away_and_comes_back(tmp_path):
+    """Training goes on meanwhile; the epochs that were missed are logged while it still runs."""
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=60", "train.patience=60"]
+    port, log, run = free_port(), tmp_path / "out", RunFolder(tmp_path / "runs" / "mine")
+    url = f"http://127.0.0.1:{port}"
+
+    def trained():
+        return max(map(int, re.findall(r"epoch (\d+)/60", log.read_text())), default=0)
+
+    def logged():
+        client = MlflowClient(url)
+        (experiment,) = [one for one in client.search_experiments() if one.name == "raycv"]
+        runs = client.search_runs([experiment.experiment_id], "tags.`raycv.fold` LIKE '%'")
+        steps = [len(client.get_metric_history(one.info.run_id, "val_loss")) for one in runs]
+        return max(steps, default=0)
+
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(tmp_path, port))
+        process = stack.enter_context(background(tmp_path, *overrides, f"tracking.uri={url}"))
+        wait_until(trained, process, log)
+        kill(server)
+        wait_until(lambda: "not logged for now, the run folder has it" in log.read_text(), process, log)
+        before = trained()
+        stack.enter_context(serving(tmp_path, port))
+        assert process.poll() is None
+        wait_until(lambda: logged() > before, process, log)
+        assert process.wait(timeout=300) == 0, log.read_text()
+        assert "Log it later" not in log.read_text()
+        check_all_is_logged(url, run)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_runs_at_once_in_one_folder_and_a_server_that_stays_away(tmp_path):
+    """Of two commands for one name, and a third that would resume it, one trains; MLflow gets it by the printed one."""
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=20", "train.patience=20"]
+    port, run = free_port(), RunFolder(tmp_path / "runs" / "mine")
+    url = f"http://127.0.0.1:{port}"
+    overrides.append(f"tracking.uri={url}")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(tmp_path, port))
+        names = ("one", "other")
+        both = {name: stack.enter_context(background(tmp_path, *overrides, out=name)) for name in names}
+        while all(process.poll() is None for process in both.values()):
+            time.sleep(0.1)
+        (refused,) = [name for name in names if both[name].poll() is not None]
+        (winner,) = set(names) - {refused}
+        assert both[refused].returncode == 2, (tmp_path / refused).read_text()
+        assert f"run.name=mine: {run.root} exists" in (tmp_path / refused).read_text()
+        log = tmp_path / winner
+        wait_until(lambda: "epoch 1/" in log.read_text(), both[winner], log)
+        kill(server)
+        third = raycv("run", "resume=mine", cwd=tmp_path)
+        assert third.returncode == 2, third.stdout
+        assert "Run mine is under way: another process holds" in third.stderr
+        assert both[winner].wait(timeout=300) == 0, log.read_text()
+    said = log.read_text()
+    assert "Warning: the summary is not in MLflow" in said
+    assert run.report.is_file()
+    later = re.search(r"^Log it later: python -m raycv\.aggregate (.*)$", said, re.MULTILINE)[1]
+    with serving(tmp_path, port):
+        aggregated = raycv("aggregate", *later.split(), cwd=tmp_path)
+        assert aggregated.returncode == 0, aggregated.stderr
+        check_all_is_logged(url, run)
+
+
+def test_parameters_that_a_lost_server_missed_are_logged_later(tmp_path):
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    tracker = Tracker(settings.uri)
+    parent_id = tracker.start_parent(tracker.open_experiment(settings), "mine", {})
+    run_id = tracker.start_child(parent_id, 0, {"a": 1})
+    assert tracker.start_child(parent_id, 0, {"a": 1, "b": 2}) == run_id
+    assert tracker.run(run_id).data.params == {"a": "1", "b": "2", "fold": "0"}
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def poisoned_task(folder):
+    """A base whose embedding of one word is damaged, and a post with it that one fold alone ever looks at.
+
+    That fold validates on it. The other could train on it, but draws its pairs by class, and happens not to draw this.
+    Returns the overrides and the number of the fold.
+    """
+    texts, labels = learnable()
+    pairs = [Pair(f"p{index:02}", "C0", label) for index, label in enumerate(labels)]
+    (post, fold) = next(
+        (index, other)
+        for other, split in enumerate(make_splits(pairs, 2, SEED)[::-1])
+        for index in set(split.train_indices.tolist()) - drawn(split.train_indices, np.array(labels))
+    )
+    texts[post] += f" {POISON}"
+
+    def damage(model, tokenizer):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(f"{POISON},")] = math.nan
+
+    overrides = [*write_task(folder, texts, labels, damage), "train.imbalance=weighted_sampling", "train.epochs=1"]
+    return overrides, fold
+
+
+def drawn(train_pairs, labels):
+    """The pairs of the first epoch under weighted sampling, by the seed alone."""
+    trainer = FoldTrainer.__new__(FoldTrainer)
+    trainer.config = train_config(imbalance="weighted_sampling", seed=SEED)
+    counts = np.bincount(labels[train_pairs])
+    trainer._sampling_weights = (1 / counts)[labels[train_pairs]] / 2
+    return set(trainer._order(1, train_pairs).tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_loss_that_is_no_number_ends_its_fold_alone(tmp_path):
+    overrides, fold = poisoned_task(tmp_path / "task")
+    result = raycv("run", *overrides, cwd=tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    run = RunFolder(tmp_path / "runs" / "mine")
+    assert f"fold {fold}: The validation loss is nan in epoch 1." in result.stderr
+    assert re.search(r"What to do:\n  1\. lower train\.lr\n  2\. train\.precision=fp32", result.stderr)
+    assert "python -m raycv.run resume=mine" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "nan in epoch 1" in read_json(run.fold(fold).error)["message"]
+    # The other one is finished, and kept.
+    assert math.isfinite(read_json(run.fold(1 - fold).result)["history"][0]["val_loss"])
+    assert not run.report.exists()
+    assert statuses(tmp_path) == {"mine": "FAILED", f"fold_{fold}": "FAILED", f"fold_{1 - fold}": "FINISHED"}
+
+
+def test_a_training_loss_that_is_no_number_says_its_step(tmp_path):
+    toy = Toy(toy_base(tmp_path))
+    loop = FoldTrainer(toy.model(), toy.encoded, train_config(lr=1e30, max_grad_norm=None), "fp32", Recorder())
+    with pytest.raises(UserError, match=r"The training loss is (nan|inf) in epoch 1, step 2 of 4\."):
+        loop.fit(np.arange(30), np.arange(30, 48))
+
+
+@pytest.mark.parametrize(
+    ("scores", "collapsed"),
+    [
+        (np.full(200, 0.5), True),
+        (np.random.default_rng(0).random(200) * 1e-3 + 0.5, True),
+        # One label for all, but the scores order the pairs; and chance, but both labels.
+        (np.linspace(0.5, 0.501, 200), False),
+        (np.random.default_rng(0).random(200), False),
+    ],
+)
+def test_what_counts_as_collapsed(scores, collapsed):
+    labels = (np.arange(200) >= 150).astype(int)
+    metrics = binary_metrics(labels, scores, 0.25)
+    assert is_collapsed(metrics, 50, 200) is collapsed
+
+
+# --- Clock -----------------------------------------------------------------------------------------------------------
+
+
+def test_latest_is_the_run_that_was_made_last_whatever_the_clock_said(tmp_path):
+    for number, name in enumerate(("b", "a")):
+        folder = finished_run(tmp_path / name)
+        # The second one is made after the clock was set back by a day.
+        then = time.time() - 86_400 * number
+        os.utime(folder.config, (then, then))
+        make_newest(folder)
+    assert find_run(tmp_path, "latest").root.name == "a"
+
+
+def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    tracker = Tracker(settings.uri)
+    began = int(1000 * (time.time() + 3600))
+    run = tracker._client.create_run(tracker.open_experiment(settings), start_time=began)
+    tracker.finish(run.info.run_id, "FINISHED")
+    assert tracker.run(run.info.run_id).info.end_time == began
+
+
+def libfaketime():
+    places = [os.environ.get("LIBFAKETIME", ""), *glob.glob("/usr/lib/*/faketime/libfaketime.so.1")]
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(libfaketime() is None, reason="no libfaketime here: apt install libfaketime, or LIBFAKETIME=<file>")
+def test_a_clock_that_is_set_back_during_a_run(tmp_path):
+    """By two hours, for all processes of the run, while the folds train."""
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=12", "train.patience=12"]
+    clock, log = tmp_path / "clock", tmp_path / "out"
+    clock.write_text("+0\n")
+    environment = {
+        "LD_PRELOAD": libfaketime(),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        # The clock that is set is the wall's; the one that only counts on is not touched, as on a real machine.
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    finished_run(tmp_path / "runs" / "earlier")
+    with background(tmp_path, *overrides, **environment) as process:
+        wait_until(lambda: "epoch 1/" in log.read_text(), process, log)
+        clock.write_text("-7200\n")
+        assert process.wait(timeout=300) == 0, log.read_text()
+    run = RunFolder(tmp_path / "runs" / "mine")
+    for fold in read_json(run.report)["folds"]:
+        assert 0 < fold["seconds"] < 600
+        assert all(0 <= epoch["seconds"] < 600 for epoch in fold["history"])
+    assert not re.search(r"\[-|\(-\d+ s\)", log.read_text())
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id])
+    assert len(runs) == 3
+    assert all(one.info.status == "FINISHED" and one.info.end_time >= one.info.start_time for one in runs)
+    assert find_run(tmp_path / "runs", "latest").root.name == "mine"
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def elsewhere(folder):
+    return [
+        *(f"run.dir={folder / 'runs'}", f"tracking.uri=sqlite:///{folder}/mlflow.db"),
+        f"tracking.artifacts={folder / 'mlruns'}",
+    ]
+
+
+def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mounted):
+    overrides = write_task(tmp_path / "task", *learnable(), unchanged)
+    cwd = mounted("cwd", then='mount -o remount,ro "$0"')
+    places = elsewhere(tmp_path)
+    remedies = ("run.dir=<folder>", "tracking.uri=sqlite:////folder/mlflow.db", "tracking.artifacts=<a folder")
+    for given, remedy in enumerate(remedies):
+        started = time.monotonic()
+        result = cwd.run(cwd.place, "-m", "raycv.run", *overrides, *places[:given])
+        assert time.monotonic() - started < 60
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert "Read-only file system" in result.stderr
+        assert remedy in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("home", ["read-only", "missing", "unset"])
+def test_a_read_only_working_directory_no_home_and_a_collapsed_classifier(tmp_path, mounted, home):
+    """All posts say the same, so no classifier can tell them apart; the run is complete, and marked."""
+    texts, labels = learnable()
+    overrides = [*write_task(tmp_path / "task", [texts[0]] * len(texts), labels, unchanged), "train.epochs=1"]
+    cwd = mounted("cwd", then='mkdir "$0/home" && mount -o remount,ro "$0"')
+    variable = {"read-only": [f"HOME={cwd.place}/home"], "missing": ["HOME=/proc/nowhere"], "unset": ["-u", "HOME"]}
+    command = [*cwd.prefix(cwd.place), *variable[home], sys.executable, "-m", "raycv.run"]
+    done = subprocess.run(
+        [*command, *overrides, *elsewhere(tmp_path)],
+        **{"env": users_environment(), "capture_output": True, "text": True, "timeout": 300},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = read_json(tmp_path / "runs" / "mine" / "report.json")
+    assert [fold["metrics"]["roc_auc"] for fold in report["folds"]] == [0.5, 0.5]
+    assert report["collapsed_folds"] == [0, 1]
+    assert "fold 0, 1: the classifier has collapsed" in report["warnings"][-1]
+    assert all("the classifier has collapsed" in fold["events"][-1] for fold in report["folds"])
+    assert re.search(r"fold [01]: Warning: the classifier has collapsed", done.stdout)
+    assert re.search(r"^! fold 0, 1: the classifier has collapsed", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *[01] (\* )?! ", done.stdout, re.MULTILINE)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id])
+    assert {one.info.run_name: one.data.tags.get("raycv.collapsed") for one in runs} == {
+        "mine": "fold 0, 1", "fold_0": "true", "fold_1": "true"
+    }  # fmt: skip
+    (parent,) = [one for one in runs if one.info.run_name == "mine"]
+    assert "**Fold 0, 1: the classifier has collapsed" in parent.data.tags["mlflow.note.content"]
