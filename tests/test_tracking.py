@@ -142,7 +142,7 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
         assert [point.step for point in history] == steps
     assert tracker.run(child.info.run_id).info.status == "FINISHED"
     assert "not logged" not in caplog.text
-    runs.tracker._client.set_terminated = lambda *_: (_ for _ in ()).throw(UserError("away"))
+    runs.tracker._client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(UserError("away"))
     runs._writer = ThreadPoolExecutor(1)
     runs.log_trial_end(trial, failed=True)
     runs.close()
