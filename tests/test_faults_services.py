@@ -23,7 +23,9 @@ import pandas as pd
 import pytest
 import torch
 from builders import tiny_llama, wordlevel_tokenizer
+from hub_server import HubServer
 from mlflow import MlflowClient
+from test_base import NAME, REPO
 from test_failures import statuses
 from test_run import raycv, users_environment
 from test_tracking import config, finished_run, free_port, kill, serving
@@ -348,6 +350,29 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
         assert f"fold {k}: goes on after epoch {kept[k]}" in resumed.stdout
         assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 41))
     assert set(statuses(tmp_path).values()) == {"FINISHED"}
+
+
+def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted):
+    """The real client of the hub; with room it goes on where it stopped."""
+    disk = mounted("disk", size="6m")
+    weights = np.random.default_rng(0).bytes(4_000_000)
+    (disk.path / "ballast").write_bytes(bytes(3_000_000))
+    with HubServer() as hub:
+        hub.add(NAME, {**REPO, "model.safetensors": weights})
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(disk.place), "HF_HUB_OFFLINE": "0"}
+        code = "from raycv.cli import run_command; from raycv.config import AggregateConfig;"
+        code += "from raycv.base import fetch_base; import sys; sys.argv[1:] = [];"
+        code += f"run_command('aggregate', AggregateConfig, lambda _: print(fetch_base('{NAME}', None).path))"
+        refused = disk.run(tmp_path, "-c", code, **environment)
+        assert refused.returncode == 2, refused.stdout + refused.stderr
+        assert f"The disk is full: {NAME} does not fit into {disk.place}" in refused.stderr
+        assert "HF_HOME" in refused.stderr
+        (disk.path / "ballast").unlink()
+        fetched = disk.run(tmp_path, "-c", code, **environment)
+        assert fetched.returncode == 0, fetched.stderr
+        assert (
+            Path(f"/proc/{disk.holder.pid}/root{fetched.stdout.strip()}") / "model.safetensors"
+        ).read_bytes() == weights
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------------
