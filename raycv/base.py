@@ -465,7 +465,8 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
             f"The disk is full: {name} does not fit into {cache}.",
             remedies=["free some space", "set HF_HOME to a folder on a larger disk, on every node"],
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    # The last two where HOME is missing, or no folder.
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"{name} cannot be written to {cache}: {error.strerror}.",
             remedies=["set HF_HOME to a folder that you may write to, on every node"],

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +59,11 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
     """
     _check_address(os.environ.get("RAY_ADDRESS", ""))
+    _provide_token()
     level = logging.INFO if ray_logs else logging.ERROR
     try:
         context = ray.init(log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     except Exception as error:
         # Ray raises no type of its own for it.
@@ -79,6 +82,22 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+def _provide_token() -> None:
+    """Ray keeps the token of a cluster below HOME; where nothing can be kept there, this run's processes share one."""
+    if any(f"RAY_AUTH_{name}" in os.environ for name in ("MODE", "TOKEN", "TOKEN_PATH")):
+        return
+    folder = Path(os.environ.get("HOME", "")) / ".ray"
+    if folder.is_absolute() and (folder / "auth_token").is_file():
+        return
+    try:
+        if not folder.is_absolute():
+            raise FileNotFoundError
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _check_address(address: str) -> None:

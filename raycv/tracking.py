@@ -273,7 +273,13 @@ class Tracker:
             place = asked.as_uri() if self._database else None
             # The page asks for the kind of an experiment that has none.
             tags = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
+            try:
+                return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
+            except MlflowException as error:
+                # A server has several clients: another has made it meanwhile.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                return self._experiment(config)
         if found.lifecycle_stage != "active":
             raise UserError(
                 f"The MLflow experiment {config.experiment!r} was deleted.",

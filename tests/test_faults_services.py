@@ -339,7 +339,7 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     said = (tmp_path / "out").read_text()
     assert code == 1, said
     assert f"the disk {disk.place} is full" in said
-    assert f"1. make room on {disk.place}" in said
+    assert f"make room on {disk.place}" in said
     assert f"python -m raycv.run resume=mine run.dir={disk.place}" in said
     assert "Traceback (most" not in said
     kept = [StateFolder(runs.fold(k).state).newest(pytest.fail).epoch for k in range(2)]
@@ -352,27 +352,33 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     assert set(statuses(tmp_path).values()) == {"FINISHED"}
 
 
+def fetching(hub, **environment):
+    """A command that fetches NAME from `hub`, and its environment."""
+    code = "from raycv.cli import run_command; from raycv.config import AggregateConfig;"
+    code += "from raycv.base import fetch_base; import sys; sys.argv[1:] = [];"
+    code += f"run_command('aggregate', AggregateConfig, lambda _: print(fetch_base('{NAME}', None).path))"
+    # An empty value counts as none: what the machine's user has set is not meant.
+    unset = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"), "")
+    return ["-c", code], {**unset, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **environment}
+
+
 def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted):
-    """The real client of the hub; with room it goes on where it stopped."""
+    """The real client of the hub; fetched when there is room."""
     disk = mounted("disk", size="6m")
     weights = np.random.default_rng(0).bytes(4_000_000)
     (disk.path / "ballast").write_bytes(bytes(3_000_000))
     with HubServer() as hub:
         hub.add(NAME, {**REPO, "model.safetensors": weights})
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(disk.place), "HF_HUB_OFFLINE": "0"}
-        code = "from raycv.cli import run_command; from raycv.config import AggregateConfig;"
-        code += "from raycv.base import fetch_base; import sys; sys.argv[1:] = [];"
-        code += f"run_command('aggregate', AggregateConfig, lambda _: print(fetch_base('{NAME}', None).path))"
-        refused = disk.run(tmp_path, "-c", code, **environment)
+        command, environment = fetching(hub, HF_HOME=str(disk.place))
+        refused = disk.run(tmp_path, *command, **environment)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert f"The disk is full: {NAME} does not fit into {disk.place}" in refused.stderr
         assert "HF_HOME" in refused.stderr
         (disk.path / "ballast").unlink()
-        fetched = disk.run(tmp_path, "-c", code, **environment)
+        fetched = disk.run(tmp_path, *command, **environment)
         assert fetched.returncode == 0, fetched.stderr
-        assert (
-            Path(f"/proc/{disk.holder.pid}/root{fetched.stdout.strip()}") / "model.safetensors"
-        ).read_bytes() == weights
+        folder = Path(fetched.stdout.strip()).relative_to(disk.place)
+        assert (disk.path / folder / "model.safetensors").read_bytes() == weights
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------------
@@ -671,6 +677,20 @@ def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mou
         assert remedy in result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_model_that_has_no_home(tmp_path):
+    """The hub's client keeps its cache below HOME."""
+    with HubServer() as hub:
+        hub.add(NAME, REPO)
+        command, environment = fetching(hub, HOME="/proc/nowhere")
+        done = subprocess.run(
+            [sys.executable, *command],
+            **{"env": users_environment(**environment), "capture_output": True, "text": True, "cwd": tmp_path},
+        )
+    assert done.returncode == 2, done.stdout
+    assert f"{NAME} cannot be written to /proc/nowhere/.cache/huggingface/hub" in done.stderr
+    assert "set HF_HOME to a folder that you may write to" in done.stderr
 
 
 @pytest.mark.slow
