@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import signal
@@ -36,7 +37,8 @@ from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, train_worker
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
-from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command
+from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command, unwritable
+from raycv.records import FoldResult
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -232,12 +234,17 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             verbose=0,
         ),
     )
+    otherwise = STOPPED
     with _followed(task.board, view):
-        tuner.fit()
+        try:
+            tuner.fit()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            # Tune's own files, which a full disk leaves half: what became of the folds is told by theirs.
+            otherwise = str(unwritable("What Ray keeps of the run", root.root, error))
     failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
-        lines += _causes({fold: states.errors.get(fold, STOPPED) for fold in failed})
+        lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
         remedies = [
             f"mend the cause, then train the missing folds alone: {resume_command(root)}",
             f"what is finished is kept in {root.root}",
