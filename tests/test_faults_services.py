@@ -44,7 +44,7 @@ from raycv.state import StateFolder, TrainState
 from raycv.tracking import EPOCH_METRICS, Tracker
 from raycv.train import FoldTrainer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 POISON = "poison"
 SEED = 42
@@ -228,7 +228,7 @@ class Mounted:
     def run(self, cwd, *command, **environment):
         return subprocess.run(
             [*self.prefix(cwd), sys.executable, *command],
-            **{"env": users_environment(**environment), "capture_output": True, "text": True, "timeout": 300},
+            **{"env": users_environment(**environment), "capture_output": True, "text": True, "timeout": 500},
             stdin=subprocess.DEVNULL,
         )
 
@@ -331,7 +331,7 @@ def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
 @pytest.mark.ray
 def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tmp_path, mounted):
     disk = mounted("disk")
-    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=40", "train.patience=40"]
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=30", "train.patience=30"]
     runs = RunFolder(disk.path / "mine")
     with background(tmp_path, *overrides, f"run.dir={disk.place}", prefix=disk.prefix(tmp_path)) as process:
         wait_until(lambda: all(list(runs.fold(k).state.glob("0*")) for k in range(2)), process, tmp_path / "out")
@@ -349,7 +349,7 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     for k in range(2):
         assert f"fold {k}: goes on after epoch {kept[k]}" in resumed.stdout
-        assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 41))
+        assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 31))
     assert set(statuses(tmp_path).values()) == {"FINISHED"}
 
 
@@ -670,9 +670,10 @@ def test_a_clock_that_is_set_back_during_a_run(tmp_path):
     runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id])
     assert len(runs) == 3
     assert all(one.info.status == "FINISHED" and one.info.end_time >= one.info.start_time for one in runs)
-    # The clock was back indeed: the last points were logged before the run began.
+    # The clock was set back indeed: points bear times from before the run began.
     points = [point.timestamp for one in runs for point in client.get_metric_history(one.info.run_id, "val_loss")]
-    assert min(points) < 1000 * (began - 3600) < max(points)
+    assert min(points) < 1000 * (began - 3600)
+    assert max(one.info.start_time for one in runs) >= 1000 * began - 1
     assert find_run(tmp_path / "runs", "latest").root.name == "mine"
 
 
