@@ -38,7 +38,6 @@ from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, 
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command, unwritable
-from raycv.records import FoldResult
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
