@@ -71,13 +71,17 @@ class FoldRuns(MLflowLoggerCallback):
     def _epoch(self, trial: Any, result: dict[str, Any]) -> None:
         if trial in self._trial_runs and result[EPOCH_KEY] not in self._logged[trial]:
             self.tracker.log_epoch(self._trial_runs[trial], result)
+            # Of a fold that is tried again after the death of a process, too.
+            self._logged[trial].add(result[EPOCH_KEY])
 
     def _finish(self, trial: Any, fold: int, failed: bool) -> None:
         if trial not in self._trial_runs:
             return
         run_id = self._trial_runs[trial]
+        folder = self.folder.fold(fold)
+        # Not Tune's word alone: a fold that fails leaves no result, and its trial ends like any other.
+        failed = failed or not folder.result.is_file()
         if not failed:
-            folder = self.folder.fold(fold)
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
         self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
 
