@@ -93,7 +93,7 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     folder = RunFolder(Path(task.root)).fold(fold)
     try:
         _keep_fold(folder, _fit(task, fold))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(folder, error)
     _drain_reports()
 
