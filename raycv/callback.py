@@ -92,13 +92,17 @@ class FoldRuns(MLflowLoggerCallback):
         while pending:
             if pending[0][EPOCH_KEY] not in self._logged[trial]:
                 self.tracker.log_epoch(run_id, pending[0])
+                # Of a fold that is tried again after the death of a process, too.
+                self._logged[trial].add(pending[0][EPOCH_KEY])
             pending.pop(0)
         return str(run_id)
 
     def _finish(self, trial: Any, fold: int, failed: bool) -> None:
         run_id = self._catch_up(trial, fold)
+        folder = self.folder.fold(fold)
+        # Not Tune's word alone: a fold that fails leaves no result, and its trial ends like any other.
+        failed = failed or not folder.result.is_file()
         if not failed:
-            folder = self.folder.fold(fold)
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
         self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
 

@@ -187,6 +187,9 @@ class ResourcesConfig(Section):
             raise ValueError("beyond 1 must be a whole number: Ray shares one GPU, not several")
         return value
 
+    retries: Annotated[int, Field(ge=0)] = Field(
+        description="times that a fold goes on from its last state by itself after one of its processes died"
+    )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
 

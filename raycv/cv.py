@@ -177,9 +177,14 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
         placement=placement,
-        board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
+        # On this node: any other may be lost while the run goes on.
+        board=ray.remote(num_cpus=0)(ProgressBoard).options(scheduling_strategy=_here()).remote(),
         worker=train_worker,
     )
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def check_shared(folder: RunFolder, base: "BaseFiles") -> None:
@@ -229,7 +234,8 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             name="tune",
             storage_path=str(root.ray),
             callbacks=[runs, states],
-            failure_config=tune.FailureConfig(max_failures=0),
+            # What a trial raises is the death of its process; a fold that fails says so in its files.
+            failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
             verbose=0,
         ),
     )
@@ -275,20 +281,30 @@ class _FoldStates(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.view.update(trial.config[FOLD_KEY], {"state": STARTING})
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.view.update(trial.config[FOLD_KEY], {"state": DONE})
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
+        self.view.tell(fold, "the process that drives the fold died; the fold is tried again from its last state")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        fold = trial.config[FOLD_KEY]
+        if self.root.fold(fold).result.is_file():
+            self.view.update(fold, {"state": DONE})
+            return
         file = self.root.fold(fold).error
         if file.is_file():
-            self.errors[fold] = f"{read_json(file)['message']}\n  (traceback in fold_<k>/{file.name})"
+            self._failed(fold, f"{read_json(file)['message']}\n  (traceback in fold_<k>/{file.name})")
         else:
-            # There was no room for the file, or the trial's own process died.
-            told = ray.get(self.board.error.remote(fold))
-            self.errors[fold] = told or str(trial.get_error() or STOPPED).strip().splitlines()[-1]
+            # There was no room for the file.
+            self._failed(fold, ray.get(self.board.error.remote(fold)) or STOPPED)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The process of the trial died, once too often."""
+        self._failed(trial.config[FOLD_KEY], str(trial.get_error() or STOPPED).strip().splitlines()[-1])
+
+    def _failed(self, fold: int, error: str) -> None:
+        self.errors[fold] = error
         self.view.update(fold, {"state": FAILED})
-        self.view.tell(fold, self.errors[fold])
+        self.view.tell(fold, error)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ Nothing heavy is imported before the config and the data have been found usable:
 import contextlib
 import itertools
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -296,6 +298,7 @@ def _ended(
         yield
         status = "FINISHED"
     except KeyboardInterrupt:
+        _ignore_interrupts()
         status = "KILLED"
         finished = len(folder.finished(config.cv.folds))
         say(
@@ -313,6 +316,13 @@ def _ended(
         # Neither a result nor the error that ended the run may be hidden by a store that is away.
         with contextlib.suppress(UserError):
             tracker.finish_family(parent_id, status)
+
+
+def _ignore_interrupts() -> None:
+    """A second Ctrl-C would only break off what the first began: marking the runs and ending Ray's processes."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

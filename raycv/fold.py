@@ -18,7 +18,7 @@ import ray
 import ray.train
 
 from raycv.config import RunConfig
-from raycv.errors import UserError
+from raycv.errors import RunFailedError, UserError, counted
 from raycv.metrics import COLLAPSED, EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
 from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, write_text
 from raycv.prompts import PromptRules
@@ -89,17 +89,64 @@ class FoldTask:
 def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     """The Tune trainable: trains fold `trial["fold"]` under Ray Train and leaves its files in the run folder.
 
-    Raises: whatever the worker raised, after writing it to `fold_<k>/error.json`.
+    A fold that fails for good leaves `error.json` instead of a result and ends like any other: what Tune sees as an
+    error is then the death of this process, and that alone is tried again.
     """
     fold = trial[FOLD_KEY]
     folder = RunFolder(Path(task.root)).fold(fold)
     try:
-        result = _trainer(task, fold).fit()
-        _keep_fold(folder, result)
-    except Exception as error:
+        _keep_fold(folder, _fit(task, fold))
+    except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(task, fold, error)
-        raise
     _drain_reports()
+
+
+def _fit(task: FoldTask, fold: int) -> Any:
+    """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times.
+
+    Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
+    in advance (a preemption) are its own to retry, without limit.
+    Raises: whatever the worker raised; RunFailedError if its processes died too often.
+    """
+    retries = task.config.resources.retries
+    for attempt in range(retries + 1):
+        # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
+        shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
+        try:
+            return _trainer(task, fold).fit()
+        except Exception as error:
+            died = _died(error)
+            if died is None:
+                raise
+            if attempt == retries:
+                raise RunFailedError(
+                    f"{died}, and resources.retries={retries}: it was trained {counted(attempt + 1, 'time')} in all.",
+                    remedies=[
+                        "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
+                        "its last state is kept, and `resume=` goes on from there",
+                    ],
+                ) from error
+            task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
+    raise AssertionError("retries cannot be negative")
+
+
+def _died(error: Exception) -> str | None:
+    """What died, if `error` is the death of one of the fold's processes or of its node; None if it is another."""
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    if isinstance(error, RayActorError):
+        return "Ray Train's controller of the fold died"
+    failures = getattr(error, "worker_failures", {})
+    for rank, failure in failures.items():
+        # When one worker dies, others fail with broken connections: the death is the cause.
+        if isinstance(failure, WorkerHealthCheckFailedError | RayActorError):
+            return f"worker {rank} of the fold died, or its node"
+    return None
+
+
+def _train_name(fold: int) -> str:
+    return f"fold_{fold}"
 
 
 def _drain_reports() -> None:
@@ -141,7 +188,7 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
         ),
         run_config=RunConfig(
             # Deterministic: the same storage and name is what Ray Train resumes from.
-            name=f"fold_{fold}",
+            name=_train_name(fold),
             storage_path=str(RunFolder(Path(task.root)).ray),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # annotated with the callback of Train V1
         ),

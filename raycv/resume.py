@@ -21,7 +21,7 @@ from raycv.utils import code_state, package_version
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
     "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
-    "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
+    "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
 VERSIONS = ("raycv", "torch", "transformers", "peft", "tokenizers", "numpy")

@@ -459,13 +459,13 @@ def whole(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(folder):
+def started(folder, *more, **environment):
     """The same run in `folder`, in a session of its own; yields its process, and its output goes to `out`."""
     with (folder / "out").open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "raycv.run", *RUN],
+            [sys.executable, "-m", "raycv.run", *RUN, *more],
             cwd=folder,
-            env=users_environment(),
+            env=users_environment(**environment),
             stdout=out,
             stderr=out,
             start_new_session=True,

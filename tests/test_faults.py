@@ -1,0 +1,126 @@
+"""Processes and nodes of a run that die while it trains: killed for real, and what is left is the unbroken run."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+from test_failures import statuses
+from test_resume import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
+
+from raycv.paths import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1500)]
+
+WORKER, CONTROLLER, TRIAL = "RayTrainWorker", "TrainController", "ImplicitFunc"
+"""What Ray calls the processes of a fold: one that trains, Ray Train's controller of it, and the Tune trial."""
+
+
+def newest(process, kind):
+    """The process of `kind` that Ray started last for the run of `process`."""
+    family = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if kind in "".join(child.cmdline()):
+                family.append(child)
+    assert family, f"no {kind} among the run's processes"
+    return max(family, key=psutil.Process.create_time)
+
+
+def said(folder):
+    return (folder / "out").read_text()
+
+
+def gone_on(folder, fold):
+    """How often `fold` went on from a state."""
+    return len(re.findall(f"fold {fold}: goes on after epoch", said(folder)))
+
+
+def run_of(folder):
+    return RunFolder(folder / "runs" / "mine")
+
+
+def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
+    """All three in one run, each with SIGKILL in the middle of an epoch."""
+    first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
+    with started(tmp_path) as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(first))
+        newest(process, WORKER).kill()
+        wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
+        newest(process, TRIAL).kill()
+        wait_for(process, tmp_path, lambda: amid_an_epoch(second))
+        newest(process, CONTROLLER).kill()
+        assert process.wait(timeout=800) == 0, said(tmp_path)
+    assert "fold 0: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
+    assert "fold 0: the process that drives the fold died; the fold is tried again from its last" in said(tmp_path)
+    assert "fold 1: Ray Train's controller of the fold died; the fold is tried again from its last" in said(tmp_path)
+    assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 1)
+    assert_like_unbroken(tmp_path, whole)
+
+
+def test_without_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):  # noqa: F811
+    run = run_of(tmp_path)
+    with started(tmp_path, "resources.retries=0") as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        newest(process, WORKER).kill()
+        assert process.wait(timeout=800) == 1, said(tmp_path)
+    assert "fold 0: worker 0 of the fold died, or its node, and resources.retries=0" in said(tmp_path)
+    assert "then train the missing folds alone: python -m raycv.run resume=mine\n" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert not run.report.exists()
+    assert statuses(tmp_path) == {"mine": "FAILED", "fold_0": "FAILED", "fold_1": "FINISHED"}
+    assert "fold 0: goes on after epoch" in resume(tmp_path, "resume=latest")
+    assert_like_unbroken(tmp_path, whole)
+
+
+@pytest.mark.parametrize("pause", [0.05, 1.0])
+def test_a_second_ctrl_c_breaks_nothing_off(tmp_path, pause):
+    with started(tmp_path) as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(run_of(tmp_path).fold(0)))
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 130, said(tmp_path)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert [each.name() for each in alive] == []
+    assert "Go on where it stopped: python -m raycv.run resume=mine" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert statuses(tmp_path) == {"mine": "KILLED", "fold_0": "KILLED"}
+
+
+def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, whole):  # noqa: F811
+    """One of two nodes dies unannounced; its fold goes on at a third, which then gets a spot machine's notice."""
+    from ray._raylet import GcsClient
+    from ray.cluster_utils import Cluster
+    from ray.core.generated import autoscaler_pb2
+
+    seen_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": seen_soon})
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    run = run_of(tmp_path)
+    try:
+        made.add_node(**node)
+        lost = made.add_node(**node)
+        made.wait_for_nodes()
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        with started(tmp_path, "cv.max_concurrent=2", **cluster) as process:
+            wait_for(process, tmp_path, lambda: all(amid_an_epoch(run.fold(fold)) for fold in range(2)))
+            made.remove_node(lost, allow_graceful=False)
+            spot = made.add_node(**node)
+            wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) + gone_on(tmp_path, 1) == 1)
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            deadline = int(time.time() * 1000) + 3000
+            assert GcsClient(address=made.address).drain_node(spot.node_id, reason, "spot", deadline)[0]
+            time.sleep(4)
+            made.remove_node(spot, allow_graceful=False)
+            assert process.wait(timeout=800) == 0, said(tmp_path)
+    finally:
+        made.shutdown()
+    # Once from the lost node, once from the one with the notice.
+    assert sorted([gone_on(tmp_path, 0), gone_on(tmp_path, 1)]) == [0, 2], said(tmp_path)
+    assert "worker 0 of the fold died, or its node; the fold is tried again" in said(tmp_path)
+    assert_like_unbroken(tmp_path, whole)
