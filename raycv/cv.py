@@ -67,8 +67,8 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     except (OSError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     except Exception as error:
-        # Ray raises no type of its own for it.
-        if "timed out" not in str(error):
+        # Ray has no type of its own for it.
+        if "timed out" not in str(error) and not isinstance(error, ray.exceptions.RaySystemError):
             raise
         remedies = ["wait until the machine is less busy, and try again", JOIN_REMEDIES[1]]
         raise UserError(f"Ray did not start in time: {error}", remedies=remedies) from error
