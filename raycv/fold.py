@@ -137,6 +137,8 @@ def _died(error: Exception) -> str | None:
 
     if isinstance(error, RayActorError):
         return "Ray Train's controller of the fold died"
+    if isinstance(getattr(error, "controller_failure", None), RayActorError):
+        return "a worker of the fold died as it started, or its node"
     failures = getattr(error, "worker_failures", {})
     for rank, failure in failures.items():
         # When one worker dies, others fail with broken connections: the death is the cause.
