@@ -39,6 +39,7 @@ from raycv.metrics import METRICS, binary_metrics, is_collapsed
 from raycv.paths import FoldFolder, RunFolder, read_json, write_json
 from raycv.records import Pair
 from raycv.runs import find_run, make_newest
+from raycv.sampling import epoch_order
 from raycv.splits import make_splits
 from raycv.state import StateFolder, TrainState
 from raycv.tracking import EPOCH_METRICS, Tracker
@@ -353,24 +354,24 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     assert set(statuses(tmp_path).values()) == {"FINISHED"}
 
 
-def fetching(hub, **environment):
-    """A command that fetches NAME from `hub`, and its environment."""
+def fetching(hub, monkeypatch, **environment):
+    """A command that fetches NAME from `hub`, and what it adds to the environment."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     code = "from raycv.cli import run_command; from raycv.config import AggregateConfig;"
     code += "from raycv.base import fetch_base; import sys; sys.argv[1:] = [];"
     code += f"run_command('aggregate', AggregateConfig, lambda _: print(fetch_base('{NAME}', None).path))"
-    # An empty value counts as none: what the machine's user has set is not meant.
-    unset = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"), "")
-    return ["-c", code], {**unset, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **environment}
+    return ["-c", code], {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **environment}
 
 
-def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted):
+def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted, monkeypatch):
     """The real client of the hub; fetched when there is room."""
     disk = mounted("disk", size="6m")
     weights = np.random.default_rng(0).bytes(4_000_000)
     (disk.path / "ballast").write_bytes(bytes(3_000_000))
     with HubServer() as hub:
         hub.add(NAME, {**REPO, "model.safetensors": weights})
-        command, environment = fetching(hub, HF_HOME=str(disk.place))
+        command, environment = fetching(hub, monkeypatch, HF_HOME=str(disk.place))
         refused = disk.run(tmp_path, *command, **environment)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert f"The disk is full: {NAME} does not fit into {disk.place}" in refused.stderr
@@ -571,10 +572,8 @@ def test_a_training_loss_that_is_no_number_says_its_step(tmp_path):
     toy, train = Toy(toy_base(tmp_path)), np.arange(30)
     model = toy.model()
     loop = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), "fp32", Recorder())
-    loop._prepare(train)
-    steps = [
-        set(toy.encoded.input_ids[step].ravel().tolist()) for step in np.array_split(loop._order(1, train), [8, 16, 24])
-    ]
+    order = epoch_order(loop.config, toy.encoded, train, 1)
+    steps = [set(toy.encoded.input_ids[step].ravel().tolist()) for step in np.array_split(order, [8, 16, 24])]
     token = (steps[1] - steps[0]).pop()
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = math.nan
@@ -703,11 +702,11 @@ def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mou
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_base_model_that_has_no_home(tmp_path):
+def test_a_base_model_that_has_no_home(tmp_path, monkeypatch):
     """The hub's client keeps its cache below HOME."""
     with HubServer() as hub:
         hub.add(NAME, REPO)
-        command, environment = fetching(hub, HOME="/proc/nowhere")
+        command, environment = fetching(hub, monkeypatch, HOME="/proc/nowhere")
         done = subprocess.run(
             [sys.executable, *command],
             **{"env": users_environment(**environment), "capture_output": True, "text": True, "cwd": tmp_path},
