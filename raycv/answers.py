@@ -56,7 +56,11 @@ class Predicts(Protocol):
 
     @property
     def computed_in(self) -> str:
-        """fp32 or bf16."""
+        """fp32, bf16 or int8."""
+
+    @property
+    def precision_of_auto(self) -> str:
+        """What it would compute in if `auto` were asked."""
 
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post, criterion), in their order."""

@@ -3,8 +3,10 @@
 No answer repeats a text of its request: FastAPI's own 422 would.
 """
 
+import asyncio
 import hmac
 import logging
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol
@@ -25,6 +27,9 @@ from raycv.errors import UserError
 PAGE_FILES = "/static"
 OPEN_PATHS = ("/docs", "/openapi.json", f"{PAGE_FILES}/")
 """What they begin with holds nothing of a model or a post; a browser has no token to bring."""
+
+BODY_SECONDS = 30.0
+"""For all of a body: who sends half of one and waits would hold a place in the queue for ever."""
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +181,9 @@ def _origin(error: BaseException) -> str:
 class Gate:
     """Before anything is read: the token, and the size of the body."""
 
-    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
         self._app = app
+        self._body_seconds = body_seconds
         self._token = token
         self._most = most_bytes
 
@@ -190,11 +196,17 @@ class Gate:
         if refused is not None:
             await refused(scope, receive, send)
             return
-        seen = 0
+        seen, whole = 0, False
+        ends = time.monotonic() + self._body_seconds
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            # Behind the body comes the end of the connection alone, for which it may wait.
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else max(0.0, ends - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"The body did not come within {self._body_seconds:g} seconds.") from None
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self._most:
                 raise HTTPException(413, f"The body has more than {self._most} bytes.")

@@ -11,10 +11,10 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
 from raycv.metrics import EPOCH_KEY, VAL_LOSS
-from raycv.paths import RunFolder
+from raycv.paths import RunFolder, absolute_uri
 from raycv.records import FoldResult
 from raycv.retry import mask_secrets
-from raycv.tracking import Tracker, absolute_uri
+from raycv.tracking import Tracker
 
 AWAY_SECONDS = 10.0
 """Before a store that could not be reached is asked again for the sake of an epoch."""

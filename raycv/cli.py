@@ -112,7 +112,7 @@ def typed_keys(name: str) -> set[str]:
 
     # What composed this command is done, and Hydra composes one thing at a time.
     GlobalHydra.instance().clear()
-    overrides = _overrides(sys.argv[1:])
+    overrides = [part for part in _overrides(sys.argv[1:]) if part not in SILENT_HYDRA]
     values, defaults = _flat(compose(name, overrides)), _flat(compose(name, []))
     # A key that is set to its default is set all the same.
     named = {part.partition("=")[0].lstrip("+~") for part in overrides}

@@ -5,21 +5,25 @@ Standard library only, no proxies: a client starts in a fraction of what a model
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, ValidationError
 
 from raycv.answers import Answer, Question
 from raycv.checkpoint import MANIFEST
 from raycv.config import InferConfig
 from raycv.errors import UserError
-from raycv.inference_log import NOT_TRACKED
-from raycv.paths import absolute_folder
+from raycv.inference_log import NOT_TRACKED, store_of
+from raycv.paths import absolute_folder, absolute_uri
 from raycv.records import Criterion
+from raycv.retry import mask_secrets
 from raycv.runs import LATEST, Chosen, choose
 
 AUTO = "auto"
@@ -30,8 +34,52 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 300.0
 OVERLOADED = 503
 REFUSED_INPUT = (400, 413, 422)
+ANSWERED = {"label", "score", "threshold", "criterion_id", "model", "truncated"}
+NO_SCORER = "not as a scorer does"
+TOO_LARGE = (413, 422)
+"""Of REFUSED_INPUT: what a scorer's limits refuse, and this process may compute."""
+HOST = re.compile(r"[\w.:-]+")
 
 Tell = Callable[[str], None]
+
+
+class ServedModel(BaseModel):
+    """What a scorer says of its model."""
+
+    named: str
+    """the run, as its folder is named"""
+    run: str
+    fold: int | str
+    fold_asked: int | str
+    base: str
+    checkpoints: list[str]
+    precision: str
+    precision_of_auto: str
+    """what `infer.precision=auto` would be in a process on the scorer's machine"""
+    criteria_dir: str | None
+
+
+class Health(BaseModel):
+    """The part of GET /health that a client needs."""
+
+    instance: str
+    model: ServedModel
+
+
+class Announcement(BaseModel):
+    """What a scorer writes down for clients to find it by."""
+
+    url: str
+    token: str | None
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    host: str
+    instance: str
+    stamps: list[list[int]]
+    """of the checkpoints' files, before they were loaded"""
+    tracking_uri: str | None
+    """where it logs, without a password; None: nowhere"""
+    experiment: str
+    model: ServedModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +96,24 @@ class Unavailable(Exception):  # noqa: N818
     """A scorer that cannot answer now. Says why, without any text of a request."""
 
 
+class RefusedError(UserError):
+    """A scorer refuses the input. `status`: of its answer."""
+
+    def __init__(self, status: int, what: str, *, remedies: Sequence[str]) -> None:
+        self.status = status
+        super().__init__(what, remedies=remedies)
+
+
+def stamps_of(checkpoints: Sequence[Path]) -> list[list[int]]:
+    """What no copy over a checkpoint's files leaves as it was: the time of change, the size, the number.
+
+    Raises: OSError if a file cannot be read.
+    """
+    files = [[folder / MANIFEST, *sorted(folder.glob("adapter_model.*"))] for folder in checkpoints]
+    stats = [[path.stat() for path in each] for each in files]
+    return [[value for one in each for value in (one.st_ctime_ns, one.st_size, one.st_ino)] for each in stats]
+
+
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
     """The answers of a scorer, or None where this process is to compute them.
 
@@ -57,10 +123,10 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply
         return None
     if config.server == AUTO:
         return _ask_found(config, questions, tell)
-    address, token = checked_address(config.server), os.environ.get(TOKEN_VARIABLE)
+    address, token = checked_address(config.server), checked_token(os.environ.get(TOKEN_VARIABLE))
     try:
         with Connection(address, token) as connection:
-            _check_model(config, connection.get("/health"))
+            _check_model(config, connection.health().model)
             return _ask(connection, config, questions, tell)
     except (Unavailable, ConnectionRefusedError) as error:
         raise UserError(
@@ -82,7 +148,8 @@ def checked_address(server: str) -> str:
     """`server` as http://host:port. Raises: UserError if it is no such address."""
     try:
         parts = urlsplit(server)
-        usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username
+        known = parts.scheme in ("http", "https") and not parts.username
+        usable = known and parts.hostname is not None and HOST.fullmatch(parts.hostname)
         port = parts.port
     except ValueError:
         usable, port = False, None
@@ -90,6 +157,15 @@ def checked_address(server: str) -> str:
         remedies = ["server=http://127.0.0.1:8000", "server=auto, server=none"]
         raise UserError("server: must be auto, none, or an address like http://host:port.", remedies=remedies)
     return f"{parts.scheme}://{parts.netloc}" if port else f"{parts.scheme}://{parts.hostname}"
+
+
+def checked_token(token: str | None) -> str | None:
+    """`token`, or None if it is empty. Raises: UserError if it is no token; it is not repeated."""
+    if not token:
+        return None
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces.")
+    return token
 
 
 class Connection:
@@ -111,11 +187,19 @@ class Connection:
         """The JSON object at `path`."""
         return self._expect(200, *self.send("GET", path))
 
+    def health(self) -> Health:
+        """Which model answers."""
+        try:
+            return Health.model_validate(self.get("/health"))
+        except ValidationError as error:
+            raise Unavailable(NO_SCORER) from error
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What `path` makes of `body`. Raises: UserError if it refuses the input."""
+        """What `path` makes of `body`. Raises: RefusedError if it refuses the input."""
         status, answer = self.send("POST", path, body)
         if status in REFUSED_INPUT and isinstance(answer.get("error"), str):
-            raise UserError(answer["error"], remedies=[str(remedy) for remedy in answer.get("remedies", [])])
+            remedies = [str(remedy) for remedy in answer.get("remedies", [])]
+            raise RefusedError(status, answer["error"], remedies=remedies)
         return self._expect(200, status, answer)
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
@@ -134,7 +218,7 @@ class Connection:
             raise Unavailable(type(error).__name__) from error
         try:
             answer = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = {}
         return response.status, answer if isinstance(answer, dict) else {}
 
@@ -145,34 +229,38 @@ class Connection:
         if status == 401:
             raise Unavailable("it asks for a token (401)")
         if status != wanted or not answer:
-            raise Unavailable(f"it answered {status}, and not as a scorer does")
+            raise Unavailable(f"it answered {status}, and {NO_SCORER}")
         return answer
 
 
 def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
     body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
     answer = connection.post("/score", body)
-    for warning in answer["warnings"]:
-        tell(warning)
-    criteria = {key: Criterion(key, "", symptom) for key, symptom in answer["criteria"].items()}
-    return Reply(answer["answers"], criteria)
+    try:
+        answers, warnings = answer["answers"], answer["warnings"]
+        criteria = {key: Criterion(key, "", symptom) for key, symptom in answer["criteria"].items()}
+        complete = len(answers) == len(questions) and all(set(one) >= ANSWERED for each in answers for one in each)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unavailable(NO_SCORER) from error
+    if not complete or not all(answers):
+        raise Unavailable(NO_SCORER)
+    for warning in warnings:
+        tell(str(warning))
+    return Reply(answers, criteria)
 
 
-def _check_model(config: InferConfig, health: dict[str, Any]) -> None:
-    """Raises: UserError if the scorer's model is not the one asked for; `run=latest` takes whatever it has."""
-    model = health.get("model")
-    if not isinstance(model, dict):
-        raise Unavailable("what answers there is no scorer")
-    if config.run != LATEST and not _is_named(config, model):
+def _check_model(config: InferConfig, model: ServedModel) -> None:
+    """Raises: UserError if the scorer's model is not the one asked for; `run=latest fold=best` takes what it has."""
+    whatever = config.run == LATEST and config.fold in ("best", model.fold, model.fold_asked)
+    if not whatever and not _is_named(config, model):
         raise UserError(
-            f"server={config.server}: the scorer has run {model['named']}, fold {model['fold']}, "
+            f"server={config.server}: the scorer has run {model.named}, fold {model.fold}, "
             f"not run={config.run} fold={config.fold}.",
             remedies=["leave run and fold out, and take what it has", "compute in this process: server=none"],
         )
-    if config.infer.precision not in (AUTO, model["precision"]):
+    if config.infer.precision not in (AUTO, model.precision):
         raise UserError(
-            f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in "
-            f"{model['precision']}.",
+            f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
             remedies=["leave infer.precision out", "compute in this process: server=none"],
         )
     given = [key for key, value in (("criteria_dir", config.criteria_dir), ("tracking.uri", _store(config))) if value]
@@ -187,72 +275,84 @@ def _store(config: InferConfig) -> str | None:
     return None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
 
 
-def _is_named(config: InferConfig, model: dict[str, Any]) -> bool:
+def _is_named(config: InferConfig, model: ServedModel) -> bool:
     name = Path(config.run).name
-    if name in (model["named"], model["run"]):
-        return config.fold in (model["fold"], model["fold_asked"])
+    if name in (model.named, model.run):
+        return config.fold in (model.fold, model.fold_asked)
+    if config.run == LATEST:
+        return False
     # A checkpoint folder, or an MLflow id.
     return _same_files(choose(config.run, config.fold, Path(config.dir), _store(config)), model)
 
 
-def _same_files(chosen: Chosen, model: dict[str, Any]) -> bool:
-    return [str(folder) for folder in chosen.checkpoints] == model["checkpoints"]
+def _same_files(chosen: Chosen, model: ServedModel) -> bool:
+    return [str(folder) for folder in chosen.checkpoints] == model.checkpoints
 
 
 def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
     files = sorted(Path(config.dir).absolute().glob(PATTERN))
-    records = [(file, record) for file in files if (record := _read(file)) is not None]
-    if not records:
+    found = [(file, record) for file in files if (record := _read(file)) is not None]
+    if not found:
         return None
     chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
-    for file, record in records:
+    for file, record in found:
         if not _serves(record, chosen, config):
             continue
+        here = "computing in this process"
         try:
-            with Connection(record["url"], record["token"]) as connection:
+            with Connection(record.url, record.token) as connection:
                 # The port may be another program's by now, which is to get no post.
-                if connection.get("/health").get("instance") != record["instance"]:
+                if connection.health().instance != record.instance:
                     raise Unavailable("another program answers on its port")
                 return _ask(connection, config, questions, tell)
         except ConnectionRefusedError:
             file.unlink(missing_ok=True)
-            tell(f"the scorer at {record['url']} is gone: computing in this process")
+            tell(f"the scorer at {record.url} is gone: {here}")
         except Unavailable as error:
-            tell(f"the scorer at {record['url']} cannot answer ({error}): computing in this process")
+            tell(f"the scorer at {record.url} cannot answer ({error}): {here}")
+        except RefusedError as error:
+            if error.status not in TOO_LARGE:
+                raise
+            tell(f"the question is larger than the scorer at {record.url} takes: {here}")
     return None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> Announcement | None:
     """What `file` says of a scorer that may be alive; None if it is of no use, and a dead one's is removed."""
     try:
         status = file.stat()
         # Someone else's file could send posts anywhere.
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["host"] != socket.gethostname():
+        record = Announcement.model_validate_json(file.read_text(encoding="utf-8"))
+        checked_address(record.url)
+        if record.host != socket.gethostname():
             return None
-        os.kill(record["pid"], 0)
+        os.kill(record.pid, 0)
     except ProcessLookupError:
         file.unlink(missing_ok=True)
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, UserError):
         return None
-    return record if isinstance(record.get("model"), dict) else None
+    return record
 
 
-def _serves(record: dict[str, Any], chosen: Chosen, config: InferConfig) -> bool:
-    """Whether the scorer has the very model, criteria and store that `config` asks for."""
-    model = record["model"]
-    criteria_dir = config.criteria_dir and absolute_folder(config.criteria_dir)
-    unchanged = all((folder / MANIFEST).stat().st_mtime <= record["started"] for folder in chosen.checkpoints)
-    same_log = config.tracking.uri == NOT_TRACKED or (
-        config.tracking.uri in (None, record["tracking_uri"]) and config.tracking.experiment == record["experiment"]
+def _serves(record: Announcement, chosen: Chosen, config: InferConfig) -> bool:
+    """Whether the scorer would give the very answer that this process would: model, precision, criteria, store."""
+    model = record.model
+    try:
+        unchanged = stamps_of(chosen.checkpoints) == record.stamps
+    except OSError:
+        return False
+    asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
+    store = store_of(config.tracking.uri, chosen.tracking_uri)
+    same_log = store is None or (
+        mask_secrets(absolute_uri(store)) == record.tracking_uri and config.tracking.experiment == record.experiment
     )
     return (
         _same_files(chosen, model)
         and unchanged
-        and config.infer.precision in (AUTO, model["precision"])
-        and criteria_dir == model["criteria_dir"]
+        and asked == model.precision
+        and (config.criteria_dir and absolute_folder(config.criteria_dir)) == model.criteria_dir
         and same_log
     )

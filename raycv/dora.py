@@ -72,17 +72,21 @@ class FactoredDoraLinear(PeftLoraLinear):
         magnitude: Any = self.lora_magnitude_vector[adapter]
         return Parts(base.weight, base.bias, a.weight, b.weight, magnitude.weight)
 
-    @torch.no_grad()
     def row_norm(self, adapter: str) -> torch.Tensor:
-        """||W + s B A|| of each row, [out], float32 at least; kept until A, B or W change."""
+        """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change.
+
+        Changes that autograd does not see (`tensor.data.mul_`) are not seen here either.
+        """
         weight, _, a, b, _ = self.parts(adapter)
+        scaling = self.scaling[adapter]
         # In-place updates, as optimizers and load_state_dict make them, count up a tensor's version.
-        key = tuple((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b))
+        key = (scaling, *((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b)))
         norms = self.__dict__.setdefault("_row_norms", {})
         cached = norms.get(adapter)
         if cached is None or cached[0] != key:
-            with without_autocast(weight.device):
-                cached = (key, factored_norm(weight, self._square_norm(weight), a, b, self.scaling[adapter]))
+            # Not an inference tensor, whoever asks first: training may use it later.
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+                cached = (key, factored_norm(weight, self._square_norm(weight), a, b, scaling))
             norms[adapter] = cached
         return cached[1]
 

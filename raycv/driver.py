@@ -79,6 +79,7 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     prepared = _prepare(config, dataset, splits, console)
     if earlier:
         earlier.check_base(prepared.base_facts)
+    say(console, "Starting Ray ...")
     with cv.ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)

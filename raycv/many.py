@@ -65,7 +65,7 @@ def check_asked(config: InferConfig) -> None:
     if given:
         what = f"input and {given[0]} are both given: many pairs, or one?"
         raise UserError(what, remedies=[f"leave {given[0]} out", "leave input out"])
-    check_output(Path(config.output))
+    check_output(Path(config.output), Path(str(config.input)))
 
 
 def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Criterion], engine: Engine) -> Progress:
@@ -187,13 +187,15 @@ class ProgressView:
             say(self._console, f"{self._place} {bad.line}: {bad.reason}")
         self._shown += len(chunk.bad)
         left = self._left(chunk.position)
-        pairs = f"{progress.pairs:,} pairs" + (f", {counted(progress.bad, 'bad row')}" if progress.bad else "")
+        if self._shown > FIRST_BAD >= self._shown - len(chunk.bad):
+            say(self._console, "further bad rows are in the file of errors alone")
+        pairs = f"{progress.pairs:,} pairs scored" + (f", {counted(progress.bad, 'bad row')}" if progress.bad else "")
         self._bar.update(self._task, completed=chunk.position, description=pairs, left=left)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= PLAIN_SECONDS:
             self._printed = now
             share = chunk.position / self._total
-            say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs} scored" + (left and f", {left}"))
+            say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs}" + (left and f", {left}"))
 
     def _left(self, position: int) -> str:
         """At the pace since the first chunk, before which the model is loaded."""

@@ -253,7 +253,8 @@ class ParquetFile(PairFile):
         return int(self._opened().metadata.num_rows)
 
     def columns(self) -> tuple[str, ...]:
-        return tuple(self._names)
+        # With repetitions, which are refused.
+        return tuple(name.strip().casefold() for name in self._opened().schema_arrow.names)
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
         names = [self._names[name] for name in wanted]

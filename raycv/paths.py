@@ -13,6 +13,7 @@ from typing import Any
 
 from raycv.errors import UserError
 
+SQLITE = "sqlite:///"
 BUNDLED_SCHEME = "raycv://"
 DEFAULT_CRITERIA = "data/dsm5"
 """The default criteria ship with raycv: where the working directory has no such folder, those are meant."""
@@ -175,3 +176,21 @@ class FoldFolder:
         """Why the fold failed, if it did."""
         self.state = root / "state"
         """What training goes on from after an interruption; gone when the fold is finished."""
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
+    if uri.startswith(SQLITE):
+        path = str(Path(uri.removeprefix(SQLITE)).absolute())
+        if set(path) & set("?#%"):
+            raise UserError(
+                f"tracking.uri={uri}: the database would be {path}, and a database URI cannot hold ?, # or %.",
+                remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
+            )
+        return SQLITE + path
+    if "://" not in uri:
+        raise UserError(
+            f"tracking.uri={uri}: MLflow needs a database or a server, a plain folder is no longer supported.",
+            remedies=["tracking.uri=sqlite:///mlflow.db", "tracking.uri=http://host:5000"],
+        )
+    return uri

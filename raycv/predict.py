@@ -72,8 +72,13 @@ class Predictor:
 
     @property
     def computed_in(self) -> str:
-        """fp32 or bf16."""
+        """fp32, bf16 or int8."""
         return self.precision
+
+    @property
+    def precision_of_auto(self) -> str:
+        """What it would compute in if `auto` were asked."""
+        return choose_precision("auto", self.info.precision, self.device)
 
     def check_criterion(self, criterion: str) -> None:
         """Raises: UserError if `criterion` leaves no room for a post in the prompt."""

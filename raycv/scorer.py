@@ -155,6 +155,7 @@ class Scorer:
             "fold_asked": self._setup.config.fold,
             "checkpoints": [str(folder) for folder in chosen.checkpoints],
             "precision": self._answerer.predictor.computed_in,
+            "precision_of_auto": self._answerer.predictor.precision_of_auto,
             "criteria_dir": self._setup.criteria_dir,
         }
 

@@ -200,13 +200,30 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
-def check_output(output: Path) -> None:
-    """Raises: UserError if `output` is there already, or its ending tells no format."""
+BESIDE = ("errors.csv", "state.json", "part", "parts", "lock")
+"""Endings of the files beside an output that are written and taken away."""
+
+
+def check_output(output: Path, source: Path | None = None) -> None:
+    """Raises: UserError if `output` is there already, its ending tells no format, or writing it would hurt `source`."""
+    taken = [output, *(_beside(output, ending) for ending in BESIDE)]
+    if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
+        raise UserError(
+            f"output={output}: writing it would overwrite the input {source}.",
+            remedies=["name another file: output=<file>"],
+        )
     if output.suffix.casefold() not in FORMATS:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     if output.exists() or output.is_symlink():
         raise UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _beside(output: Path, ending: str) -> Path:

@@ -9,15 +9,20 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raycv.cli import run_command
-from raycv.client import TOKEN_VARIABLE, Connection, Unavailable, discovery_file
+from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
 from raycv.errors import UserError
 from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.loaded import read_criteria
-from raycv.paths import absolute_folder, write_json
+from raycv.paths import absolute_folder, absolute_uri, write_json
+from raycv.retry import mask_secrets
 from raycv.runs import choose
+
+if TYPE_CHECKING:
+    from raycv.scorer import Setup
 
 HEALTH_ATTEMPTS = 20
 
@@ -35,16 +40,16 @@ def run_server(config: ServeConfig) -> None:
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
     # Here: what the user mistyped is told before Ray is imported.
     from raycv.scorer import Setup, running
-    from raycv.tracking import absolute_uri
 
     store = store_of(config.tracking.uri, chosen.tracking_uri)
     setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8))
+    stamps = stamps_of(chosen.checkpoints)
     file = discovery_file(Path(config.dir), limits.port)
     say(f"loading run {chosen.run}, fold {chosen.fold}")
     try:
         with running(setup):
             try:
-                announce(setup_record(limits, setup.instance, setup.store, config.tracking.experiment), file)
+                announce(announcement(setup, stamps), file)
                 threading.Event().wait()
             finally:
                 # A second Ctrl-C would leave Ray's processes behind.
@@ -58,7 +63,7 @@ def run_server(config: ServeConfig) -> None:
 
 def listening(config: ServerConfig, token: str | None) -> ServerConfig:
     """`config` with its port and token settled. Raises: UserError if the port is taken, or open without a token."""
-    token = config.token or token or None
+    token = checked_token(config.token or token)
     if token is None and not is_loopback(config.host):
         raise UserError(
             f"serve.host={config.host}: others could reach it, and there is no token.",
@@ -67,8 +72,6 @@ def listening(config: ServerConfig, token: str | None) -> ServerConfig:
                 "listen on this machine alone: serve.host=127.0.0.1",
             ],
         )
-    if token is not None and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces.")
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -91,42 +94,41 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def setup_record(config: ServerConfig, instance: str, store: str | None, experiment: str) -> dict[str, object]:
+def announcement(setup: "Setup", stamps: list[list[int]]) -> Announcement:
     """What a client must know of the scorer, which is asked for its model. Raises: UserError if it does not answer."""
+    config = setup.config.serve
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
-    started = time.time()
     for _ in range(HEALTH_ATTEMPTS):
         try:
             with Connection(url, config.token) as connection:
-                health = connection.get("/health")
+                health = connection.health()
             break
         except (Unavailable, ConnectionRefusedError):
             time.sleep(0.5)
     else:
         raise UserError(f"The scorer started, but does not answer at {url}.", remedies=["see that the port is free"])
-    if health["instance"] != instance:
+    if health.instance != setup.instance:
         raise UserError(f"Another scorer answers at {url}.", remedies=["take another port: serve.port=0"])
-    return {
-        "url": url,
-        "token": config.token,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": started,
-        "instance": instance,
-        "tracking_uri": store,
-        "experiment": experiment,
-        "model": health["model"],
-    }
+    return Announcement(
+        url=url,
+        token=config.token,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        instance=setup.instance,
+        stamps=stamps,
+        tracking_uri=setup.store and mask_secrets(setup.store),
+        experiment=setup.config.tracking.experiment,
+        model=health.model,
+    )
 
 
-def announce(record: dict[str, object], file: Path) -> None:
+def announce(record: Announcement, file: Path) -> None:
     """Writes the discovery file, for its owner's eyes, and says where the scorer is."""
-    write_json(file, record, private=True)
-    model = record["model"]
-    assert isinstance(model, dict)
-    say(f"run {model['named']}, fold {model['fold']}, {model['base']}, {model['precision']}")
-    say(f"listening on {record['url']}  (POST /score, GET /health; the page: {record['url']}/docs)")
+    write_json(file, record.model_dump(), private=True)
+    model = record.model
+    say(f"run {model.named}, fold {model.fold}, {model.base}, {model.precision}")
+    say(f"listening on {record.url}  (POST /score, GET /health; the page: {record.url}/docs)")
     say("raycv.infer finds it by itself; Ctrl-C stops it")
 
 

@@ -36,7 +36,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from raycv.config import TrackingConfig
 from raycv.errors import UserError
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
-from raycv.paths import FoldFolder, RunFolder
+from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri
 from raycv.records import FoldResult
 from raycv.retry import call_with_retries, is_passing, mask_secrets
 
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SQLITE = "sqlite:///"
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
 RUN_TAG = "raycv.run"
@@ -365,24 +364,6 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
         for section, values in sections.items()
         for key, value in values.items()
     }
-
-
-def absolute_uri(uri: str) -> str:
-    """`uri` as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
-    if uri.startswith(SQLITE):
-        path = str(Path(uri.removeprefix(SQLITE)).absolute())
-        if set(path) & set("?#%"):
-            raise UserError(
-                f"tracking.uri={uri}: the database would be {path}, and a database URI cannot hold ?, # or %.",
-                remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
-            )
-        return SQLITE + path
-    if "://" not in uri:
-        raise UserError(
-            f"tracking.uri={uri}: MLflow needs a database or a server, a plain folder is no longer supported.",
-            remedies=["tracking.uri=sqlite:///mlflow.db", "tracking.uri=http://host:5000"],
-        )
-    return uri
 
 
 def _may_pass(error: Exception) -> bool:

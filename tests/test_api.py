@@ -6,8 +6,9 @@ import logging
 import re
 
 import pytest
+from starlette.exceptions import HTTPException
 
-from raycv.api import Overloaded, TooManyPairsError, build_api
+from raycv.api import Gate, Overloaded, TooManyPairsError, build_api
 from raycv.config import ServerConfig
 from raycv.errors import UserError
 
@@ -140,6 +141,23 @@ def test_without_the_token_there_is_only_the_page():
     assert call(app, "POST", "/score", {"post": "w0"}, right)[0] == 200
     assert call(app, "GET", "/docs")[0] == 200
     assert call(app, "POST", "/static/../score", {"post": "w0"})[0] in (404, 405)
+
+
+def test_a_body_that_does_not_come_is_given_up():
+    sent = []
+
+    async def app(scope, receive, send):
+        await receive()
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    gate = Gate(app, None, 1000, body_seconds=0.05)
+    with pytest.raises(HTTPException, match="did not come within"):
+        asyncio.run(gate({"type": "http", "headers": [], "path": "/score"}, receive, send))
 
 
 def test_the_page_needs_no_web():

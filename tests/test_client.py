@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import pytest
 from raycv.answers import Question
 from raycv.checkpoint import MANIFEST
 from raycv.cli import compose
-from raycv.client import ask, checked_address, discovery_file
+from raycv.client import ask, checked_address, checked_token, discovery_file, stamps_of
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
-from raycv.paths import write_json
+from raycv.paths import absolute_uri, write_json
+from raycv.runs import LOCAL_URI
 
 QUESTION = Question("I lie awake", "A.4")
 ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "model": {}, "truncated": False}
@@ -31,6 +31,7 @@ class FakeScorer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.status, self.instance, self.asked = model, 200, "one", []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((body, self.headers.get("Authorization")))
         refused = {"error": "no such criterion", "remedies": ["choose one"]}
-        answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
+        answer = self.server.answer
         self.reply(self.server.status, answer if self.server.status == 200 else refused)
 
     def reply(self, status, value):
@@ -66,8 +67,10 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def scorer(checkpoint, tmp_path):
-    model = {"run": "some", "named": "some", "fold": 0, "fold_asked": "best", "precision": "fp32"}
+    model = {"run": "some", "named": "some", "fold": 0, "fold_asked": "best", "base": "base"}
+    model |= {"precision": "fp32", "precision_of_auto": "fp32"}
     server = FakeScorer({**model, "checkpoints": [str(checkpoint)], "criteria_dir": None})
+    server.checkpoint = checkpoint
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -76,9 +79,10 @@ def scorer(checkpoint, tmp_path):
 
 def announce(scorer, runs: Path, **changes) -> Path:
     record = {"url": scorer.url, "token": "secret", "pid": os.getpid(), "host": socket.gethostname()}
-    record |= {"started": time.time() + 1, "instance": "one", "tracking_uri": None, "experiment": "raycv-inference"}
+    record |= {"instance": "one", "tracking_uri": absolute_uri(LOCAL_URI), "experiment": "raycv-inference"}
     file = discovery_file(runs, scorer.server_address[1])
-    write_json(file, {**record, "model": scorer.model, **changes}, private=True)
+    record |= {"stamps": stamps_of([scorer.checkpoint]), "model": scorer.model}
+    write_json(file, {**record, **changes}, private=True)
     return file
 
 
@@ -106,13 +110,16 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({}, {"criteria_dir": "elsewhere"}),
         ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}),
         ({"host": "another-machine"}, {}),
-        ({"started": 0.0}, {}),
+        ({"stamps": [[1, 2, 3]]}, {}),
         ({"instance": "two"}, {}),
-        ({"model": {"checkpoints": ["/other"], "precision": "fp32", "criteria_dir": None}}, {}),
+        ({"tracking_uri": None}, {}),
+        ({"model": {"checkpoints": ["/other"]}}, {}),
+        # Whoever asks for nothing special gets what this process would compute in.
+        ({"model": {"precision": "int8"}}, {}),
     ],
 )
 def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked):
-    file = announce(scorer, tmp_path, **announced)
+    file = announce(scorer, tmp_path, **announced | {"model": scorer.model | announced.get("model", {})})
     assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], lambda text: None) is None
     assert scorer.asked == []
     assert file.exists()
@@ -123,9 +130,45 @@ def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, c
     file.chmod(0o644)
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
     file.chmod(0o600)
-    file.write_text("[]")
-    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    whole = json.loads(file.read_text())
+    for damaged in ([], {**whole, "pid": 10**23}, {**whole, "url": "http://exa mple:80"}, {"pid": os.getpid()}):
+        file.write_text(json.dumps(damaged))
+        assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
     assert scorer.asked == []
+
+
+def test_files_copied_over_the_checkpoints_are_noticed(scorer, checkpoint, tmp_path):
+    """Whatever time a copy gives them."""
+    manifest = checkpoint / MANIFEST
+    announce(scorer, tmp_path)
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is not None
+    before = manifest.stat()
+    manifest.write_text(manifest.read_text().replace("0.5", "0.4"))
+    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+
+
+def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    for scorer.status in (413, 422):
+        told = []
+        assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+        assert "larger than the scorer" in told[0]
+        with pytest.raises(UserError, match="no such criterion"):
+            ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], told.append)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"ok": 1}, *({"answers": answers, "warnings": [], "criteria": {}} for answers in ([[]], [[{}]], 5))],
+)
+def test_a_program_that_is_no_scorer_is_told_from_one(scorer, checkpoint, tmp_path, answer):
+    scorer.answer = answer
+    with pytest.raises(UserError, match="not as a scorer does"):
+        ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
+    scorer.model = {}
+    with pytest.raises(UserError, match="not as a scorer does"):
+        ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
 
 
 def test_a_dead_scorers_file_is_removed(scorer, checkpoint, tmp_path):
@@ -169,15 +212,24 @@ def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monk
     assert scorer.asked[0][1] == "Bearer from-the-environment"
     assert ask(config("some", tmp_path, server=scorer.url), [QUESTION], lambda text: None)
     assert ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
-    for asked in ({"fold": 3}, {"criteria_dir": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
+    for run in ("latest", "some"):
+        with pytest.raises(UserError, match="not run="):
+            ask(config(run, tmp_path, server=scorer.url, fold=3), [QUESTION], lambda text: None)
+    for asked in ({"criteria_dir": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
         with pytest.raises(UserError, match="scorer"):
             ask(config("some", tmp_path, server=scorer.url, **asked), [QUESTION], lambda text: None)
     assert len(scorer.asked) == 3
 
 
+def test_a_token_is_never_repeated():
+    with pytest.raises(UserError) as caught:
+        checked_token("sixteen-and-more\nX: y")
+    assert "sixteen" not in str(caught.value)
+
+
 def test_addresses():
     assert checked_address("http://host:80/x?y") == "http://host:80"
-    for wrong in ("host", "ftp://host", "http://", "http://user:pw@host", "http://host:x"):
+    for wrong in ("host", "ftp://host", "http://", "http://user:pw@host", "http://host:x", "http://exa mple:80"):
         with pytest.raises(UserError, match="server:"):
             checked_address(wrong)
     with socket.create_server(("127.0.0.1", 0)) as closed:

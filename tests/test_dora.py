@@ -166,6 +166,17 @@ def test_the_cached_norm_follows_every_kind_of_change():
     with torch.no_grad():
         layer.get_base_layer().weight.add_(0.01)
     same()
+    for model in (theirs, ours):
+        model.base_model.model.proj.scale_layer(0.5)
+    same()
+
+
+def test_training_may_follow_inference():
+    theirs, ours = pair(16, 12)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        ours(x)
+    assert outputs_and_gradients(ours, x)[1].keys() == outputs_and_gradients(theirs, x)[1].keys()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -286,6 +286,28 @@ def test_what_cannot_be_used_is_refused(checkpoint, tmp_path, monkeypatch, conte
     assert {path.name for path in Path().iterdir()} <= {"in.csv", "out.csv.errors.csv"}
 
 
+def test_an_input_is_never_overwritten(checkpoint, tmp_path):
+    for name in ("out.csv", "out.csv.errors.csv", "out.csv.state.json"):
+        source = tmp_path / name
+        source.write_text("post\nprecious\n")
+        with pytest.raises(UserError, match="would overwrite the input"):
+            score(checkpoint, source, tmp_path / "out.csv")
+        assert source.read_text() == "post\nprecious\n"
+        source.unlink()
+    (tmp_path / "in.csv").write_text("post\nprecious\n")
+    (tmp_path / "out.csv.errors.csv").symlink_to("in.csv")
+    with pytest.raises(UserError, match="would overwrite the input"):
+        score(checkpoint, tmp_path / "in.csv", tmp_path / "out.csv")
+
+
+def test_a_parquet_column_that_occurs_twice_is_refused(checkpoint, tmp_path):
+    for names in (["post", "post"], ["Post", "post"]):
+        path = tmp_path / "in.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=names), path)
+        with pytest.raises(UserError, match="occurs 2 times"):
+            score(checkpoint, path, tmp_path / "out.csv")
+
+
 # --- Continuing ------------------------------------------------------------------------------------------------------
 
 CRITERIA = {f"C{index}": Criterion(f"C{index}", WORDS[index]) for index in range(3)}
