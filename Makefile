@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 LOCK := requirements.lock
 AUDIT := .venv/.audit
 
-.PHONY: install quickstart test test-slow check format lock audit licenses
+.PHONY: install quickstart test test-slow test-faults check format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -25,7 +25,11 @@ test: install
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not faults"
+
+# The fault matrix of the README: processes killed, disks filled, servers stopped.
+test-faults: install
+	$(BIN)/python -m pytest -m faults
 
 check: install
 	$(BIN)/ruff format --check .

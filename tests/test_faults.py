@@ -13,7 +13,7 @@ from test_resume import amid_an_epoch, assert_like_unbroken, resume, started, wa
 
 from raycv.paths import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 
 WORKER, CONTROLLER, TRIAL = "RayTrainWorker", "TrainController", "ImplicitFunc"
 """What Ray calls the processes of a fold: one that trains, Ray Train's controller of it, and the Tune trial."""

@@ -329,6 +329,7 @@ def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tmp_path, mounted):
     disk = mounted("disk")
@@ -435,6 +436,7 @@ def check_all_is_logged(url, run):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_server_that_goes_away_and_comes_back(tmp_path):
     """Training goes on meanwhile; the epochs that were missed are logged while it still runs."""
@@ -468,6 +470,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_two_runs_at_once_in_one_folder_and_a_server_that_stays_away(tmp_path):
     """Of two commands for one name, and a third that would resume it, one trains; MLflow gets it by the printed one."""
@@ -550,6 +553,7 @@ def drawn(train_pairs, labels):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_loss_that_is_no_number_ends_its_fold_alone(tmp_path):
     overrides, fold = poisoned_task(tmp_path / "task")
@@ -645,6 +649,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here for a clock that can be set")
 def test_a_clock_that_is_set_back_during_a_run(tmp_path):
@@ -717,6 +722,7 @@ def test_a_base_model_that_has_no_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.parametrize("home", ["read-only", "missing", "unset"])
 def test_a_read_only_working_directory_no_home_and_a_collapsed_classifier(tmp_path, mounted, home):
