@@ -84,8 +84,10 @@ class Served:
         with self.log.open("w") as log:
             # A session of its own: what is left of it can be counted.
             self.process = subprocess.Popen(
-                command, cwd=home, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+                command, cwd=home, env=self.environment, stdout=log, stderr=log, start_new_session=True,
+                # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
         self.url = self._wait()
 
     def _wait(self) -> str:
