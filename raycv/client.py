@@ -1,6 +1,6 @@
 """The way of `raycv.infer` to a resident scorer (raycv.serve): finds one that has the model asked for, and asks it.
 
-Standard library only, no proxies: a client starts in a fraction of what a model takes to load.
+Imports nothing heavy, knows no proxies: a client starts in a fraction of what a model takes to load.
 """
 
 import json

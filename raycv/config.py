@@ -275,6 +275,24 @@ class InferTrackingConfig(Section):
     experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")
 
 
+# Which model answers, for raycv.infer and raycv.serve alike.
+AnsweringRun = Annotated[
+    NonEmpty,
+    Field(
+        description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
+    ),
+]
+AnsweringFold = Annotated[
+    Literal["best", "ensemble"] | Annotated[int, Field(ge=0)],
+    Field(
+        description="best: by validation F1; a number; ensemble: the mean of all folds' probabilities and thresholds"
+    ),
+]
+OtherCriteria = Annotated[
+    NonEmpty | None, Field(description="folder with the criteria; null: where training read them")
+]
+
+
 class InferConfig(Section):
     """The config of `python -m raycv.infer`."""
 
@@ -294,14 +312,10 @@ class InferConfig(Section):
     engine: Literal["local", "ray"] = Field(
         description="who scores input: this process, or Ray Data over a cluster; the same scores"
     )
-    run: NonEmpty = Field(
-        description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
-    )
-    fold: Literal["best", "ensemble"] | Annotated[int, Field(ge=0)] = Field(
-        description="best: by validation F1; a number; ensemble: the mean of all folds' probabilities and thresholds"
-    )
+    run: AnsweringRun
+    fold: AnsweringFold
     dir: NonEmpty = Field(description="folder that holds the runs")
-    criteria_dir: NonEmpty | None = Field(description="folder with the criteria; null: where training read them")
+    criteria_dir: OtherCriteria
     server: NonEmpty = Field(
         description="who computes: auto: a running raycv.serve of this model, else this process; none: this process; "
         "or the scorer's address, http://host:port (its token: RAYCV_TOKEN)"
@@ -343,14 +357,10 @@ class ServerConfig(Section):
 class ServeConfig(Section):
     """The config of `python -m raycv.serve`."""
 
-    run: NonEmpty = Field(
-        description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
-    )
-    fold: Literal["best", "ensemble"] | Annotated[int, Field(ge=0)] = Field(
-        description="best: by validation F1; a number; ensemble: the mean of all folds' probabilities and thresholds"
-    )
+    run: AnsweringRun
+    fold: AnsweringFold
     dir: NonEmpty = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
-    criteria_dir: NonEmpty | None = Field(description="folder with the criteria; null: where training read them")
+    criteria_dir: OtherCriteria
     infer: InferenceConfig
     tracking: InferTrackingConfig
     serve: ServerConfig

@@ -70,10 +70,10 @@ class Kind(Enum):
 def named(value: str) -> str:
     """An id, label or column name as a message may hold it; anything that could be prose is shown by its length only.
 
-    Fields shift when a comma is not quoted, so any field may hold a post's text: only a single ASCII word is shown.
-    (Three characters of Chinese are a sentence.)
+    Fields shift when a comma is not quoted, so any field may hold a post's text: only a single ASCII word is shown,
+    and none with a quote or comma, which end a text that was cut. (Three characters of Chinese are a sentence.)
     """
-    if re.fullmatch(r"[!-~]{1,40}|\S?", value):
+    if re.fullmatch(r"""[!-~]{1,40}(?<!["',])|\S?""", value):
         return shown(value)
     return f"a value of {len(value)} character{'s' if len(value) != 1 else ''}"
 

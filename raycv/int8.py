@@ -4,6 +4,7 @@ On torch's own `torch._int_mm`, the operator that torchao's int8 stands on too. 
 on CPUs without AMX torchao sums the weights anew in every call, and torch.ao.quantization is about to be removed.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from raycv.errors import UserError
 
 LEVELS = 127
 """Largest magnitude of a code. -128 is left out, so that scales are symmetric."""
+BLOCK = 2**19
+"""Numbers of a layer's input or output that are converted at a time."""
 
 
 class Int8Linear(nn.Module):
@@ -37,19 +40,29 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x`: [..., in]; returns [..., out] in the type of `x`."""
         rows = x.reshape(-1, x.shape[-1])
-        scale = _scale(rows)
-        codes = torch.mul(rows, scale.reciprocal()).round_().to(torch.int8)
-        out = torch.mul(torch._int_mm(codes, self.codes.t()), self.scale).mul_(scale)
-        if self.bias is not None:
-            out += self.bias
-        return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+        codes = rows.new_empty(rows.shape, dtype=torch.int8)
+        scale = rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for part, codes_of, scale_of in _blocks(rows, codes, scale):
+            scale_of.copy_(_scale(part))
+            codes_of.copy_(part.to(torch.float32, copy=True).mul_(scale_of.reciprocal()).round_())
+        sums = torch._int_mm(codes, self.codes.t())
+        out = rows.new_empty(sums.shape)
+        for part, out_of, scale_of in _blocks(sums, out, scale):
+            product = part.float().mul_(self.scale).mul_(scale_of)
+            out_of.copy_(product if self.bias is None else product.add_(self.bias))
+        return out.reshape(*x.shape[:-1], -1)
+
+
+def _blocks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """`rows` and `others`, all [n, ...], a few rows at a time: what is computed of a block stays in the cache."""
+    size = max(1, BLOCK // rows.shape[1])
+    return zip(*(each.split(size) for each in (rows, *others)), strict=True)
 
 
 def _scale(rows: torch.Tensor) -> torch.Tensor:
     """float32 [n, 1]: what a code of 1 stands for in each row of `rows` [n, m]."""
-    largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True)).float()
     # A row of zeros has codes of zero, whatever its scale.
-    return largest.clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
+    return rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
 
 
 def check_int8(device: torch.device, folds: int) -> None:
@@ -84,14 +97,14 @@ def to_int8(model: Any) -> Any:
     `model` is used up. Raises: UserError if it has no linear layer outside the head.
     """
     base = model.get_base_model()
-    for name, layer in list(base.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.get_base_layer().float()
-            layer.merge(safe_merge=True)
-            base.set_submodule(name, layer.get_base_layer())
-            _round(base, name)
+    for name in _names(base, BaseTunerLayer):
+        layer: Any = base.get_submodule(name)
+        layer.get_base_layer().float()
+        layer.merge(safe_merge=True)
+        base.set_submodule(name, layer.get_base_layer())
+        _round(base, name)
     classifier = model.unload()  # the trained head comes out of PEFT's wrapper
-    for name, _ in list(classifier.named_modules()):
+    for name in _names(classifier, nn.Linear):
         _round(classifier, name)
     if not any(isinstance(module, Int8Linear) for module in classifier.modules()):
         raise UserError(
@@ -99,6 +112,11 @@ def to_int8(model: Any) -> Any:
             remedies=["infer.precision=auto"],
         )
     return classifier.eval()
+
+
+def _names(classifier: nn.Module, kind: type) -> list[str]:
+    """The names of the modules of `kind`: a list of the modules would keep all that are replaced in memory."""
+    return [name for name, module in classifier.named_modules() if isinstance(module, kind)]
 
 
 def _round(classifier: nn.Module, name: str) -> None:

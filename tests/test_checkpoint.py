@@ -9,7 +9,7 @@ from peft import PeftModel
 from toy import Recorder, Toy, toy_base, train_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from raycv.checkpoint import CheckpointInfo, load_adapter, read_info, save_checkpoint
+from raycv.checkpoint import load_adapter, read_info, save_checkpoint
 from raycv.errors import UserError
 from raycv.loading import load_classifier
 from raycv.train import FoldTrainer
@@ -25,19 +25,7 @@ def saved(tmp_path_factory):
     model = toy.model(dropout=0.1)
     loop = FoldTrainer(model, toy.encoded, train_config(epochs=1), "fp32", Recorder())
     scores = loop.fit(TRAIN, VAL).val_scores
-    info = CheckpointInfo(
-        base_model=toy.base.name,
-        base_revision=None,
-        rules=toy.encoder.rules,
-        threshold=0.37,
-        criteria={"C0": "SLEEP_ISSUES", "C1": None},
-        criteria_hash="abc",
-        criteria_dir="/criteria",
-        run="some-run",
-        fold=3,
-        epoch=1,
-        precision="fp32",
-    )
+    info = toy.info(threshold=0.37, criteria={"C0": "SLEEP_ISSUES", "C1": None}, fold=3)
     save_checkpoint(folder / "checkpoint", model, toy.tokenizer, info)
     return toy, scores, folder / "checkpoint", info
 

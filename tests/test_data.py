@@ -1015,7 +1015,7 @@ def test_no_text_in_statistics_and_warnings(tmp_path: Path) -> None:
         assert not any(word in told for word in (*CANARY.split(), "Grey", "number 1"))
 
 
-@pytest.mark.parametrize("text", ["I cannot go on", "我不想活了", "لا أستطيع", "so\nsad", "sad " * 400])
+@pytest.mark.parametrize("text", ["I cannot go on", "我不想活了", "لا أستطيع", "so\nsad", "sad " * 400, 'sad"', "sad,"])
 def test_texts_in_the_wrong_columns_are_not_shown(tmp_path: Path, text: str) -> None:
     """Ids, labels, symptoms and headers that are texts: what a shifted or headerless file gives."""
     files = specification()

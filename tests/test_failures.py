@@ -6,13 +6,11 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from test_run import ROOT, raycv, users_environment
+from commands import ROOT, background, raycv, statuses, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -114,34 +112,13 @@ def test_artifacts_that_cannot_be_written_leave_no_run_behind(tmp_path):
     assert statuses(tmp_path) == {}
 
 
-def statuses(folder):
-    """Status by run name in the MLflow database of `folder`."""
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
-        return dict(connection.execute("SELECT name, status FROM runs").fetchall())
-
-
 @contextlib.contextmanager
 def running(folder, *overrides):
-    """A quickstart run of two folds in `folder`, its first epochs done; yields its process. Output: `out`."""
-    command = [sys.executable, "-m", "raycv.run", "experiment=quickstart", "cv.folds=2", "run.name=mine", *overrides]
-    with (folder / "out").open("w") as out:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=users_environment(),
-            stdout=out,
-            stderr=out,
-            # A process that a script starts in the background ignores SIGINT; a user's does not.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    try:
-        while "epoch 1/" not in (folder / "out").read_text():
-            assert process.poll() is None, (folder / "out").read_text()
-            time.sleep(0.5)
+    """A quickstart run of two folds in `folder`, its first epoch done; yields its process. Output: `out`."""
+    run = background(folder, "experiment=quickstart", "cv.folds=2", "run.name=mine", *overrides)
+    with run as process:
+        wait_until(lambda: "epoch 1/" in (folder / "out").read_text(), process, folder / "out")
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.slow

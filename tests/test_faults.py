@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from test_failures import statuses
+from commands import statuses
 from test_resume import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
 
 from raycv.paths import RunFolder

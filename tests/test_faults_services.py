@@ -24,15 +24,13 @@ import pandas as pd
 import pytest
 import torch
 from builders import tiny_llama, wordlevel_tokenizer
+from commands import background, raycv, statuses, users_environment, wait_until
 from hub_server import HubServer
 from mlflow import MlflowClient
 from test_base import NAME, REPO
-from test_failures import statuses
-from test_run import raycv, users_environment
 from test_tracking import config, finished_run, free_port, kill, serving
 from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
-from raycv.checkpoint import CheckpointInfo
 from raycv.errors import UserError
 from raycv.fold import _save_checkpoint
 from raycv.metrics import METRICS, binary_metrics, is_collapsed
@@ -85,32 +83,6 @@ def learnable(posts=24):
 
 def unchanged(model, tokenizer):
     """The base as it is made."""
-
-
-@contextlib.contextmanager
-def background(folder, *overrides, prefix=(), out="out", **environment):
-    """`raycv.run` in a process group of its own; yields its process. What it says goes to `folder / out`."""
-    with (folder / out).open("w") as said:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "raycv.run", *overrides],
-            **{"cwd": folder, "env": users_environment(**environment), "stdout": said, "stderr": said},
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until(happened, process, log, seconds=300):
-    """Waits for `happened()` while `process` runs."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
@@ -181,6 +153,7 @@ def activations_of(loop, pairs):
     return measured() / BACKWARD_FACTOR
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_step_by_step(tmp_path):
     """The kernel refuses memory in steps 2, 3 and 4: 8 -> 4 -> 2 -> 1, each step replayed over the same pairs."""
     code = "import sys; from pathlib import Path; from test_faults_services import as_starved;"
@@ -286,11 +259,8 @@ def as_writer(folder, base):
     refused = {}
 
     def write(epoch):
-        info = CheckpointInfo(
-            "base", None, toy.encoder.rules, 0.5, {"C0": None}, "hash", "data", "mine", 0, epoch, "fp32"
-        )
         yield "state", lambda: StateFolder(files.state).save(TrainState(epoch, 0, {}, tensors))
-        yield "checkpoint", lambda: _save_checkpoint(files, model, toy.tokenizer, info)
+        yield "checkpoint", lambda: _save_checkpoint(files, model, toy.tokenizer, toy.info(epoch=epoch))
         yield "report", lambda: write_json(folder / "report.json", {"epoch": epoch, "long": "x" * 50_000})
 
     for _, one in write(1):
@@ -305,6 +275,7 @@ def as_writer(folder, base):
     print(json.dumps(refused))  # noqa: T201
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
     """A training state, a checkpoint and a report on a file system without room."""
     disk = mounted("disk", size="8m")
@@ -387,6 +358,7 @@ def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted, monkeypat
 # --- MLflow ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_at_the_start_is_tried_three_times(tmp_path):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)
     started = time.monotonic()
@@ -691,6 +663,7 @@ def elsewhere(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mounted):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)
     cwd = mounted("cwd", then='mount -o remount,ro "$0"')

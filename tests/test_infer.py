@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv.answers import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
-from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.checkpoint import save_checkpoint
 from raycv.cli import run_command
 from raycv.config import InferConfig
-from raycv.data import criteria_hash
 from raycv.errors import UserError
 from raycv.infer import read_question
 from raycv.inference_log import text_facts
@@ -36,27 +35,12 @@ CANARY = "w3 w5 zebra-canary"
 def make_run(folder: Path, name: str = "toy", folds: int = 2) -> Path:
     """A finished run of toy folds, as the driver leaves it, with MLflow in `folder`."""
     toy = Toy(toy_base(folder))
-    write_text(
-        folder / "criteria" / "criteria.csv",
-        "criterion_id,criterion\n" + "".join(f"{c.criterion_id},{c.text}\n" for c in toy.dataset.criteria.values()),
-    )
+    criteria = toy.write_criteria(folder)
     run = RunFolder(folder / "runs" / name)
     for fold in range(folds):
         model = toy.model(seed=fold, dropout=0.1)
         outcome = FoldTrainer(model, toy.encoded, train_config(epochs=1, seed=fold), "fp32", Recorder()).fit(TRAIN, VAL)
-        info = CheckpointInfo(
-            base_model=toy.base.name,
-            base_revision=None,
-            rules=toy.encoder.rules,
-            threshold=0.4 + 0.1 * fold,
-            criteria=dict.fromkeys(toy.dataset.criteria),
-            criteria_hash=criteria_hash(toy.dataset.criteria),
-            criteria_dir=str(folder / "criteria"),
-            run=name,
-            fold=fold,
-            epoch=1,
-            precision="fp32",
-        )
+        info = toy.info(threshold=0.4 + 0.1 * fold, criteria_dir=str(criteria), run=name, fold=fold)
         files = run.fold(fold)
         files.checkpoint.mkdir(parents=True)
         save_checkpoint(files.checkpoint, model, toy.tokenizer, info)
@@ -301,6 +285,7 @@ def test_of_a_text_only_length_and_hash_are_logged():
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object_and_logs_no_text(run):
     cwd = run.parent.parent
     done = infer(f"post={CANARY}", "criterion=C1", "output=json", cwd=cwd)

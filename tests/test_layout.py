@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 import raycv
 
+ROOT = Path(__file__).parent.parent
 PACKAGE = Path(raycv.__file__).resolve().parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
 
@@ -125,3 +127,21 @@ def test_import_writes_nothing(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fault_table_names_tests_that_exist() -> None:
+    """README, `When something fails`: each line has a test; `...` stands for a part of the name."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## When something fails")[2]
+    rows = [line.split("|")[3] for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")][2:]
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(rows) > 25
+    for row in rows:
+        named = [name for name in re.findall(r"`([^`]+)`", row) if not name.endswith(".py")]
+        assert named or row.strip().endswith("the same"), row
+        for name in named:
+            pattern = re.escape(name).replace(r"\.\.\.", r"\w+").replace(r"\*", r"\w+")
+            assert any(re.fullmatch(pattern, test) for test in defined), name

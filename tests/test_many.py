@@ -19,10 +19,9 @@ from toy import WORDS, Recorder, Toy, toy_base, train_config
 from raycv import pairs as pairs_module
 from raycv import predict
 from raycv.answers import ModelIdentity, Prediction
-from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.checkpoint import read_info, save_checkpoint
 from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
-from raycv.data import criteria_hash
 from raycv.errors import UserError
 from raycv.infer import infer
 from raycv.many import local_engine, score_chunk
@@ -45,29 +44,11 @@ def checkpoint(tmp_path_factory):
     model = toy.model()
     trainer = FoldTrainer(model, toy.encoded, train_config(epochs=2), "fp32", Recorder())
     trainer.fit(np.arange(30), np.arange(30, 48))
-    criteria = folder / "criteria"
-    criteria.mkdir()
-    lines = [f"{key},{criterion.text}" for key, criterion in toy.dataset.criteria.items()]
-    (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *lines]) + "\n")
-    info = CheckpointInfo(
-        base_model=toy.base.name,
-        base_revision=None,
-        rules=toy.encoder.rules,
-        threshold=0.5,
-        criteria=dict.fromkeys(toy.dataset.criteria),
-        criteria_hash=criteria_hash(toy.dataset.criteria),
-        criteria_dir=str(criteria),
-        run="toy",
-        fold=0,
-        epoch=1,
-        precision="fp32",
-    )
-    place = folder / "checkpoint"
-    save_checkpoint(place, model, toy.tokenizer, info)
+    place = toy.save_with_criteria(folder, model)
     # A threshold that tells the posts of these tests apart.
     asked = [(post, criterion.text) for post in posts(12) for criterion in toy.dataset.criteria.values()]
     scores = [one.score for one in Predictor([place], InferenceConfig(precision="auto", batch_size=4)).predict(asked)]
-    save_checkpoint(place, model, toy.tokenizer, replace(info, threshold=float(np.median(scores))))
+    save_checkpoint(place, model, toy.tokenizer, replace(read_info(place), threshold=float(np.median(scores))))
     return place
 
 

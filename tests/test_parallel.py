@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_run import raycv
+from commands import raycv
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv.train import FoldTrainer

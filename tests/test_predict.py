@@ -1,5 +1,6 @@
 """A checkpoint's scores at inference are those of training, in every long-post mode and for any mixture of pairs."""
 
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.int8
 import raycv.predict
-from raycv.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.checkpoint import save_checkpoint
 from raycv.config import InferenceConfig
 from raycv.errors import UserError
-from raycv.int8 import Int8Linear, has_fast_int8
+from raycv.int8 import Int8Linear, _round, has_fast_int8, to_int8
 from raycv.model import Float32Head
 from raycv.predict import Predictor, choose_precision
 from raycv.train import FoldTrainer
@@ -36,11 +38,7 @@ class Trained:
         loop = FoldTrainer(model, self.toy.encoded, train_config(epochs=1, seed=1 + fold), "fp32", Recorder())
         self.scores = loop.fit(TRAIN, VAL).val_scores
         self.folder = folder / f"checkpoint_{fold}"
-        self.info = CheckpointInfo(
-            base_model=self.toy.base.name, base_revision=None, rules=self.toy.encoder.rules, threshold=0.3 + fold / 10,
-            criteria={"C0": None, "C1": None, "C2": None}, criteria_hash="abc", criteria_dir="/criteria",
-            run="some-run", fold=fold, epoch=1, precision="fp32",
-        )  # fmt: skip
+        self.info = self.toy.info(threshold=0.3 + fold / 10, fold=fold)
         save_checkpoint(self.folder, model, self.toy.tokenizer, self.info)
 
     def pairs(self, indices: np.ndarray = VAL) -> list[tuple[str, str]]:
@@ -148,6 +146,25 @@ def test_int8_is_close_and_not_the_same(trained, mode):
     assert model.computed_in == "int8"
     difference = np.abs(scores(model, fold.pairs()) - fold.scores)
     assert 0 < difference.max() < 0.05
+
+
+def test_layers_are_given_up_one_by_one_as_they_are_rounded(trained, monkeypatch):
+    """A 7B's float32 layers never stand in memory side by side."""
+    toy = trained().toy
+    model = toy.model()
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    left = [weakref.ref(layer.get_base_layer()) for layer in layers]
+    number = len(left)
+    del layers
+    alive = []
+
+    def spy(classifier, name):
+        _round(classifier, name)
+        alive.append(sum(layer() is not None for layer in left))
+
+    monkeypatch.setattr(raycv.int8, "_round", spy)
+    to_int8(model)
+    assert alive[:number] == [*range(number, 0, -1)]
 
 
 @needs_int8

@@ -4,7 +4,11 @@ import base64
 import contextlib
 import http.client
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_run import ROOT, raycv
+from commands import ROOT, background, raycv, wait_until
 from test_tracking import server  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -36,15 +40,26 @@ class Place:
     root: Path
     ray: Path
     printed: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
 
     def raycv(self, command: str, *overrides: str, exit_code: int = 0, **environment: str) -> str:
         """Runs the command here; returns what it printed."""
-        own = {"RAY_TMPDIR": str(self.ray), "HOME": str(self.home), **self.environment}
-        done = raycv(command, *overrides, cwd=self.work, **own, **environment)
+        done = raycv(command, *overrides, cwd=self.work, **self.own, **environment)
         self.printed.append(done.stdout + done.stderr)
         assert done.returncode == exit_code, self.printed[-1]
         return done.stdout
+
+    @contextlib.contextmanager
+    def background(self, command: str, *overrides: str, until: str) -> Iterator[subprocess.Popen]:
+        """Starts the command here; yields its process when that has printed `until`."""
+        log = self.root / "background"
+        with background(self.work, *overrides, command=command, out=log, **self.own) as process:
+            wait_until(lambda: until in log.read_text(), process, log)
+            yield process
+        self.printed.append(log.read_text())
+
+    @property
+    def own(self) -> dict[str, str]:
+        return {"RAY_TMPDIR": str(self.ray), "HOME": str(self.home)}
 
     @property
     def work(self) -> Path:
@@ -119,6 +134,11 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             table.write(f'"{POST_CANARY}",A.1,no\nx,"{CRITERION_CANARY}",no\nx,A.1,"{POST_CANARY}"\n')
         place.raycv("run", *TINY, f"data.dir={damaged}", f"data.criteria_dir={data}", exit_code=2)
 
+        killed = (*TINY, *own, "run.name=killed", "cv.max_concurrent=1")
+        with place.background("run", *killed, until="fold 0: done") as process:
+            os.killpg(process.pid, signal.SIGKILL)
+        place.raycv("run", "resume=killed")
+
         post, criterion = f"post=I cannot sleep, {ASKED_CANARY}", f"criterion=is worn out, {ASKED_CANARY}"
         place.raycv("infer", post, criterion, "run=good")
         place.raycv("infer", post, "output=json", "run=good", "fold=ensemble")
@@ -136,6 +156,12 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         own_words = root / "posts.csv"
         pd.DataFrame({"post": [f"Tired, {POST_CANARY}"]}).to_csv(own_words, index=False)
         place.raycv("infer", f"input={own_words}", criterion, "output=s.parquet", "engine=ray", "run=good")
+        with place.background("serve", "run=good", "serve.port=0", until="listening on ") as scorer:
+            (url,) = re.findall(r"listening on (\S+)", (root / "background").read_text())
+            place.raycv("infer", post, criterion, "run=good", f"server={url}")
+            place.raycv("infer", post, "criterion=Z.99", "run=good", f"server={url}", exit_code=2)
+            scorer.send_signal(signal.SIGINT)
+            assert scorer.wait(timeout=120) == 0
         yield place
 
 
@@ -148,7 +174,7 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
     assert sorted(path.name for path in used.work.iterdir()) == [
         "mlflow.db", "mlflow.db.lock", "mlruns", "runs", "s.parquet", "scores.csv", "scores.csv.errors.csv"
     ]  # fmt: skip
-    assert sorted(path.name for path in (used.work / "runs").iterdir()) == ["bad", "good"]
+    assert sorted(path.name for path in (used.work / "runs").iterdir()) == ["bad", "good", "killed"]
     assert not list(used.root.rglob("*escaped*"))
     assert not Path("/tmp/raycv-escaped").exists()
     ids = set(pd.read_csv(used.work / "runs/good/fold_0/predictions.csv")["post_id"])
@@ -158,8 +184,8 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
 def test_scores_are_the_users_alone_wherever_they_lie(used: Place) -> None:
     names = {"predictions.csv", "scores.csv", "s.parquet", "scores.csv.errors.csv"}
     found = [path for path in used.work.rglob("*") if path.name in names]
-    # Two folds, in the run folder and in MLflow's.
-    assert [path.name for path in found].count("predictions.csv") == 4
+    # Two folds of two runs, in the run folder and in MLflow's.
+    assert [path.name for path in found].count("predictions.csv") == 8
     assert {path.name for path in found} == names
     assert {oct(path.stat().st_mode & 0o777) for path in found} == {"0o600"}
 

@@ -11,7 +11,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +18,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from commands import ROOT, background, raycv, statuses, wait_until
 from filelock import FileLock
-from test_failures import statuses
 from test_memory import Tight
-from test_run import ROOT, raycv, users_environment
 from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
@@ -458,33 +456,14 @@ def whole(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
 def started(folder, *more, **environment):
-    """The same run in `folder`, in a session of its own; yields its process, and its output goes to `out`."""
-    with (folder / "out").open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "raycv.run", *RUN, *more],
-            cwd=folder,
-            env=users_environment(**environment),
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            # A process that a script starts in the background ignores SIGINT; a user's does not.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """The same run in `folder`."""
+    return background(folder, *RUN, *more, **environment)
 
 
 def wait_for(process, folder, there):
     """Until `there()` holds, while the run goes on."""
-    while not there():
-        assert process.poll() is None, (folder / "out").read_text()
-        time.sleep(0.02)
+    wait_until(there, process, folder / "out", seconds=1200)
 
 
 def amid_an_epoch(fold):

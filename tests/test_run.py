@@ -4,43 +4,24 @@ Every number is computed again from `predictions.csv`, independently of the code
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from commands import ROOT, raycv
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from raycv.cli import compose
 
-ROOT = Path(__file__).parent.parent
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-def users_environment(**more: str) -> dict[str, str]:
-    """Without what the test process has set for itself."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))} | more
-
-
-def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"raycv.{command}", *overrides],
-        cwd=cwd,
-        env=users_environment(**environment),
-        capture_output=True,
-        text=True,
-        timeout=800,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture(scope="module")

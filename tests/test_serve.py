@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import heed_sigint
 from toy import Toy, toy_base
 
-from raycv.checkpoint import CheckpointInfo, save_checkpoint
 from raycv.client import PATTERN, Connection
 from raycv.config import ServerConfig
-from raycv.data import criteria_hash, load_criteria
 from raycv.errors import UserError
 from raycv.serve import is_loopback, listening
 
@@ -48,25 +47,7 @@ def environment(home: Path) -> dict[str, str]:
 def save_toy(folder: Path) -> Path:
     """A checkpoint with three criteria; its scores mean nothing."""
     toy = Toy(toy_base(folder))
-    criteria = folder / "criteria"
-    criteria.mkdir()
-    rows = [f"{key},{criterion.text}" for key, criterion in toy.dataset.criteria.items()]
-    (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *rows]) + "\n")
-    info = CheckpointInfo(
-        base_model=toy.base.name,
-        base_revision=None,
-        rules=toy.encoder.rules,
-        threshold=0.5,
-        criteria=dict.fromkeys(toy.dataset.criteria),
-        criteria_hash=criteria_hash(load_criteria(criteria)),
-        criteria_dir=str(criteria),
-        run="toy",
-        fold=0,
-        epoch=1,
-        precision="fp32",
-    )
-    save_checkpoint(folder / "checkpoint", toy.model(), toy.tokenizer, info)
-    return folder / "checkpoint"
+    return toy.save_with_criteria(folder, toy.model())
 
 
 class Served:
@@ -85,8 +66,7 @@ class Served:
             # A session of its own: what is left of it can be counted.
             self.process = subprocess.Popen(
                 command, cwd=home, env=self.environment, stdout=log, stderr=log, start_new_session=True,
-                # What a shell starts in the background ignores SIGINT, and so would all that it starts.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=heed_sigint,
             )  # fmt: skip
         self.url = self._wait()
 

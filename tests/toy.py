@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from builders import tiny_llama, wordlevel_tokenizer
 
 from raycv.base import BaseFiles, fetch_base
+from raycv.checkpoint import CheckpointInfo, save_checkpoint
 from raycv.config import DoraConfig, ModelConfig, PromptConfig, TrainConfig
+from raycv.data import criteria_hash
 from raycv.encoding import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import add_dora
@@ -108,6 +111,37 @@ class Toy:
             targets,
             DoraConfig(r=4, alpha=8, lora_dropout=dropout, dropout="lora_path", implementation="factored"),
         )
+
+    def info(self, **changes: Any) -> CheckpointInfo:
+        """What a checkpoint of fold 0 of a run named toy says about itself."""
+        values = {
+            "base_model": self.base.name,
+            "base_revision": None,
+            "rules": self.encoder.rules,
+            "threshold": 0.5,
+            "criteria": dict.fromkeys(self.dataset.criteria),
+            "criteria_hash": criteria_hash(self.dataset.criteria),
+            "criteria_dir": "/criteria",
+            "run": "toy",
+            "fold": 0,
+            "epoch": 1,
+            "precision": "fp32",
+        }
+        return CheckpointInfo(**(values | changes))
+
+    def save_with_criteria(self, folder: Path, model: Any) -> Path:
+        """Saves `model` as a checkpoint in `folder`, with its criteria beside it."""
+        checkpoint = folder / "checkpoint"
+        save_checkpoint(checkpoint, model, self.tokenizer, self.info(criteria_dir=str(self.write_criteria(folder))))
+        return checkpoint
+
+    def write_criteria(self, folder: Path) -> Path:
+        """The folder in `folder` that holds the criteria."""
+        criteria = folder / "criteria"
+        criteria.mkdir()
+        rows = [f"{key},{criterion.text}" for key, criterion in self.dataset.criteria.items()]
+        (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *rows]) + "\n")
+        return criteria
 
 
 class Recorder:
