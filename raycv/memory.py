@@ -1,6 +1,5 @@
 """What fits into a device's memory: the size of a micro-batch, and whether activations need be computed twice."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -61,7 +60,6 @@ class MicroBatch:
                 cause = str(error).splitlines()[0]
             # Outside the except block, where the traceback no longer keeps the broken attempt's tensors alive.
             reset()
-            gc.collect()
             release_memory()
             if self._relieve():
                 continue
@@ -112,7 +110,6 @@ class Checkpointing:
             need = None
         else:
             need = measured() + later_bytes
-        gc.collect()
         release_memory()
         limit = _memory(device) * self._share
         fits = need is not None and need <= MARGIN * limit
