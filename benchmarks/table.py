@@ -4,6 +4,7 @@ Writes the README; `--check` only says whether it is what the results give.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def latency(result: Json) -> list[str]:
         ("floor: the products alone", lambda row: seconds(row["floor"])),
         ("ratio", lambda row: f"{row['ratio']:.2f}"),
         ("GFLOP/s of the products", lambda row: f"{row['gemm_gflops']:,.0f}"),
-        ("cores like these for 1 s (derived)", lambda row: f"{row['cores']:.0f}"),
+        ("cores like these for 1 s (derived)", lambda row: f"{math.ceil(row['cores'])}"),
     ]
     measured, layers = settings["layers_measured"], settings["layers"]
     how = "whole" if measured == layers else f"{measured} of {layers} layers measured, extrapolated linearly"
