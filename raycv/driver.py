@@ -32,6 +32,7 @@ from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
 from raycv.runs import make_newest, open_tracker
 from raycv.splits import Split, make_splits, positives_table, splits_record
+from raycv.utils import describe_environment
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -98,6 +99,8 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             with _as_warning(console, folder):
                 tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config.model_dump()))
                 tracker.log_report(parent_id, report, folder.report)
+                if earlier:
+                    tracker.log_files(parent_id, [folder.environment])
     return report
 
 
@@ -114,7 +117,7 @@ def _open_store(config: RunConfig, earlier: Earlier | None) -> tuple["Tracker", 
 
 
 def _reopen(tracker: "Tracker", earlier: Earlier, console: Console) -> None:
-    """Makes the earlier run one that is under way, and removes what its processes left half."""
+    """Makes the earlier run one that is under way, records where, and removes what its processes left half."""
     folds = earlier.config.cv.folds
     finished = earlier.folder.finished(folds)
     kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
@@ -128,6 +131,9 @@ def _reopen(tracker: "Tracker", earlier: Earlier, console: Console) -> None:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
     # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
     shutil.rmtree(earlier.folder.ray, ignore_errors=True)
+    environment = read_json(earlier.folder.environment)
+    resumed = [*environment.get("resumed", []), describe_environment()]
+    write_json(earlier.folder.environment, environment | {"resumed": resumed})
     tracker.reopen(earlier.parent_id)
 
 
@@ -228,8 +234,6 @@ def new_run_folder(config: RunConfig) -> RunFolder:
 
 
 def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> None:
-    from raycv.utils import describe_environment
-
     write_text(folder.config, as_yaml(config))
     make_newest(folder)
     write_json(folder.splits, splits_record(prepared.dataset, prepared.splits, config.cv.seed))

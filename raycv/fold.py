@@ -109,7 +109,9 @@ def _fit(task: FoldTask, fold: int) -> Any:
     Raises: whatever the worker raised; RunFailedError if its processes died too often.
     """
     retries = task.config.resources.retries
-    for attempt in range(retries + 1):
+    attempts = 0
+    while True:
+        attempts += 1
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
         try:
@@ -118,16 +120,15 @@ def _fit(task: FoldTask, fold: int) -> Any:
             died = _died(error)
             if died is None:
                 raise
-            if attempt == retries:
+            if attempts > retries:
                 raise RunFailedError(
-                    f"{died}, and resources.retries={retries}: it was trained {counted(attempt + 1, 'time')} in all.",
+                    f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
                     remedies=[
                         "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
                         "its last state is kept, and `resume=` goes on from there",
                     ],
                 ) from error
             task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
-    raise AssertionError("retries cannot be negative")
 
 
 def _died(error: Exception) -> str | None:

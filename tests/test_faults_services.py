@@ -31,6 +31,7 @@ from test_base import NAME, REPO
 from test_tracking import config, finished_run, free_port, kill, serving
 from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
+from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
 from raycv.fold import _save_checkpoint
 from raycv.metrics import METRICS, binary_metrics, is_collapsed
@@ -517,11 +518,9 @@ def poisoned_task(folder):
 
 def drawn(train_pairs, labels):
     """The pairs of the first epoch under weighted sampling, by the seed alone."""
-    trainer = FoldTrainer.__new__(FoldTrainer)
-    trainer.config = train_config(imbalance="weighted_sampling", seed=SEED)
-    counts = np.bincount(labels[train_pairs])
-    trainer._sampling_weights = (1 / counts)[labels[train_pairs]] / 2
-    return set(trainer._order(1, train_pairs).tolist())
+    nothing = np.zeros(len(labels), dtype=np.int32)
+    encoded = EncodedPairs(nothing[:, None], nothing, np.arange(len(labels)), labels, nothing, pad_id=0)
+    return set(epoch_order(train_config(imbalance="weighted_sampling", seed=SEED), encoded, train_pairs, 1).tolist())
 
 
 @pytest.mark.slow

@@ -524,6 +524,8 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     report.unlink()
     resume(tmp_path, "resume=mine")
     assert_like_unbroken(tmp_path, whole)
+    environment = read_json(RunFolder(tmp_path / "runs" / "mine").environment)
+    assert [each["packages"] for each in environment["resumed"]] == [environment["packages"]] * 2
 
 
 @pytest.mark.slow
