@@ -10,6 +10,7 @@ class ProgressBoard:
         self._posts: dict[int, dict[str, Any]] = {}
         self._events: list[tuple[int, str]] = []
         self._errors: dict[int, str] = {}
+        self._places: dict[int, Any] = {}
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -23,6 +24,14 @@ class ProgressBoard:
 
     def error(self, fold: int) -> str | None:
         return self._errors.get(fold)
+
+    def hold(self, fold: int, place: Any) -> None:
+        """The placement group that the workers of a fold are in."""
+        self._places[fold] = place
+
+    def held(self, fold: int) -> Any:
+        """The placement group that a fold held last, and None from then on."""
+        return self._places.pop(fold, None)
 
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
         """The latest post of each fold, and the events since the last call."""

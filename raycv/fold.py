@@ -112,6 +112,7 @@ def _fit(task: FoldTask, fold: int) -> Any:
     attempts = 0
     while True:
         attempts += 1
+        _free_place(task, fold)
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
         try:
@@ -129,6 +130,19 @@ def _fit(task: FoldTask, fold: int) -> Any:
                     ],
                 ) from error
             task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
+
+
+def _free_place(task: FoldTask, fold: int) -> None:
+    """Gives back the cores and GPUs of an attempt whose controller died.
+
+    Ray Train's own cleaner of them asks the dashboard, and fails where two Rays run on one machine: the next attempt
+    would then wait for ever for what the dead one holds.
+    """
+    from ray.util.placement_group import remove_placement_group
+
+    place = ray.get(task.board.held.remote(fold))
+    if place is not None:
+        remove_placement_group(place)
 
 
 def _died(error: Exception) -> str | None:
@@ -238,6 +252,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
     import torch
     from ray.train.torch import get_device
+    from ray.util.placement_group import get_current_placement_group
 
     from raycv.base import fetch_base
     from raycv.loading import load_classifier, load_tokenizer
@@ -247,6 +262,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     from raycv.train import FoldTrainer
     from raycv.utils import describe_device, set_seed
 
+    task.board.hold.remote(fold, get_current_placement_group())
     config = task.config
     shared: SharedArrays = ray.get(task.shared)
     split = shared.splits[fold]

@@ -43,6 +43,17 @@ def run_of(folder):
     return RunFolder(folder / "runs" / "mine")
 
 
+@pytest.fixture
+def second_ray():
+    """Another Ray on this machine, as somebody else's: Ray Train's cleaner then finds no cluster, and frees nothing."""
+    import ray
+
+    ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("second_ray")
 def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
     """All three in one run, each with SIGKILL in the middle of an epoch."""
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
