@@ -1,6 +1,7 @@
 """What bf16 and int8 change of a fold's scores: full validation folds, beside float32 and the run's predictions.csv.
 
-`--run runs/<name>` takes a finished run of yours, whatever its base model; without it a quickstart run is made first.
+`--run runs/<name>` takes a finished run of yours, whatever its base model, and writes `drift.json` (`--out`); without
+it a quickstart run is made first.
 Every fold's checkpoint scores its own validation fold; flips are labels that change at that fold's threshold.
 """
 
@@ -133,6 +134,9 @@ def main() -> None:
     arguments.add_argument("--folds", type=int, help="only so many of its folds [all]")
     add_one_core(arguments)
     options = arguments.parse_args()
+    if options.run and options.out is None:
+        # Yours are not the figures of the README.
+        options.out = Path("drift.json")
     seconds_of = clock(one_core=options.one_core)
     result = Result("drift", options, one_core=options.one_core, batch_size=BATCH_SIZE)
     with tempfile.TemporaryDirectory() as temporary:

@@ -29,7 +29,7 @@ def aggregate(config: AggregateConfig) -> None:
     folder = find_run(Path(config.dir), config.run)
     console = Console()
     if folder and config.run == "latest":
-        say(console, f"The newest finished run: {folder.root.name}")
+        say(console, f"run=latest is {folder.root.name}")
     report, where = _from_folder(folder, config) if folder else _from_mlflow(config)
     console.print(summary_table(report))
     say(console, where)

@@ -78,26 +78,35 @@ class Answerer:
 
         Raises: UserError naming what is wrong with a question (and its number, of several).
         """
-        asked: list[tuple[int, str, Criterion]] = []
-        for index, question in enumerate(questions):
-            try:
-                asked += [(index, question.post, criterion) for criterion in self.criteria_of(question)]
-            except UserError as error:
-                if len(questions) == 1:
-                    raise
-                raise UserError(f"Question {index + 1}: {error.what}", remedies=error.remedies) from error
+        asked = [
+            (index, question.post, criterion)
+            for index, (question, criteria) in enumerate(zip(questions, self.asked(questions), strict=True))
+            for criterion in criteria
+        ]
         answers: list[list[Answer]] = [[] for _ in questions]
         predictions = self.predictor.predict([(post, criterion.text) for _, post, criterion in asked])
         for (index, _, criterion), prediction in zip(asked, predictions, strict=True):
             answers[index].append(self._answer(criterion, prediction))
         return answers
 
-    def criteria_of(self, question: Question) -> list[Criterion]:
-        """What `question` asks for. Raises: UserError if a text of it is empty, or it names none of the run's."""
+    def asked(self, questions: Sequence[Question]) -> list[list[Criterion]]:
+        """The criteria that each question asks for.
+
+        Raises: UserError naming what is wrong with a question: a text is empty, or its criterion none of the run's.
+        """
+        criteria = []
+        for number, question in enumerate(questions, start=1):
+            try:
+                criteria.append(self._criteria_of(question))
+            except UserError as error:
+                if len(questions) == 1:
+                    raise
+                raise UserError(f"Pair {number}: {error.what}", remedies=error.remedies) from error
+        return criteria
+
+    def _criteria_of(self, question: Question) -> list[Criterion]:
         if is_blank(question.post):
-            raise UserError(
-                "The post is empty.", remedies=['give its text: post="..."', "or a file: post_file=post.txt"]
-            )
+            raise UserError("The post is empty.", remedies=["give a text: post, or post_file, of raycv.infer"])
         if question.criterion is None:
             return list(self.criteria.values())
         return [find_criterion(question.criterion, self.criteria)]

@@ -134,8 +134,11 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
         return scorer.health()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        faults = "; ".join(f"{_place(fault['loc'], known)}: {fault['msg']}" for fault in error.errors()[:20])
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            remedies = ["send the header Content-Type: application/json", "see the page /docs"]
+            return refusal(422, "The body is not said to be JSON.", remedies)
+        faults = "; ".join(_told(fault, known) for fault in error.errors()[:20])
         return refusal(422, f"The body cannot be read: {faults}", ["see the page /docs"])
 
     app.add_exception_handler(HTTPException, _http_refusal)
@@ -151,6 +154,12 @@ def refusal(status: int, error: str, remedies: Sequence[str], headers: dict[str,
 
 def _kind_of_body(value: Any) -> str:
     return "many" if isinstance(value, dict) and "pairs" in value else "one"
+
+
+def _told(fault: dict[str, Any], known: set[str]) -> str:
+    if fault["type"] == "json_invalid":
+        return f"it is no JSON from character {fault['loc'][-1]} on"
+    return f"{_place(fault['loc'], known)}: {fault['msg']}"
 
 
 def _place(loc: Sequence[int | str], known: set[str]) -> str:

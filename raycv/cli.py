@@ -160,7 +160,7 @@ def _without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list
         raise UserError(
             f"{counted(len(stray), 'word')} on the command line belong to no key=value.",
             remedies=[
-                f'quote a text for the shell: {keys[0]}="..."',
+                f'write key=value, without dashes or spaces, and quote a text for the shell: {keys[0]}="..."',
                 f"or read it from a file: {keys[0]}_file=post.txt",
             ],
         )

@@ -133,7 +133,7 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply
             f"server={address}: the scorer there cannot answer: {error}.",
             remedies=[
                 "see that it runs, and on that port: python -m raycv.serve",
-                f"if it asks for a token: {TOKEN_VARIABLE}=<token>",
+                f"if it asks for a token, set the environment variable {TOKEN_VARIABLE} to that",
                 "compute in this process: server=none",
             ],
         ) from error
@@ -164,7 +164,10 @@ def checked_token(token: str | None) -> str | None:
     if not token:
         return None
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces.")
+        raise UserError(
+            f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces; this one is none.",
+            remedies=["this makes one: python -c 'import secrets; print(secrets.token_urlsafe())'"],
+        )
     return token
 
 

@@ -8,11 +8,13 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 # Posts are sensitive: a tool that reads them does not talk to third parties. Set the variable yourself to differ.
@@ -26,6 +28,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # A fold is half a dozen processes that mostly wait; that these are many for few cores is no news to the user.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 
+import psutil
 import ray
 import ray.exceptions
 from ray import tune
@@ -63,7 +66,8 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     _provide_token()
     level = logging.INFO if ray_logs else logging.ERROR
     try:
-        context = ray.init(log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+        with _interruptible():
+            context = ray.init(log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
     except (OSError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     except Exception as error:
@@ -83,6 +87,44 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, in which Ray starts, and what was started.
+
+    Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == subprocess.__file__:
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Ray ends those that it knows of; others would look for their parents for a minute.
+        started = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _provide_token() -> None:

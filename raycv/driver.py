@@ -25,7 +25,16 @@ from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.live import say
-from raycv.paths import RunFolder, aggregate_command, read_json, resolve, resume_command, write_json, write_text
+from raycv.paths import (
+    RunFolder,
+    aggregate_command,
+    infer_command,
+    read_json,
+    resolve,
+    resume_command,
+    write_json,
+    write_text,
+)
 from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
 from raycv.resume import Earlier, earlier_run, sole_process
@@ -409,6 +418,7 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
         console,
         f"Report:        {folder.report}\n"
         f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )

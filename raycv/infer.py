@@ -80,9 +80,10 @@ def score_many(config: InferConfig) -> None:
 def read_question(config: InferConfig) -> Question:
     """What the user asks. Raises: UserError if there is no post, or two, or the file cannot be read."""
     if (config.post is None) == (config.post_file is None):
-        there = "no post is given" if config.post is None else "post and post_file are both given"
+        if config.post is not None:
+            raise UserError("post and post_file are both given, and one post is asked for.", remedies=["leave one out"])
         remedies = ['give the text: post="..."', "or a file that holds it: post_file=post.txt (- is standard input)"]
-        raise UserError(f"There is nothing to answer: {there}.", remedies=remedies)
+        raise UserError("There is nothing to answer: no post is given.", remedies=remedies)
     if config.output not in ("text", JSON):
         raise UserError(f"output={config.output}: must be text or json.", remedies=["output=json"])
     return Question(config.post if config.post is not None else _read_post(str(config.post_file)), config.criterion)

@@ -18,7 +18,7 @@ from raycv.errors import UserError, counted
 from raycv.faults import FIELD_LIMIT, listed, named
 from raycv.labels import id_fault, is_blank
 from raycv.records import Criterion
-from raycv.tables import LINE_LIMIT, UnreadableError, check_file, field_limit, is_unicode, opened
+from raycv.tables import LINE_LIMIT, UnreadableError, check_file, field_limit, is_unicode, opened, separator_of
 
 CHUNK_PAIRS = 2304
 """Pairs that are scored, written and committed together: as many as the predictor sorts at once."""
@@ -337,6 +337,8 @@ def find_layout(path: Path, columns: Sequence[str]) -> Layout:
             raise UserError(what, remedies=["keep the one that is meant, or rename the other"])
     if not posts:
         have = f"its columns are {listed(list(columns))}" if columns else "it is empty"
+        if separator := separator_of(columns):
+            have += f", separated by {separator} and not by commas"
         raise UserError(f"{path} has no column post or text: {have}.", remedies=[_COLUMNS_REMEDY])
     return Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in known))
 

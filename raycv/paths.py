@@ -158,6 +158,11 @@ def aggregate_command(folder: RunFolder) -> str:
     return _command("raycv.aggregate", "run", "dir", folder)
 
 
+def infer_command(folder: RunFolder) -> str:
+    """What to type to ask the best fold of the run in `folder`, but for the post."""
+    return _command("raycv.infer", "run", "dir", folder)
+
+
 def _command(module: str, name_key: str, place_key: str, folder: RunFolder) -> str:
     elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={folder.root.parent}"]
     return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere])

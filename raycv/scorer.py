@@ -112,7 +112,7 @@ class Scorer:
         }
 
     def _check(self, questions: Sequence[Question]) -> None:
-        pairs = sum(len(self._answerer.criteria_of(question)) for question in questions)
+        pairs = sum(map(len, self._answerer.asked(questions)))
         if pairs > self._limits.max_pairs:
             raise TooManyPairsError(
                 f"The request asks for {counted(pairs, 'pair')}; one may ask for {self._limits.max_pairs}.",

@@ -49,7 +49,7 @@ def run_server(config: ServeConfig) -> None:
     try:
         with running(setup):
             try:
-                announce(announcement(setup, stamps), file)
+                announce(announcement(setup, stamps), file, limits)
                 threading.Event().wait()
             finally:
                 # A second Ctrl-C would leave Ray's processes behind.
@@ -58,7 +58,7 @@ def run_server(config: ServeConfig) -> None:
                 file.unlink(missing_ok=True)
                 say("stopping")
     except KeyboardInterrupt:
-        pass
+        say("stopped")
 
 
 def listening(config: ServerConfig, token: str | None) -> ServerConfig:
@@ -68,7 +68,8 @@ def listening(config: ServerConfig, token: str | None) -> ServerConfig:
         raise UserError(
             f"serve.host={config.host}: others could reach it, and there is no token.",
             remedies=[
-                f"give one: {TOKEN_VARIABLE}=$(python -c 'import secrets; print(secrets.token_urlsafe())')",
+                f"set the environment variable {TOKEN_VARIABLE} to one of 16 characters or more; this makes one: "
+                "python -c 'import secrets; print(secrets.token_urlsafe())'",
                 "listen on this machine alone: serve.host=127.0.0.1",
             ],
         )
@@ -123,12 +124,16 @@ def announcement(setup: "Setup", stamps: list[list[int]]) -> Announcement:
     )
 
 
-def announce(record: Announcement, file: Path) -> None:
-    """Writes the discovery file, for its owner's eyes, and says where the scorer is."""
+def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
+    """Writes the discovery file, for its owner's eyes, and says where the scorer is, and who can reach it."""
     write_json(file, record.model_dump(), private=True)
     model = record.model
     say(f"run {model.named}, fold {model.fold}, {model.base}, {model.precision}")
     say(f"listening on {record.url}  (POST /score, GET /health; the page: {record.url}/docs)")
+    if not is_loopback(limits.host):
+        say(f"other machines can reach it at serve.host={limits.host}, port {limits.port}")
+    if limits.token:
+        say("whoever asks must bring the token: Authorization: Bearer <token>")
     say("raycv.infer finds it by itself; Ctrl-C stops it")
 
 

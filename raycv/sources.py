@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raycv.faults import Faults, Kind, named
-from raycv.tables import UnreadableError, check_file, read_columns
+from raycv.tables import UnreadableError, check_file, read_columns, separator_of
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
 
@@ -241,14 +241,8 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
-        found, separator = _column_list(file.columns), _separator(file.columns)
+        found, separator = _column_list(file.columns), separator_of(file.columns)
         if separator:
             faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
         else:
             faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}", "line 1")
-
-
-def _separator(columns: tuple[str, ...]) -> str | None:
-    """What separates the columns, if not commas: Excel writes semicolons in half of Europe."""
-    names = {";": "semicolons", "\t": "tabs", "|": "bars"}
-    return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

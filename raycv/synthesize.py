@@ -395,7 +395,7 @@ def run(config: SynthesizeConfig) -> None:
     in_place = ", in the place of an earlier synthetic set" if replaced else ""
     say(console, f"Wrote {Path(config.out).absolute()}{in_place}: {', '.join(DATASET_FILES)}")
     for key, value in stats.items():
-        say(console, f"  {key}: {value}")
+        say(console, f"  {key}: {round(value, 4) if isinstance(value, float) else value}")
     data = f"data.dir={config.out} data.criteria_dir={config.out}"
     say(console, f"Train on it: python -m raycv.run {data}")
     say(console, f"or without a GPU: python -m raycv.run experiment=quickstart {data}")

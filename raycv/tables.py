@@ -5,7 +5,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,3 +274,9 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can hold `text`: no surrogates, which stand for escapes or for bytes that are no character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def separator_of(columns: Sequence[str]) -> str | None:
+    """What separates the columns, if not commas: Excel writes semicolons in half of Europe."""
+    names = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

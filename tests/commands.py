@@ -65,6 +65,16 @@ def heed_sigint() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def processes_with(variable: str) -> list[str]:
+    """The commands of the processes that have `variable` (NAME=value) in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_text())
+    return found
+
+
 def wait_until(happened: Callable[[], Any], process: subprocess.Popen, log: Path, seconds: float = 600) -> None:
     """Waits for `happened()` while `process`, which writes `log`, runs."""
     deadline = time.monotonic() + seconds

@@ -36,6 +36,9 @@ class Echo:
         return {"status": "ok"}
 
 
+JSON = (b"content-type", b"application/json")
+
+
 def call(app, method, path, body=b"", headers=(), chunk=4096, run=asyncio.run):
     """Status and JSON of one request, its body in pieces and without a length unless `headers` has one."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -51,7 +54,7 @@ def call(app, method, path, body=b"", headers=(), chunk=4096, run=asyncio.run):
     async def send(message):
         sent.append(message)
 
-    given = [(b"content-type", b"application/json"), *headers]
+    given = [*headers] if any(name == b"content-type" for name, _ in headers) else [*headers, JSON]
     scope = {"type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode()}
     scope |= {"query_string": b"", "headers": given, "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}
     run(app(scope, receive, send))
@@ -105,6 +108,18 @@ def test_a_bad_body_is_refused_without_its_text(body, status, caplog):
     assert got == status, answer
     assert set(answer) == {"error", "remedies"}
     assert CANARY not in json.dumps(answer) + caplog.text
+    assert scorer.asked == []
+
+
+def test_what_curl_sends_by_itself_is_told_its_header():
+    app, scorer = api()
+    form = (b"content-type", b"application/x-www-form-urlencoded")
+    status, answer = call(app, "POST", "/score", {"post": "w0"}, [form])
+    assert status == 422
+    assert "send the header Content-Type: application/json" in answer["remedies"]
+    assert call(app, "POST", "/score", b'{"post": w0}')[1]["error"] == (
+        "The body cannot be read: it is no JSON from character 9 on"
+    )
     assert scorer.asked == []
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from commands import ROOT, background, raycv, statuses, wait_until
+from commands import ROOT, background, processes_with, raycv, statuses, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -121,6 +122,26 @@ def running(folder, *overrides):
         yield process
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("pause", [0.02, 0.3, 1.5, 3.0])
+def test_ctrl_c_while_ray_starts_is_heeded_and_leaves_no_process(tmp_path, pause):
+    """Ray's start forks: what a signal raises there is lost, and a start that is broken off leaves processes."""
+    mark = {"RAYCV_TEST": str(tmp_path)}
+    with background(tmp_path, "experiment=quickstart", "cv.folds=2", "run.name=mine", **mark) as process:
+        wait_until(lambda: "Starting Ray" in (tmp_path / "out").read_text(), process, tmp_path / "out")
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    said = (tmp_path / "out").read_text()
+    assert "Traceback" not in said
+    assert "raycv.run: interrupted" in said
+    assert not (tmp_path / "runs" / "mine" / "fold_0").exists()
+    deadline = time.monotonic() + 20
+    while (left := processes_with(f"RAYCV_TEST={tmp_path}")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -211,7 +232,7 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path):
         (tmp_path / f"runs/a/fold_{fold}/result.json").write_text('{"fold": 0}')
     (tmp_path / "runs/a/data_stats.json").write_text("{}")
     latest = raycv("aggregate", cwd=tmp_path)
-    assert "The newest finished run: a" in latest.stdout
+    assert "run=latest is a\n" in latest.stdout
     assert "is no fold result of this version of raycv" in latest.stderr
     damaged = raycv("aggregate", "run=runs/b", cwd=tmp_path)
     assert "b/config.yaml is damaged" in damaged.stderr

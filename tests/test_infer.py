@@ -245,7 +245,7 @@ def test_answers_keep_the_order_of_questions_and_criteria():
 def test_an_empty_post_or_criterion_is_refused(post):
     with pytest.raises(UserError, match="The post is empty"):
         Answerer(Fixed(), CRITERIA).answer([Question(post)])
-    with pytest.raises(UserError, match=r"Question 2: The criterion is empty"):
+    with pytest.raises(UserError, match=r"Pair 2: The criterion is empty"):
         Answerer(Fixed(), CRITERIA).answer([Question("p"), Question("p", post)])
 
 

@@ -242,6 +242,7 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     ("content", "overrides", "said"),
     [
         ("a,b\n1,2\n", [], "no column post or text: its columns are 'a', 'b'"),
+        ("post;criterion\na;b\n", [], "separated by semicolons and not by commas"),
         ("", [], "it is empty"),
         ("post,text\n1,2\n", [], "both post and text"),
         ("post,post\n1,2\n", [], "occurs 2 times"),

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import heed_sigint
+from commands import heed_sigint, processes_with
 from toy import Toy, toy_base
 
 from raycv.client import PATTERN, Connection
 from raycv.config import ServerConfig
 from raycv.errors import UserError
+from raycv.retry import mask_secrets
 from raycv.serve import is_loopback, listening
 
 CANARY = "quokkacanary"
@@ -95,14 +96,7 @@ class Served:
 
     def left(self) -> list[str]:
         """Commands of processes that have the scorer's Ray folder in their environment."""
-        mark, found = f"RAY_TMPDIR={self.home}".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_text())
-            except OSError:
-                continue
-        return found
+        return processes_with(f"RAY_TMPDIR={self.home}")
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +268,10 @@ def test_where_it_may_listen(monkeypatch):
     settled = listening(ServerConfig(**SERVER), None)
     assert settled.port > 0
     for host in ("0.0.0.0", "::", "192.0.2.1", "my-host"):
-        with pytest.raises(UserError, match="no token"):
+        with pytest.raises(UserError, match="no token") as caught:
             listening(ServerConfig(**SERVER | {"host": host}), None)
+        # What is printed has its passwords masked; a command to type must not look like one.
+        assert mask_secrets(str(caught.value)) == str(caught.value)
     with pytest.raises(UserError, match="16 or more"):
         listening(ServerConfig(**SERVER), "short")
     assert listening(ServerConfig(**SERVER | {"host": "0.0.0.0"}), TOKEN).token == TOKEN
