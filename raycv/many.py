@@ -150,7 +150,11 @@ def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
         PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
-    long = [BadRow(pair.line, too_long[pair.criterion.text]) for pair in chunk.pairs if pair.criterion.text in too_long]
+    long = [
+        BadRow(pair.row, pair.line, too_long[pair.criterion.text])
+        for pair in chunk.pairs
+        if pair.criterion.text in too_long
+    ]
     bad = sorted([*chunk.bad, *long], key=lambda row: row.line)
     return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
 

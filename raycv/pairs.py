@@ -61,6 +61,8 @@ class AskedPair:
 class BadRow:
     """A record, or a pair of it, that cannot be scored. `reason` holds no text of it."""
 
+    row: int
+    """the record's number, from 1, as in the output"""
     line: int
     reason: str
 
@@ -390,7 +392,7 @@ class PairSource:
             ids = tuple(_id(record, name) for name in self.layout.ids)
             return [AskedPair(record.number, record.line, ids, post, one) for one in self._criteria_of(record)]
         except (ValueError, UserError) as error:
-            return BadRow(record.line, error.what if isinstance(error, UserError) else str(error))
+            return BadRow(record.number, record.line, error.what if isinstance(error, UserError) else str(error))
 
     def _criteria_of(self, record: Record) -> list[Criterion]:
         column = self.layout.criterion

@@ -136,7 +136,7 @@ class ScoreFile:
         if self.progress.records == 0:
             # The state comes first: without it, what lies beside it is nobody's and is written over.
             self._save(replace(self.progress, errors_bytes=0))
-            self._save(replace(self.progress, errors_bytes=_append(self.errors, b"line,reason\n", at=0)))
+            self._save(replace(self.progress, errors_bytes=_append(self.errors, b"row,line,reason\n", at=0)))
         _cut(self.errors, self.progress.errors_bytes)
         self._sink.resume(self.progress)
 
@@ -165,7 +165,7 @@ class ScoreFile:
             (one.row, *one.ids, one.criterion_id, LABELS[label], one.score, chunk.threshold, self._fold, one.truncated)
             for one, label in zip(chunk.scores, labels, strict=True)
         ]
-        errors = "".join(_csv_line(("line", "reason"), (bad.line, bad.reason)) for bad in chunk.bad)
+        errors = "".join(_csv_line(("row", "line", "reason"), (bad.row, bad.line, bad.reason)) for bad in chunk.bad)
         with self._writing():
             after = replace(
                 before,

@@ -221,7 +221,11 @@ def test_bad_json_lines_and_parquet_rows(checkpoint, tmp_path):
     source.write_text("\n".join(lines))
     score(checkpoint, source, tmp_path / "j.csv", "criterion=C0")
     assert [(row["row"], row["post_id"]) for row in read_csv(tmp_path / "j.csv")] == [("1", "1"), ("9", "")]
-    assert [row["line"] for row in read_csv(tmp_path / "j.csv.errors.csv")] == ["2", "4", "5", "6", "7", "8", "9"]
+    errors = read_csv(tmp_path / "j.csv.errors.csv")
+    assert [row["line"] for row in errors] == ["2", "4", "5", "6", "7", "8", "9"]
+    kept = {row["row"] for row in read_csv(tmp_path / "j.csv")}
+    assert not kept & {row["row"] for row in errors}
+    assert kept | {row["row"] for row in errors} == {str(number) for number in range(1, len(kept) + len(errors) + 1)}
     raw = pyarrow.array([b"w1", b"\xff", None, b"w2"], pyarrow.binary())
     table = pyarrow.table({"post": pyarrow.Array.from_buffers(pyarrow.string(), 4, raw.buffers()), "id": [1, 2, 3, 4]})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
