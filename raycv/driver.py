@@ -98,13 +98,19 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             cv.check_shared(folder, prepared.base)
         else:
             config, folder, parent_id = _start(tracker, experiment_id, config, prepared)
-        with sole_process(folder), _ended(tracker, parent_id, folder, config, console):
+        with (
+            sole_process(folder),
+            _ended(tracker, parent_id, folder, config, console),
+            contextlib.ExitStack() as logged,
+        ):
             if earlier:
                 _reopen(tracker, earlier, console)
-            results = _folds(config, folder, prepared, placement, parent_id, console)
+            results = _folds(config, folder, prepared, placement, parent_id, console, logged)
             report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
             write_json(folder.report, report)
             _conclude(console, config, folder, report, parent_id)
+            # After the report: a store that hangs is waited for.
+            logged.close()
             with _as_warning(console, folder):
                 tracker.log_missing_folds(parent_id, folder, config.cv.folds, flat_params(config.model_dump()))
                 tracker.log_report(parent_id, report, folder.report)
@@ -356,8 +362,12 @@ def _folds(
     placement: "Placement",
     parent_id: str,
     console: Console,
+    logged: contextlib.ExitStack,
 ) -> list[FoldResult]:
-    """Trains all folds that are not finished under Ray, with a child run each and the live view on."""
+    """Trains all folds that are not finished under Ray, with a child run each and the live view on.
+
+    The end of `logged` waits until MLflow has them.
+    """
     from raycv import cv
     from raycv.callback import FoldRuns
     from raycv.live import LiveView
@@ -369,10 +379,8 @@ def _folds(
         task = cv.fold_task(config, folder, prepared, placement)
         runs = FoldRuns(config.tracking, parent_id, folder, flat_params(config.model_dump()), cv.FOLD_KEY)
         with LiveView(folds, config.train.epochs, config.train.effective_batch_size, console) as view:
-            try:
-                cv.run_folds(task, folds, placement, runs, view)
-            finally:
-                runs.close()
+            logged.callback(runs.close)
+            cv.run_folds(task, folds, placement, runs, view)
     return [FoldResult.read(folder.fold(split.fold).result) for split in prepared.splits]
 
 

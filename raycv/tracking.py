@@ -38,7 +38,7 @@ from raycv.errors import UserError
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
 from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri
 from raycv.records import FoldResult
-from raycv.retry import call_with_retries, is_passing, mask_secrets
+from raycv.retry import ServiceError, call_with_retries, is_passing, mask_secrets
 
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -46,6 +46,11 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+HANGING_SECONDS = 60.0
+"""For so long a store that let all attempts of a call time out is not asked again: each call would wait as long."""
+_hanging: dict[str, tuple[float, UserError]] = {}
+"""Until when each such store is left alone, and what was said of it."""
 
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
@@ -314,6 +319,9 @@ class Tracker:
             "see that the tracking server or database can be reached and written (tracking.uri)",
             "or track into a local file: tracking.uri=sqlite:///mlflow.db",
         ]
+        until, said = _hanging.get(self.uri, (0.0, None))
+        if said is not None and time.monotonic() < until:
+            raise UserError(said.what, remedies=said.remedies)
         try:
             return call_with_retries(
                 f"MLflow at {self.shown_uri}: {what}",
@@ -321,6 +329,10 @@ class Tracker:
                 passing=_may_pass,
                 remedies=remedies,
             )
+        except ServiceError as error:
+            if "timed out" in str(error.cause):
+                _hanging[self.uri] = time.monotonic() + HANGING_SECONDS, error
+            raise
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             # SQLAlchemy appends its statement and a link.
             cause = mask_secrets(str(error).split("\n[SQL")[0].split("\n(Background")[0].strip())

@@ -481,6 +481,27 @@ def test_two_runs_at_once_in_one_folder_and_a_server_that_stays_away(tmp_path):
         check_all_is_logged(url, run)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.ray
+def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp_path):
+    overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=20", "train.patience=20"]
+    port, log, run = free_port(), tmp_path / "out", RunFolder(tmp_path / "runs" / "mine")
+    url = f"http://127.0.0.1:{port}"
+    with serving(tmp_path, port) as server:
+        with background(tmp_path, *overrides, f"tracking.uri={url}", MLFLOW_HTTP_REQUEST_TIMEOUT="5") as process:
+            wait_until(lambda: "epoch 1/" in log.read_text(), process, log)
+            # It takes connections, and never answers.
+            os.killpg(server.pid, signal.SIGSTOP)
+            wait_until(run.report.is_file, process, log)
+            assert process.wait(timeout=60) == 0, log.read_text()
+        os.killpg(server.pid, signal.SIGCONT)
+        later = re.search(r"^Log it later: python -m raycv\.aggregate (.*)$", log.read_text(), re.MULTILINE)[1]
+        aggregated = raycv("aggregate", *later.split(), cwd=tmp_path)
+        assert aggregated.returncode == 0, aggregated.stderr
+        check_all_is_logged(url, run)
+
+
 def test_parameters_that_a_lost_server_missed_are_logged_later(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     tracker = Tracker(settings.uri)
