@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,40 +272,17 @@ def _start(
     Returns the config under the name that the run has now, however it came to it, the folder, and the parent's id.
     """
     from raycv import cv
-    from raycv.tracking import flat_params
 
     folder = new_run_folder(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
-    stats, parent_id = prepared.dataset.stats, None
     try:
         _write_inputs(folder, config, prepared)
         cv.check_shared(folder, prepared.base)
-        parent_id = tracker.start_parent(experiment_id, folder.root.name, _tags(config, folder, stats))
-        counts = {f"data.{key}": stats[key] for key in ("posts", "criteria", "pairs", "positives")}
-        tracker.describe_parent(parent_id, folder, flat_params(config.model_dump()) | counts)
-        tracker.log_dataset(parent_id, Path(config.data.dir).absolute().name, config.data.dir, stats["data_hash"])
-        tracked = {"uri": tracker.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id}
-        write_json(folder.tracking, tracked)
+        return config, folder, tracker.start_family(folder, config, experiment_id)
     except BaseException:
-        if parent_id is not None:
-            with contextlib.suppress(UserError):
-                tracker.finish(parent_id, "FAILED")
         # Nothing is computed yet, and the name is free again.
         shutil.rmtree(folder.root, ignore_errors=True)
         raise
-    return config, folder, parent_id
-
-
-def _tags(config: RunConfig, folder: RunFolder, stats: Mapping[str, Any]) -> dict[str, str]:
-    git = read_json(folder.environment)["git"]
-    return {
-        "raycv.version": __version__,
-        "raycv.data_hash": stats["data_hash"],
-        "mlflow.source.name": "python -m raycv.run",
-        "mlflow.source.type": "LOCAL",
-        **({"mlflow.source.git.commit": git["commit"]} if git else {}),
-        **({"raycv.control": "labels permuted"} if config.data.shuffle_labels else {}),
-    }
 
 
 @contextlib.contextmanager

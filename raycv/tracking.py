@@ -33,10 +33,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.exc import SQLAlchemyError
 
-from raycv.config import TrackingConfig
+from raycv import __version__
+from raycv.config import RunConfig, TrackingConfig
 from raycv.errors import UserError
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
-from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri
+from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri, read_json, write_json
 from raycv.records import FoldResult
 from raycv.retry import ServiceError, call_with_retries, is_passing, mask_secrets
 
@@ -97,6 +98,44 @@ class Tracker:
             tags={RUN_TAG: name, **tags},
         )
         return str(run.info.run_id)
+
+    def start_family(self, folder: RunFolder, config: RunConfig, experiment_id: str) -> str:
+        """Starts the parent run of the run in `folder`, with what lies there, notes it there, and returns its id."""
+        stats, git = read_json(folder.data_stats), read_json(folder.environment)["git"]
+        tags = {
+            "raycv.version": __version__,
+            "raycv.data_hash": stats["data_hash"],
+            "mlflow.source.name": "python -m raycv.run",
+            "mlflow.source.type": "LOCAL",
+            **({"mlflow.source.git.commit": git["commit"]} if git else {}),
+            **({"raycv.control": "labels permuted"} if config.data.shuffle_labels else {}),
+        }
+        counts = {f"data.{key}": stats[key] for key in ("posts", "criteria", "pairs", "positives")}
+        parent_id = self.start_parent(experiment_id, folder.root.name, tags)
+        try:
+            self.describe_parent(parent_id, folder, flat_params(config.model_dump()) | counts)
+            self.log_dataset(parent_id, Path(config.data.dir).absolute().name, config.data.dir, stats["data_hash"])
+            tracked = {"uri": self.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id}
+            write_json(folder.tracking, tracked)
+        except BaseException:
+            with contextlib.suppress(UserError):
+                self.finish(parent_id, "FAILED")
+            raise
+        return parent_id
+
+    def has(self, run_id: str) -> bool:
+        """Whether the store has such a run."""
+
+        def look() -> bool:
+            try:
+                self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+            return True
+
+        return self._call("look for a run", look)
 
     def reopen(self, run_id: str) -> None:
         """A run that ended goes on."""
