@@ -1,5 +1,6 @@
 """`python -m raycv.aggregate run=<name|latest|MLflow parent id>`: recomputes and logs the summary (user story 2)."""
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,10 @@ from raycv.cli import run_command
 from raycv.config import AggregateConfig
 from raycv.errors import UserError
 from raycv.live import say
-from raycv.paths import RunFolder, read_json, write_json
+from raycv.paths import RunFolder, read_json, read_record, resume_command, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize, summary_table
-from raycv.runs import LOCAL_URI, find_run, folds_of, open_tracker
+from raycv.runs import LOCAL_URI, find_run, folds_of, open_tracker, tracked_run
 
 if TYPE_CHECKING:
     from raycv.tracking import Tracker
@@ -39,17 +40,25 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     from raycv.tracking import flat_params
 
     folds = folds_of(folder.config)
-    results = [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(folds)]
-    report = summarize(folder.root.name, results, folds, read_json(folder.data_stats))
+    try:
+        results = [FoldResult.of(folder, fold) for fold in folder.finished(folds)]
+    except UserError as error:
+        remedies = ["put a good copy in its place: MLflow has one", f"or train that fold again: {_again(folder)}"]
+        raise UserError(error.what, remedies=remedies) from error
+    report = summarize(folder.root.name, results, folds, read_record(folder.data_stats))
     write_json(folder.report, report)
-    tracked = read_json(folder.tracking)
-    parent_id = tracked["parent_run_id"]
-    tracker = open_tracker(config.tracking_uri or tracked["uri"])
+    uri = config.tracking_uri or str(read_record(folder.tracking, "uri")["uri"])
+    tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     tracker.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
     tracker.log_report(parent_id, report, folder.report)
     tracker.finish(parent_id, "FINISHED")
     return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {tracker.shown_uri}"
+
+
+def _again(folder: RunFolder) -> str:
+    # A run that has its report is finished, and does not go on.
+    return (f"rm {shlex.quote(str(folder.report))}; " if folder.report.is_file() else "") + resume_command(folder)
 
 
 def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:

@@ -30,6 +30,7 @@ from raycv.paths import (
     aggregate_command,
     infer_command,
     read_json,
+    read_record,
     resolve,
     resume_command,
     write_json,
@@ -39,7 +40,7 @@ from raycv.records import Dataset, FoldResult
 from raycv.report import summarize, summary_table
 from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
-from raycv.runs import make_newest, open_tracker
+from raycv.runs import make_newest, tracked_run
 from raycv.splits import Split, make_splits, positives_table, splits_record
 from raycv.utils import describe_environment
 
@@ -85,7 +86,7 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     from raycv import cv
     from raycv.tracking import flat_params
 
-    tracker, experiment_id = _open_store(config, earlier)
+    tracker, opened = _open_store(config, earlier, typed)
     prepared = _prepare(config, dataset, splits, console)
     if earlier:
         earlier.check_base(prepared.base_facts)
@@ -94,17 +95,17 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
         if earlier:
-            folder, parent_id = earlier.folder, earlier.parent_id
+            folder, parent_id = earlier.folder, opened
             cv.check_shared(folder, prepared.base)
         else:
-            config, folder, parent_id = _start(tracker, experiment_id, config, prepared)
+            config, folder, parent_id = _start(tracker, opened, config, prepared)
         with (
             sole_process(folder),
             _ended(tracker, parent_id, folder, config, console),
             contextlib.ExitStack() as logged,
         ):
             if earlier:
-                _reopen(tracker, earlier, console)
+                _reopen(tracker, parent_id, earlier, console)
             results = _folds(config, folder, prepared, placement, parent_id, console, logged)
             report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
             write_json(folder.report, report)
@@ -119,21 +120,26 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     return report
 
 
-def _open_store(config: RunConfig, earlier: Earlier | None) -> tuple["Tracker", str]:
-    """The MLflow store and the id of the experiment."""
-    if earlier is None:
-        from raycv.tracking import Tracker
+def _open_store(config: RunConfig, earlier: Earlier | None, typed: Collection[str]) -> tuple["Tracker", str]:
+    """The MLflow store, and the id of the experiment of a new run, or of the parent of an earlier one."""
+    if earlier:
+        return tracked_run(earlier.folder, config.tracking.uri, "tracking.uri", given="tracking.uri" in typed)
+    from raycv.tracking import Tracker
 
-        tracker = Tracker(config.tracking.uri)
-        return tracker, tracker.open_experiment(config.tracking)
-    tracker = open_tracker(config.tracking.uri)
-    tracker.run(earlier.parent_id)
-    return tracker, earlier.experiment_id
+    tracker = Tracker(config.tracking.uri)
+    return tracker, tracker.open_experiment(config.tracking)
 
 
-def _reopen(tracker: "Tracker", earlier: Earlier, console: Console) -> None:
+def _reopen(tracker: "Tracker", parent_id: str, earlier: Earlier, console: Console) -> None:
     """Makes the earlier run one that is under way, records where, and removes what its processes left half."""
     folds = earlier.config.cv.folds
+    for fold in earlier.folder.finished(folds):
+        try:
+            FoldResult.of(earlier.folder, fold)
+        except UserError as error:
+            say(console, f"Warning: fold {fold} is trained again: {error.what}", "yellow")
+            result = earlier.folder.fold(fold).result
+            result.replace(result.with_suffix(".damaged.json"))
     finished = earlier.folder.finished(folds)
     kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
     say(console, f"Going on with run {earlier.folder.root.name}: {kept}")
@@ -146,10 +152,10 @@ def _reopen(tracker: "Tracker", earlier: Earlier, console: Console) -> None:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
     # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
     shutil.rmtree(earlier.folder.ray, ignore_errors=True)
-    environment = read_json(earlier.folder.environment)
+    environment = read_record(earlier.folder.environment)
     resumed = [*environment.get("resumed", []), describe_environment()]
     write_json(earlier.folder.environment, environment | {"resumed": resumed})
-    tracker.reopen(earlier.parent_id)
+    tracker.reopen(parent_id)
 
 
 def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
@@ -217,7 +223,11 @@ def _check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
             f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
             remedies=[
                 "choose another run.name, or leave it out",
-                f"if it was interrupted, go on with it: {resume_command(RunFolder(folder))}",
+                *(
+                    [f"if it was interrupted, go on with it: {resume_command(RunFolder(folder))}"]
+                    if RunFolder(folder).tracking.is_file()
+                    else []
+                ),
                 f"remove the old run: rm -r {folder}",
             ],
         )

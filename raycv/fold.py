@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,7 @@ def _keep_fold(folder: FoldFolder, result: Any) -> None:
     folder.error.unlink(missing_ok=True)
     # Scores say something about the authors of posts.
     write_text(folder.predictions, returned["predictions"].to_csv(index=False, lineterminator="\n"), private=True)
-    write_json(folder.result, asdict(returned["result"]))
+    write_json(folder.result, asdict(replace(returned["result"], sha256=folder.sums())))
     shutil.rmtree(folder.state, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """Where things lie: what ships with the package, and the files of one run."""
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -120,6 +121,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: it is not JSON ({error}).") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: it is nested too deeply.") from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object of the run folder. Raises: UserError if the file is missing or damaged, or lacks one of `keys`."""
+    values = read_json(path)
+    lacking = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if lacking or not isinstance(values, dict):
+        fault = f"it lacks {', '.join(lacking)}" if isinstance(values, dict) else "it is no JSON object"
+        raise UserError(
+            f"{path} is damaged: {fault}.",
+            remedies=["put a good copy in its place; the folds that are finished stay where they are"],
+        )
+    return values
 
 
 class RunFolder:
@@ -181,6 +197,15 @@ class FoldFolder:
         """Why the fold failed, if it did."""
         self.state = root / "state"
         """What training goes on from after an interruption; gone when the fold is finished."""
+
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
+        files = [self.predictions, *sorted(path for path in self.checkpoint.rglob("*") if path.is_file())]
+        sums = {}
+        for file in files:
+            with file.open("rb") as opened:
+                sums[file.relative_to(self.root).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return sums
 
 
 def absolute_uri(uri: str) -> str:

@@ -1,12 +1,16 @@
 """The few types that cross a module or process boundary. Plain data, no torch, no Ray, no MLflow."""
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from raycv.errors import UserError
 from raycv.metrics import METRICS
-from raycv.paths import read_json
+from raycv.paths import RunFolder, read_json
 
 LABELS = ("unmatched", "matched")
 """Class names by label id, as in the groundtruth: 0 no, 1 yes."""
@@ -67,16 +71,43 @@ class FoldResult:
     """what a reader should know: out-of-memory events, early stopping"""
     worker: dict[str, Any]
     """where and how it trained: host, device, precision, parameters"""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """of the fold's other files, by their path in its folder"""
 
     @classmethod
     def read(cls, path: Path) -> "FoldResult":
         """Raises: UserError if the file is missing, damaged, or not a fold's result."""
-        values = read_json(path)
+        # As JSON, of which alone pydantic makes a dataclass without making numbers of texts.
+        values = json.dumps(read_json(path))
         try:
-            result = cls(**values)
-            missing = [name for name in METRICS if not isinstance(result.metrics[name], int | float)]
-            if missing:
-                raise TypeError(f"{', '.join(missing)} is no number")
-            return result
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path} is no fold result of this version of raycv: {error}.") from error
+            result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
+            raise UserError(f"{path} is no fold result of this version of raycv: {faults}.") from error
+        shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
+        if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
+            what = f"{', '.join(wrong)} must lie in 0..1"
+            raise UserError(f"{path} is no fold result of this version of raycv: {what}.")
+        return result
+
+    @classmethod
+    def of(cls, folder: RunFolder, fold: int) -> "FoldResult":
+        """The result of a finished fold, whose files are as it left them.
+
+        Raises: UserError if one of them is missing, damaged, or another fold's.
+        """
+        files = folder.fold(fold)
+        result = cls.read(files.result)
+        if result.fold != fold:
+            raise UserError(f"{files.result} is that of fold {result.fold}.")
+        try:
+            there = files.sums()
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        # Results of earlier versions say nothing of them.
+        for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/raycv.json"):
+            if name not in there:
+                raise UserError(f"{files.root / name} is missing.")
+            if there[name] != result.sha256.get(name, there[name]):
+                raise UserError(f"{files.root / name} is damaged: it does not have its checksum.")
+        return result

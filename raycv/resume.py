@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, counted
-from raycv.paths import RunFolder, aggregate_command, read_json, resume_command
+from raycv.paths import RunFolder, aggregate_command, read_record, resume_command
 from raycv.records import Dataset
 from raycv.retry import mask_secrets
-from raycv.runs import LATEST, find_run, runs_in
+from raycv.runs import AFRESH, LATEST, find_run, recorded_config, runs_in
 from raycv.splits import Split, splits_record
 from raycv.utils import code_state, package_version
 
@@ -26,7 +24,6 @@ MAY_DIFFER = {
 """Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
 VERSIONS = ("raycv", "torch", "transformers", "peft", "tokenizers", "numpy")
 """Packages whose versions must be the same: weights, tokens and the order of pairs come from them."""
-AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,6 @@ class Earlier:
     folder: RunFolder
     config: RunConfig
     """as it was recorded, but for what may differ"""
-    experiment_id: str
-    parent_id: str
     faults: tuple[str, ...]
     """what the command line asks for and the run is not"""
 
@@ -47,13 +42,14 @@ class Earlier:
 
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
-        then, now = read_json(self.folder.environment)["base_model"], json.loads(json.dumps(facts))
+        then, now = read_record(self.folder.environment, "base_model")["base_model"], json.loads(json.dumps(facts))
         lines = [_then_now(f"base model, {key}", then.get(key), now[key]) for key in ("revision", "files")]
         self._refuse([line for line in lines if line])
 
     def warnings(self) -> list[str]:
         """What is no reason to refuse: the commit of raycv's code, of which most change no number."""
-        then, now = (_commit(state) for state in (read_json(self.folder.environment)["git"], code_state()))
+        recorded = read_record(self.folder.environment, "git")["git"]
+        then, now = (_commit(state) for state in (recorded, code_state()))
         line = _then_now("the code's git commit", then, now)
         return [f"{line}: folds that go on may differ if what is computed was changed"] if line else []
 
@@ -66,14 +62,14 @@ class Earlier:
             )
 
     def _data(self, dataset: Dataset) -> list[str]:
-        stats = read_json(self.folder.data_stats)
+        stats = read_record(self.folder.data_stats)
         keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
         keys |= {"data_hash": "hash of posts and labels", "criteria_hash": "hash of the criteria"}
         lines = [_then_now(f"data, {name}", stats.get(key), dataset.stats[key]) for key, name in keys.items()]
         return [line for line in lines if line]
 
     def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
-        then, now = read_json(self.folder.splits), splits_record(dataset, splits, self.config.cv.seed)
+        then, now = read_record(self.folder.splits), splits_record(dataset, splits, self.config.cv.seed)
         if then == now:
             return []
         if then.get("rows") != now["rows"]:
@@ -83,7 +79,7 @@ class Earlier:
         return [f"splits: {counted(len(others), 'fold')} of {len(splits)} hold other pairs than in splits.json"]
 
     def _versions(self) -> list[str]:
-        then = read_json(self.folder.environment)["packages"]
+        then = read_record(self.folder.environment, "packages")["packages"]
         lines = [_then_now(name, then.get(name), package_version(name)) for name in VERSIONS]
         return [line for line in lines if line]
 
@@ -97,18 +93,18 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     folder = _find(Path(config.run.dir), config.resume)
     with sole_process(folder):
         pass  # Only asked here, to refuse at once; held while the folds train.
-    values, given, faults = _recorded(folder).model_dump(), config.model_dump(), []
+    values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
     for section, name in sorted(key.split(".") for key in typed if "." in key):
         recorded, asked = values[section][name], given[section][name]
         if f"{section}.{name}" in MAY_DIFFER:
             values[section][name] = asked
         elif asked != recorded:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
-    tracked = read_json(folder.tracking)
+    tracked = read_record(folder.tracking, "uri")
     values["tracking"]["uri"] = _tracking_uri(str(tracked["uri"]), config, typed)
     values["run"]["dir"] = str(folder.root.parent)
     as_it_goes_on = validate(RunConfig, values)
-    return Earlier(folder, as_it_goes_on, tracked["experiment_id"], tracked["parent_run_id"], tuple(faults))
+    return Earlier(folder, as_it_goes_on, tuple(faults))
 
 
 @contextmanager
@@ -130,6 +126,8 @@ def sole_process(folder: RunFolder) -> Iterator[None]:
             remedies=["make the folder writable for you"],
         ) from error
     try:
+        # Another process may have ended it since it was looked for.
+        _refuse_finished(folder)
         yield
         if folder.report.is_file():
             # Nobody may go on with a complete run.
@@ -144,14 +142,10 @@ def _find(runs: Path, which: str) -> RunFolder:
         if folder is None:
             remedies = [f"the runs there are: ls {runs.absolute()}", "another folder: run.dir=<folder>"]
             raise UserError(f"resume={which}: there is no such run in {runs.absolute()}.", remedies=remedies)
-        if folder.report.is_file():
-            raise UserError(
-                f"resume={which}: the run is finished, its report is {folder.report}.",
-                remedies=[f"the summary again: {aggregate_command(folder)}", AFRESH],
-            )
+        _refuse_finished(folder)
         if not folder.tracking.is_file():
             what = f"resume={which}: the run ended before its first fold: nothing to go on."
-            raise UserError(what, remedies=[AFRESH])
+            raise UserError(what, remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH])
         return folder
     folders = runs_in(runs)
     unfinished = [folder for folder in folders if folder.tracking.is_file() and not folder.report.is_file()]
@@ -164,13 +158,12 @@ def _find(runs: Path, which: str) -> RunFolder:
     return unfinished[-1]
 
 
-def _recorded(folder: RunFolder) -> RunConfig:
-    try:
-        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
-    except FaultsError as error:
-        raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error
+def _refuse_finished(folder: RunFolder) -> None:
+    if folder.report.is_file():
+        raise UserError(
+            f"resume={folder.root.name}: the run is finished, its report is {folder.report}.",
+            remedies=[f"the summary again, and into MLflow if it lacks it: {aggregate_command(folder)}", AFRESH],
+        )
 
 
 def _tracking_uri(recorded: str, config: RunConfig, typed: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """Which run, which fold: from what the user names to checkpoint folders. Imports nothing heavy."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from raycv.checkpoint import MANIFEST, read_info
-from raycv.errors import UserError
-from raycv.paths import RunFolder, read_json, resume_command
+from raycv.config import RunConfig, validate
+from raycv.errors import FaultsError, UserError
+from raycv.paths import RunFolder, read_json, read_record, resume_command
 from raycv.records import FoldResult
 from raycv.report import best_fold
 
 if TYPE_CHECKING:
     from raycv.tracking import Tracker
 
+logger = logging.getLogger(__name__)
+
 Fold = int | Literal["best", "ensemble"]
 ENSEMBLE: Literal["ensemble"] = "ensemble"
 LATEST = "latest"
 LOCAL_URI = "sqlite:///mlflow.db"
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 
 
@@ -107,6 +112,40 @@ def open_tracker(uri: str) -> "Tracker":
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
     return Tracker(uri)
+
+
+def recorded_config(folder: RunFolder) -> RunConfig:
+    """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
+    try:
+        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
+    except FaultsError as error:
+        raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error
+
+
+def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["Tracker", str]:
+    """The store at `uri`, the value of `key`, and the id there of the parent of the run in `folder`.
+
+    A store that is `given`, not read from the folder, and lacks the run gets it from the folder: the other may be lost.
+    Raises: UserError if the store cannot be used, or lacks the run and was not given.
+    """
+    from raycv.tracking import Tracker
+
+    parent_id = str(read_record(folder.tracking, "parent_run_id")["parent_run_id"])
+    again = f"or give another, new or old, and what the run's folder has is logged there: {key}=sqlite:///new.db"
+    try:
+        tracker = Tracker(uri) if given else open_tracker(uri)
+        if tracker.has(parent_id):
+            return tracker, parent_id
+    except UserError as error:
+        raise UserError(error.what, remedies=[*error.remedies, again]) from error
+    if not given:
+        remedies = ["give the store that has it, by the same key", again]
+        raise UserError(f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", remedies=remedies)
+    logger.warning("MLflow at %s does not have this run: it is logged there from its folder", tracker.shown_uri)
+    config = recorded_config(folder)
+    return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
 
 
 def check_password(uri: str) -> None:

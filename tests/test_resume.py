@@ -27,9 +27,10 @@ from toy import Recorder, Toy, toy_base, train_config
 from raycv import __version__ as raycv_version
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
+from raycv.driver import _data
 from raycv.errors import UserError
 from raycv.paths import RunFolder, read_json, resume_command, write_json
-from raycv.resume import earlier_run
+from raycv.resume import earlier_run, sole_process
 from raycv.state import FACTS, MANIFEST, TENSORS, StateFolder, TrainState
 from raycv.train import FoldTrainer
 from raycv.utils import code_state
@@ -422,6 +423,31 @@ def test_what_cannot_go_on_is_said(left):
     assert "nothing to go on" in said("mine")
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000])
+@pytest.mark.parametrize("name", ["tracking.json", "environment.json", "splits.json", "data_stats.json"])
+def test_a_damaged_file_of_the_run_is_named(left, name, content):
+    (left.root / name).write_text(content)
+
+    def go_on():
+        earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
+        earlier.check(*_data(earlier.config))
+        earlier.warnings()
+
+    with pytest.raises(UserError) as caught:
+        go_on()
+    assert name in str(caught.value) or "data, posts: null then" in str(caught.value)
+
+
+def test_a_run_that_another_process_has_ended_does_not_go_on(left):
+    """Two resume it; the second holds the lock when the first is done."""
+    write_json(left.report, {})
+    with pytest.raises(UserError, match="the run is finished"), sole_process(left):
+        raise AssertionError("it went on")
+    left.report.unlink()
+    with sole_process(left):
+        pass
+
+
 def test_the_command_is_quoted_for_the_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resume_command(RunFolder(tmp_path / "runs" / "mine")) == "python -m raycv.run resume=mine"
@@ -482,10 +508,10 @@ def send_amid_the_second_fold(folder, sent):
     return code
 
 
-def resume(folder, *words):
-    """Goes on with the run in `folder`; returns what that says. Its finished folds are not touched."""
+def resume(folder, *words, kept=None):
+    """Goes on with the run in `folder`; returns what that says. Its finished folds, or `kept`, are not touched."""
     run = RunFolder(folder / "runs" / "mine")
-    kept = {fold: run.fold(fold).result.stat().st_mtime_ns for fold in run.finished(2)}
+    kept = {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept or run.finished(2)}
     result = raycv("run", *words, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Going on with run mine: {len(kept)} finished fold" in result.stdout
@@ -524,8 +550,17 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     report.unlink()
     resume(tmp_path, "resume=mine")
     assert_like_unbroken(tmp_path, whole)
+    # A finished fold that was damaged since is no finished one.
+    report.unlink()
+    files, whole_files = (RunFolder(folder / "runs" / "mine").fold(0) for folder in (tmp_path, whole))
+    weights = files.checkpoint / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "fold 0 is trained again: " in resume(tmp_path, "resume=mine", kept=[1])
+    assert (files.root / "result.damaged.json").is_file()
+    assert without_seconds(read_json(files.result)) == without_seconds(read_json(whole_files.result))
+    assert weights.read_bytes() == (whole_files.checkpoint / "adapter_model.safetensors").read_bytes()
     environment = read_json(RunFolder(tmp_path / "runs" / "mine").environment)
-    assert [each["packages"] for each in environment["resumed"]] == [environment["packages"]] * 2
+    assert [each["packages"] for each in environment["resumed"]] == [environment["packages"]] * 3
 
 
 @pytest.mark.slow

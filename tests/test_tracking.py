@@ -17,12 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from commands import raycv
 
 from raycv.callback import FoldRuns
-from raycv.config import TrackingConfig
+from raycv.cli import compose
+from raycv.config import RunConfig, TrackingConfig, as_yaml, validate
 from raycv.errors import UserError
 from raycv.metrics import METRICS
-from raycv.paths import RunFolder, write_json
+from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import FoldResult
 from raycv.report import summarize
 from raycv.tracking import EPOCH_METRICS, Tracker, absolute_uri, flat_params
@@ -67,6 +69,67 @@ def tracked(tmp_path, monkeypatch):
     parent_id = tracker.start_parent(experiment_id, folder.root.name, {"k": "v"})
     tracker.describe_parent(parent_id, folder, {"a.b": 1, "long": "x" * 9000})
     return tracker, parent_id, folder, settings
+
+
+DAMAGES = {
+    "no predictions": lambda files: files.predictions.unlink(),
+    "predictions of others": lambda files: files.predictions.write_text(
+        "post_id,criterion_id,label,score\nx,A.1,1,1\n"
+    ),
+    "no checkpoint": lambda files: shutil.rmtree(files.checkpoint),
+    "a cut checkpoint": lambda files: (files.checkpoint / "raycv.json").write_text("{"),
+    "another fold's": lambda files: write_json(files.result, asdict(fold_result(0))),
+    "a metric of 5": lambda files: changed(files, metrics={**fold_result(1).metrics, "f1": 5}),
+    "a metric that is NaN": lambda files: files.result.write_text(files.result.read_text().replace("0.4", "NaN")),
+    "a metric that is missing": lambda files: changed(files, metrics={}),
+    "a threshold that is a text": lambda files: changed(files, threshold="0.4"),
+    "empty": lambda files: files.result.write_text(""),
+}
+
+
+def changed(files, **values):
+    write_json(files.result, read_json(files.result) | values)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_finished_fold_is_what_it_left_or_damaged(tmp_path, damage):
+    folder = finished_run(tmp_path / "mine")
+    for fold in range(2):
+        files = folder.fold(fold)
+        # As results were before they knew of the other files.
+        assert FoldResult.of(folder, fold).sha256 == {}
+        changed(files, sha256=files.sums())
+        assert set(FoldResult.of(folder, fold).sha256) == {"predictions.csv", "checkpoint/raycv.json"}
+    DAMAGES[damage](folder.fold(1))
+    assert FoldResult.of(folder, 0).fold == 0
+    with pytest.raises(UserError, match="fold_1"):
+        FoldResult.of(folder, 1)
+
+
+def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
+    """The database is deleted, emptied, or replaced; the run folder has it all."""
+    folder = finished_run(tmp_path / "runs" / "mine")
+    write_text(folder.config, as_yaml(validate(RunConfig, compose("run", ["cv.folds=2", "run.name=mine"]))))
+    counts = dict.fromkeys(("posts", "criteria", "pairs", "positives"), 9)
+    write_json(folder.data_stats, {**counts, "data_hash": "0" * 64})
+    write_json(folder.environment, {"git": None})
+    write_json(folder.tracking, {"uri": f"sqlite:///{tmp_path}/mlflow.db", "parent_run_id": "0" * 32})
+    gone = raycv("aggregate", "run=mine", cwd=tmp_path)
+    assert gone.returncode == 2
+    assert "mlflow.db does not exist" in gone.stderr
+    assert "tracking_uri=sqlite:///new.db" in gone.stderr
+    (tmp_path / "mlflow.db").write_text("no database")
+    assert "tracking_uri=sqlite:///new.db" in raycv("aggregate", "run=mine", cwd=tmp_path).stderr
+    for again in (["tracking_uri=sqlite:///new.db"], []):
+        logged = raycv("aggregate", "run=mine", *again, cwd=tmp_path)
+        assert logged.returncode == 0, logged.stderr
+        tracker = Tracker(f"sqlite:///{tmp_path}/new.db")
+        parent_id = read_json(folder.tracking)["parent_run_id"]
+        parent = tracker.run(parent_id)
+        assert (parent.info.status, parent.info.run_name) == ("FINISHED", "mine")
+        assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
+        assert {run.info.status for run in tracker.children(parent_id).values()} == {"FINISHED"}
+        assert sorted(tracker.children(parent_id)) == [0, 1]
 
 
 def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_path, monkeypatch):
