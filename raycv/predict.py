@@ -152,7 +152,7 @@ class Predictor:
             if not bool(logits.isfinite().all()):
                 raise UserError(
                     "The model's answer is no number (NaN or infinity), so it is no answer.",
-                    remedies=["compute in single precision: precision=fp32", *DAMAGED],
+                    remedies=["compute in single precision: infer.precision=fp32", *DAMAGED],
                 )
             np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())
             probabilities.append(scores)
