@@ -1,11 +1,17 @@
 """A trained fold on disk: a plain PEFT folder (adapter, head, tokenizer) and `raycv.json`, what inference must know."""
 
+import hashlib
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from raycv.errors import UserError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from raycv.config import Fraction, NonEmpty
+from raycv.errors import UserError, shown
 from raycv.paths import read_json, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
@@ -17,27 +23,41 @@ if TYPE_CHECKING:
 MANIFEST = "raycv.json"
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 """PEFT's names."""
+SUMMED = (WEIGHTS, "adapter_config.json")
+"""The files whose SHA-256 the manifest holds: what the scores are computed from."""
+MOST_TOKENS = 2**24
+"""More than any model takes; a tokenizer fails at much larger numbers."""
 FORMAT = 1
 DAMAGED = ("take another fold: fold=<k>", "copy the checkpoint again, or train the fold again")
 VERSIONED = ("raycv", "torch", "transformers", "peft")
+
+
+def _sound(rules: PromptRules) -> PromptRules:
+    for name in ("max_length", "post_limit"):
+        if not 1 <= getattr(rules, name) <= MOST_TOKENS:
+            raise ValueError(f"{name} must be from 1 to {MOST_TOKENS}")
+    for name in ("head_fraction", "stride_fraction"):
+        if not 0 <= getattr(rules, name) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1")
+    return rules
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
     """`raycv.json`: with it, training and inference cannot drift apart. Holds no text of posts or criteria."""
 
-    base_model: str
+    base_model: NonEmpty
     base_revision: str | None
-    rules: PromptRules
-    threshold: float
+    rules: Annotated[PromptRules, AfterValidator(_sound)]
+    threshold: Fraction
     criteria: dict[str, str | None]
     """criterion id -> symptom name"""
     criteria_hash: str
     criteria_dir: str
     run: str
-    fold: int
+    fold: Annotated[int, Field(ge=0)]
     epoch: int
-    precision: str
+    precision: Literal["fp32", "bf16"]
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
@@ -61,7 +81,7 @@ def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: Chec
     # PEFT's empty model card, which names the folder that the base was loaded from.
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    write_json(folder / MANIFEST, info.to_json())
+    write_json(folder / MANIFEST, {**info.to_json(), "sha256": {name: _sum(folder / name) for name in SUMMED}})
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -75,7 +95,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"{folder} is no raycv checkpoint: it has no {MANIFEST}.",
             remedies=["name a folder like runs/<name>/fold_<k>/checkpoint"],
         )
-    values = read_json(manifest)
+    values = _values(manifest)
     if not isinstance(values, dict) or "format" not in values:
         raise UserError(f"{manifest} is damaged: it does not say its format.", remedies=DAMAGED)
     if values["format"] != FORMAT:
@@ -84,12 +104,59 @@ def read_info(folder: Path) -> CheckpointInfo:
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
     try:
-        fields = {name: values[name] for name in CheckpointInfo.__dataclass_fields__ if name != "rules"}
-        return CheckpointInfo(rules=PromptRules(**values["rules"]), **fields)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{manifest} is damaged: {error} is missing or not what it should be.", remedies=DAMAGED
-        ) from error
+        # From JSON: in strict mode only there may a dataclass be an object.
+        return TypeAdapter(CheckpointInfo).validate_json(manifest.read_bytes(), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"]) or "the file"
+        what = "is missing" if fault["type"] == "missing" else f"is {shown(fault['input'])}: {fault['msg']}"
+        raise UserError(f"{manifest} is damaged: {key} {what}.", remedies=DAMAGED) from error
+
+
+def _values(manifest: Path) -> Any:
+    try:
+        return read_json(manifest)
+    except RecursionError as error:
+        raise UserError(f"{manifest} is damaged: it is nested too deeply.", remedies=DAMAGED) from error
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises: UserError if a file is not what was saved. A checkpoint of stock PEFT, or an older one, has no sums."""
+    values = _values(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    sums = values.get("sha256", {}) if isinstance(values, dict) else None
+    if not isinstance(sums, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged: sha256 is no object.", remedies=DAMAGED)
+    for name in SUMMED:
+        if name in sums and (not (folder / name).is_file() or sums[name] != _sum(folder / name)):
+            raise UserError(
+                f"The checkpoint {folder} is damaged: {name} is not the file that was saved (its SHA-256 differs from "
+                f"the one in {MANIFEST}).",
+                remedies=DAMAGED,
+            )
+
+
+def _check_tensors(model: "PeftModel", folders: Sequence[Path]) -> None:
+    """Raises: UserError if a file lacks a tensor of its adapter (PEFT only warns), or one holds NaN or infinity."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    for adapter, folder in zip(model.peft_config, folders, strict=True):
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            missing = sorted(set(tensors) - set(file.keys()))
+        endless = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+        for names, what in ((missing, "are missing"), (endless, "hold NaN or infinity")):
+            if names:
+                raise UserError(
+                    f"The checkpoint {folder} is damaged: {len(names)} tensor(s) of {WEIGHTS} {what}, the first being "
+                    f"{names[0]}.",
+                    remedies=DAMAGED,
+                )
 
 
 def _check_weights(folder: Path) -> None:
@@ -115,13 +182,27 @@ def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
 
     for each in (folder, *more):
         _check_weights(each)
+        _check_sums(each)
     float32_head(base)
     current = folder
     try:
         config = use_factored(LoraConfig.from_pretrained(str(folder)))
-        model = PeftModel.from_pretrained(base, str(folder), config=config)
-        for number, current in enumerate(more, 1):
-            model.load_adapter(str(current), adapter_name=f"other_{number}")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            # Refused below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder), config=config)
+            for number, current in enumerate(more, 1):
+                model.load_adapter(str(current), adapter_name=f"other_{number}")
+    except (
+        AttributeError,
+        RecursionError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"The adapter in {current} cannot be loaded: {cause_of(error)}", remedies=DAMAGED) from error
+    _check_tensors(model, (folder, *more))
     return model.eval()

@@ -1,7 +1,8 @@
 """The base model's files -> tokenizer, config, classifier with a fresh head. Nothing of the model's own code is run."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ POSITIONS_AFTER_PAD = (
     "mpnet", "ibert", "esm",
 )  # fmt: skip
 """Model types whose first position is the pad id + 1: 514 positions hold 512 tokens."""
+
+
+COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
+"""Buffers that old files hold though the model computes them."""
 
 
 def load_config(files: BaseFiles) -> Any:
@@ -161,8 +166,33 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
             f"shape, the first being {sorted(broken)[0]}.",
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
+    left = _left_out(model, found["unexpected_keys"])
+    if left:
+        raise UserError(
+            f"The weights of {files.name} do not fit its {CONFIG}: {len(left)} tensor(s) of its layers have no place "
+            f"in the model that it describes, the first being {left[0]}.",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
     logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
     return set(lacking)
+
+
+def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Those of the `unexpected` keys that are of the backbone's layers: with them left out it is another model.
+
+    Heads of other tasks are to be left out, and so are old buffers (inv_freq), which are computed.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def is_of_a_layer(key: str) -> bool:
+        # A bare backbone's keys are without the prefix.
+        named = key if key.startswith(prefix) else prefix + key
+        return re.sub(r"\.\d+\.", ".#.", named) in kinds or (
+            key.startswith(prefix) and re.search(r"\.\d+\.", key) is not None and not key.endswith(COMPUTED)
+        )
+
+    kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
+    return sorted(key for key in unexpected if is_of_a_layer(key))
 
 
 def _renew_head(model: Any, lacking: set[str], seed: int) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from raycv.answers import ModelIdentity, Prediction
 from raycv.base import fetch_base
-from raycv.checkpoint import CheckpointInfo, load_adapter, read_info
+from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
 from raycv.encoding import EncodedPairs, PromptEncoder
 from raycv.errors import UserError
@@ -149,6 +149,11 @@ class Predictor:
         for _ in self._as_each_fold():
             logits = self._logits(scorer, rows).double()
             scores = np.zeros(len(encoded.labels))
+            if not bool(logits.isfinite().all()):
+                raise UserError(
+                    "The model's answer is no number (NaN or infinity), so it is no answer.",
+                    remedies=["compute in single precision: infer.precision=fp32", *DAMAGED],
+                )
             np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())
             probabilities.append(scores)
         return np.mean(probabilities, axis=0)

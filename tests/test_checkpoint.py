@@ -1,11 +1,13 @@
 """A trained fold on disk: stock PEFT opens it, and reloading reproduces the scores."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from toy import Recorder, Toy, toy_base, train_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -77,4 +79,85 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
         read_info(tmp_path)
     (tmp_path / "raycv.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="format 99"):
+        read_info(tmp_path)
+
+
+def copied(folder, tmp_path):
+    """A copy without checksums, as older versions wrote it."""
+    shutil.copytree(folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "raycv.json", lambda values: values.pop("sha256", None))
+    return tmp_path / "copy"
+
+
+def edit_json(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def opened(toy, folder):
+    return load_adapter(load_classifier(toy.base, toy.tokenizer, torch.float32, seed=99), folder)
+
+
+def without_b(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "lora_B" not in name}
+
+
+def with_nan(tensors):
+    return {name: tensor * float("nan") for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("change", "said"), [(without_b, "are missing.*lora_B"), (with_nan, "NaN or infinity")])
+def test_an_adapter_that_lacks_tensors_or_holds_nan_is_refused(saved, tmp_path, change, said):
+    folder = copied(saved[2], tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights)
+    with pytest.raises(UserError, match=f"damaged.*{said}"):
+        opened(saved[0], folder)
+
+
+def test_an_edited_adapter_is_refused_by_its_checksum_and_an_older_one_opens(saved, tmp_path):
+    opened(saved[0], copied(saved[2], tmp_path))
+    folder = shutil.copytree(saved[2], tmp_path / "edited")
+    edit_json(folder / "adapter_config.json", lambda values: values.update(lora_alpha=80))
+    with pytest.raises(UserError, match=r"damaged: adapter_config\.json"):
+        opened(saved[0], folder)
+
+
+def test_an_adapter_of_another_kind_is_refused(saved, tmp_path):
+    folder = copied(saved[2], tmp_path)
+    edit_json(folder / "adapter_config.json", lambda values: values.update(peft_type="IA3"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        opened(saved[0], folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threshold", float("nan")),
+        ("threshold", True),
+        ("threshold", "0.1"),
+        ("threshold", 1.5),
+        ("fold", "../../x"),
+        ("criteria_dir", 5),
+        ("base_model", 7),
+        ("precision", "fp7"),
+        ("rules.long_post", "evil"),
+        ("rules.max_length", "x"),
+        ("rules.max_length", 10**12),
+        ("rules.head_fraction", "a"),
+        ("rules.stride_fraction", float("nan")),
+    ],
+)
+def test_a_value_that_is_not_what_it_should_be_is_named(saved, tmp_path, key, value):
+    section, _, name = key.rpartition(".")
+    file = copied(saved[2], tmp_path) / "raycv.json"
+    edit_json(file, lambda values: (values[section] if section else values).update({name: value}))
+    with pytest.raises(UserError, match=rf"raycv\.json is damaged: .*{name}"):
+        read_info(file.parent)
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "raycv.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged"):
         read_info(tmp_path)

@@ -332,7 +332,7 @@ def test_standard_input_and_all_criteria(run):
     [
         (lambda checkpoint: (checkpoint / "raycv.json").write_text("{"), "is damaged"),
         (lambda checkpoint: (checkpoint / "raycv.json").write_text('{"format": 1}'), "is damaged"),
-        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x" * 50), "cannot be loaded"),
+        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x" * 50), "is damaged"),
         (lambda checkpoint: (checkpoint / "adapter_model.safetensors").unlink(), "cannot be loaded"),
     ],
 )

@@ -1,5 +1,7 @@
 """Base -> classifier: what is trainable, in which type, and which architectures and modules are accepted."""
 
+import json
+
 import pytest
 import torch
 from builders import ARCHITECTURES, tiny_bert, tiny_llama, tiny_model
@@ -122,3 +124,13 @@ def test_precision_says_why():
     if not torch.cuda.is_available():
         assert choose_precision("auto") == ("fp32", "fp32: no GPU with bf16 support was found")
         assert choose_precision("bf16")[0] == "bf16"
+
+
+@pytest.mark.parametrize("layers", [1, -1])
+def test_layers_that_the_config_leaves_out_are_refused(tmp_path, layers):
+    """transformers only reports them: the model would answer with layers missing."""
+    folder = tiny_llama(tmp_path, layers=3)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers, "layer_types": None}))
+    with pytest.raises(UserError, match=r"do not fit its config\.json.*layers\."):
+        classifier(folder)

@@ -281,3 +281,12 @@ def test_checkpoints_of_different_runs_are_refused(trained, tmp_path, changes):
     other = fold.rewritten(tmp_path / "other", **changes)
     with pytest.raises(UserError, match=f"is of another run than .*its {next(iter(changes))} differs"):
         predictor(fold.folder, other)
+
+
+def test_a_probability_that_is_no_number_is_never_answered(trained):
+    model = predictor(trained().folder)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(UserError, match="no number"):
+        model.predict(trained().pairs()[:2])
