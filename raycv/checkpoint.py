@@ -1,6 +1,5 @@
 """A trained fold on disk: a plain PEFT folder (adapter, head, tokenizer) and `raycv.json`, what inference must know."""
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from raycv.config import Fraction, NonEmpty
 from raycv.errors import UserError, shown
-from raycv.paths import read_json, write_json
+from raycv.paths import read_json, sha256_of, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
 from raycv.retry import cause_of
@@ -81,7 +80,7 @@ def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: Chec
     # PEFT's empty model card, which names the folder that the base was loaded from.
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    write_json(folder / MANIFEST, {**info.to_json(), "sha256": {name: _sum(folder / name) for name in SUMMED}})
+    write_json(folder / MANIFEST, {**info.to_json(), "sha256": {name: sha256_of(folder / name) for name in SUMMED}})
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -95,7 +94,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"{folder} is no raycv checkpoint: it has no {MANIFEST}.",
             remedies=["name a folder like runs/<name>/fold_<k>/checkpoint"],
         )
-    values = _values(manifest)
+    values = read_json(manifest)
     if not isinstance(values, dict) or "format" not in values:
         raise UserError(f"{manifest} is damaged: it does not say its format.", remedies=DAMAGED)
     if values["format"] != FORMAT:
@@ -113,26 +112,14 @@ def read_info(folder: Path) -> CheckpointInfo:
         raise UserError(f"{manifest} is damaged: {key} {what}.", remedies=DAMAGED) from error
 
 
-def _values(manifest: Path) -> Any:
-    try:
-        return read_json(manifest)
-    except RecursionError as error:
-        raise UserError(f"{manifest} is damaged: it is nested too deeply.", remedies=DAMAGED) from error
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _check_sums(folder: Path) -> None:
     """Raises: UserError if a file is not what was saved. A checkpoint of stock PEFT, or an older one, has no sums."""
-    values = _values(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    values = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     sums = values.get("sha256", {}) if isinstance(values, dict) else None
     if not isinstance(sums, dict):
         raise UserError(f"{folder / MANIFEST} is damaged: sha256 is no object.", remedies=DAMAGED)
     for name in SUMMED:
-        if name in sums and (not (folder / name).is_file() or sums[name] != _sum(folder / name)):
+        if name in sums and (not (folder / name).is_file() or sums[name] != sha256_of(folder / name)):
             raise UserError(
                 f"The checkpoint {folder} is damaged: {name} is not the file that was saved (its SHA-256 differs from "
                 f"the one in {MANIFEST}).",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from raycv.base import BaseFiles
     from raycv.checkpoint import CheckpointInfo
     from raycv.encoding import EncodedPairs
+    from raycv.model import Precision
     from raycv.splits import Split
     from raycv.state import StateFolder, TrainState
     from raycv.train import EpochResult, TrainResult
@@ -310,7 +311,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
 
 
-def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: str) -> "CheckpointInfo":
+def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: "Precision") -> "CheckpointInfo":
     from raycv.checkpoint import CheckpointInfo
 
     return CheckpointInfo(

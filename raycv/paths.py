@@ -102,6 +102,12 @@ def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal. Raises: OSError if it cannot be read."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Writes `text` whole or not at all."""
     with replaced(path, private=private) as temporary:
@@ -201,11 +207,7 @@ class FoldFolder:
     def sums(self) -> dict[str, str]:
         """SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
         files = [self.predictions, *sorted(path for path in self.checkpoint.rglob("*") if path.is_file())]
-        sums = {}
-        for file in files:
-            with file.open("rb") as opened:
-                sums[file.relative_to(self.root).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-        return sums
+        return {file.relative_to(self.root).as_posix(): sha256_of(file) for file in files}
 
 
 def absolute_uri(uri: str) -> str:

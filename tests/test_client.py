@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
 def checkpoint(tmp_path):
     """A manifest and nothing else: what choosing a checkpoint needs."""
     folder = tmp_path / "some" / "fold_0" / "checkpoint"
-    info = dict.fromkeys(("base_model", "base_revision", "criteria_hash", "criteria_dir", "precision"), "")
+    info = {**dict.fromkeys(("base_revision", "criteria_hash", "criteria_dir"), ""), "base_model": "base"}
+    info["precision"] = "fp32"
     rules = {"long_post": "head", "max_length": 48, "head_fraction": 0.25, "stride_fraction": 0.5, "post_limit": 9}
     numbers = {"threshold": 0.5, "criteria": {}, "fold": 0, "epoch": 1, "format": 1, "run": "some"}
     write_json(folder / MANIFEST, {**info, **numbers, "rules": rules})
