@@ -252,7 +252,8 @@ class AggregateConfig(Section):
     )
     dir: NonEmpty = Field(description="folder that holds the runs")
     tracking_uri: NonEmpty | None = Field(
-        description="MLflow tracking URI; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db"
+        description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db; one that "
+        "lacks the run gets it from its folder"
     )
 
 
