@@ -134,8 +134,10 @@ class ScoreFile:
         if self._state.exists():
             self.progress = self._continued()
         if self.progress.records == 0:
-            # The state comes first: without it, what lies beside it is nobody's and is written over.
+            # The state comes first: without it, what lies beside it is nobody's, be it a link, and makes room.
             self._save(replace(self.progress, errors_bytes=0))
+            for ending in ("errors.csv", "part", "parts"):
+                _clear(_beside(self.output, ending))
             self._save(replace(self.progress, errors_bytes=_append(self.errors, b"row,line,reason\n", at=0)))
         _cut(self.errors, self.progress.errors_bytes)
         self._sink.resume(self.progress)
@@ -276,7 +278,8 @@ def _json_line(columns: Sequence[str], row: Sequence[Any]) -> str:
 
 def _append(path: Path, data: bytes, *, at: int) -> int:
     """Writes `data` at byte `at`, where the file then ends; returns that end. What is there is on disk for good."""
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as file:
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
         file.seek(at)
         file.write(data)
         file.truncate()
@@ -290,7 +293,16 @@ def _cut(path: Path, size: int) -> None:
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise _changed(path, f"{there:,} bytes", f"{size:,}")
-    os.truncate(path, size)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:
+        file.truncate(size)
+
+
+def _clear(path: Path) -> None:
+    """Removes a file, a link (not what it leads to), or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _changed(path: Path, there: str, written: str) -> UserError:

@@ -242,6 +242,29 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     assert [bad.line for bad in chunk.bad] == [3]
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_what_lay_beside_the_output_neither_opens_it_nor_is_written_to(checkpoint, tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    Path("in.csv").write_text("post,criterion\nw1 w2,C0\n,C0\n")
+    (tmp_path / "victims").mkdir()
+    victim = tmp_path / "victims" / "kept"
+    victim.write_text("kept")
+    output = Path(f"out.{ending}")
+    for name in (f"{output}.part", f"{output}.errors.csv"):
+        Path(name).symlink_to(victim)
+    Path(f"{output}.parts").symlink_to(victim.parent)
+    score(checkpoint, Path("in.csv"), output)
+    assert [path.read_text() for path in victim.parent.iterdir()] == ["kept"]
+    for written in (output, Path(f"{output}.errors.csv")):
+        assert not written.is_symlink()
+        assert written.stat().st_mode & 0o777 == 0o600
+    output.unlink()
+    Path(f"{output}.part").write_text("old")
+    Path(f"{output}.part").chmod(0o644)
+    score(checkpoint, Path("in.csv"), output)
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "said"),
     [
