@@ -226,8 +226,8 @@ class Gate:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
         if self._token and not scope["path"].startswith(OPEN_PATHS):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(given, self._token.encode()) or scheme.lower() != b"bearer":
                 remedies = ["send Authorization: Bearer <token>"]
                 return refusal(401, "The token is missing or wrong.", remedies, {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"")

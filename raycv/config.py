@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -17,7 +18,7 @@ from raycv.errors import FaultsError, shown
 from raycv.retry import mask_secrets
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -27,7 +28,18 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def _an_address(uri: str) -> str:
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise ValueError(f"is no address ({error})") from error
+    if uri.startswith("sqlite:") and ":memory:" in uri:
+        raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
+    return uri
+
+
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+StoreAddress = Annotated[NonEmpty, AfterValidator(_an_address)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
 """Text that the command line hands over as it stands, whatever it holds."""
@@ -58,7 +70,7 @@ class ModelConfig(Section):
 class DoraConfig(Section):
     """DoRA: Liu et al. 2024, arXiv 2402.09353."""
 
-    r: Positive = Field(description="rank of the low-rank matrices A and B")
+    r: Annotated[int, Field(ge=1, le=65_536)] = Field(description="rank of the low-rank matrices A and B")
     alpha: Positive = Field(description="the low-rank product is scaled by alpha / r")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability")
     dropout: Literal["lora_path", "peft"] = Field(
@@ -127,7 +139,7 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         description="gradient norm is clipped to it; null: no clipping"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps of linear warm-up")
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
     )
@@ -187,7 +199,7 @@ class ResourcesConfig(Section):
             raise ValueError("beyond 1 must be a whole number: Ray shares one GPU, not several")
         return value
 
-    retries: Annotated[int, Field(ge=0)] = Field(
+    retries: Annotated[int, Field(ge=0, le=1000)] = Field(
         description="times that a fold goes on from its last state by itself after one of its processes died"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
@@ -195,7 +207,7 @@ class ResourcesConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: NonEmpty = Field(description="MLflow tracking URI (FR-006)")
+    uri: StoreAddress = Field(description="MLflow tracking URI (FR-006)")
     artifacts: NonEmpty = Field(description="folder of the artifacts of a database store; servers have their own")
     experiment: NonEmpty = Field(description="MLflow experiment")
 
@@ -251,7 +263,7 @@ class AggregateConfig(Section):
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
     dir: NonEmpty = Field(description="folder that holds the runs")
-    tracking_uri: NonEmpty | None = Field(
+    tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db; one that "
         "lacks the run gets it from its folder"
     )
@@ -270,7 +282,7 @@ class InferenceConfig(Section):
 
 
 class InferTrackingConfig(Section):
-    uri: NonEmpty | None = Field(
+    uri: StoreAddress | None = Field(
         description="MLflow tracking URI; null: where the run was tracked; none: the inference is not logged"
     )
     experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")

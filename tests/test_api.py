@@ -154,6 +154,9 @@ def test_without_the_token_there_is_only_the_page():
         assert call(app, "GET", "/health", headers=headers)[0] == 401
     assert scorer.asked == []
     assert call(app, "POST", "/score", {"post": "w0"}, right)[0] == 200
+    # The name of a scheme has no case (RFC 7235), a token has.
+    assert call(app, "GET", "/health", headers=[(b"authorization", f"bearer {TOKEN}".encode())])[0] == 200
+    assert call(app, "GET", "/health", headers=[(b"authorization", f"Basic {TOKEN}".encode())])[0] == 401
     assert call(app, "GET", "/docs")[0] == 200
     assert call(app, "POST", "/static/../score", {"post": "w0"})[0] in (404, 405)
 
