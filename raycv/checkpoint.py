@@ -75,6 +75,10 @@ def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: Chec
     # Not the snapshot folder that it was loaded from, which nobody else has.
     config.base_model_name_or_path = info.base_model
     config.revision = info.base_revision
+    # Sets, whose order would be another in each process: the same training leaves the same bytes.
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), set):
+            setattr(config, name, sorted(getattr(config, name)))
     # The embeddings are frozen: looking on the hub whether the vocabulary grew would only cost a request.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT's empty model card, which names the folder that the base was loaded from.

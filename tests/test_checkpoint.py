@@ -58,6 +58,13 @@ def test_stock_peft_opens_it_with_the_same_logits(saved):
     assert tokenizer.pad_token_id == toy.tokenizer.pad_token_id
 
 
+def test_what_peft_keeps_as_a_set_is_written_in_order(saved):
+    """Or the same training would leave other bytes, and other checksums, in each process."""
+    written = json.loads((saved[2] / "adapter_config.json").read_text())["target_modules"]
+    assert written == sorted(written)
+    assert len(written) == 7
+
+
 def test_manifest_round_trip_and_no_text(saved):
     _, _, folder, info = saved
     assert read_info(folder) == info
