@@ -545,7 +545,8 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     report = RunFolder(tmp_path / "runs" / "mine").report
     assert not report.exists()
     said = resume(tmp_path, "resume=latest")
-    assert re.search(r"fold 1: goes on after epoch \d and step \d+ of the next", said)
+    # Most often within one; a worker that outlives the killed driver by a second may have ended its epoch.
+    assert re.search(r"fold 1: goes on after epoch [12]( and step \d+ of the next)?\n", said)
     assert_like_unbroken(tmp_path, whole)
     report.unlink()
     resume(tmp_path, "resume=mine")
