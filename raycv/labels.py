@@ -1,6 +1,7 @@
 """What the files say: posts, criteria and labels by their ids; how pairs are derived from ReDSM5's annotations."""
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ class Texts:
     """id -> text, blank ones included."""
     places: dict[str, str] = field(default_factory=dict)
     """id -> where it stands; also ids of rows with a fault, lest every reference to them be reported as another."""
+    looks: dict[str, str] = field(default_factory=dict)
+    """id in its compatible form (NFKC) -> the id: two that look alike are one that was typed in two ways."""
     codes: dict[str, str] = field(default_factory=dict)
     """Criteria only: A.1 to A.9 -> the id that the file has for it."""
 
@@ -113,7 +116,8 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
     code = criterion_code(key) if table == CRITERIA else None
     if row.broken and not key:
         return None
-    same = key if key in found.places else found.codes.get(code or "")
+    look = unicodedata.normalize("NFKC", key)
+    same = key if key in found.places else found.looks.get(look, found.codes.get(code or ""))
     if fault := id_fault(key, is_criterion=table == CRITERIA):
         faults.add(Kind.ID, found.path, f"{id_column} {fault}", row.place)
         found.places.setdefault(key, row.place)
@@ -124,6 +128,7 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
         faults.add(Kind.DUPLICATE_ID, found.path, detail, row.place)
         return None
     found.places[key] = row.place
+    found.looks[look] = key
     if code:
         found.codes[code] = key
     return key

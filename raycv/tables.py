@@ -227,7 +227,7 @@ def _json_entries(path: Path) -> list[object] | None:
         raise UnreadableError(Kind.JSON, f"larger than {JSON_LIMIT:,} bytes, so no criteria file")
     text = "".join(_lines(path, _raise))
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         raise UnreadableError(Kind.JSON, f"not JSON: {error.msg}", f"line {error.lineno}") from None
     except (RecursionError, ValueError):
@@ -238,6 +238,13 @@ def _json_entries(path: Path) -> list[object] | None:
     # A bare list may be anything: it is one of criteria if an entry has an id and a text.
     is_criteria = isinstance(value, list) and any(None not in _id_and_text(entry) for entry in value)
     return value if is_criteria else None
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of two values for one key Python would take the last."""
+    if len(dict(pairs)) < len(pairs):
+        raise UnreadableError(Kind.JSON, "an object that has a key twice")
+    return dict(pairs)
 
 
 def _id_and_text(entry: object) -> tuple[object, object]:

@@ -131,6 +131,11 @@ MORE_DATA: dict[str, tuple[Edit, list[str]]] = {
         replaced(C, b"criterion_id,", b"criterion\0_id,"),
         ["criteria.csv, line 1: `criterion_id` missing", "13 characters"],
     ),
+    "an id that looks like another": (criterion_named("A\u20248"), ["already on line 9", "written 'A.8'"]),
+    "a JSON key twice": (
+        lambda files: files.update({"criteria.json": b'[{"id": "A.1", "id": "A.2", "text": "x"}]', C: b""}),
+        ["criteria.json: an object that has a key twice"],
+    ),
     "absolute criterion id": (criterion_named("/etc/x"), ["line 10: criterion_id '/etc/x' is or holds a path"]),
     "climbing criterion id": (criterion_named("../../x"), ["line 10: criterion_id '../../x' is or holds a path"]),
     "criterion id of Windows": (criterion_named("..\\x"), ["criteria.csv, line 10: criterion_id", "no / or \\"]),
