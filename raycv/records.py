@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from raycv.errors import UserError
 from raycv.metrics import METRICS
 from raycv.paths import RunFolder, read_json
@@ -77,6 +75,8 @@ class FoldResult:
     @classmethod
     def read(cls, path: Path) -> "FoldResult":
         """Raises: UserError if the file is missing, damaged, or not a fold's result."""
+        from pydantic import TypeAdapter, ValidationError
+
         # As JSON, of which alone pydantic makes a dataclass without making numbers of texts.
         values = json.dumps(read_json(path))
         try:
