@@ -118,7 +118,7 @@ def running(folder, *overrides):
     """A quickstart run of two folds in `folder`, its first epoch done; yields its process. Output: `out`."""
     run = background(folder, "experiment=quickstart", "cv.folds=2", "run.name=mine", *overrides)
     with run as process:
-        wait_until(lambda: "epoch 1/" in (folder / "out").read_text(), process, folder / "out")
+        wait_until(lambda: ": epoch " in (folder / "out").read_text(), process, folder / "out")
         yield process
 
 

@@ -462,7 +462,7 @@ def test_two_runs_at_once_in_one_folder_and_a_server_that_stays_away(tmp_path):
         assert both[refused].returncode == 2, (tmp_path / refused).read_text()
         assert f"run.name=mine: {run.root} exists" in (tmp_path / refused).read_text()
         log = tmp_path / winner
-        wait_until(lambda: "epoch 1/" in log.read_text(), both[winner], log)
+        wait_until(lambda: ": epoch " in log.read_text(), both[winner], log)
         kill(server)
         # It stands still meanwhile, or it might be done before the third has started.
         both[winner].send_signal(signal.SIGSTOP)
@@ -490,7 +490,7 @@ def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp
     url = f"http://127.0.0.1:{port}"
     with serving(tmp_path, port) as server:
         with background(tmp_path, *overrides, f"tracking.uri={url}", MLFLOW_HTTP_REQUEST_TIMEOUT="5") as process:
-            wait_until(lambda: "epoch 1/" in log.read_text(), process, log)
+            wait_until(lambda: ": epoch " in log.read_text(), process, log)
             # It takes connections, and never answers.
             os.killpg(server.pid, signal.SIGSTOP)
             wait_until(run.report.is_file, process, log)
@@ -654,7 +654,7 @@ def test_a_clock_that_is_set_back_during_a_run(tmp_path):
     began = time.time()
     finished_run(tmp_path / "runs" / "earlier")
     with background(tmp_path, *overrides, **environment) as process:
-        wait_until(lambda: "epoch 1/" in log.read_text(), process, log)
+        wait_until(lambda: ": epoch " in log.read_text(), process, log)
         clock.touch()
         assert process.wait(timeout=300) == 0, log.read_text()
     run = RunFolder(tmp_path / "runs" / "mine")
