@@ -48,7 +48,7 @@ def sleep(seconds: float, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def wall(workers: int, seconds: float) -> float:
     """Seconds of five folds on `workers` logical workers, the start of Ray not counted."""
-    ray.init(num_cpus=workers, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=workers, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
             task = FoldTask(

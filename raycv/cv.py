@@ -32,6 +32,7 @@ import psutil
 import ray
 import ray.exceptions
 from ray import tune
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.board import ProgressBoard
@@ -45,6 +46,8 @@ from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, r
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
     from raycv.driver import Prepared
+
+logger = logging.getLogger(__name__)
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
@@ -62,12 +65,14 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 
     `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
     """
-    _check_address(os.environ.get("RAY_ADDRESS", ""))
     _provide_token()
     level = logging.INFO if ray_logs else logging.ERROR
     try:
+        address = _cluster_to_join()
         with _interruptible():
-            context = ray.init(log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+            context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+    except UserError:
+        raise
     except (OSError, RuntimeError) as error:
         raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
     except Exception as error:
@@ -143,15 +148,25 @@ def _provide_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _check_address(address: str) -> None:
-    """Raises: UserError if nothing listens at RAY_ADDRESS, which Ray itself would find out in a quarter of an hour."""
-    host, _, port = address.rpartition(":")
+def _cluster_to_join() -> str | None:
+    """The address of RAY_ADDRESS, or of the cluster that was started on this machine; None if there is neither.
+
+    Ray itself would look for one that is gone for a quarter of an hour.
+    Raises: UserError if nothing listens at RAY_ADDRESS; ConnectionError if that is `auto` and there is no cluster.
+    """
+    address = services.get_ray_address_from_environment(None, None)
+    host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit() or "://" in host:
-        return
+        return address
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
+        if asked := os.environ.get("RAY_ADDRESS"):
+            raise UserError(f"RAY_ADDRESS={asked}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
+        # What `ray start` wrote down outlives a cluster that was killed, or whose machine was.
+        logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
+        return "local"
+    return address
 
 
 def plan(config: RunConfig) -> Placement:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def users_environment(**more: str) -> dict[str, str]:
-    """Without what the test process has set for itself."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))} | more
+    """Without what the test process has set for itself, and apart from any Ray that runs on this machine."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    return kept | {"RAY_ADDRESS": "local"} | more
 
 
 def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

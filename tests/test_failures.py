@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 import sqlite3
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -98,6 +100,22 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(tmp_path):
     assert result.returncode == 2
     assert "RAY_ADDRESS=127.0.0.1:9: nothing answers there" in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+def test_a_cluster_that_was_killed_is_not_waited_for(tmp_path):
+    """`ray start` leaves an address behind, which outlives a cluster that is killed, or whose machine is."""
+    # Short: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        started = time.monotonic()
+        overrides = ["experiment=quickstart", "resources.gpus_per_fold=3"]
+        result = raycv("run", *overrides, cwd=tmp_path, RAY_ADDRESS="", RAY_TMPDIR=folder)
+        assert time.monotonic() - started < 120
+    assert "WARNING: the Ray cluster that was started here, at 127.0.0.1:9, is gone" in result.stderr
+    # A Ray of its own has looked for room, up to what this run is refused for.
+    assert "3 GPUs, and no node has them" in result.stderr
 
 
 @pytest.mark.ray
