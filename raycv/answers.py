@@ -14,8 +14,12 @@ from raycv.labels import criterion_code, is_blank
 from raycv.records import LABELS, Criterion
 
 SCORE_DECIMALS = 6
-"""Of an answer's score, and the label goes by the rounded one: what a pair is computed beside (a scorer batches) moves
-the digits behind."""
+"""Of an answer's score; a model computed in float32 means no more."""
+
+CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
+"""What ids look like: A.4, z.9, PHQ-9, A.1.2, 4."""
+NAME = re.compile(r"[a-z]+(?:_[a-z]+)+", re.IGNORECASE)
+"""What symptom names look like: SLEEP_ISSUES."""
 
 Answer = dict[str, Any]
 """label, score, threshold, criterion_id, model {run, fold, base}, truncated: plain JSON values, no text."""
@@ -80,7 +84,9 @@ class Answerer:
         """
         asked = [
             (index, question.post, criterion)
-            for index, (question, criteria) in enumerate(zip(questions, self.asked(questions), strict=True))
+            for index, (question, criteria) in enumerate(
+                zip(questions, asked_for(questions, self.criteria), strict=True)
+            )
             for criterion in criteria
         ]
         answers: list[list[Answer]] = [[] for _ in questions]
@@ -89,39 +95,60 @@ class Answerer:
             answers[index].append(self._answer(criterion, prediction))
         return answers
 
-    def asked(self, questions: Sequence[Question]) -> list[list[Criterion]]:
-        """The criteria that each question asks for.
-
-        Raises: UserError naming what is wrong with a question: a text is empty, or its criterion none of the run's.
-        """
-        criteria = []
-        for number, question in enumerate(questions, start=1):
-            try:
-                criteria.append(self._criteria_of(question))
-            except UserError as error:
-                if len(questions) == 1:
-                    raise
-                raise UserError(f"Pair {number}: {error.what}", remedies=error.remedies) from error
-        return criteria
-
-    def _criteria_of(self, question: Question) -> list[Criterion]:
-        if is_blank(question.post):
-            raise UserError("The post is empty.", remedies=["give a text: post, or post_file, of raycv.infer"])
-        if question.criterion is None:
-            return list(self.criteria.values())
-        return [find_criterion(question.criterion, self.criteria)]
-
     def _answer(self, criterion: Criterion, prediction: Prediction) -> Answer:
         threshold = self.predictor.threshold
-        score = round(prediction.score, SCORE_DECIMALS)
         return {
-            "label": LABELS[int(score >= threshold)],
-            "score": score,
+            "label": label_of(prediction.score, threshold),
+            "score": rounded(prediction.score, threshold),
             "threshold": threshold,
             "criterion_id": criterion.criterion_id or None,
             "model": asdict(self.predictor.identity),
             "truncated": prediction.truncated,
         }
+
+
+def label_of(score: float, threshold: float) -> str:
+    """What a score means, be it of one pair or of a file of them. `score`: as it was computed, not rounded."""
+    return LABELS[int(score >= threshold)]
+
+
+def rounded(score: float, threshold: float, decimals: int = SCORE_DECIMALS) -> float:
+    """`score` as an answer has it: on the side of `threshold` that its label says."""
+    near = round(score, decimals)
+    if label_of(near, threshold) == label_of(score, threshold):
+        return near
+    step = 10.0**-decimals
+    return round(near + (step if score >= threshold else -step), decimals)
+
+
+def asked_for(questions: Sequence[Question], criteria: Mapping[str, Criterion]) -> list[list[Criterion]]:
+    """Those of `criteria`, or the user's own, that each question asks for.
+
+    Raises: UserError naming what is wrong with a question: a text is empty, or its criterion none of the run's.
+    """
+    asked = []
+    for number, question in enumerate(questions, start=1):
+        try:
+            asked.append(_asked_by(question, criteria))
+        except UserError as error:
+            if len(questions) == 1:
+                raise
+            raise UserError(f"Pair {number}: {error.what}", remedies=error.remedies) from error
+    return asked
+
+
+def _asked_by(question: Question, criteria: Mapping[str, Criterion]) -> list[Criterion]:
+    if is_blank(question.post):
+        raise UserError("The post is empty.", remedies=["give a text: post, or post_file, of raycv.infer"])
+    if question.criterion is None:
+        return list(criteria.values())
+    return [find_criterion(question.criterion, criteria)]
+
+
+def is_own_words(criterion: str) -> bool:
+    """Whether `criterion` looks like a description, not like an id or a symptom name."""
+    name = criterion.strip()
+    return not (criterion_code(name) or CODE.fullmatch(name) or NAME.fullmatch(name))
 
 
 def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
@@ -138,7 +165,10 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
         known = {criterion.criterion_id, criterion.symptom, criterion.text}
         if name in known or asked in known or (code and criterion_code(criterion.criterion_id) == code):
             return criterion
-    if code or re.fullmatch(r"[A-Z]{1,3}[._]?\d{1,3}|[A-Z]+(?:_[A-Z]+)+", name):
+    for criterion in criteria.values():
+        if name.casefold() in (criterion.criterion_id.casefold(), (criterion.symptom or "").casefold()):
+            return criterion
+    if not is_own_words(asked):
         raise UserError(
             f"criterion={name}: the run has no such criterion.",
             remedies=[f"choose one of its ids: {', '.join(criteria)}", "or describe it in your own words"],
@@ -157,10 +187,11 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
     model = first["model"]
     fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
     name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
+    threshold = _shown_threshold(first["threshold"])
     if single:
         key = first["criterion_id"]
         lines = [
-            f"{first['label']}  (probability {first['score']:.3f}, threshold {first['threshold']:.2f})",
+            f"{first['label']}  (probability {_shown_score(first, threshold)}, threshold {threshold})",
             f"criterion: {key}{name.get(key, '')}" if key else "criterion: as given",
         ]
     else:
@@ -168,10 +199,21 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
         lines = [f"{'criterion':<{width}}  probability  label"]
         for answer in answers:
             shown = f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}"
-            lines.append(f"{shown:<{width}}  {answer['score']:>11.3f}  {answer['label']}")
-        lines.append(f"matched: a probability of {first['threshold']:.2f} or more")
+            lines.append(f"{shown:<{width}}  {_shown_score(answer, threshold):>11}  {answer['label']}")
+        lines.append(f"matched: a probability of {threshold} or more")
     lines.append(f"model: run {model['run']}, {fold}; {model['base']}")
     cut = sum(answer["truncated"] for answer in answers)
     if cut:
         lines.append("the post was shortened to fit the prompt" + ("" if single else f" ({counted(cut, 'pair')})"))
     return "\n".join(lines) + "\n"
+
+
+def _shown_threshold(threshold: float) -> str:
+    """Two decimals, which tuned ones have; a mean of several has more."""
+    return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:.{SCORE_DECIMALS}f}".rstrip("0")
+
+
+def _shown_score(answer: Answer, threshold: str) -> str:
+    """Three decimals, or as many more as it takes to see on which side of the printed `threshold` the score lies."""
+    texts = [f"{answer['score']:.{decimals}f}" for decimals in range(3, SCORE_DECIMALS + 1)]
+    return next((text for text in texts if label_of(float(text), float(threshold)) == answer["label"]), texts[-1])

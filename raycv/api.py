@@ -31,6 +31,12 @@ OPEN_PATHS = ("/docs", "/openapi.json", f"{PAGE_FILES}/")
 BODY_SECONDS = 30.0
 """For all of a body: who sends half of one and waits would hold a place in the queue for ever."""
 
+ALONE = (
+    "compute this request by itself, not with others that arrive at the same time: the same scores whenever it is "
+    "asked, for more time. Else they move with what is computed beside them: by 1e-6 in fp32, by some 1e-4 in bf16, "
+    "which can flip the label of a score at the threshold"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +51,7 @@ class TooManyPairsError(UserError):
 class Scores(Protocol):
     """What the interface stands before."""
 
-    async def score(self, questions: Sequence[Question], log: bool) -> dict[str, Any]:
+    async def score(self, questions: Sequence[Question], log: bool, alone: bool) -> dict[str, Any]:
         """Answers and what goes with them. Raises: UserError, TooManyPairsError, Overloaded."""
 
     def health(self) -> dict[str, Any]:
@@ -82,6 +88,8 @@ class Refused(BaseModel):
 def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
     """The application; `limits` has the token too."""
     text = Annotated[str, Field(max_length=limits.max_post_characters)]
+    logged = Annotated[bool, Field(description="keep the inference in MLflow, without its text")]
+    by_itself = Annotated[bool, Field(description=ALONE)]
 
     class Pair(BaseModel):
         """A post, and a criterion: its id, symptom name or any words; without one each of the run's criteria."""
@@ -91,16 +99,18 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
         criterion: text | None = None
 
     class OnePair(Pair):
-        """One pair. `log`: keep the inference in MLflow, without its text."""
+        """One pair."""
 
-        log: bool = False
+        log: logged = False
+        alone: by_itself = False
 
     class ManyPairs(BaseModel):
         """Many pairs at once; those that share a post share its computation."""
 
         model_config = ConfigDict(extra="forbid", strict=True)
         pairs: Annotated[list[Pair], Field(min_length=1, max_length=limits.max_pairs)]
-        log: bool = False
+        log: logged = False
+        alone: by_itself = False
 
     body_kind = Annotated[
         Annotated[OnePair, Tag("one")] | Annotated[ManyPairs, Tag("many")], Discriminator(_kind_of_body)
@@ -121,7 +131,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
         questions = [Question(pair.post, pair.criterion) for pair in pairs]
         try:
             # The tests check its shape, not pydantic at every request.
-            return JSONResponse(await scorer.score(questions, body.log))
+            return JSONResponse(await scorer.score(questions, body.log, body.alone))
         except (UserError, Overloaded):
             raise
         except Exception as error:  # noqa: BLE001  (its message, which the server would log, may hold a text)

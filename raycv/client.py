@@ -11,20 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raycv.answers import Answer, Question
+from raycv.base import absolute_name
 from raycv.checkpoint import MANIFEST
-from raycv.config import InferConfig
+from raycv.config import Fraction, InferConfig
 from raycv.errors import UserError
 from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.paths import absolute_folder, absolute_uri
 from raycv.records import Criterion
 from raycv.retry import mask_secrets
-from raycv.runs import LATEST, Chosen, choose
+from raycv.runs import LATEST, LOCAL_URI, Chosen, choose
 
 AUTO = "auto"
 IN_PROCESS = "none"
@@ -34,7 +35,6 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 300.0
 OVERLOADED = 503
 REFUSED_INPUT = (400, 413, 422)
-ANSWERED = {"label", "score", "threshold", "criterion_id", "model", "truncated"}
 NO_SCORER = "not as a scorer does"
 TOO_LARGE = (413, 422)
 """Of REFUSED_INPUT: what a scorer's limits refuse, and this process may compute."""
@@ -57,6 +57,12 @@ class ServedModel(BaseModel):
     precision_of_auto: str
     """what `infer.precision=auto` would be in a process on the scorer's machine"""
     criteria_dir: str | None
+    parent_id: str | None = None
+    """of the run in MLflow"""
+    fold_id: str | None = None
+    """and of the fold"""
+    base_given: str | None = None
+    """where the base model lies, if not where training found it"""
 
 
 class Health(BaseModel):
@@ -64,6 +70,35 @@ class Health(BaseModel):
 
     instance: str
     model: ServedModel
+
+
+class ServedIdentity(BaseModel):
+    """`model` of an answer."""
+
+    run: str
+    fold: int | str
+    base: str
+
+
+class ServedAnswer(BaseModel):
+    """An answer, to tell a scorer's from another program's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    label: Literal["matched", "unmatched"]
+    score: Fraction
+    threshold: Fraction
+    criterion_id: str | None
+    model: ServedIdentity
+    truncated: bool
+
+
+class Served(BaseModel):
+    """The part of POST /score that a client needs."""
+
+    model_config = ConfigDict(strict=True)
+    answers: list[Annotated[list[ServedAnswer], Field(min_length=1)]]
+    criteria: dict[str, str | None]
+    warnings: list[str]
 
 
 class Announcement(BaseModel):
@@ -201,7 +236,8 @@ class Connection:
         """What `path` makes of `body`. Raises: RefusedError if it refuses the input."""
         status, answer = self.send("POST", path, body)
         if status in REFUSED_INPUT and isinstance(answer.get("error"), str):
-            remedies = [str(remedy) for remedy in answer.get("remedies", [])]
+            given = answer.get("remedies")
+            remedies = [str(remedy) for remedy in given] if isinstance(given, list) else []
             raise RefusedError(status, answer["error"], remedies=remedies)
         return self._expect(200, status, answer)
 
@@ -237,19 +273,19 @@ class Connection:
 
 
 def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
+    # Alone: the same bytes as from this process, whatever else the scorer is asked meanwhile.
     body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
-    answer = connection.post("/score", body)
+    answer = connection.post("/score", body | {"alone": True})
     try:
-        answers, warnings = answer["answers"], answer["warnings"]
-        criteria = {key: Criterion(key, "", symptom) for key, symptom in answer["criteria"].items()}
-        complete = len(answers) == len(questions) and all(set(one) >= ANSWERED for each in answers for one in each)
-    except (KeyError, TypeError, AttributeError) as error:
+        served = Served.model_validate(answer)
+    except ValidationError as error:
         raise Unavailable(NO_SCORER) from error
-    if not complete or not all(answers):
+    if len(served.answers) != len(questions):
         raise Unavailable(NO_SCORER)
-    for warning in warnings:
-        tell(str(warning))
-    return Reply(answers, criteria)
+    for warning in served.warnings:
+        tell(warning)
+    # As they came: what is printed is their very digits, in their order.
+    return Reply(answer["answers"], {key: Criterion(key, "", symptom) for key, symptom in served.criteria.items()})
 
 
 def _check_model(config: InferConfig, model: ServedModel) -> None:
@@ -266,7 +302,8 @@ def _check_model(config: InferConfig, model: ServedModel) -> None:
             f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
             remedies=["leave infer.precision out", "compute in this process: server=none"],
         )
-    given = [key for key, value in (("criteria_dir", config.criteria_dir), ("tracking.uri", _store(config))) if value]
+    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": _store(config)}
+    given = [key for key, value in own.items() if value]
     if given:
         raise UserError(
             f"{given[0]}: is the scorer's own at {config.server}.",
@@ -284,8 +321,17 @@ def _is_named(config: InferConfig, model: ServedModel) -> bool:
         return config.fold in (model.fold, model.fold_asked)
     if config.run == LATEST:
         return False
-    # A checkpoint folder, or an MLflow id.
-    return _same_files(choose(config.run, config.fold, Path(config.dir), _store(config)), model)
+    # An MLflow id, or a checkpoint folder.
+    return _is_tracked_as(config, model) or _same_files(
+        choose(config.run, config.fold, Path(config.dir), _store(config)), model
+    )
+
+
+def _is_tracked_as(config: InferConfig, model: ServedModel) -> bool:
+    """Whether `run` and `fold` name the scorer's model by MLflow's id of its run or its fold: MLflow is not loaded."""
+    if config.run == model.parent_id:
+        return config.fold in (model.fold, model.fold_asked)
+    return config.run == model.fold_id and config.fold in ("best", model.fold)
 
 
 def _same_files(chosen: Chosen, model: ServedModel) -> bool:
@@ -297,10 +343,7 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     found = [(file, record) for file in files if (record := _read(file)) is not None]
     if not found:
         return None
-    chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
-    for file, record in found:
-        if not _serves(record, chosen, config):
-            continue
+    for file, record in _with_model(found, config):
         here = "computing in this process"
         try:
             with Connection(record.url, record.token) as connection:
@@ -318,6 +361,17 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
                 raise
             tell(f"the question is larger than the scorer at {record.url} takes: {here}")
     return None
+
+
+def _with_model(found: Sequence[tuple[Path, Announcement]], config: InferConfig) -> list[tuple[Path, Announcement]]:
+    """Those of `found` that would give the very answer that this process would."""
+    tracked = [each for each in found if _is_tracked_as(config, each[1].model)]
+    if tracked:
+        store = _store(config) or LOCAL_URI
+        return [each for each in tracked if _serves(each[1], list(map(Path, each[1].model.checkpoints)), store, config)]
+    chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
+    same = [each for each in found if _same_files(chosen, each[1].model)]
+    return [each for each in same if _serves(each[1], chosen.checkpoints, chosen.tracking_uri, config)]
 
 
 def _read(file: Path) -> Announcement | None:
@@ -340,22 +394,25 @@ def _read(file: Path) -> Announcement | None:
     return record
 
 
-def _serves(record: Announcement, chosen: Chosen, config: InferConfig) -> bool:
-    """Whether the scorer would give the very answer that this process would: model, precision, criteria, store."""
+def _serves(record: Announcement, checkpoints: Sequence[Path], tracked: str | None, config: InferConfig) -> bool:
+    """Whether the scorer, which has `checkpoints`, has them as they are now, and precision, criteria, base and store.
+
+    `tracked`: where their run was.
+    """
     model = record.model
     try:
-        unchanged = stamps_of(chosen.checkpoints) == record.stamps
+        unchanged = stamps_of(checkpoints) == record.stamps
     except OSError:
         return False
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
-    store = store_of(config.tracking.uri, chosen.tracking_uri)
+    store = store_of(config.tracking.uri, tracked)
     same_log = store is None or (
         mask_secrets(absolute_uri(store)) == record.tracking_uri and config.tracking.experiment == record.experiment
     )
     return (
-        _same_files(chosen, model)
-        and unchanged
+        unchanged
         and asked == model.precision
         and (config.criteria_dir and absolute_folder(config.criteria_dir)) == model.criteria_dir
+        and (config.base is None or absolute_name(config.base) == (model.base_given or model.base))
         and same_log
     )

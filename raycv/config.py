@@ -304,6 +304,10 @@ AnsweringFold = Annotated[
 OtherCriteria = Annotated[
     NonEmpty | None, Field(description="folder with the criteria; null: where training read them")
 ]
+OtherBase = Annotated[
+    NonEmpty | None,
+    Field(description="folder or hub id where the run's base model lies now; null: where training found it"),
+]
 
 
 class InferConfig(Section):
@@ -329,6 +333,7 @@ class InferConfig(Section):
     fold: AnsweringFold
     dir: NonEmpty = Field(description="folder that holds the runs")
     criteria_dir: OtherCriteria
+    base: OtherBase
     server: NonEmpty = Field(
         description="who computes: auto: a running raycv.serve of this model, else this process; none: this process; "
         "or the scorer's address, http://host:port (its token: RAYCV_TOKEN)"
@@ -374,6 +379,7 @@ class ServeConfig(Section):
     fold: AnsweringFold
     dir: NonEmpty = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
     criteria_dir: OtherCriteria
+    base: OtherBase
     infer: InferenceConfig
     tracking: InferTrackingConfig
     serve: ServerConfig

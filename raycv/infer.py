@@ -1,13 +1,16 @@
 """`python -m raycv.infer post="..." criterion="..."`: matched or unmatched, and how sure (user story 3)."""
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raycv.answers import Answer, Question, as_json, as_text
+from raycv.answers import Answer, Question, as_json, as_text, is_own_words
+from raycv.base import absolute_name
 from raycv.checkpoint import read_info
 from raycv.cli import run_command
 from raycv.client import ask
@@ -23,6 +26,8 @@ logger = logging.getLogger("raycv.infer")
 
 JSON = "json"
 STDIN = "-"
+LOG_SECONDS = 5
+"""For a request to MLflow, which has one attempt."""
 POST_BYTES = 4 * FIELD_LIMIT
 """As many as UTF-8 takes at most for the longest field of a table; a device may have no end."""
 
@@ -42,16 +47,17 @@ def infer(config: InferConfig) -> None:
         return
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
-    answerer = load_answerer(chosen, config.infer, config.criteria_dir, logger.warning)
+    answerer = load_answerer(
+        chosen, config.infer, config.criteria_dir, logger.warning, base=config.base, questions=[question]
+    )
     loaded = time.monotonic()
     answers = answerer.answer([question])[0]
     seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
-    show(answers, answerer.criteria, config, single=question.criterion is not None)
-    log(
-        config,
-        chosen,
-        record_answers(chosen.checkpoints, [question], [answers], answerer.predictor.computed_in, seconds),
-    )
+    try:
+        show(answers, answerer.criteria, config, single=question.criterion is not None)
+    finally:
+        computed_in = answerer.predictor.computed_in
+        log(config, chosen, record_answers(chosen.checkpoints, [question], [answers], computed_in, seconds))
 
 
 def score_many(config: InferConfig) -> None:
@@ -64,8 +70,9 @@ def score_many(config: InferConfig) -> None:
     check_asked(config)
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
-    criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning)
-    recipe = Recipe(chosen.checkpoints, config.infer)
+    needed = config.criterion is None or not is_own_words(config.criterion)
+    criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
+    recipe = Recipe(chosen.checkpoints, config.infer, config.base and absolute_name(config.base))
     if config.engine == "ray":
         from raycv.ray_scoring import ray_engine
 
@@ -74,7 +81,8 @@ def score_many(config: InferConfig) -> None:
         engine = local_engine(lambda: recipe.load(logger.warning))
     params, counts = facts(score_file(config, chosen, criteria, engine), config)
     model = {"run": chosen.run, "fold": chosen.fold, "base": read_info(chosen.checkpoints[0]).base_model}
-    log(config, chosen, record(model, chosen.checkpoints, params, {**counts, "seconds": time.monotonic() - started}))
+    entry = record(model, chosen.checkpoints, params, {**counts, "seconds": time.monotonic() - started})
+    log(config, chosen, entry, patient=True)
 
 
 def read_question(config: InferConfig) -> Question:
@@ -90,6 +98,8 @@ def read_question(config: InferConfig) -> Question:
 
 
 def _read_post(file: str) -> str:
+    if file == STDIN and sys.stdin is None:
+        raise UserError("post_file=-: standard input is closed.", remedies=["pipe the post in", "post_file=<file>"])
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if file == STDIN else open(file, "rb") as opened:
             data = opened.read(POST_BYTES + 1)
@@ -106,28 +116,39 @@ def _read_post(file: str) -> str:
 
 
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
-    """Prints the answers and nothing else to standard output."""
+    """Prints the answers and nothing else to standard output. Raises: UserError if nobody takes them."""
     text = as_json(answers, single=single) if config.output == JSON else as_text(answers, criteria, single=single)
-    sys.stdout.buffer.write(text.encode("utf-8"))
-    sys.stdout.flush()
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.buffer.write(text.encode("utf-8"))
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(AttributeError, OSError):
+            # What is left in the buffer would be written, and complained of, once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = f"The answer cannot be written to standard output: {error.strerror}."
+        raise UserError(what, remedies=["see what takes it: the command behind |, or the file and its disk"]) from error
 
 
 def _tracking_uri(config: InferConfig) -> str | None:
     return None if config.tracking.uri in (None, NOT_TRACKED) else config.tracking.uri
 
 
-def log(config: InferConfig, chosen: Chosen, entry: Record) -> None:
-    """`entry` in MLflow. Never fails the answer."""
+def log(config: InferConfig, chosen: Chosen, entry: Record, *, patient: bool = False) -> None:
+    """`entry` in MLflow, tried once and for seconds unless `patient`: a script waits for it. Never fails the answer."""
     uri = store_of(config.tracking.uri, chosen.tracking_uri)
     if uri is None:
         return
     try:
-        InferenceLog(uri, config.tracking.experiment).write(entry)
+        InferenceLog(uri, config.tracking.experiment, None if patient else LOG_SECONDS).write(entry)
     except UserError as error:
         logger.warning("%s: %s", NOT_LOGGED, error.what)
 
 
 def main() -> None:
+    # Elsewhere a lone - is standard input, and here it can mean nothing else; Hydra's grammar has no place for it.
+    sys.argv[1:] = [f"post_file={STDIN}" if argument == STDIN else argument for argument in sys.argv[1:]]
     run_command("infer", InferConfig, infer)
 
 

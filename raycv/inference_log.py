@@ -94,12 +94,13 @@ def store_of(asked: str | None, tracked: str | None) -> str | None:
 class InferenceLog:
     """The experiment of inferences in one MLflow store. Raises (any method): UserError if the store is out of reach."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, seconds: int | None = None) -> None:
+        """`seconds`: for each request, which then has one attempt; None: MLflow's usual patience."""
         from raycv.config import TrackingConfig
         from raycv.tracking import Tracker
 
         check_password(uri)
-        self._tracker: Tracker = Tracker(uri)
+        self._tracker: Tracker = Tracker(uri, seconds)
         artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
         self._experiment = self._tracker.open_experiment(
             TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)

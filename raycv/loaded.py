@@ -1,9 +1,9 @@
 """Chosen checkpoints -> what answers: the model with the criteria of its run. Imports nothing heavy by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from raycv.answers import Answerer
+from raycv.answers import Answerer, Question, asked_for, is_own_words
 from raycv.config import InferenceConfig
 from raycv.errors import UserError
 from raycv.records import Criterion
@@ -12,22 +12,36 @@ from raycv.runs import Chosen
 Tell = Callable[[str], None]
 
 
-def load_answerer(chosen: Chosen, config: InferenceConfig, criteria_dir: str | None, tell: Tell) -> Answerer:
+def load_answerer(
+    chosen: Chosen,
+    config: InferenceConfig,
+    criteria_dir: str | None,
+    tell: Tell,
+    *,
+    base: str | None = None,
+    questions: Sequence[Question] = (),
+) -> Answerer:
     """The model of `chosen` with the criteria of `criteria_dir`, or None for those of its run.
 
-    `tell`: gets what a user should know. Raises: UserError if either cannot be had.
+    `tell`: gets what a user should know; `base`: where the base model lies, if not where training found it;
+    `questions`: what will be asked, if it is known. Raises: UserError if the model or the criteria cannot be had, or a
+    question cannot be answered.
     """
-    criteria = read_criteria(chosen.checkpoints[0], criteria_dir, tell)
-    # Here: a mistyped run or an unknown criterion is told before torch is imported.
+    needed = not questions or any(
+        question.criterion is None or not is_own_words(question.criterion) for question in questions
+    )
+    criteria = read_criteria(chosen.checkpoints[0], criteria_dir, tell, needed=needed)
+    asked_for(questions, criteria)
+    # Here: a mistyped run, an empty post or an unknown criterion is told before torch is imported.
     from raycv.predict import Predictor
 
-    return Answerer(Predictor(chosen.checkpoints, config, tell), criteria)
+    return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria)
 
 
-def read_criteria(checkpoint: Path, given: str | None, tell: Tell) -> dict[str, Criterion]:
+def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bool = True) -> dict[str, Criterion]:
     """The criteria to ask for, from `given` or where training read them; a word to `tell` if their wording differs.
 
-    Raises: UserError if they cannot be read.
+    Raises: UserError if they cannot be read; where they are not `needed`, nor `given`, there are then none.
     """
     from raycv.checkpoint import read_info
     from raycv.data import criteria_hash, load_criteria
@@ -37,6 +51,9 @@ def read_criteria(checkpoint: Path, given: str | None, tell: Tell) -> dict[str, 
     try:
         criteria = load_criteria(Path(resolve(given or info.criteria_dir)))
     except UserError as error:
+        if not needed and given is None:
+            tell(f"the run's criteria cannot be read, and the one given is taken as it stands: {error.what}")
+            return {}
         remedies = ["name the folder that holds the run's criteria: criteria_dir=<folder>"]
         raise UserError(error.what, remedies=remedies) from error
     if criteria_hash(criteria) != info.criteria_hash:

@@ -51,12 +51,13 @@ class Recipe:
 
     checkpoints: tuple[Path, ...]
     infer: InferenceConfig
+    base: str | None = None
 
     def load(self, tell: Callable[[str], None]) -> PairScorer:
         """Raises: UserError if a checkpoint or its base cannot be had."""
         from raycv.predict import Predictor
 
-        return Predictor(self.checkpoints, self.infer, tell)
+        return Predictor(self.checkpoints, self.infer, tell, self.base)
 
 
 def check_asked(config: InferConfig) -> None:

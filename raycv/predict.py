@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from raycv.answers import ModelIdentity, Prediction
-from raycv.base import fetch_base
+from raycv.base import fetch_trained_base
 from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
 from raycv.encoding import EncodedPairs, PromptEncoder
@@ -36,9 +36,13 @@ class Predictor:
     """Scores (post, criterion) pairs with one checkpoint, or with the mean of several of one run."""
 
     def __init__(
-        self, checkpoints: Sequence[Path], config: InferenceConfig, tell: Callable[[str], None] = lambda text: None
+        self,
+        checkpoints: Sequence[Path],
+        config: InferenceConfig,
+        tell: Callable[[str], None] = lambda text: None,
+        base: str | None = None,
     ) -> None:
-        """`tell`: gets what a user should know: a fallback, a smaller batch.
+        """`tell`: gets what a user should know: a fallback, a smaller batch; `base`: where the base model lies now.
 
         Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
             cannot be computed in the precision that is asked for.
@@ -57,10 +61,12 @@ class Predictor:
         # int8 is rounded from the weights that training computed with.
         wide = self.info.precision if self.precision == "int8" else self.precision
         self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
-        base = fetch_base(self.info.base_model, self.info.base_revision)
-        tokenizer = load_tokenizer(base)
+        files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
+        tokenizer = load_tokenizer(files)
+        if base is not None:
+            _check_words(tokenizer, checkpoints[0], base)
         self.encoder = PromptEncoder(tokenizer, self.info.rules)
-        classifier = load_classifier(base, tokenizer, self._dtype, seed=0, device=str(self.device))
+        classifier = load_classifier(files, tokenizer, self._dtype, seed=0, device=str(self.device))
         # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
@@ -192,6 +198,21 @@ class Predictor:
         if trouble is not None:
             tell(f"every pair is computed on its own: {trouble}")
         return trouble is None
+
+
+def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
+    """Raises: UserError if the base model `given` has not the words that the checkpoint was trained with."""
+    from transformers import AutoTokenizer
+
+    try:
+        trained = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):  # of stock PEFT, say
+        return
+    if trained.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"base={given}: its tokenizer has other words than the checkpoint's, so it is another model.",
+            remedies=["give the very model that the run was trained on: base=<folder or hub id>", "leave base out"],
+        )
 
 
 def choose_precision(asked: Precision, trained: str, device: torch.device) -> Computed:

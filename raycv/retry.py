@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
-from raycv.errors import UserError
+from raycv.errors import UserError, counted
 
 ATTEMPTS = 3
 """Calls in all, the first one included (FR-011)."""
@@ -104,9 +104,12 @@ def call_with_retries(
     except Exception as error:
         if gives_up(error):
             raise
-        logger.warning("%s: attempt %d of %d failed (%s)", mask_secrets(what), attempts, attempts, cause_of(error))
+        if attempts > 1:
+            logger.warning("%s: attempt %d of %d failed (%s)", mask_secrets(what), attempts, attempts, cause_of(error))
         raise ServiceError(
-            f"{mask_secrets(what)} failed {attempts} times. The last cause: {cause_of(error)}", error, remedies=remedies
+            f"{mask_secrets(what)} failed {counted(attempts, 'time')}. The last cause: {cause_of(error)}",
+            error,
+            remedies=remedies,
         ) from error
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +11,8 @@ import yaml
 
 from raycv.checkpoint import MANIFEST, read_info
 from raycv.config import RunConfig, validate
-from raycv.errors import FaultsError, UserError
-from raycv.paths import RunFolder, read_json, read_record, resume_command
+from raycv.errors import FaultsError, UserError, shown
+from raycv.paths import RunFolder, read_record, resume_command
 from raycv.records import FoldResult
 from raycv.report import best_fold
 
@@ -38,6 +38,12 @@ class Chosen:
     checkpoints: tuple[Path, ...]
     """absolute; one, or for an ensemble one per fold"""
     tracking_uri: str | None
+    fold_asked: Fold
+    """of the whole run; of a checkpoint or a fold's MLflow run it is the number"""
+    parent_id: str | None = None
+    """MLflow's id of the run, as far as it is known without asking"""
+    fold_id: str | None = None
+    """and of the fold"""
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
@@ -46,7 +52,7 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
     Raises: UserError if there is no such run, or it has no such fold.
     """
     path = Path(run)
-    if (path / MANIFEST).is_file():
+    if _is_file(path / MANIFEST, run):
         return _from_checkpoint(path.absolute(), fold)
     folder = _finished_run(runs) if run == LATEST else find_run(runs, run)
     if folder is not None:
@@ -68,13 +74,24 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
     """
     if run != LATEST:
         # A name, or the path of the folder, as the shell completes it.
-        named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+        named = (folder for folder in (runs / run, Path(run)) if _is_file(folder / "config.yaml", run))
         return next((RunFolder(folder.absolute()) for folder in named), None)
     made = runs_in(runs)
     if not made:
         remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
         raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
     return ([folder for folder in made if _is_finished(folder)] or made)[-1]
+
+
+def _is_file(path: Path, run: str) -> bool:
+    """Raises: UserError if that cannot be known: `run` is too long for a name, or leads where one may not look."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        remedies = ["give a run's name or folder, an MLflow run id, a checkpoint folder, or latest"]
+        raise UserError(
+            f"run={shown(run)}: no such run can be looked for: {error.strerror}.", remedies=remedies
+        ) from error
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
@@ -100,8 +117,11 @@ def folds_of(config_file: Path) -> int:
         raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
 
 
-def open_tracker(uri: str) -> "Tracker":
-    """The MLflow store at `uri`. Raises: UserError if its password or its database is missing."""
+def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
+    """The MLflow store at `uri`; `seconds`: as in Tracker.
+
+    Raises: UserError if its password or its database is missing.
+    """
     from raycv.tracking import Tracker
 
     check_password(uri)
@@ -111,7 +131,19 @@ def open_tracker(uri: str) -> "Tracker":
             f"The MLflow database {Path(database).absolute()} does not exist.",
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
-    return Tracker(uri)
+    return Tracker(uri, seconds)
+
+
+def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
+    """`chosen` with the id of its fold in MLflow, if its store has it and says so within `seconds` a request."""
+    if chosen.fold_id or chosen.fold == ENSEMBLE or chosen.parent_id is None or chosen.tracking_uri is None:
+        return chosen
+    try:
+        children = open_tracker(chosen.tracking_uri, seconds).children(chosen.parent_id)
+    except UserError:
+        return chosen
+    found = children.get(chosen.fold)
+    return replace(chosen, fold_id=str(found.info.run_id)) if found else chosen
 
 
 def recorded_config(folder: RunFolder) -> RunConfig:
@@ -191,11 +223,13 @@ def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
             remedies=["leave fold out", "name the run instead of the checkpoint: run=<name>"],
         )
     # The tracking store of the run that the folder lies in, if it still lies in one.
-    return Chosen(info.run, info.fold, (folder,), _tracked_at(RunFolder(folder.parent.parent)))
+    run = RunFolder(folder.parent.parent)
+    uri, parent_id = _tracked_at(run)
+    return Chosen(info.run, info.fold, (folder,), uri, info.fold, parent_id if info.run == run.root.name else None)
 
 
 def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
-    finished, asked = _finished_folds(folder), folds_of(folder.config)
+    finished, asked, fold_asked = _finished_folds(folder), folds_of(folder.config), fold
     if isinstance(fold, int) and fold not in finished:
         there = f"it has fold 0 to {asked - 1}" if fold >= asked else "that fold is not finished"
         remedies = [f"choose a finished one: {_listed(finished)}" if finished else QUICKSTART]
@@ -209,15 +243,21 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
         fold = best_fold([FoldResult.read(folder.fold(number).result) for number in finished])
     taken = finished if fold == ENSEMBLE else [fold]
     checkpoints = tuple(folder.fold(number).checkpoint for number in taken)
-    return Chosen(folder.root.name, fold, checkpoints, _tracked_at(folder))
+    uri, parent_id = _tracked_at(folder)
+    return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id)
 
 
 def _listed(folds: Sequence[int]) -> str:
     return " or ".join(f"fold={fold}" for fold in folds)
 
 
-def _tracked_at(folder: RunFolder) -> str | None:
-    return str(read_json(folder.tracking)["uri"]) if folder.tracking.is_file() else None
+def _tracked_at(folder: RunFolder) -> tuple[str | None, str | None]:
+    """The address of the store that has the run in `folder`, and the run's id there, if they are known."""
+    if not folder.tracking.is_file():
+        return None, None
+    values = read_record(folder.tracking, "uri")
+    parent_id = values.get("parent_run_id")
+    return str(values["uri"]), parent_id and str(parent_id)
 
 
 def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
@@ -239,7 +279,11 @@ def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
         raise UserError(what, remedies=remedies)
     taken = _taken(run, fold, finished, asked.data.metrics)
     places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
-    return Chosen(read_info(places[0]).run, fold if fold == ENSEMBLE else taken[0], places, uri)
+    name, parent_id = read_info(places[0]).run, run if number is None else tracker.parent_of(asked)
+    if fold == ENSEMBLE:
+        return Chosen(name, ENSEMBLE, places, uri, ENSEMBLE, parent_id)
+    fold_id = str(finished[taken[0]].info.run_id)
+    return Chosen(name, taken[0], places, uri, fold if number is None else number, parent_id, fold_id)
 
 
 def _taken(run: str, fold: Fold, finished: dict[int, Any], metrics: dict[str, float]) -> list[int]:

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
-from raycv.answers import Answer, Answerer, Question
+from raycv.answers import Answer, Answerer, Question, asked_for
 from raycv.api import Overloaded, TooManyPairsError, build_api
 from raycv.config import ServeConfig, ServerConfig
 from raycv.cv import ray_cluster
@@ -26,6 +26,7 @@ from raycv.loaded import load_answerer
 from raycv.runs import Chosen
 
 APP = "raycv"
+THREADS = "OMP_NUM_THREADS"
 DEPLOYMENT = "scorer"
 REQUESTS_OF_A_BATCH = 64
 OPEN_SECONDS = 30.0
@@ -45,23 +46,31 @@ class Setup:
     """MLflow address; None: nothing is logged"""
     instance: str
     """names this start of the scorer: who finds its file knows by it that nobody else answers on its port"""
+    own_threads: bool = False
+    """it computes in as many threads as a process of raycv.infer would, not in as many as Ray counts cores"""
 
 
 class Scorer:
     """One replica: the model, its API, and the thread that writes to MLflow."""
 
     def __init__(self, setup: Setup) -> None:
+        if setup.own_threads:
+            # Of Ray; torch, which is not imported yet, chooses by itself where it is not set.
+            os.environ.pop(THREADS, None)
         self._setup = setup
         self._limits = setup.config.serve
         self._warnings: list[str] = []
         # First, since it opens its store while the model loads.
         self._writer = InferenceWriter(setup.store, setup.config.tracking.experiment) if setup.store else None
         criteria_dir, infer = setup.criteria_dir, setup.config.infer
-        self._answerer: Answerer = load_answerer(setup.chosen, infer, criteria_dir, self._warnings.append)
+        self._answerer: Answerer = load_answerer(
+            setup.chosen, infer, criteria_dir, self._warnings.append, base=setup.config.base
+        )
         self._model = self._identity()
         self._symptoms = {key: criterion.symptom for key, criterion in self._answerer.criteria.items()}
         self._started = time.time()
         self._waiting = 0
+        self._turn = asyncio.Lock()
         self._counts = {"requests": 0, "pairs": 0, "batches": 0, "overloaded": 0}
         if self._writer is not None:
             self._writer.opened.wait(OPEN_SECONDS)
@@ -75,9 +84,10 @@ class Scorer:
         if writer := getattr(self, "_writer", None):
             writer.close(FLUSH_SECONDS)
 
-    async def score(self, questions: Sequence[Question], log: bool) -> dict[str, Any]:
+    async def score(self, questions: Sequence[Question], log: bool, alone: bool = False) -> dict[str, Any]:
         """The answers to `questions`, computed together with those of requests that arrive at the same time.
 
+        What is computed together moves the last digits, so `alone` gives what a process of its own would.
         Raises: UserError if a question cannot be answered, TooManyPairsError, Overloaded.
         """
         self._check(questions)
@@ -87,7 +97,8 @@ class Scorer:
         self._waiting += 1
         started = time.monotonic()
         try:
-            outcome = await self._batched(list(questions))
+            asked = list(questions)
+            outcome = (await self._computed([asked]))[0] if alone else await self._batched(asked)
         finally:
             self._waiting -= 1
         if isinstance(outcome, UserError):
@@ -112,7 +123,7 @@ class Scorer:
         }
 
     def _check(self, questions: Sequence[Question]) -> None:
-        pairs = sum(map(len, self._answerer.asked(questions)))
+        pairs = sum(map(len, asked_for(questions, self._answerer.criteria)))
         if pairs > self._limits.max_pairs:
             raise TooManyPairsError(
                 f"The request asks for {counted(pairs, 'pair')}; one may ask for {self._limits.max_pairs}.",
@@ -121,13 +132,18 @@ class Scorer:
 
     @serve.batch(max_batch_size=REQUESTS_OF_A_BATCH, batch_wait_timeout_s=0.0)
     async def _batched(self, requests: list[list[Question]]) -> list[list[list[Answer]] | UserError]:
-        # In a thread, so that what arrives meanwhile is taken in and makes the next batch.
-        answers = await asyncio.to_thread(self._answer, requests)
+        answers = await self._computed(requests)
         # Who asks alone is answered at once. Where several ask, the next batch waits for more of them: it takes little
         # longer than a pair, and threads that compute keep the interpreter from those that take requests in.
         wait = self._limits.batch_wait_ms / 1000 if self._waiting > 1 else 0.0
         self._batched.set_batch_wait_timeout_s(wait)  # type: ignore[attr-defined]
         return answers
+
+    async def _computed(self, requests: list[list[Question]]) -> list[list[list[Answer]] | UserError]:
+        # In a thread, so that what arrives meanwhile is taken in and makes the next batch. One at a time: of an
+        # ensemble the model is that of one fold after the other.
+        async with self._turn:
+            return await asyncio.to_thread(self._answer, requests)
 
     def _answer(self, requests: list[list[Question]]) -> list[list[list[Answer]] | UserError]:
         """The answers to each request, or what is wrong with it."""
@@ -152,7 +168,10 @@ class Scorer:
             "fold": identity.fold,
             "base": identity.base,
             "named": chosen.run,
-            "fold_asked": self._setup.config.fold,
+            "fold_asked": chosen.fold_asked,
+            "parent_id": chosen.parent_id,
+            "fold_id": chosen.fold_id,
+            "base_given": self._setup.config.base,
             "checkpoints": [str(folder) for folder in chosen.checkpoints],
             "precision": self._answerer.predictor.computed_in,
             "precision_of_auto": self._answerer.predictor.precision_of_auto,

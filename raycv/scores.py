@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from raycv.errors import UserError
+from raycv.answers import label_of
+from raycv.errors import UserError, shown
 from raycv.pairs import FORMATS, BadRow
 from raycv.paths import read_json, replaced, write_text
 from raycv.records import LABELS
@@ -162,9 +163,9 @@ class ScoreFile:
         if before.precision not in (None, chunk.precision):
             what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
             raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
-        labels = [int(score.score >= chunk.threshold) for score in chunk.scores]
+        labels = [label_of(score.score, chunk.threshold) for score in chunk.scores]
         rows = [
-            (one.row, *one.ids, one.criterion_id, LABELS[label], one.score, chunk.threshold, self._fold, one.truncated)
+            (one.row, *one.ids, one.criterion_id, label, one.score, chunk.threshold, self._fold, one.truncated)
             for one, label in zip(chunk.scores, labels, strict=True)
         ]
         errors = "".join(_csv_line(("row", "line", "reason"), (bad.row, bad.line, bad.reason)) for bad in chunk.bad)
@@ -173,7 +174,7 @@ class ScoreFile:
                 before,
                 records=chunk.records,
                 pairs=before.pairs + len(rows),
-                matched=before.matched + sum(labels),
+                matched=before.matched + labels.count(LABELS[1]),
                 truncated=before.truncated + sum(one.truncated for one in chunk.scores),
                 bad=before.bad + len(chunk.bad),
                 precision=chunk.precision,
@@ -217,7 +218,12 @@ def check_output(output: Path, source: Path | None = None) -> None:
     if output.suffix.casefold() not in FORMATS:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
-    if output.exists() or output.is_symlink():
+    try:
+        there = output.exists() or output.is_symlink()
+    except OSError as error:
+        remedies = ["name another file: output=<file>"]
+        raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
+    if there:
         raise UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
 
 

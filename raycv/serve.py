@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raycv.base import absolute_name
 from raycv.cli import run_command
 from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
@@ -19,12 +20,14 @@ from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.loaded import read_criteria
 from raycv.paths import absolute_folder, absolute_uri, write_json
 from raycv.retry import mask_secrets
-from raycv.runs import choose
+from raycv.runs import choose, with_fold_id
 
 if TYPE_CHECKING:
     from raycv.scorer import Setup
 
 HEALTH_ATTEMPTS = 20
+LOOK_SECONDS = 5
+"""For MLflow to say what it calls the fold."""
 
 
 def run_server(config: ServeConfig) -> None:
@@ -33,16 +36,18 @@ def run_server(config: ServeConfig) -> None:
     Raises: UserError if the run, its model, the port or Ray cannot be had, or the address is open without a token.
     """
     limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
-    config = config.model_copy(update={"serve": limits})
+    config = config.model_copy(update={"serve": limits, "base": config.base and absolute_name(config.base)})
     asked = None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
     chosen = choose(config.run, config.fold, Path(config.dir), asked)
     criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
     # Here: what the user mistyped is told before Ray is imported.
-    from raycv.scorer import Setup, running
+    from raycv.scorer import THREADS, Setup, running
 
+    chosen = with_fold_id(chosen, LOOK_SECONDS)
     store = store_of(config.tracking.uri, chosen.tracking_uri)
-    setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8))
+    own_threads = limits.max_replicas == 1 and limits.cpus_per_replica == "auto" and THREADS not in os.environ
+    setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8), own_threads)
     stamps = stamps_of(chosen.checkpoints)
     file = discovery_file(Path(config.dir), limits.port)
     say(f"loading run {chosen.run}, fold {chosen.fold}")

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ from raycv.errors import UserError
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
 from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri, read_json, write_json
 from raycv.records import FoldResult
-from raycv.retry import ServiceError, call_with_retries, is_passing, mask_secrets
+from raycv.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, mask_secrets
 
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TIMEOUT, USUAL_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", "30"
+"""As set above; MLflow reads it at each request."""
 HANGING_SECONDS = 60.0
 """For so long a store that let all attempts of a call time out is not asked again: each call would wait as long."""
 _hanging: dict[str, tuple[float, UserError]] = {}
@@ -71,7 +73,9 @@ class Tracker:
     Raises (any method): UserError once the store has stayed out of reach.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, seconds: int | None = None) -> None:
+        """`seconds`: for who cannot wait: a call has one attempt, and a request of HTTP so long."""
+        self._seconds = seconds
         self.uri = absolute_uri(uri)
         self.shown_uri = mask_secrets(self.uri)
         self._database = Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
@@ -291,6 +295,10 @@ class Tracker:
         """The fold of a child run; None for any other run."""
         return int(run.data.tags[FOLD_TAG]) if FOLD_TAG in run.data.tags else None
 
+    def parent_of(self, run: Run) -> str | None:
+        """The id of a child's parent run; None for any other run."""
+        return run.data.tags.get(PARENT_TAG)
+
     def log_inference(
         self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> str:
@@ -362,12 +370,14 @@ class Tracker:
         if said is not None and time.monotonic() < until:
             raise UserError(said.what, remedies=said.remedies)
         try:
-            return call_with_retries(
-                f"MLflow at {self.shown_uri}: {what}",
-                partial(call, *args, **kwargs),
-                passing=_may_pass,
-                remedies=remedies,
-            )
+            with _within(self._seconds):
+                return call_with_retries(
+                    f"MLflow at {self.shown_uri}: {what}",
+                    partial(call, *args, **kwargs),
+                    passing=_may_pass,
+                    remedies=remedies,
+                    attempts=ATTEMPTS if self._seconds is None else 1,
+                )
         except ServiceError as error:
             if "timed out" in str(error.cause):
                 _hanging[self.uri] = time.monotonic() + HANGING_SECONDS, error
@@ -378,6 +388,18 @@ class Tracker:
             if "out-of-date database schema" in cause:
                 remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
             raise UserError(f"MLflow at {self.shown_uri} could not {what}: {cause}", remedies=remedies) from error
+
+
+@contextlib.contextmanager
+def _within(seconds: int | None) -> Iterator[None]:
+    """Requests over HTTP take `seconds` at most, unless the user has a time of their own for them."""
+    usual = os.environ[TIMEOUT]
+    if seconds is not None and usual == USUAL_SECONDS:
+        os.environ[TIMEOUT] = str(seconds)
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = usual
 
 
 def _check_database(database: Path) -> None:

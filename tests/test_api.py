@@ -8,6 +8,7 @@ import re
 import pytest
 from starlette.exceptions import HTTPException
 
+from raycv.answers import Question
 from raycv.api import Gate, Overloaded, TooManyPairsError, build_api
 from raycv.config import ServerConfig
 from raycv.errors import UserError
@@ -26,10 +27,10 @@ class Echo:
     def __init__(self, error=None):
         self.error, self.asked = error, []
 
-    async def score(self, questions, log):
+    async def score(self, questions, log, alone):
         if self.error is not None:
             raise self.error
-        self.asked.append((list(questions), log))
+        self.asked.append((list(questions), log, alone))
         return {"answers": [[ANSWER] for _ in questions], "criteria": {}, "model": {}, "warnings": []}
 
     def health(self):
@@ -70,10 +71,11 @@ def api(error=None, **limits):
 def test_one_pair_is_many_of_one():
     app, scorer = api()
     assert call(app, "POST", "/score", {"post": "w0", "criterion": "C0"})[0] == 200
-    assert call(app, "POST", "/score", {"pairs": [{"post": "w0", "criterion": "C0"}], "log": True})[0] == 200
-    (one, unlogged), (many, logged) = scorer.asked
-    assert one == many
-    assert (unlogged, logged) == (False, True)
+    pair = {"post": "w0", "criterion": "C0"}
+    assert call(app, "POST", "/score", {"pairs": [pair], "log": True, "alone": True})[0] == 200
+    assert call(app, "POST", "/score", {**pair, "alone": True})[0] == 200
+    asked = [Question("w0", "C0")]
+    assert scorer.asked == [(asked, False, False), (asked, True, True), (asked, False, True)]
     assert call(app, "GET", "/health") == (200, {"status": "ok"})
     assert call(app, "GET", "/docs")[0] == 200
     assert {"/score", "/health"} == set(call(app, "GET", "/openapi.json")[1]["paths"])

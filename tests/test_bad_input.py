@@ -441,6 +441,17 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a table and a post": ("infer", ["input=a.csv", "post=b", "output=s.csv"], ["input and post are both given"]),
     "scores of no kind": ("infer", ["input=a.csv", "output=s.xlsx"], ["output=s.xlsx", "ends in a format"]),
     "scores over a device": ("infer", ["input=a.csv", "output=/dev/null.csv/x.csv"], ["There is no run in"]),
+    "a name of scores that is too long": (
+        "infer",
+        ["input=a.csv", f"output={'x' * 300}.csv"],
+        ["output=a value of 304 characters cannot be written: File name too long"],
+    ),
+    "a name of a run that is too long": (
+        "infer",
+        ["post=a", "run=" + "x" * 300],
+        ["run=a value of 300 characters: no such run can be looked for: File name too long"],
+    ),
+    "a dash and a post": ("infer", ["-", "post=a"], ["post and post_file are both given"]),
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'"]),
     "the summary of no run": ("aggregate", ["run=nothing"], ["mlflow.db does not exist", "give its place"]),
     "a summary with an unknown key": ("aggregate", ["rum=3"], ["rum: unknown key; did you mean run?"]),

@@ -18,10 +18,11 @@ from raycv.client import ask, checked_address, checked_token, discovery_file, st
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
 from raycv.paths import absolute_uri, write_json
-from raycv.runs import LOCAL_URI
+from raycv.runs import LOCAL_URI, choose
 
 QUESTION = Question("I lie awake", "A.4")
-ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "model": {}, "truncated": False}
+ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "truncated": False}
+ANSWER |= {"model": {"run": "some", "fold": 0, "base": "base"}}
 
 
 class FakeScorer(ThreadingHTTPServer):
@@ -99,7 +100,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     assert reply.answers == [[ANSWER]]
     assert reply.criteria["A.4"].symptom == "SLEEP_ISSUES"
     assert told == ["careful"]
-    expected = {"pairs": [{"post": "I lie awake", "criterion": "A.4"}], "log": True}
+    expected = {"pairs": [{"post": "I lie awake", "criterion": "A.4"}], "log": True, "alone": True}
     assert scorer.asked == [(expected, "Bearer secret")]
 
 
@@ -109,6 +110,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({}, {"server": "none"}),
         ({}, {"infer": {"precision": "bf16", "batch_size": 16}}),
         ({}, {"criteria_dir": "elsewhere"}),
+        ({}, {"base": "elsewhere/base"}),
         ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}),
         ({"host": "another-machine"}, {}),
         ({"stamps": [[1, 2, 3]]}, {}),
@@ -138,6 +140,41 @@ def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, c
     assert scorer.asked == []
 
 
+TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}
+
+
+@pytest.mark.parametrize(
+    ("run", "fold", "same"),
+    [
+        ("a" * 32, "best", True),
+        ("a" * 32, 0, True),
+        ("a" * 32, 1, False),
+        ("b" * 32, "best", True),
+        ("b" * 32, "ensemble", False),
+        ("c" * 32, "best", False),
+    ],
+)
+def test_a_run_by_its_mlflow_id_is_found_without_mlflow(scorer, checkpoint, tmp_path, monkeypatch, run, fold, same):
+    """Which here would not find the run: only an id that the scorer knows is answered."""
+    monkeypatch.chdir(tmp_path)
+    announce(scorer, tmp_path, model=scorer.model | TRACKED)
+    asked = config(run, tmp_path, fold=fold)
+    if same:
+        assert ask(asked, [QUESTION], lambda text: None).answers == [[ANSWER]]
+        return
+    with pytest.raises(UserError, match="neither a run"):
+        ask(asked, [QUESTION], lambda text: None)
+    assert scorer.asked == []
+
+
+def test_a_fold_that_was_named_is_not_taken_for_the_best_of_its_run(scorer, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    announce(scorer, tmp_path, model=scorer.model | TRACKED | {"fold_asked": 0})
+    with pytest.raises(UserError, match="neither a run"):
+        ask(config("a" * 32, tmp_path), [QUESTION], lambda text: None)
+    assert choose(str(checkpoint), "best", tmp_path, None).fold_asked == 0
+
+
 def test_files_copied_over_the_checkpoints_are_noticed(scorer, checkpoint, tmp_path):
     """Whatever time a copy gives them."""
     manifest = checkpoint / MANIFEST
@@ -161,7 +198,16 @@ def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, t
 
 @pytest.mark.parametrize(
     "answer",
-    [{"ok": 1}, *({"answers": answers, "warnings": [], "criteria": {}} for answers in ([[]], [[{}]], 5))],
+    [
+        {"ok": 1},
+        *({"answers": answers, "warnings": [], "criteria": {}} for answers in ([[]], [[{}]], 5)),
+        *(
+            {"answers": [[ANSWER | change]], "warnings": [], "criteria": {}}
+            for change in ({"model": {}}, {"model": None}, {"score": "0.5"}, {"score": 2.0}, {"label": "yes"}, {"x": 1})
+        ),
+        {"answers": [[ANSWER]], "warnings": 5, "criteria": {}},
+        {"answers": [[ANSWER]], "warnings": [], "criteria": {"A.4": {}}},
+    ],
 )
 def test_a_program_that_is_no_scorer_is_told_from_one(scorer, checkpoint, tmp_path, answer):
     scorer.answer = answer
@@ -216,7 +262,7 @@ def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monk
     for run in ("latest", "some"):
         with pytest.raises(UserError, match="not run="):
             ask(config(run, tmp_path, server=scorer.url, fold=3), [QUESTION], lambda text: None)
-    for asked in ({"criteria_dir": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
+    for asked in ({"criteria_dir": "x"}, {"base": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
         with pytest.raises(UserError, match="scorer"):
             ask(config("some", tmp_path, server=scorer.url, **asked), [QUESTION], lambda text: None)
     assert len(scorer.asked) == 3

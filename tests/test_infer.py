@@ -1,31 +1,40 @@
 """Inference of one question: which model answers, texts that pass untouched, what is printed, logged and refused."""
 
+import io
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from builders import tiny_llama, wordlevel_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import Recorder, Toy, toy_base, train_config
 
+from raycv import infer as command
 from raycv.answers import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
 from raycv.checkpoint import save_checkpoint
 from raycv.cli import run_command
-from raycv.config import InferConfig
+from raycv.config import InferConfig, InferenceConfig, TrackingConfig
 from raycv.errors import UserError
-from raycv.infer import read_question
-from raycv.inference_log import text_facts
-from raycv.paths import RunFolder, write_json, write_text
+from raycv.infer import read_question, show
+from raycv.inference_log import Record, text_facts
+from raycv.loaded import load_answerer
+from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import Criterion, FoldResult
-from raycv.runs import choose
+from raycv.runs import choose, with_fold_id
+from raycv.scores import PairScore, ScoredChunk, ScoreFile
+from raycv.tracking import Tracker
 from raycv.train import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
@@ -192,6 +201,9 @@ CRITERIA = {"A.1": Criterion("A.1", "low mood", "DEPRESSED_MOOD"), "X9": Criteri
         ("depressed mood", "A.1"),
         ("low mood", "A.1"),
         ("X9", "X9"),
+        ("x9", "X9"),
+        ("Depressed_mood", "A.1"),
+        ("self-harm", ""),
         ("is sad about the rain", ""),
         ("sleepless", ""),
     ],
@@ -202,7 +214,10 @@ def test_a_criterion_is_found_by_id_symptom_or_wording_else_taken_as_text(asked,
     assert criterion.text == (CRITERIA[found].text if found else asked)
 
 
-@pytest.mark.parametrize("asked", ["A.4", "SLEEP_ISSUES", "B12", "NO_SUCH_NAME"])
+@pytest.mark.parametrize(
+    "asked",
+    ["A.4", "SLEEP_ISSUES", "B12", "NO_SUCH_NAME", "z.9", "a.99", "no_such_name", "A.1.2", "PHQ-9", "4", " b_3 "],
+)
 def test_an_unknown_id_is_refused_and_the_known_ones_are_named(asked):
     with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1, X9"):
         find_criterion(asked, CRITERIA)
@@ -219,6 +234,58 @@ class Fixed:
         return [
             Prediction(0.5 if criterion == "low mood" else 0.499, post.startswith("long")) for post, criterion in pairs
         ]
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "label", "shown"),
+    [
+        (0.7799996, 0.78, "unmatched", 0.779999),
+        (0.78, 0.78, "matched", 0.78),
+        (0.4666668, 1.4 / 3, "matched", 0.466667),
+        (0.46666664, 1.4 / 3, "unmatched", 0.466666),
+        (0.50000042, 0.5000004, "matched", 0.500001),
+    ],
+)
+def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, threshold, label, shown, tmp_path):
+    """Of one pair and of a file of them: rounding moves no score over its threshold."""
+
+    class Near(Fixed):
+        def predict(self, pairs):
+            return [Prediction(score, False) for _ in pairs]
+
+    Near.threshold = threshold
+    ((answer,),) = Answerer(Near(), CRITERIA).answer([Question("p", "A.1")])
+    assert (answer["label"], answer["score"]) == (label, shown)
+    assert (answer["score"] >= answer["threshold"]) == (label == "matched")
+    line = as_text([answer], CRITERIA, single=True)
+    said, probability, against = re.match(r"(\w+)  \(probability ([\d.]+), threshold ([\d.]+)\)", line).groups()
+    assert (float(probability) >= float(against)) == (said == "matched") == (label == "matched")
+    output = ScoreFile(tmp_path / "scores.csv", (), 0, {})
+    with output.opened():
+        output.append(ScoredChunk(1, 1, threshold, "fp32", [PairScore(1, (), "A.1", score, False)]))
+        output.finish()
+    assert f",{label}," in (tmp_path / "scores.csv").read_text()
+    assert output.progress.matched == (label == "matched")
+
+
+def test_what_people_read_of_one_pair_and_of_all():
+    long = Answerer(Fixed(), CRITERIA).answer([Question("long p", "A.1"), Question("long p"), Question("p", "free")])
+    one, table, free = (as_text(each, CRITERIA, single=len(each) == 1) for each in long)
+    assert one.splitlines() == [
+        "matched  (probability 0.500, threshold 0.50)",
+        "criterion: A.1 DEPRESSED_MOOD",
+        "model: run r, fold 2; base",
+        "the post was shortened to fit the prompt",
+    ]
+    assert table.splitlines() == [
+        "criterion           probability  label",
+        "A.1 DEPRESSED_MOOD        0.500  matched",
+        "X9                        0.499  unmatched",
+        "matched: a probability of 0.50 or more",
+        "model: run r, fold 2; base",
+        "the post was shortened to fit the prompt (2 pairs)",
+    ]
+    assert free.splitlines()[1:] == ["criterion: as given", "model: run r, fold 2; base"]
 
 
 def test_answers_keep_the_order_of_questions_and_criteria():
@@ -247,6 +314,28 @@ def test_an_empty_post_or_criterion_is_refused(post):
         Answerer(Fixed(), CRITERIA).answer([Question(post)])
     with pytest.raises(UserError, match=r"Pair 2: The criterion is empty"):
         Answerer(Fixed(), CRITERIA).answer([Question("p"), Question("p", post)])
+
+
+def test_without_standard_input_or_output_it_says_so(monkeypatch, tmp_path):
+    config = through_the_command_line(monkeypatch, "post_file=-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        read_question(config)
+    answers = Answerer(Fixed(), CRITERIA).answer([Question("p", "A.1")])[0]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for out, said in (
+        (None, "it is closed"),
+        (os.fdopen(full, "w"), "No space left on device"),
+        (os.fdopen(write_end, "w"), "Broken pipe"),
+    ):
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(UserError, match=said):
+            show(answers, CRITERIA, config, single=True)
+        if out is not None:
+            # What is left in its buffer does not fail once more, as it would at the end of the process.
+            out.close()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +369,159 @@ def test_of_a_text_only_length_and_hash_are_logged():
         "post.characters": 3,
         "post.sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }
+
+
+# --- What is missing, moved or changed since training ----------------------------------------------------------------
+
+AS_TRAINED = InferenceConfig(precision="auto", batch_size=4)
+
+
+def moved(run: Path, folder: Path, **changes: object) -> Path:
+    """A copy of fold 0's checkpoint elsewhere, which says other things of where it comes from."""
+    checkpoint = shutil.copytree(run / "fold_0" / "checkpoint", folder / "checkpoint")
+    write_json(checkpoint / "raycv.json", read_json(checkpoint / "raycv.json") | changes)
+    return checkpoint
+
+
+def answers_of(checkpoint: Path, *questions: Question, tell=lambda text: None, **options: object) -> list:
+    chosen = choose(str(checkpoint), "best", checkpoint.parent, None)
+    answerer = load_answerer(chosen, AS_TRAINED, None, tell, questions=questions, **options)
+    return [[(a["label"], a["score"]) for a in each] for each in answerer.answer(questions)]
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        (Question("w0", "Z.99"), "no such criterion"),
+        (Question(" "), "The post is empty"),
+        (Question("w0", ""), "The criterion is empty"),
+        (Question("w0", "C1"), r"(?s)base model cannot be had.*no folder /nowhere.*base=<folder"),
+    ],
+)
+def test_a_question_is_checked_before_the_model_is_looked_for(run, tmp_path, question, said):
+    with pytest.raises(UserError, match=said) as refused:
+        answers_of(moved(run, tmp_path, base_model="/nowhere"), question)
+    assert "model.name to" not in str(refused.value)
+
+
+def test_a_base_that_moved_is_given_by_its_place(run, tmp_path):
+    base, question = run.parent.parent / "base", Question("w0 w3", "C1")
+    checkpoint = moved(run, tmp_path, base_model="/nowhere")
+    assert answers_of(checkpoint, question, base=str(base)) == answers_of(run / "fold_0" / "checkpoint", question)
+    other = tiny_llama(tmp_path / "other", tokenizer=wordlevel_tokenizer(["other", "words"]), vocab=None)
+    with pytest.raises(UserError, match="its tokenizer has other words"):
+        answers_of(checkpoint, question, base=str(other))
+
+
+def test_the_command_takes_the_place_of_a_base_that_moved(run, tmp_path, monkeypatch, capsysbinary):
+    checkpoint, base = moved(run, tmp_path, base_model="org/gone"), run.parent.parent / "base"
+    given = ["post=w0 w3", "criterion=C1", f"run={checkpoint}", "tracking.uri=none", f"dir={tmp_path}"]
+    code, printed = run_here(monkeypatch, capsysbinary, *given)
+    assert code == 2
+    assert b"base=<folder or hub id>" in printed.err
+    assert b"model.name to" not in printed.err
+    assert printed.out == b""
+    code, printed = run_here(monkeypatch, capsysbinary, *given, f"base={base}", "output=json")
+    assert (code, printed.err) == (0, b"")
+    assert json.loads(printed.out)["model"]["base"] == "org/gone"
+
+
+def run_here(monkeypatch, capsysbinary, *arguments: str):
+    """The command in this process: its exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["raycv.infer", *arguments])
+    code = 0
+    try:
+        command.main()
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, capsysbinary.readouterr()
+
+
+def test_own_words_need_no_criteria_files(run, tmp_path):
+    told, asked = [], Question("w0 w3", "own words")
+    checkpoint = moved(run, tmp_path, criteria_dir="/gone")
+    assert answers_of(checkpoint, asked, tell=told.append) == answers_of(run / "fold_0" / "checkpoint", asked)
+    assert "is taken as it stands" in told[0]
+    for named in (Question("w0"), Question("w0", "C1"), Question("w0", "A.4"), Question("w0", "z_z")):
+        with pytest.raises(UserError, match="criteria"):
+            answers_of(checkpoint, named)
+
+
+def test_criteria_that_are_worded_otherwise_are_a_warning(run, tmp_path, monkeypatch, capsysbinary):
+    text = (run.parent.parent / "criteria" / "criteria.csv").read_text()
+    write_text(tmp_path / "criteria.csv", text.replace("w1", "w7"))
+    given = ["post=w0 w3", "criterion=C0", f"run={run}", f"dir={run.parent}", "tracking.uri=none", "output=json"]
+    _, plain = run_here(monkeypatch, capsysbinary, *given)
+    code, printed = run_here(monkeypatch, capsysbinary, *given, f"criteria_dir={tmp_path}")
+    assert code == 0
+    assert b"are not worded as those that the model was trained with" in printed.err
+    assert printed.out == plain.out
+    assert plain.err == b""
+
+
+def test_a_lone_dash_is_standard_input(run, monkeypatch, capsysbinary):
+    for dash in ("-", "post_file=-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        code, printed = run_here(monkeypatch, capsysbinary, dash, f"run={run}", f"dir={run.parent}")
+        assert code == 2
+        assert b"The post is empty" in printed.err
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"parent_run_id": "x"}'])
+def test_a_damaged_note_of_where_the_run_was_tracked_is_told(run, tmp_path, content):
+    copy = shutil.copytree(run, tmp_path / "toy")
+    (copy / "tracking.json").write_text(content)
+    with pytest.raises(UserError, match=r"tracking\.json is damaged"):
+        choose("toy", "best", tmp_path, None)
+
+
+def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, capsys):
+    """The answer is printed, and a script that reads it waits for the end of the process."""
+    monkeypatch.setattr(command, "LOG_SECONDS", 1)
+    chosen, asked = choose("toy", 0, run.parent, None), []
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        threading.Thread(target=lambda: [asked.append(hanging.accept()) for _ in range(9)], daemon=True).start()
+        address = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        config = through_the_command_line(monkeypatch, f"tracking.uri={address}")
+        started = time.monotonic()
+        command.log(config, chosen, Record({}, {"a": 1}, {}))
+        assert time.monotonic() - started < 20
+        assert len(asked) == 1
+    assert "the answer stands, but is not in MLflow" in capsys.readouterr().err
+    refusing = through_the_command_line(monkeypatch, "tracking.uri=http://127.0.0.1:9")
+    command.log(refusing, chosen, Record({}, {"a": 1}, {}))
+    # No word of a second attempt, before which it would wait.
+    assert capsys.readouterr().err.count("WARNING") == 1
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+
+
+def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
+    uri, files = f"sqlite:///{tmp_path}/mlflow.db", RunFolder(run)
+    tracker = Tracker(uri)
+    config = TrackingConfig(uri=uri, artifacts=str(tmp_path / "mlruns"), experiment="x")
+    parent_id, ids = tracker.start_parent(tracker.open_experiment(config), "toy", {}), []
+    for fold in range(2):
+        ids.append(tracker.start_child(parent_id, fold, {}))
+        tracker.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
+        tracker.finish(ids[fold], "FINISHED")
+    tracker.log_metrics(parent_id, {"best_fold": 1})
+    for asked, fold, found in ((parent_id, "best", 1), (parent_id, 0, 0), (ids[0], "best", 0), (ids[1], 1, 1)):
+        chosen = choose(asked, fold, tmp_path, uri)
+        (place,) = chosen.checkpoints
+        assert (chosen.run, chosen.fold, chosen.tracking_uri) == ("toy", found, uri)
+        assert (chosen.parent_id, chosen.fold_id) == (parent_id, ids[found])
+        assert chosen.fold_asked == (fold if asked == parent_id else found)
+        assert place.is_relative_to(tmp_path / "mlruns")
+        assert read_json(place / "raycv.json")["fold"] == found
+    assert [place.parent.parent.name for place in choose(parent_id, "ensemble", tmp_path, uri).checkpoints] == ids
+    with pytest.raises(UserError, match="has no such finished fold"):
+        choose(ids[0], 1, tmp_path, uri)
+    # Chosen by its folder, a scorer's run learns them from the store.
+    copy = shutil.copytree(run, tmp_path / "toy")
+    write_json(copy / "tracking.json", {"uri": uri, "parent_run_id": parent_id})
+    here = choose("toy", "best", tmp_path, None)
+    assert (here.parent_id, here.fold_id) == (parent_id, None)
+    assert with_fold_id(here, 5).fold_id == ids[1]
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -322,6 +322,12 @@ def test_an_http_server_and_its_death(server, tmp_path, caplog):
     assert sorted(tracker.children(parent_id)) == [0, 1]
     got = tracker.download(tracker.children(parent_id)[0].info.run_id, "result.json", tmp_path)
     assert FoldResult.read(got) == fold_result(0)
+    child_id = tracker.children(parent_id)[1].info.run_id
+    for _ in range(2):  # fetched, and found again
+        checkpoint = tracker.checkpoint(child_id, tmp_path / "runs" / ".fetched")
+        assert checkpoint == tmp_path / "runs" / ".fetched" / child_id / "checkpoint"
+        assert [path.name for path in checkpoint.iterdir()] == ["raycv.json"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
     kill(process)
     started = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
