@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from commands import users_environment
 
 from raycv.answers import Question
 from raycv.checkpoint import MANIFEST
@@ -165,6 +166,21 @@ def test_a_run_by_its_mlflow_id_is_found_without_mlflow(scorer, checkpoint, tmp_
     with pytest.raises(UserError, match="neither a run"):
         ask(asked, [QUESTION], lambda text: None)
     assert scorer.asked == []
+
+
+def test_the_command_asks_by_mlflow_id_and_loads_nothing_heavy(scorer, tmp_path):
+    announce(scorer, tmp_path / "runs", model=scorer.model | TRACKED, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", "post=a", "run=" + "b" * 32, "criterion=A.4"]
+    done = subprocess.run(command, cwd=tmp_path, env=users_environment(), capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        b"matched  (probability 0.500, threshold 0.50)",
+        b"criterion: A.4 SLEEP_ISSUES",
+        b"model: run some, fold 0; base",
+    ]
+    loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert b"raycv.client" in loaded
+    assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
 
 
 def test_a_fold_that_was_named_is_not_taken_for_the_best_of_its_run(scorer, checkpoint, tmp_path, monkeypatch):

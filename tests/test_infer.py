@@ -1,11 +1,13 @@
 """Inference of one question: which model answers, texts that pass untouched, what is printed, logged and refused."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from builders import tiny_llama, wordlevel_tokenizer
+from commands import users_environment
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import Recorder, Toy, toy_base, train_config
@@ -560,6 +563,26 @@ def test_the_answer_comes_although_tracking_is_away(run):
     assert re.match(rb"(un)?matched  \(probability 0\.\d{3}, threshold 0\.50\)\n", done.stdout)
     assert b"the answer stands, but is not in MLflow" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
+    cwd = run.parent.parent
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    question = ["-m", "raycv.infer", f"post={CANARY}", "criterion=C0", "tracking.experiment=unread"]
+    done = subprocess.run(
+        [sys.executable, *question], cwd=cwd, stdout=write_end, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        env=users_environment(), timeout=300,
+    )  # fmt: skip
+    os.close(write_end)
+    assert done.returncode == 2
+    assert b"The answer cannot be written to standard output: Broken pipe." in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"ignored" not in done.stderr
+    with contextlib.closing(sqlite3.connect(cwd / "mlflow.db")) as store:
+        logged = "select status from runs join experiments using (experiment_id) where experiments.name = 'unread'"
+        assert store.execute(logged).fetchall() == [("FINISHED",)]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 import ray.serve.context
@@ -12,13 +13,14 @@ from ray.serve.schema import ReplicaRank
 from test_api import call
 from test_serve import CANARY, SERVER, save_toy
 
-from raycv.answers import Question
+from raycv.answers import Question, as_json, as_text
 from raycv.api import Overloaded, TooManyPairsError, build_api
 from raycv.cli import compose
 from raycv.config import InferConfig, ServeConfig, validate
 from raycv.errors import UserError
 from raycv.inference_log import InferenceWriter, record_answers
 from raycv.loaded import load_answerer
+from raycv.records import Criterion
 from raycv.runs import choose
 from raycv.scorer import Scorer, Setup
 
@@ -47,11 +49,12 @@ def replica(tmp_path_factory):
     patch.undo()
 
 
-def ask(scorer, loop, *requests, log=False):
-    """What becomes of requests that arrive together."""
+def ask(scorer, loop, *requests, log=False, alone=()):
+    """What becomes of requests that arrive together; those numbered in `alone` ask to be computed by themselves."""
 
     async def all_of_them():
-        return await asyncio.gather(*(scorer.score(each, log) for each in requests), return_exceptions=True)
+        asked = (scorer.score(each, log, number in alone) for number, each in enumerate(requests))
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     return loop.run_until_complete(all_of_them())
 
@@ -67,6 +70,37 @@ def test_requests_together_are_one_batch_and_get_what_they_get_alone(replica):
     assert after["batches"] - before["batches"] < after["requests"] - before["requests"] == 3
     assert after["pairs"] - before["pairs"] == 6
     assert got[0]["criteria"] == {"C0": None, "C1": None, "C2": None}
+
+
+def test_what_is_computed_alone_has_the_bytes_of_a_process_whatever_is_asked_beside_it(replica, tmp_path):
+    """In bf16, where each pair moves the others' scores; with criteria that are not quite those of training."""
+    _, chosen, _, loop = replica
+    (tmp_path / "criteria.csv").write_text("criterion_id,criterion\nA.1,w0\nA.4,w1 w5\n")
+    values = compose("serve", []) | {"run": str(chosen.checkpoints[0]), "serve": SERVER | {"max_queued": 100}}
+    config = validate(ServeConfig, values | {"infer": {"precision": "bf16", "batch_size": 16}})
+    tracked = replace(chosen, parent_id="p", fold_id="f")
+    scorer = Scorer(Setup(config, tracked, str(tmp_path), None, "instance"))
+    assert {"parent_id": "p", "fold_id": "f", "fold_asked": 0}.items() <= scorer.health()["model"].items()
+    post = "w0 w4 w1 w2 w3 w0 w5"
+    asked = [[Question(post, words)] for words in ("A.1", "A.4", "my own words", "w2 w3", "w4 w9 w8", None)]
+    process = load_answerer(chosen, config.infer, str(tmp_path), lambda text: None)
+    expected = [process.answer(questions) for questions in asked]
+    for _ in range(3):
+        got = ask(scorer, loop, *asked, *asked, *asked, alone=range(6, 12))
+        together, alone = ([each["answers"] for each in part] for part in (got[:6], got[6:12]))
+        assert alone == expected
+        for (found,), (answers,) in zip(alone, expected, strict=True):
+            assert as_json(found, single=False) == as_json(answers, single=False)
+            assert as_text(found, symptoms(got), single=len(found) == 1) == as_text(
+                answers, process.criteria, single=len(found) == 1
+            )
+        assert together != expected
+        assert "not worded as those that the model was trained with" in got[0]["warnings"][0]
+
+
+def symptoms(got):
+    """The criteria as a client has them."""
+    return {key: Criterion(key, "", symptom) for key, symptom in got[0]["criteria"].items()}
 
 
 def test_ones_fault_is_not_the_others(replica):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,15 +164,14 @@ def test_requests_that_arrive_together_are_computed_together_and_each_gets_its_o
 
 @ray_test
 def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy(served):
-    for question in (["criterion=C1"], ["criterion=my own words"], []):
-        found = served.infer("post=w0 w4 w1", *question)
-        alone = served.infer("post=w0 w4 w1", *question, "server=none", "tracking.uri=none")
-        assert (found.returncode, alone.returncode) == (0, 0), found.stderr[-3000:] + alone.stderr[-3000:]
-        assert found.stdout == alone.stdout
-        loaded = {line.rpartition(b"|")[2].strip() for line in found.stderr.splitlines()}
-        assert b"raycv.client" in loaded
-        assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
-        assert not [line for line in found.stderr.splitlines() if not line.startswith(b"import time:")]
+    found = served.infer("post=w0 w4 w1")
+    alone = served.infer("post=w0 w4 w1", "server=none", "tracking.uri=none")
+    assert (found.returncode, alone.returncode) == (0, 0), found.stderr[-3000:] + alone.stderr[-3000:]
+    assert found.stdout == alone.stdout
+    loaded = {line.rpartition(b"|")[2].strip() for line in found.stderr.splitlines()}
+    assert b"raycv.client" in loaded
+    assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
+    assert not [line for line in found.stderr.splitlines() if not line.startswith(b"import time:")]
     named = served.infer("post=w0 w4 w1", f"server={served.url}")
     assert named.stdout == found.stdout
 
@@ -250,18 +250,58 @@ def test_text_reaches_no_file_and_stopping_leaves_nothing(served):
     assert runs[0].data.metrics["pairs"] == 1
 
 
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    """Where each pair moves the scores of those beside it; with a token, and criteria that have symptom names."""
+    home = tmp_path_factory.mktemp("t")
+    criteria = home / "named"
+    criteria.mkdir()
+    (criteria / "criteria.csv").write_text("criterion_id,criterion\nA.1,w0\nA.4,w1 w5\n")
+    scorer = Served(home, "infer.precision=bf16", f"criteria_dir={criteria}", token=TOKEN)
+    yield scorer
+    if scorer.process.poll() is None:
+        scorer.stop()
+
+
 @ray_test
-def test_a_token_is_asked_for_and_sigterm_stops_it(tmp_path_factory):
-    scorer = Served(tmp_path_factory.mktemp("t"), token=TOKEN)
+def test_clients_at_once_print_the_bytes_of_a_process(in_bf16):
+    post, given = "w0 w4 w1 w2 w3 w0 w5", ["infer.precision=bf16", f"criteria_dir={in_bf16.home / 'named'}"]
+    questions = [["criterion=A.1"], ["criterion=my own words", "output=text"], ["output=text"]]
+    ended, others = threading.Event(), []
+
+    def another():
+        while not ended.is_set():
+            others.append(in_bf16.send("/score", {"post": post, "criterion": "w2 w3"})[0])
+
+    threads = [threading.Thread(target=another) for _ in range(3)]
+    [thread.start() for thread in threads]
     try:
-        assert scorer.send("/health")[0] == 200
-        with Connection(scorer.url, "a-wrong-token-it-is") as connection:
-            assert connection.send("GET", "/health")[0] == 401
-            assert connection.send("POST", "/score", {"post": "w0"})[0] == 401
-            assert connection.send("GET", "/openapi.json")[0] == 200
-        assert TOKEN not in scorer.log.read_text()
+        with ThreadPoolExecutor(len(questions)) as pool:
+            found = list(pool.map(lambda question: in_bf16.infer(f"post={post}", *given, *question), questions))
     finally:
-        assert scorer.stop(signal.SIGTERM) == 0
+        ended.set()
+        [thread.join() for thread in threads]
+    assert len(others) > 10
+    for question, client in zip(questions, found, strict=True):
+        process = in_bf16.infer(f"post={post}", *given, *question, "server=none", "tracking.uri=none")
+        assert (client.returncode, process.returncode) == (0, 0), client.stderr[-3000:] + process.stderr[-3000:]
+        assert client.stdout == process.stdout
+        for done in (client, process):
+            assert b"WARNING: the criteria in " in done.stderr
+        assert b"raycv.predict" not in client.stderr
+    assert b"A.4 SLEEP_ISSUES " in found[2].stdout
+
+
+@ray_test
+def test_a_token_is_asked_for_and_sigterm_stops_it(in_bf16):
+    """Last, since it stops the scorer."""
+    assert in_bf16.send("/health")[0] == 200
+    with Connection(in_bf16.url, "a-wrong-token-it-is") as connection:
+        assert connection.send("GET", "/health")[0] == 401
+        assert connection.send("POST", "/score", {"post": "w0"})[0] == 401
+        assert connection.send("GET", "/openapi.json")[0] == 200
+    assert TOKEN not in in_bf16.log.read_text()
+    assert in_bf16.stop(signal.SIGTERM) == 0
 
 
 def test_where_it_may_listen(monkeypatch):
