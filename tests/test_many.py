@@ -370,6 +370,55 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
         assert files == expected
 
 
+@pytest.mark.parametrize(
+    ("sink", "ending"), [("_TextPart", "csv"), ("_TextPart", "jsonl"), ("_ParquetParts", "parquet")]
+)
+@pytest.mark.parametrize("step", ["finish", "discard"])
+def test_killed_before_or_after_the_move_into_place_the_same_command_ends_it(
+    checkpoint, tmp_path, monkeypatch, sink, step, ending
+):
+    source = write_csv(tmp_path / "in.csv", "post,criterion", [["w1", "C0"], ["", "C0"], ["w2", "C1"]])
+    whole, broken = tmp_path / "whole" / f"out.{ending}", tmp_path / "broken" / f"out.{ending}"
+    score(checkpoint, source, whole)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raycv.scores.{sink}.{step}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, broken)
+    assert broken.exists() == (step == "discard")
+    kept = {path.name: path.read_bytes() for path in broken.parent.glob("*") if path.is_file()}
+    if broken.exists():
+        with pytest.raises(UserError, match="is there already"):
+            score(checkpoint, write_csv(tmp_path / "other.csv", "post", [["w1"]]), broken)
+        broken.write_bytes(kept[broken.name][:-3])
+        with pytest.raises(UserError, match="is there already"):
+            score(checkpoint, source, broken)
+        broken.write_bytes(kept[broken.name])
+    monkeypatch.setattr("raycv.many.Recipe.load", killed)  # nothing is left to score
+    score(checkpoint, source, broken)
+    assert {path.name: path.read_bytes() for path in broken.parent.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.parent.iterdir()
+    }
+
+
+def test_an_output_that_was_taken_away_before_its_state_was_is_made_anew(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post,criterion", [["w1", "C0"]])
+    output = tmp_path / "out.csv"
+    score(checkpoint, source, output)
+    whole = output.read_bytes()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.scores._TextPart.discard", lambda self: sys.exit())
+        with pytest.raises(SystemExit):
+            score(checkpoint, source, output)
+    output.unlink()
+    score(checkpoint, source, output)
+    assert output.read_bytes() == whole
+
+
 def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
