@@ -580,3 +580,84 @@ def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint,
     errors = [Path(f"{output}.errors.csv").read_bytes() for output in outputs.values()]
     assert errors[0] == errors[1]
     assert CANARY not in said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shares"),
+    [
+        ([2], (1, 2, 0)),
+        ([2, 2, 4], (3, 2, 0)),
+        ([2, 64], (1, 64, 0)),  # a small head is left out, and no node holds two models
+        ([0, 8, 8, 2], (2, 8, 0)),
+    ],
+)
+def test_a_scorer_on_a_node_and_most_cores_at_work(nodes, shares):
+    from raycv.ray_scoring import _shares
+
+    assert _shares([{"CPU": float(cores)} for cores in nodes]) == shares
+
+
+def test_a_scorer_on_each_gpu_and_none_without_cores():
+    from raycv.ray_scoring import _shares
+
+    assert _shares([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]) == (3, 1, 1)
+    with pytest.raises(UserError, match="neither GPUs nor cores"):
+        _shares([{"memory": 1.0}])
+
+
+SLOW_FIRST = """
+import json, os, sys, time
+from pathlib import Path
+import ray
+import raycv.pairs
+from raycv.answers import Prediction
+from raycv.ray_scoring import ray_engine
+from raycv.records import Criterion
+
+raycv.pairs.CHUNK_PAIRS = 2
+
+class SlowFirst:
+    threshold, computed_in = 0.5, "fp32"
+
+    def check_criterion(self, criterion):
+        pass
+
+    def predict(self, pairs):
+        first = int(pairs[0][0])
+        time.sleep(0.0 if first % 4 else 1.0)
+        (Path(sys.argv[2]) / f"{ray.get_runtime_context().get_node_id()}.{os.getpid()}").touch()
+        return [Prediction(int(post) / 100, False) for post, _ in pairs]
+
+class Recipe:
+    def load(self, tell):
+        return SlowFirst()
+
+source = raycv.pairs.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
+chunks = ray_engine(Recipe())(source, 0)
+print(json.dumps([[score.row, score.score] for chunk in chunks for score in chunk.scores]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_several_scorers_have_a_node_each_and_their_chunks_come_in_order(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    source = write_csv(tmp_path / "in.csv", "post", [[index] for index in range(36)])
+    scorers = tmp_path / "scorers"
+    scorers.mkdir()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        for cores in (2, 4):
+            made.add_node(num_cpus=cores, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        done = subprocess.run(
+            [sys.executable, "-c", SLOW_FIRST.replace("sys.argv[2]", repr(str(scorers))), str(source)],
+            cwd=ROOT, env={**os.environ, "RAY_ADDRESS": made.address}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    finally:
+        made.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[index + 1, index / 100] for index in range(36)]
+    found = [path.name.split(".") for path in scorers.iterdir()]
+    assert len({node for node, _ in found}) == len(found) == 3
