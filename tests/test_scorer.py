@@ -11,6 +11,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 from test_api import call
 from test_serve import CANARY, SERVER, save_toy
+from toy import positions
 
 from raycv.answers import Question
 from raycv.api import Overloaded, TooManyPairsError, build_api
@@ -67,6 +68,16 @@ def test_requests_together_are_one_batch_and_get_what_they_get_alone(replica):
     assert after["batches"] - before["batches"] < after["requests"] - before["requests"] == 3
     assert after["pairs"] - before["pairs"] == 6
     assert got[0]["criteria"] == {"C0": None, "C1": None, "C2": None}
+
+
+def test_requests_with_one_post_compute_it_once(replica):
+    scorer, *_ = replica
+    model = scorer._answerer.predictor.model
+    with positions(model) as computed:
+        scorer._answer([[Question("w0 w1 w4 w5", f"C{index}")] for index in range(2)])
+        scorer._answer([[Question("w0 w1 w4 w5")]])
+    prefix, suffix = 1 + 4 + 1, 1 + 11  # post: the post, criterion: | the criterion, the question
+    assert computed == [prefix + 2 * suffix, prefix + 3 * suffix]
 
 
 def test_ones_fault_is_not_the_others(replica):
