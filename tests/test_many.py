@@ -1,19 +1,23 @@
 """Files of many pairs: what goes in comes out scored, in any format, by any engine, however often it is interrupted."""
 
 import csv
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 from toy import WORDS, Recorder, Toy, toy_base, train_config
 
 from raycv import pairs as pairs_module
@@ -24,11 +28,11 @@ from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
 from raycv.errors import UserError
 from raycv.infer import infer
-from raycv.many import local_engine, score_chunk
-from raycv.pairs import CHUNK_PAIRS, Chunk, PairSource, open_source
+from raycv.many import ProgressView, local_engine, score_chunk
+from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
 from raycv.predict import Predictor
 from raycv.records import Criterion
-from raycv.scores import ScoredChunk, ScoreFile
+from raycv.scores import Progress, ScoredChunk, ScoreFile
 from raycv.train import FoldTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -498,6 +502,58 @@ def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, e
     assert "continues after" in done.stderr
     assert broken.read_bytes() == whole.read_bytes()
     assert not state.exists()
+
+
+# --- What is shown ----------------------------------------------------------------------------------------------------
+
+
+def progress_of(tmp_path, monkeypatch, chunks, *, terminal: bool) -> str:
+    """What is shown of a file of 100 JSON lines, ten bytes each: of `chunks`, (seconds, records, bad rows)."""
+    (tmp_path / "in.jsonl").write_text('{"a": 12}\n' * 100)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("raycv.many.time", SimpleNamespace(monotonic=lambda: clock.now))
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=terminal, width=100, color_system=None)
+    source = PairSource(tmp_path / "in.jsonl", Layout("a", None, ()), CRITERIA, None, 10)
+    progress = Progress({})
+    with ProgressView(console, source, progress) as view:
+        for seconds, records, bad in chunks:
+            clock.now += seconds
+            rows = [BadRow(index, records + index, f"fault {index}") for index in range(bad)]
+            progress = replace(progress, pairs=progress.pairs + 1000, bad=progress.bad + bad)
+            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", [], rows), progress)
+    return said.getvalue()
+
+
+def test_the_bar_shows_how_far_it_is_and_the_time_left(tmp_path, monkeypatch):
+    # The first chunk loads the model, so it says nothing of the pace: 10 records in 60 s, then 10 in 2 s.
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0)], terminal=True)
+    assert "1,000 pairs scored" in shown
+    assert "10%" in shown
+    assert "left" not in shown
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0), (2, 20, 3)], terminal=True)
+    assert "line 22: fault 2" in shown
+    assert re.search(r"2,000 pairs scored, 3 bad rows .* 20% about 0:16 left", shown)
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0), (600, 50, 0)], terminal=True)
+    assert re.search(r"━ +50% about 12:30 left", shown)
+
+
+def test_without_a_terminal_there_is_a_line_each_half_minute(tmp_path, monkeypatch):
+    chunks = [(10, 10, 0), (10, 20, 0), (11, 30, 1), (29, 40, 0), (1, 50, 0)]
+    assert progress_of(tmp_path, monkeypatch, chunks, terminal=False).splitlines() == [
+        "line 30: fault 0",
+        "[0:31] 30%: 3,000 pairs scored, 1 bad row, about 1:13 left",
+        "[1:01] 50%: 5,000 pairs scored, 1 bad row, about 1:03 left",
+    ]
+
+
+def test_ten_bad_rows_are_shown_and_then_where_the_others_are(tmp_path, monkeypatch):
+    said = progress_of(tmp_path, monkeypatch, [(1, 10, 4), (1, 20, 6), (1, 30, 3), (1, 40, 3)], terminal=False)
+    shown = said.splitlines()
+    assert [line.partition(":")[0] for line in shown[:10]] == [
+        f"line {line}" for line in (*range(10, 14), *range(20, 26))
+    ]
+    assert shown[10:] == ["further bad rows are in the file of errors alone"]
 
 
 # --- Size ------------------------------------------------------------------------------------------------------------

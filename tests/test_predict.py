@@ -23,7 +23,6 @@ from raycv.train import FoldTrainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
-QUESTION = "Does the post match the criterion description? Output yes or no"
 MODES = ("head_tail", "sliding", "none")
 needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no 8-bit products")
 
@@ -126,7 +125,7 @@ def test_a_post_is_computed_once_for_all_its_criteria(trained, precision):
     fold = trained()
     model = predictor(fold.folder, precision=precision)
     posts = [" ".join(WORDS[start : start + 8]) for start in (0, 2, 4)]
-    prefix, suffix = len("post: . . . . . . . ., criterion:".split()), len(f"w {QUESTION}".split())
+    prefix, suffix = 1 + 8 + 1, 1 + 11  # post: the post, criterion: | the criterion, the question
     nine = [(post, criterion) for criterion in WORDS[:9] for post in posts]
     with positions(model.model) as computed:
         model.predict(nine)
