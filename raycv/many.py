@@ -79,13 +79,11 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen))
     with output.opened():
         begun = output.progress
-        if begun.records:
+        if begun.records and not begun.finished:
             say(console, f"continues after {counted(begun.records, 'record')}")
         try:
-            with closing(engine(source, begun.records)) as scored, ProgressView(console, source, begun) as view:
-                for chunk in scored:
-                    output.append(chunk)
-                    view.update(chunk, output.progress)
+            if not begun.finished:
+                _score(source, engine, output, console)
         except KeyboardInterrupt:
             done = counted(output.progress.records, "record")
             say(console, f"{done} are scored and kept; the same command continues after them")
@@ -93,6 +91,15 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         output.finish()
     say(console, summary(output))
     return output.progress
+
+
+def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Console) -> None:
+    """Scores what is not in `output` yet."""
+    begun = output.progress
+    with closing(engine(source, begun.records)) as scored, ProgressView(console, source, begun) as view:
+        for chunk in scored:
+            output.append(chunk)
+            view.update(chunk, output.progress)
 
 
 def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from raycv.scores import ScoredChunk
 # Ray and what it reads from the environment on import are set up in raycv.cv.
 import ray  # isort: skip
 import ray.data  # isort: skip
+from ray.util.placement_group import placement_group, remove_placement_group  # isort: skip
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # isort: skip
 
 CHUNK, SCORED = "chunk", "scored"
 
@@ -25,8 +28,8 @@ def ray_engine(recipe: Recipe) -> Engine:
     """Scores over the cluster of RAY_ADDRESS or of this machine, or over one that is started for it."""
 
     def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
-        with ray_cluster(ray_logs=False):
-            for row in _dataset(recipe, source, done).iter_rows():
+        with ray_cluster(ray_logs=False), _placed(*_shares(_nodes())) as placed:
+            for row in _dataset(recipe, source, done, placed).iter_rows():
                 found = pickle.loads(row[SCORED])
                 if isinstance(found, UserError):
                     raise found
@@ -35,7 +38,7 @@ def ray_engine(recipe: Recipe) -> Engine:
     return scored
 
 
-def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
+def _dataset(recipe: Recipe, source: PairSource, done: int, placed: Mapping[str, Any]) -> ray.data.Dataset:
     """A row for each chunk, in the order of the file: the pickled ScoredChunk, or the UserError that ends it all."""
     # Its own remarks on progress bars and actors; what fails is raised.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -45,7 +48,6 @@ def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
     context.print_on_execution_start = False
     # A block is a chunk: Ray would gather small ones up to 128 MB before it hands any on.
     context.target_max_block_size = 1
-    scorers, cpus, gpus = _shares()
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # The file is read on this machine alone: the other nodes need not see it.
     chunks = ray.data.read_datasource(_Chunks(source, done), override_num_blocks=1, num_cpus=0, label_selector=here)
@@ -53,26 +55,45 @@ def _dataset(recipe: Recipe, source: PairSource, done: int) -> ray.data.Dataset:
         _ChunkScorer,
         fn_constructor_args=(recipe.load,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=scorers),
-        num_cpus=cpus,
-        num_gpus=gpus,
+        **placed,
     )
 
 
-def _shares() -> tuple[int, float, float]:
+@contextmanager
+def _placed(scorers: int, cpus: float, gpus: float) -> Iterator[dict[str, Any]]:
+    """What Ray Data is to know of the scorers; without GPUs each has a node to itself, as each holds a whole model."""
+    pool = {"compute": ray.data.ActorPoolStrategy(size=scorers), "num_cpus": cpus, "num_gpus": gpus}
+    if gpus:
+        yield pool
+        return
+    group = placement_group([{"CPU": cpus}] * scorers, strategy="STRICT_SPREAD")
+    try:
+        yield pool | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    finally:
+        # On a cluster that was joined it would outlive us, and keep its cores.
+        remove_placement_group(group)
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """The resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _shares(nodes: Sequence[Mapping[str, float]]) -> tuple[int, float, float]:
     """How many scorers there are, and the cores and GPUs of each.
 
-    A GPU each, where there are any. Else a node each with its cores, all of one number: that of threads is part of what
-    a score is, in its last digits.
+    A GPU each, where there are any. Else one on a node, all with one number of cores, since that of threads is part of
+    what a score is, in its last digits: the number that puts most cores to work, be it without the small nodes.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
         return gpus, 1, 1
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
         raise UserError("The Ray cluster has neither GPUs nor cores.", remedies=["engine=local", "add a node to it"])
-    return sum(core // min(cores) for core in cores), min(cores), 0
+    scorers = {each: sum(core >= each for core in cores) for each in cores}
+    each = max(scorers, key=lambda each: (each * scorers[each], each))
+    return scorers[each], each, 0
 
 
 class _Chunks(ray.data.Datasource):

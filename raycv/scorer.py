@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +193,8 @@ def running(setup: Setup) -> Iterator[None]:
         _refuse_second_serve()
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         try:
-            application = _application(setup, *_resources(config), quiet)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            application = _application(setup, *_resources(config, nodes), quiet)
             # On this node alone: the address is one of this machine.
             serve.start(
                 proxy_location="HeadOnly",
@@ -218,7 +219,9 @@ def _application(setup: Setup, cpus: float, gpus: float, quiet: LoggingConfig) -
     scale: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas > config.replicas:
         bounds = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
-        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": REQUESTS_OF_A_BATCH}}
+        # At half of what a replica takes: one that refuses the rest never has more, and none would be added.
+        target = min(REQUESTS_OF_A_BATCH, max(1, config.max_queued // 2))
+        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": target}}
     deployment = serve.deployment(
         serve.ingress()(Scorer),
         name=DEPLOYMENT,
@@ -246,18 +249,18 @@ def _refuse_second_serve() -> None:
     )
 
 
-def _resources(config: ServerConfig) -> tuple[float, float]:
-    """CPU cores and GPUs of a replica. Raises: UserError if no node has them."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus_there = max(node.get("CPU", 0.0) for node in nodes)
+def _resources(config: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """CPU cores and GPUs of a replica; `nodes`: the resources of each. Raises: UserError if no node has them."""
     gpus_there = max(node.get("GPU", 0.0) for node in nodes)
+    gpus = float(gpus_there > 0) if config.gpus_per_replica == "auto" else config.gpus_per_replica
+    # Those of a node that has the GPUs: the one with most cores may have none.
+    cpus_there = max((node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= gpus), default=0.0)
     share = max(1.0, math.floor(cpus_there / config.max_replicas))
     cpus = share if config.cpus_per_replica == "auto" else config.cpus_per_replica
-    gpus = float(gpus_there > 0) if config.gpus_per_replica == "auto" else config.gpus_per_replica
     if cpus > cpus_there or gpus > gpus_there:
         raise UserError(
             f"A replica asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them "
-            f"({cpus_there:g} CPUs, {gpus_there:g} GPUs at most).",
+            f"({max(node.get('CPU', 0.0) for node in nodes):g} CPUs, {gpus_there:g} GPUs at most).",
             remedies=["lower serve.cpus_per_replica or serve.gpus_per_replica (fractions are fine)"],
         )
     return cpus, gpus

@@ -63,6 +63,8 @@ class Progress:
     threshold: float | None = None
     part_bytes: int = 0
     errors_bytes: int = 0
+    finished: bool = False
+    """everything is scored; what is left is to move it into place"""
 
 
 class Sink(Protocol):
@@ -74,11 +76,17 @@ class Sink(Protocol):
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         """Writes the rows of the chunk that begins after `records` records; returns the bytes that are there now."""
 
+    def left(self) -> bool:
+        """Whether anything that was written lies there."""
+
     def finish(self, output: Path) -> None:
         """Moves everything to `output`."""
 
+    def finished(self, output: Path, progress: Progress) -> bool:
+        """Whether `output` is what `finish` makes of everything."""
+
     def discard(self) -> None:
-        """Removes everything."""
+        """Removes everything that is left."""
 
 
 class ScoreFile:
@@ -100,7 +108,7 @@ class ScoreFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["ScoreFile"]:
-        """Starts or continues the output; `progress` then says where.
+        """Starts or continues the output; `progress` then says where, and whether `finish` is all that is left.
 
         Raises: UserError if it is there already, belongs to other inputs, is written by another process, or cannot be.
         """
@@ -132,8 +140,15 @@ class ScoreFile:
             raise UserError(f"output={self.output} cannot be written: {error.strerror}.", remedies=remedies) from error
 
     def _resume(self) -> None:
-        if self._state.exists():
-            self.progress = self._continued()
+        found = self._found() if self._state.exists() else None
+        if _is_there(self.output):
+            if found is None or not self._made(found):
+                raise _taken(self.output)
+            self.progress = found
+            return
+        # What was finished and is not there was taken away: there is nothing to go on with.
+        if found is not None and (self._sink.left() or not found.finished):
+            self.progress = self._continued(found)
         if self.progress.records == 0:
             # The state comes first: without it, what lies beside it is nobody's, be it a link, and makes room.
             self._save(replace(self.progress, errors_bytes=0))
@@ -143,12 +158,20 @@ class ScoreFile:
         _cut(self.errors, self.progress.errors_bytes)
         self._sink.resume(self.progress)
 
-    def _continued(self) -> Progress:
+    def _made(self, found: Progress) -> bool:
+        """Whether the output is this run's, which was ended between its move into place and the state's removal."""
+        same = found.finished and found.identity == self.progress.identity
+        return same and self._sink.finished(self.output, found)
+
+    def _found(self) -> Progress:
         try:
-            found = Progress(**read_json(self._state))
+            return Progress(**read_json(self._state))
         except TypeError as error:
             remedies = [f"delete {self._state}, and start anew"]
             raise UserError(f"{self._state} is of another version of raycv.", remedies=remedies) from error
+
+    def _continued(self, found: Progress) -> Progress:
+        """`found`, if its scores depend on what this run's would."""
         wanted = self.progress.identity
         names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
         if names:
@@ -191,13 +214,15 @@ class ScoreFile:
     def finish(self) -> None:
         """Moves the output into place. Raises: UserError if no pair was scored; the bad rows then stay listed."""
         with self._writing():
-            if self.progress.pairs:
+            moved = self.progress.finished and _is_there(self.output)
+            # What a kill leaves of the rest, the next run ends.
+            self._save(replace(self.progress, finished=True))
+            if self.progress.pairs and not moved:
                 self._sink.finish(self.output)
-            else:
-                self._sink.discard()
-            self._state.unlink()
+            self._sink.discard()
             if not self.progress.bad:
-                self.errors.unlink()
+                self.errors.unlink(missing_ok=True)
+            self._state.unlink()
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
@@ -219,12 +244,21 @@ def check_output(output: Path, source: Path | None = None) -> None:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     try:
-        there = output.exists() or output.is_symlink()
+        there = _is_there(output) and not _beside(output, "state.json").exists()
     except OSError as error:
         remedies = ["name another file: output=<file>"]
         raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
     if there:
-        raise UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
+        raise _taken(output)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at `path`, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def _taken(output: Path) -> UserError:
+    return UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -263,11 +297,17 @@ class _TextPart:
         self._bytes = _append(self._path, lines.encode("utf-8"), at=self._bytes)
         return self._bytes
 
+    def left(self) -> bool:
+        return self._path.exists()
+
     def finish(self, output: Path) -> None:
         os.replace(self._path, output)
 
+    def finished(self, output: Path, progress: Progress) -> bool:
+        return not self.left() and output.is_file() and output.stat().st_size == progress.part_bytes
+
     def discard(self) -> None:
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
 
 def _csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
@@ -336,6 +376,9 @@ class _ParquetParts:
         if rows != progress.pairs:
             raise _changed(self._folder, f"{rows:,} rows", f"{progress.pairs:,}")
 
+    def left(self) -> bool:
+        return self._folder.exists()
+
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         import pyarrow
         import pyarrow.parquet
@@ -358,10 +401,16 @@ class _ParquetParts:
                 for path in self._parts():
                     writer.write_table(_parquet(path).read())
             temporary.chmod(0o600)
-        self.discard()
+
+    def finished(self, output: Path, progress: Progress) -> bool:
+        try:
+            return bool(_parquet(output).metadata.num_rows == progress.pairs)
+        except (OSError, ValueError):
+            return False
 
     def discard(self) -> None:
-        shutil.rmtree(self._folder)
+        if self.left():
+            shutil.rmtree(self._folder)
 
     def _parts(self) -> list[Path]:
         return sorted(self._folder.glob("*.parquet"))

@@ -1,19 +1,23 @@
 """Files of many pairs: what goes in comes out scored, in any format, by any engine, however often it is interrupted."""
 
 import csv
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 from toy import WORDS, Recorder, Toy, toy_base, train_config
 
 from raycv import pairs as pairs_module
@@ -24,11 +28,11 @@ from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
 from raycv.errors import UserError
 from raycv.infer import infer
-from raycv.many import local_engine, score_chunk
-from raycv.pairs import CHUNK_PAIRS, Chunk, PairSource, open_source
+from raycv.many import ProgressView, local_engine, score_chunk
+from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
 from raycv.predict import Predictor
 from raycv.records import Criterion
-from raycv.scores import ScoredChunk, ScoreFile
+from raycv.scores import Progress, ScoredChunk, ScoreFile
 from raycv.train import FoldTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -370,6 +374,55 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
         assert files == expected
 
 
+@pytest.mark.parametrize(
+    ("sink", "ending"), [("_TextPart", "csv"), ("_TextPart", "jsonl"), ("_ParquetParts", "parquet")]
+)
+@pytest.mark.parametrize("step", ["finish", "discard"])
+def test_killed_before_or_after_the_move_into_place_the_same_command_ends_it(
+    checkpoint, tmp_path, monkeypatch, sink, step, ending
+):
+    source = write_csv(tmp_path / "in.csv", "post,criterion", [["w1", "C0"], ["", "C0"], ["w2", "C1"]])
+    whole, broken = tmp_path / "whole" / f"out.{ending}", tmp_path / "broken" / f"out.{ending}"
+    score(checkpoint, source, whole)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raycv.scores.{sink}.{step}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, broken)
+    assert broken.exists() == (step == "discard")
+    kept = {path.name: path.read_bytes() for path in broken.parent.glob("*") if path.is_file()}
+    if broken.exists():
+        with pytest.raises(UserError, match="is there already"):
+            score(checkpoint, write_csv(tmp_path / "other.csv", "post", [["w1"]]), broken)
+        broken.write_bytes(kept[broken.name][:-3])
+        with pytest.raises(UserError, match="is there already"):
+            score(checkpoint, source, broken)
+        broken.write_bytes(kept[broken.name])
+    monkeypatch.setattr("raycv.many.Recipe.load", killed)  # nothing is left to score
+    score(checkpoint, source, broken)
+    assert {path.name: path.read_bytes() for path in broken.parent.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.parent.iterdir()
+    }
+
+
+def test_an_output_that_was_taken_away_before_its_state_was_is_made_anew(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post,criterion", [["w1", "C0"]])
+    output = tmp_path / "out.csv"
+    score(checkpoint, source, output)
+    whole = output.read_bytes()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.scores._TextPart.discard", lambda self: sys.exit())
+        with pytest.raises(SystemExit):
+            score(checkpoint, source, output)
+    output.unlink()
+    score(checkpoint, source, output)
+    assert output.read_bytes() == whole
+
+
 def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
@@ -449,6 +502,58 @@ def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, e
     assert "continues after" in done.stderr
     assert broken.read_bytes() == whole.read_bytes()
     assert not state.exists()
+
+
+# --- What is shown ----------------------------------------------------------------------------------------------------
+
+
+def progress_of(tmp_path, monkeypatch, chunks, *, terminal: bool) -> str:
+    """What is shown of a file of 100 JSON lines, ten bytes each: of `chunks`, (seconds, records, bad rows)."""
+    (tmp_path / "in.jsonl").write_text('{"a": 12}\n' * 100)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("raycv.many.time", SimpleNamespace(monotonic=lambda: clock.now))
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=terminal, width=100, color_system=None)
+    source = PairSource(tmp_path / "in.jsonl", Layout("a", None, ()), CRITERIA, None, 10)
+    progress = Progress({})
+    with ProgressView(console, source, progress) as view:
+        for seconds, records, bad in chunks:
+            clock.now += seconds
+            rows = [BadRow(index, records + index, f"fault {index}") for index in range(bad)]
+            progress = replace(progress, pairs=progress.pairs + 1000, bad=progress.bad + bad)
+            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", [], rows), progress)
+    return said.getvalue()
+
+
+def test_the_bar_shows_how_far_it_is_and_the_time_left(tmp_path, monkeypatch):
+    # The first chunk loads the model, so it says nothing of the pace: 10 records in 60 s, then 10 in 2 s.
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0)], terminal=True)
+    assert "1,000 pairs scored" in shown
+    assert "10%" in shown
+    assert "left" not in shown
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0), (2, 20, 3)], terminal=True)
+    assert "line 22: fault 2" in shown
+    assert re.search(r"2,000 pairs scored, 3 bad rows .* 20% about 0:16 left", shown)
+    shown = progress_of(tmp_path, monkeypatch, [(60, 10, 0), (600, 50, 0)], terminal=True)
+    assert re.search(r"━ +50% about 12:30 left", shown)
+
+
+def test_without_a_terminal_there_is_a_line_each_half_minute(tmp_path, monkeypatch):
+    chunks = [(10, 10, 0), (10, 20, 0), (11, 30, 1), (29, 40, 0), (1, 50, 0)]
+    assert progress_of(tmp_path, monkeypatch, chunks, terminal=False).splitlines() == [
+        "line 30: fault 0",
+        "[0:31] 30%: 3,000 pairs scored, 1 bad row, about 1:13 left",
+        "[1:01] 50%: 5,000 pairs scored, 1 bad row, about 1:03 left",
+    ]
+
+
+def test_ten_bad_rows_are_shown_and_then_where_the_others_are(tmp_path, monkeypatch):
+    said = progress_of(tmp_path, monkeypatch, [(1, 10, 4), (1, 20, 6), (1, 30, 3), (1, 40, 3)], terminal=False)
+    shown = said.splitlines()
+    assert [line.partition(":")[0] for line in shown[:10]] == [
+        f"line {line}" for line in (*range(10, 14), *range(20, 26))
+    ]
+    assert shown[10:] == ["further bad rows are in the file of errors alone"]
 
 
 # --- Size ------------------------------------------------------------------------------------------------------------
@@ -531,3 +636,84 @@ def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint,
     errors = [Path(f"{output}.errors.csv").read_bytes() for output in outputs.values()]
     assert errors[0] == errors[1]
     assert CANARY not in said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shares"),
+    [
+        ([2], (1, 2, 0)),
+        ([2, 2, 4], (3, 2, 0)),
+        ([2, 64], (1, 64, 0)),  # a small head is left out, and no node holds two models
+        ([0, 8, 8, 2], (2, 8, 0)),
+    ],
+)
+def test_a_scorer_on_a_node_and_most_cores_at_work(nodes, shares):
+    from raycv.ray_scoring import _shares
+
+    assert _shares([{"CPU": float(cores)} for cores in nodes]) == shares
+
+
+def test_a_scorer_on_each_gpu_and_none_without_cores():
+    from raycv.ray_scoring import _shares
+
+    assert _shares([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]) == (3, 1, 1)
+    with pytest.raises(UserError, match="neither GPUs nor cores"):
+        _shares([{"memory": 1.0}])
+
+
+SLOW_FIRST = """
+import json, os, sys, time
+from pathlib import Path
+import ray
+import raycv.pairs
+from raycv.answers import Prediction
+from raycv.ray_scoring import ray_engine
+from raycv.records import Criterion
+
+raycv.pairs.CHUNK_PAIRS = 2
+
+class SlowFirst:
+    threshold, computed_in = 0.5, "fp32"
+
+    def check_criterion(self, criterion):
+        pass
+
+    def predict(self, pairs):
+        first = int(pairs[0][0])
+        time.sleep(0.0 if first % 4 else 1.0)
+        (Path(sys.argv[2]) / f"{ray.get_runtime_context().get_node_id()}.{os.getpid()}").touch()
+        return [Prediction(int(post) / 100, False) for post, _ in pairs]
+
+class Recipe:
+    def load(self, tell):
+        return SlowFirst()
+
+source = raycv.pairs.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
+chunks = ray_engine(Recipe())(source, 0)
+print(json.dumps([[score.row, score.score] for chunk in chunks for score in chunk.scores]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_several_scorers_have_a_node_each_and_their_chunks_come_in_order(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    source = write_csv(tmp_path / "in.csv", "post", [[index] for index in range(36)])
+    scorers = tmp_path / "scorers"
+    scorers.mkdir()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        for cores in (2, 4):
+            made.add_node(num_cpus=cores, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        done = subprocess.run(
+            [sys.executable, "-c", SLOW_FIRST.replace("sys.argv[2]", repr(str(scorers))), str(source)],
+            cwd=ROOT, env={**os.environ, "RAY_ADDRESS": made.address}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    finally:
+        made.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[index + 1, index / 100] for index in range(36)]
+    found = [path.name.split(".") for path in scorers.iterdir()]
+    assert len({node for node, _ in found}) == len(found) == 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from toy import WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.int8
 import raycv.predict
@@ -114,6 +114,25 @@ def test_a_pairs_score_does_not_depend_on_its_company(trained, mode):
     alone = np.array([scores(model, [pair])[0] for pair in mixed])
     np.testing.assert_allclose(together, alone, atol=1e-6)
     assert together[-1] == pytest.approx(together[list(order).index(0)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", pytest.param("int8", marks=pytest.mark.skipif(not has_fast_int8(), reason="no 8-bit products"))],
+)
+def test_a_post_is_computed_once_for_all_its_criteria(trained, precision):
+    """Nine criteria of S tokens under a post of P take P + 9 S positions, not 9 (P + S), wherever the nine stand."""
+    fold = trained()
+    model = predictor(fold.folder, precision=precision)
+    posts = [" ".join(WORDS[start : start + 8]) for start in (0, 2, 4)]
+    prefix, suffix = 1 + 8 + 1, 1 + 11  # post: the post, criterion: | the criterion, the question
+    nine = [(post, criterion) for criterion in WORDS[:9] for post in posts]
+    with positions(model.model) as computed:
+        model.predict(nine)
+    assert sum(computed) == 3 * (prefix + 9 * suffix) < 0.6 * 9 * 3 * (prefix + suffix)
+    with positions(model.model) as computed:
+        model.predict(nine[:1])
+    assert computed == [prefix + suffix]
 
 
 def test_no_pairs_no_predictions(trained):

@@ -12,6 +12,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 from test_api import call
 from test_serve import CANARY, SERVER, save_toy
+from toy import positions
 
 from raycv.answers import Question, as_json, as_text
 from raycv.api import Overloaded, TooManyPairsError, build_api
@@ -101,6 +102,16 @@ def test_what_is_computed_alone_has_the_bytes_of_a_process_whatever_is_asked_bes
 def symptoms(got):
     """The criteria as a client has them."""
     return {key: Criterion(key, "", symptom) for key, symptom in got[0]["criteria"].items()}
+
+
+def test_requests_with_one_post_compute_it_once(replica):
+    scorer, *_ = replica
+    model = scorer._answerer.predictor.model
+    with positions(model) as computed:
+        scorer._answer([[Question("w0 w1 w4 w5", f"C{index}")] for index in range(2)])
+        scorer._answer([[Question("w0 w1 w4 w5")]])
+    prefix, suffix = 1 + 4 + 1, 1 + 11  # post: the post, criterion: | the criterion, the question
+    assert computed == [prefix + 2 * suffix, prefix + 3 * suffix]
 
 
 def test_ones_fault_is_not_the_others(replica):

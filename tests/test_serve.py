@@ -15,10 +15,12 @@ import pytest
 from commands import heed_sigint, processes_with
 from toy import Toy, toy_base
 
+from raycv.cli import compose
 from raycv.client import PATTERN, Connection
-from raycv.config import ServerConfig
+from raycv.config import ServeConfig, ServerConfig, validate
 from raycv.errors import UserError
 from raycv.retry import mask_secrets
+from raycv.runs import Chosen
 from raycv.serve import is_loopback, listening
 
 CANARY = "quokkacanary"
@@ -252,15 +254,14 @@ def test_text_reaches_no_file_and_stopping_leaves_nothing(served):
 
 @pytest.fixture(scope="module")
 def in_bf16(tmp_path_factory):
-    """Where each pair moves the scores of those beside it; with a token, and criteria that have symptom names."""
+    """Where each pair moves the scores of those beside it; with criteria that have symptom names."""
     home = tmp_path_factory.mktemp("t")
     criteria = home / "named"
     criteria.mkdir()
     (criteria / "criteria.csv").write_text("criterion_id,criterion\nA.1,w0\nA.4,w1 w5\n")
-    scorer = Served(home, "infer.precision=bf16", f"criteria_dir={criteria}", token=TOKEN)
+    scorer = Served(home, "infer.precision=bf16", f"criteria_dir={criteria}")
     yield scorer
-    if scorer.process.poll() is None:
-        scorer.stop()
+    scorer.stop()
 
 
 @ray_test
@@ -293,15 +294,86 @@ def test_clients_at_once_print_the_bytes_of_a_process(in_bf16):
 
 
 @ray_test
-def test_a_token_is_asked_for_and_sigterm_stops_it(in_bf16):
-    """Last, since it stops the scorer."""
-    assert in_bf16.send("/health")[0] == 200
-    with Connection(in_bf16.url, "a-wrong-token-it-is") as connection:
-        assert connection.send("GET", "/health")[0] == 401
-        assert connection.send("POST", "/score", {"post": "w0"})[0] == 401
-        assert connection.send("GET", "/openapi.json")[0] == 200
-    assert TOKEN not in in_bf16.log.read_text()
-    assert in_bf16.stop(signal.SIGTERM) == 0
+def test_two_replicas_answer_as_one_a_token_is_asked_for_and_sigterm_stops_it(tmp_path_factory):
+    # Of three at most, so that Ray Serve decides how many there are.
+    scorer = Served(tmp_path_factory.mktemp("t"), "serve.replicas=2", "serve.max_replicas=3", token=TOKEN)
+    body, pids, answers = {"post": "w0 w1", "criterion": "C0", "log": True}, set(), []
+    try:
+        while len(answers) < 8 or (len(pids) < 2 and len(answers) < 200):
+            status, health = scorer.send("/health")
+            assert (status, health["status"]) == (200, "ok")
+            pids.add(health["pid"])
+            answers.append(scorer.send("/score", body))
+        assert len(pids) == 2
+        alone = scorer.infer("post=w0 w1", "criterion=C0", "server=none", "tracking.uri=none")
+        assert [answer["answers"] for _, answer in answers] == [[[json.loads(alone.stdout)]]] * len(answers)
+        assert [answer["warnings"] for _, answer in answers] == [[]] * len(answers)
+        with Connection(scorer.url, "a-wrong-token-it-is") as connection:
+            assert connection.send("GET", "/health")[0] == 401
+            assert connection.send("POST", "/score", {"post": "w0"})[0] == 401
+            assert connection.send("GET", "/openapi.json")[0] == 200
+        assert TOKEN not in scorer.log.read_text()
+    finally:
+        assert scorer.stop(signal.SIGTERM) == 0
+    from mlflow import MlflowClient
+
+    store = MlflowClient(tracking_uri=scorer.store)
+    experiment = store.get_experiment_by_name("raycv-inference")
+    assert len(store.search_runs([experiment.experiment_id])) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("given", "replicas"),
+    [
+        ({}, 1),
+        ({"replicas": 2, "max_replicas": 2}, 2),
+        ({"max_replicas": 3}, (1, 3, 2)),
+        ({"max_replicas": 3, "max_queued": 1}, (1, 3, 1)),
+        ({"replicas": 2, "max_replicas": 4, "max_queued": 256}, (2, 4, 64)),
+    ],
+)
+def test_replicas_are_added_before_those_there_are_refuse(given, replicas):
+    from ray.serve.schema import LoggingConfig
+
+    from raycv.scorer import Setup, _application
+
+    values = compose("serve", []) | {"serve": SERVER | given}
+    setup = Setup(validate(ServeConfig, values), Chosen("toy", 0, (), None), None, None, "instance")
+    deployment = _application(setup, 1.0, 0.5, LoggingConfig())._bound_deployment
+    scale = deployment._deployment_config.autoscaling_config
+    if scale is not None:
+        assert scale.target_ongoing_requests < max(2, setup.config.serve.max_queued)
+        assert (scale.min_replicas, scale.max_replicas, scale.target_ongoing_requests) == replicas
+    else:
+        assert deployment.num_replicas == replicas
+    assert (deployment.ray_actor_options["num_cpus"], deployment.ray_actor_options["num_gpus"]) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "resources"),
+    [
+        ({}, [{"CPU": 8.0}, {"CPU": 2.0}], (8, 0)),
+        ({"max_replicas": 3}, [{"CPU": 8.0}], (2, 0)),
+        ({"max_replicas": 3}, [{"CPU": 2.0}], (1, 0)),
+        ({"cpus_per_replica": 0.5}, [{"CPU": 2.0}], (0.5, 0)),
+        # The cores are those of the node with the GPU.
+        ({}, [{"CPU": 64.0}, {"CPU": 4.0, "GPU": 1.0}], (4, 1)),
+        ({"gpus_per_replica": 0.0}, [{"CPU": 64.0}, {"CPU": 4.0, "GPU": 1.0}], (64, 0)),
+        ({"gpus_per_replica": 0.5}, [{"CPU": 4.0, "GPU": 1.0}], (4, 0.5)),
+    ],
+)
+def test_what_a_replica_gets(given, nodes, resources):
+    from raycv.scorer import _resources
+
+    assert _resources(ServerConfig(**SERVER | given), nodes) == resources
+
+
+@pytest.mark.parametrize("given", [{"cpus_per_replica": 9.0}, {"gpus_per_replica": 2.0}])
+def test_a_replica_that_no_node_can_hold_is_refused(given):
+    from raycv.scorer import _resources
+
+    with pytest.raises(UserError, match=r"no node has them \(8 CPUs, 1 GPUs at most"):
+        _resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
 
 
 def test_where_it_may_listen(monkeypatch):

@@ -1,5 +1,7 @@
 """A toy task for the loop: posts of words, a criterion is matched when its word stands in the post."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,18 @@ class Toy:
         rows = [f"{key},{criterion.text}" for key, criterion in self.dataset.criteria.items()]
         (criteria / "criteria.csv").write_text("\n".join(["criterion_id,criterion", *rows]) + "\n")
         return criteria
+
+
+@contextmanager
+def positions(model: Any) -> Iterator[list[int]]:
+    """The positions that each forward of a Llama (under PEFT or not) computes, padding included."""
+    computed: list[int] = []
+    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    hook = backbone.embed_tokens.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].numel()))
+    try:
+        yield computed
+    finally:
+        hook.remove()
 
 
 class Recorder:
