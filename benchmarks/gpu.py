@@ -1,13 +1,15 @@
 """Llama-7B's shapes on one GPU: tokens a second, share of the measured bf16 peak, peak memory, latency.
 
 Random weights and random tokens with the lengths of the full-size synthetic set (`results/collate.json`): nothing is
-downloaded, and neither Ray nor MLflow nor Hydra is needed. The JSON is written after every part, and no part starts
-after `--seconds`. `--small` runs tiny shapes on a CPU.
+downloaded, and neither Ray nor MLflow nor Hydra is needed. The kernels are those that raycv trains with. The JSON is
+written after every part, and no part starts after `--seconds`; what the GPU's memory does not hold is named and left
+out. `--small` runs tiny shapes on a CPU.
 """
 
 import argparse
+import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,18 +19,20 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import RESULTS, Result, interleaved, parser, spread, timed
+from benchmarks.harness import RESULTS, Bar, Result, interleaved, parser, ratios, spread, timed
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weights, classifier
 from raycv.encoding import EncodedPairs
+from raycv.memory import is_out_of_memory
 from raycv.paths import read_json
 from raycv.scoring import RowScorer
+from raycv.utils import set_seed
 
 CRITERIA, EFFECTIVE, MICRO = 9, 32, 8
 MAX_LENGTH = 512
 SMALL = Shape(hidden=64, intermediate=128, heads=4, layers=2)
 LATENCIES = 20
-NEEDED = 4
-"""FLOPs per weight and token that training cannot do without: forward and the gradient of the input, 2 each."""
+FLOPS = {False: 4, True: 6}
+"""FLOPs per base weight and token without and with checkpointing: forward, gradient of the input, recompute, 2 each."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class Setting:
         adapter = ADAPTERS[case.adapter]
         self._base.gradient_checkpointing_disable()
         model = adapter.on(self._base, checkpointing=case.checkpointing)
-        yield Work(model, RowScorer(model, self.encoded, self.device, partial(adapter.context, model)), case.batching)
-        self._base = model.unload()
+        try:
+            scorer = RowScorer(model, self.encoded, self.device, partial(adapter.context, model))
+            yield Work(model, scorer, case.batching)
+        finally:
+            model.zero_grad(set_to_none=True)
+            self._base = model.unload()
 
     def peak_tflops(self, size: int) -> float:
         """TFLOP/s of a large product of matrices in the type of the model, on random data."""
@@ -145,12 +153,38 @@ def training_row(case: Case, rounds: list[dict[str, float]], peak_tflops: float)
     """One row of the result from the rounds of `case`."""
     seconds = spread([each["seconds"] for each in rounds])
     last = rounds[-1]
-    needed = NEEDED * last["weights"] * last["computed_tokens"] / seconds["median"]
+    flops = FLOPS[case.checkpointing]
+    reached = flops * last["weights"] * last["computed_tokens"] / seconds["median"]
     return {
-        "part": "training", **asdict(case), "seconds": seconds, "real_tokens": last["real_tokens"],
+        "part": "training", **asdict(case), "seconds": seconds, "rounds": [each["seconds"] for each in rounds],
+        "flops_per_n_token": flops, "real_tokens": last["real_tokens"],
         "computed_tokens": last["computed_tokens"], "tokens_per_second": last["real_tokens"] / seconds["median"],
-        "share_of_peak": needed / (peak_tflops * 1e12), "peak_bytes": max(each["peak_bytes"] for each in rounds),
+        "share_of_peak": reached / (peak_tflops * 1e12), "peak_bytes": max(each["peak_bytes"] for each in rounds),
     }  # fmt: skip
+
+
+def bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    """The aims, of what was measured: an adapter that did not fit has none."""
+    found = {row["adapter"]: row for row in rows if row["checkpointing"] and row["batching"] == "shuffled"}
+    ours, lora = found.get("dora_raycv"), found.get("lora")
+    peft = [found[name] for name in ("dora_peft", "dora_peft_bf16") if name in found]
+    made = []
+    if ours:
+        made.append(Bar("share of the 6N roofline, DoRA of raycv, checkpointing on", ours["share_of_peak"], 0.6))
+    if ours and lora:
+        over = ratios(*_common(ours, lora))
+        made.append(Bar.of_rounds("times the time of PEFT's LoRA, checkpointing on", over, 1.1, at_most=True))
+    if ours and peft:
+        better = min(peft, key=lambda row: row["seconds"]["median"])
+        over = ratios(*_common(better, ours))
+        made.append(Bar.of_rounds("times faster than the better PEFT DoRA, checkpointing on", over, 2.5))
+    return made
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Seconds of the rounds that both have: time may end within a round."""
+    rounds = min(len(one["rounds"]), len(other["rounds"]))
+    return one["rounds"][:rounds], other["rounds"][:rounds]
 
 
 def latency(setting: Setting, adapter: str) -> list[dict[str, Any]]:
@@ -183,27 +217,53 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def fits(part: str, work: Callable[[], object], device: torch.device, skipped: list[str]) -> bool:
+    """Does `work`; whether the memory held it. What it did not hold is given back, and `part` named in `skipped`."""
+    try:
+        work()
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here, where no traceback holds the tensors any more.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    skipped.append(f"{part}: out of memory")
+    return False
+
+
 def measure(result: Result, setting: Setting, options: argparse.Namespace) -> None:
-    """All parts, in rounds; what has no time left is named in `skipped`."""
+    """All parts, in rounds; what has no time left, or does not fit, is named in `skipped`."""
     deadline = time.monotonic() + options.seconds
     peak = setting.peak_tflops(256 if options.small else 8192)
     with setting.adapted(Case("dora_raycv", checkpointing=False)) as work:
         result.add(peak_tflops=peak, sharing=work.scorer.check_sharing() or "logits equal those of the plain path")
-    skipped = []
+    skipped: list[str] = []
     for adapter in ADAPTERS:
         if time.monotonic() > deadline:
-            skipped.append(f"latency, {adapter}")
+            skipped.append(f"latency, {adapter}: no time")
         else:
-            result.add(*latency(setting, adapter))
+            fits(
+                f"latency, {adapter}",
+                lambda adapter=adapter: result.add(*latency(setting, adapter)),  # type: ignore[misc]
+                setting.device,
+                skipped,
+            )
     rounds: dict[Case, list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(options.repeats):
-        for case, done in rounds.items():
+        for case, done in list(rounds.items()):
             if time.monotonic() > deadline:
-                skipped.append(f"training, {case}")
-            else:
-                done.append(training(setting, case))
-                rows = [training_row(each, values, peak) for each, values in rounds.items() if values]
-                result.replace("training", rows)
+                skipped.append(f"training, {case}: no time")
+            elif not fits(
+                f"training, {case}",
+                lambda case=case, done=done: done.append(training(setting, case)),  # type: ignore[misc]
+                setting.device,
+                skipped,
+            ):
+                del rounds[case]
+            rows = [training_row(each, values, peak) for each, values in rounds.items() if values]
+            result.renew(rows, bars(rows), "training")
     result.add(skipped=skipped)
 
 
@@ -214,6 +274,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
     if device.type == "cpu" and not options.small:
         raise SystemExit("no GPU was found; --small shows on a CPU that the script runs")
+    set_seed(0)
     shape = SMALL if options.small else LLAMA_7B
     setting = Setting(shape, device, shrink=8 if options.small else 1)
     result = Result(

@@ -88,10 +88,12 @@ def interleaved(
     device: torch.device | None = None,
     warm_up: bool = True,
     clock: Clock = time.perf_counter,
+    after_round: Callable[[dict[str, list[float]]], object] = lambda seconds: None,
 ) -> dict[str, list[float]]:
     """Seconds of each of `repeats` calls of each variant, after one that does not count (`warm_up`).
 
     Variants take turns, so that a busy spell of the machine meets all of them; each round begins with another one.
+    `after_round` gets what there is at the end of each.
     """
     if warm_up:
         for work in variants.values():
@@ -103,6 +105,7 @@ def interleaved(
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(timed(variants[name], device, clock=clock))
+        after_round(seconds)
     return seconds
 
 
@@ -119,12 +122,29 @@ class Bar:
     value: float
     limit: float
     at_most: bool = False
+    worst: float | None = None
+    """of the rounds that `value` is the median of"""
+
+    @classmethod
+    def of_rounds(cls, claim: str, values: list[float], limit: float, *, at_most: bool = False) -> "Bar":
+        """The median of the rounds, beside their worst."""
+        return cls(claim, median(values), limit, at_most, max(values) if at_most else min(values))
 
     def judged(self) -> dict[str, Any]:
-        """As it stands in the JSON."""
-        met = self.value <= self.limit if self.at_most else self.value >= self.limit
+        """As it stands in the JSON; a bar is met by the median, and whether the worst round meets it is said too."""
         bound = {"at_most" if self.at_most else "at_least": self.limit}
-        return {"claim": self.claim, "value": self.value, **bound, "met": met}
+        judged = {"claim": self.claim, "value": self.value, **bound, "met": self._meets(self.value)}
+        if self.worst is not None:
+            judged |= {"worst": self.worst, "every_round": self._meets(self.worst)}
+        return judged
+
+    def _meets(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+def ratios(of: list[float], over: list[float]) -> list[float]:
+    """`of` over `over`, round by round: what slowed a round down slowed both."""
+    return [one / other for one, other in zip(of, over, strict=True)]
 
 
 class Result:
@@ -153,10 +173,11 @@ class Result:
         self.value["load_average"]["end"] = os.getloadavg()[0]
         write_json(self.path, self.value)
 
-    def replace(self, part: str, rows: list[dict[str, Any]]) -> None:
-        """Puts `rows` in the place of those of the same `part`."""
-        self.value["rows"] = [row for row in self.value["rows"] if row["part"] != part]
-        self.add(*rows)
+    def renew(self, rows: list[dict[str, Any]], bars: list[Bar], part: str | None = None) -> None:
+        """Puts `rows` in the place of those of the same `part`, or of all, and `bars` in the place of all."""
+        self.value["rows"] = [row for row in self.value["rows"] if part is not None and row["part"] != part]
+        self.value["bars"] = []
+        self.add(*rows, bars=bars)
 
     def report(self) -> None:
         """Says what was measured, and where it is."""

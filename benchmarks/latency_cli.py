@@ -6,7 +6,6 @@ And where the seconds of a cold one go: Python's own account of its imports, and
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any
 import mlflow
 
 from benchmarks.harness import Bar, Result, parser
-from benchmarks.serving import make_run, scorer
+from benchmarks.serving import add_given, run_of, scorer_of
 
 PROCESSES = 30
 LIMIT_SECONDS = 1.0
 QUESTION = ("post=I lie awake until four every night.", "criterion=A.4", "output=json")
 
 
-def seconds_of(folder: Path, times: int, *overrides: str) -> list[float]:
+def seconds_of(folder: Path, run: str, times: int, *overrides: str) -> list[float]:
     """Wall time of each of `times` fresh processes, one after the other."""
-    command, taken = [sys.executable, "-m", "raycv.infer", "run=model", *QUESTION, *overrides], []
+    command, taken = [sys.executable, "-m", "raycv.infer", f"run={run}", *QUESTION, *overrides], []
     for _ in range(times):
         started = time.perf_counter()
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -38,9 +37,10 @@ IMPORT = re.compile(r"import time:\s*(\d+) \|\s*\d+ \|\s*([\w.]+)")
 SHOWN = ("torch", "transformers", "peft", "mlflow")
 
 
-def where(folder: Path, wall: float) -> dict[str, float]:
+def where(folder: Path, run: str, wall: float) -> dict[str, float]:
     """Seconds of a cold process by what they are spent on; they add up to `wall`."""
-    command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", "run=model", *QUESTION, "server=none"]
+    command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", f"run={run}"]
+    command += [*QUESTION, "server=none"]
     lines = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr.splitlines()
     imports: Counter[str] = Counter()
     for found in filter(None, map(IMPORT.match, lines)):
@@ -63,17 +63,18 @@ def row(way: str, seconds: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__, repeats=PROCESSES).parse_args()
+    arguments = parser(__doc__, repeats=PROCESSES)
+    add_given(arguments)
+    options = arguments.parse_args()
     result = Result("latency_cli", options)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_run(folder, posts=14)
-        cold = row("cold, in this process", seconds_of(folder, max(2, options.repeats // 6), "server=none"))
-        spent = where(folder, cold["p50"])
-        with scorer(folder) as url:
+    few = max(2, options.repeats // 6)
+    with run_of(options) as (folder, run):
+        cold = row("cold, in this process", seconds_of(folder, run, few, "server=none"))
+        spent = where(folder, run, cold["p50"])
+        with scorer_of(options, folder, run) as url:
             # Named: a fall back into the process would be taken for an answer of the scorer.
-            named = seconds_of(folder, max(2, options.repeats // 6), f"server={url}")
-            found = seconds_of(folder, max(2, options.repeats))
+            named = seconds_of(folder, run, few, f"server={url}")
+            found = seconds_of(folder, run, max(2, options.repeats))
     rows = [row("a scorer, found", found), row("a scorer, named", named), cold]
     bar = Bar("p95 of fresh processes with a scorer, seconds", rows[0]["p95"], LIMIT_SECONDS, at_most=True)
     result.add(*rows, bars=[bar], cold_seconds=spent)

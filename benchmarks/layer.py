@@ -1,7 +1,8 @@
 """One decoder layer of Llama-7B's real width: time, memory and FLOPs of LoRA, PEFT's DoRA and raycv's.
 
 A measurement is one optimizer step of four micro-batches, forward and backward under gradient checkpointing, with
-AdamW's update at its end, which is what makes raycv's cached norms stale: once per step, as in training.
+AdamW's update at its end, which is what makes raycv's cached norms stale: once per step, as in training. `--compile`
+adds raycv's under torch.compile, which wants a C++ compiler.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, base_weights, default_d
 MICRO_BATCHES = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BAR_TOKENS = 256
+COMPILED = "dora_raycv_compiled"
 
 
 class Step:
@@ -29,7 +31,8 @@ class Step:
         from transformers import LlamaModel
 
         self.tokens = tokens
-        self._adapter = ADAPTERS[variant]
+        self._compiled = variant == COMPILED
+        self._adapter = ADAPTERS["dora_raycv" if self._compiled else variant]
         torch.manual_seed(0)
         with default_dtype(dtype), device:
             self.model = self._adapter.on(LlamaModel(shape.config()))
@@ -40,6 +43,8 @@ class Step:
         self._input = torch.randn(1, tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        if self._compiled:
+            self.model.compile()
 
     def __call__(self, micro_batches: int = MICRO_BATCHES) -> None:
         for _ in range(micro_batches):
@@ -49,11 +54,14 @@ class Step:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         """FLOPs of a step of one micro-batch in units of N·tokens: raycv's norm counts in full, as if for that one.
 
-        Attention's own are counted on a GPU only.
+        Attention's own are counted on a GPU only; of compiled code none are counted.
         """
+        if self._compiled:
+            self()  # compiles
+            return None
         with FlopCounterMode(display=False) as counter:
             self(micro_batches=1)
         return counter.get_total_flops() / (base_weights(self.model) * self.tokens)
@@ -113,6 +121,7 @@ def main() -> None:
     arguments = parser(__doc__, repeats=3)
     arguments.add_argument("--peak", nargs=3, metavar=("VARIANT", "DTYPE", "TOKENS"), help=argparse.SUPPRESS)
     arguments.add_argument("--both", action="store_true", help="measure bf16 and fp32, not only the faster product")
+    arguments.add_argument("--compile", action="store_true", help="raycv's layer under torch.compile too")
     options = arguments.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(64, 172, 4, 1) if options.small else Shape(LLAMA_7B.hidden, LLAMA_7B.intermediate, LLAMA_7B.heads, 1)
@@ -124,15 +133,19 @@ def main() -> None:
     main_dtype = max(rates, key=lambda name: rates[name])
     result = Result(
         "layer", options, **vars(shape), micro_batches=MICRO_BATCHES, dropout=0.05, gradient_checkpointing=True,
-        gemm_gflops=rates, main_dtype=main_dtype, titles={name: adapter.title for name, adapter in ADAPTERS.items()},
+        gemm_gflops=rates, main_dtype=main_dtype,
+        titles={name: adapter.title for name, adapter in ADAPTERS.items()} | {COMPILED: "DoRA, raycv, compiled"},
     )  # fmt: skip
     others = [(dtype, BAR_TOKENS) for dtype in DTYPES if dtype != main_dtype] if options.both else []
     for dtype, tokens in [(main_dtype, 64), (main_dtype, BAR_TOKENS), *others]:
         # In fp32 there is no autocast and no bf16 adapter: PEFT's DoRA is its default.
         variants = [name for name in ADAPTERS if dtype == "bf16" or name != "dora_peft_bf16"]
+        if options.compile and (dtype, tokens) == (main_dtype, BAR_TOKENS):
+            variants.append(COMPILED)
         steps = {variant: Step(variant, shape, DTYPES[dtype], tokens, device) for variant in variants}
         for variant, values in measure(steps, options.repeats, device).items():
-            with_peak = (dtype, tokens) == (main_dtype, BAR_TOKENS) and (not options.small or variant == "dora_raycv")
+            with_peak = (dtype, tokens) == (main_dtype, BAR_TOKENS) and variant != COMPILED
+            with_peak &= not options.small or variant == "dora_raycv"
             peak = {"peak_bytes": peak_in_a_process(variant, dtype, tokens, small=options.small)} if with_peak else {}
             result.add({"dtype": dtype, "tokens": tokens, "variant": variant, **values, **peak})
     result.add(bars=bars(result.value["rows"], main_dtype))

@@ -4,15 +4,13 @@ A scorer of its own on a run of its own, both in processes as a user starts them
 kept connection that asks for one pair at a time, each a post of its own.
 """
 
-import tempfile
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Bar, Result, parser, spread
-from benchmarks.serving import make_run, resident_bytes, scorer
+from benchmarks.serving import add_given, resident_bytes, run_of, scorer_of
 from raycv.client import Connection, Unavailable
 
 CLIENTS = 64
@@ -63,21 +61,20 @@ def nine(url: str, repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    options = parser(__doc__, repeats=30).parse_args()
+    arguments = parser(__doc__, repeats=30)
+    add_given(arguments)
+    options = arguments.parse_args()
     clients, short, long = (8, 1.0, 2.0) if options.small else (CLIENTS, 10.0, 60.0)
     result = Result("load", options, clients=clients, seconds=long)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_run(folder, posts=14)
-        with scorer(folder, "tracking.uri=none") as url:
-            with Connection(url, None) as connection:
-                pid = int(connection.get("/health")["pid"])
-            pairs = nine(url, options.repeats)
-            one, one_seconds = load(url, 1, short)
-            load(url, clients, short)  # fills pools and queues: growth is counted from here
-            before = resident_bytes(pid)
-            many, many_seconds = load(url, clients, long)
-            growth = resident_bytes(pid) / before - 1
+    with run_of(options) as (folder, run), scorer_of(options, folder, run, "tracking.uri=none") as url:
+        with Connection(url, None) as connection:
+            pid = int(connection.get("/health")["pid"])
+        pairs = nine(url, options.repeats)
+        one, one_seconds = load(url, 1, short)
+        load(url, clients, short)  # fills pools and queues: growth is counted from here
+        before = resident_bytes(pid)
+        many, many_seconds = load(url, clients, long)
+        growth = resident_bytes(pid) / before - 1
     rows: list[dict[str, Any]] = [
         {"clients": number, "answers": counts[200], "refused_503": counts[503], "per_second": counts[200] / seconds}
         | {"errors": counts.total() - counts[200] - counts[503]}

@@ -69,6 +69,7 @@ def peer_trainer(
         output_dir=tempfile.gettempdir(),
         num_train_epochs=1,
         per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.effective_batch_size // config.batch_size,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,

@@ -1,8 +1,10 @@
-"""What `benchmarks.load` and `benchmarks.latency_cli` share: a run of their own, and a scorer of it in its process."""
+"""What `benchmarks.load` and `benchmarks.latency_cli` share: a run, and a scorer of it, made for them or given."""
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,33 @@ from pathlib import Path
 from raycv.synthesize import write_dataset
 
 START_SECONDS = 300.0
+
+
+def add_given(arguments: argparse.ArgumentParser) -> None:
+    """Adds `--run` and `--server`; `run_of` and `scorer_of` obey them."""
+    arguments.add_argument("--run", type=Path, help="folder runs/<name> of a finished run [a small one is made]")
+    arguments.add_argument("--server", help="address of a running scorer of that run [one is started]")
+
+
+@contextmanager
+def run_of(options: argparse.Namespace) -> Iterator[tuple[Path, str]]:
+    """The folder in which `raycv.infer` finds the run, and the run's name."""
+    if options.run:
+        yield options.run.absolute().parent.parent, options.run.name
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        make_run(Path(temporary), posts=14)
+        yield Path(temporary), "model"
+
+
+@contextmanager
+def scorer_of(options: argparse.Namespace, folder: Path, run: str, *overrides: str) -> Iterator[str]:
+    """The address of the scorer that was given, or of one started for the block."""
+    if options.server:
+        yield options.server
+        return
+    with scorer(folder, run, *overrides) as url:
+        yield url
 
 
 def make_run(folder: Path, posts: int) -> None:
@@ -22,9 +51,9 @@ def make_run(folder: Path, posts: int) -> None:
 
 
 @contextmanager
-def scorer(folder: Path, *overrides: str) -> Iterator[str]:
-    """`python -m raycv.serve` on the run in `folder`; yields its address."""
-    command = [sys.executable, "-m", "raycv.serve", "run=model", "serve.port=0", *overrides]
+def scorer(folder: Path, run: str, *overrides: str) -> Iterator[str]:
+    """`python -m raycv.serve` on `run` in `folder`; yields its address."""
+    command = [sys.executable, "-m", "raycv.serve", f"run={run}", "serve.port=0", *overrides]
     log = folder / "serve.log"
     with log.open("w") as out, subprocess.Popen(command, cwd=folder, stdout=out, stderr=out) as process:
         try:

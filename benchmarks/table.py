@@ -19,6 +19,8 @@ ORDER = (
     "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu",
     "latency_cli", "load", "latency", "drift", "int8",
 )  # fmt: skip
+ONE_AFTER_ANOTHER = ("latency_cli", "load")
+"""Benchmarks whose variants do not take turns."""
 OWED = {
     "gpu": "GPU figures are still owed: `python -m benchmarks.gpu` measures them on a machine that has one.",
     "layer": "Figures of one real-width layer are still owed: `python -m benchmarks.layer`, on an idle machine.",
@@ -74,7 +76,7 @@ def layer(result: Json) -> list[str]:
         ("tokens", lambda row: str(row["tokens"])),
         ("adapter", lambda row: titles[row["variant"]]),
         ("seconds", lambda row: seconds(row["seconds"])),
-        ("FLOPs / (N·token)", lambda row: f"{row['flops_per_n_token']:.1f}"),
+        ("FLOPs / (N·token)", lambda row: f"{row['flops_per_n_token']:.1f}" if row["flops_per_n_token"] else ""),
         ("peak memory of a process, GB", lambda row: gigabytes(row, "peak_bytes")),
     ]
     return [intro, "", *table(columns, result["rows"])]
@@ -151,11 +153,15 @@ def batching(result: Json) -> list[str]:
         f"{found['high']:+.4f} ({found['pairs']} pairs, corrected resampled t-test)"
         for metric, found in result["paired"].items()
     ]
+    if "equivalent" in result:
+        verdict = "lies within" if result["equivalent"] else "does not lie within"
+        paired.append(f"the rule for the default: F1's interval {verdict} ±{settings['margin']}")
     return [intro, "", *table(columns, rows), "", *(f"- {line}" for line in paired)]
 
 
 def overhead(result: Json) -> list[str]:
     """What a run costs beside its loops."""
+    rows = result["rows"]
     columns: list[Column] = [
         ("run", lambda row: row["case"]),
         ("wall, s", lambda row: seconds(row["wall"])),
@@ -163,22 +169,53 @@ def overhead(result: Json) -> list[str]:
         ("inside the loops", lambda row: seconds(row["loops"])),
         ("beside them, per fold", lambda row: seconds(row["per_fold"])),
         ("beside them, per wave of folds", lambda row: seconds(row["wave"])),
+        ("runs", lambda row: str(row["wave"]["n"])),
     ]
     intro = f"**What a run costs beside its training**, {result['settings']['cores']} cores, seconds."
-    return [intro, "", *table(columns, result["rows"])]
+    lines = [intro, "", *table(columns, rows)]
+    timed = [row for row in rows if "phase_imports" in row]
+    if not timed:
+        return lines
+    phases: list[Column] = [
+        ("run", lambda row: row["case"]),
+        ("until the worker runs", lambda row: seconds(row["phase_processes"])),
+        ("its imports", lambda row: seconds(row["phase_imports"])),
+        ("base model, adapters", lambda row: seconds(row["phase_model"])),
+        ("the loop", lambda row: seconds(row["phase_loop"])),
+        ("checkpoint", lambda row: seconds(row["phase_checkpoint"])),
+        ("until the run knows", lambda row: seconds(row["phase_reports"])),
+    ]
+    return [*lines, "", "Where the seconds of one fold go:", "", *table(phases, timed)]
 
 
 def scale(result: Json) -> list[str]:
     """Parallel efficiency."""
-    short, long = result["settings"]["sleeps"]
-    columns: list[Column] = [
+    settings = result["settings"]
+    if "sleeps" in settings:  # as it was measured once: the difference of two sleeps
+        short, long = settings["sleeps"]
+        columns: list[Column] = [
+            ("workers", lambda row: str(row["workers"])),
+            ("waves", lambda row: str(row["waves"])),
+            (f"wall at {short:g} s", lambda row: seconds(row["short"])),
+            (f"wall at {long:g} s", lambda row: seconds(row["long"])),
+            ("efficiency beyond start-up", lambda row: f"{row['efficiency']:.2f}"),
+        ]
+        return ["**Five folds that sleep**, on logical workers.", "", *table(columns, result["rows"])]
+    columns = [
         ("workers", lambda row: str(row["workers"])),
         ("waves", lambda row: str(row["waves"])),
-        (f"wall at {short:g} s", lambda row: seconds(row["short"])),
-        (f"wall at {long:g} s", lambda row: seconds(row["long"])),
-        ("efficiency beyond start-up", lambda row: f"{row['efficiency']:.2f}"),
+        ("wall, s", lambda row: seconds(row["wall"])),
+        ("until the first folds of all places began, s", lambda row: seconds(row["first"])),
+        ("from a fold to the next in its place, s", lambda row: seconds(row["later"]) if "later" in row else ""),
+        ("efficiency beyond start-up", lambda row: seconds(row["efficiency"])),
+        ("with it", lambda row: seconds(row["absolute"])),
+        ("with it, folds of an hour (derived)", lambda row: seconds(row["of_an_hour"])),
     ]
-    return ["**Five folds that sleep**, on logical workers.", "", *table(columns, result["rows"])]
+    intro = (
+        f"**Five folds that sleep {settings['sleep']:g} s**, on logical workers; the cores that start their processes "
+        f"are {result['environment']['cpus']}."
+    )
+    return [intro, "", *table(columns, result["rows"])]
 
 
 def latency_cli(result: Json) -> list[str]:
@@ -216,7 +253,8 @@ def gpu(result: Json) -> list[str]:
         ("checkpointing", lambda row: "on" if row["checkpointing"] else "off"),
         ("batching", lambda row: row["batching"]),
         ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
-        ("of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
+        ("FLOPs / (N·token) that it needs", lambda row: str(row["flops_per_n_token"])),
+        ("these, of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
         ("peak memory, GB", lambda row: gigabytes(row, "peak_bytes")),
     ]
     latency: list[Column] = [
@@ -314,12 +352,14 @@ def render(result: Json) -> list[str]:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft"))
     machine = f"{environment['processor']}, {environment['device']}"
-    # At its start: at the end the benchmark's own processes count too.
-    busy = result.get("load_average", {}).get("start", 0.0)
-    if busy > environment["cpus"] + 1:
-        machine += f" on a busy machine (load {busy:.0f} on {environment['cpus']} cores)"
+    if "load_average" in result:
+        # At its start: at the end the benchmark's own processes count too.
+        machine += f", load {result['load_average']['start']:.1f} at its start"
+    if (environment["git"] or {}).get("dirty"):
+        machine += ", code with uncommitted changes"
     repeats = result["settings"].get("repeats", 1)
-    machine += f", {repeats} runs of each" if repeats > 1 else ""
+    if repeats > 1:
+        machine += f", {repeats} runs of each" if result["benchmark"] in ONE_AFTER_ANOTHER else f", {repeats} rounds"
     if result["settings"].get("one_core"):
         machine += ", CPU seconds of one core"
     note = f" ({result['note']})" if "note" in result else ""
@@ -332,14 +372,26 @@ def render(result: Json) -> list[str]:
             lines.append(f"- {bar['claim']}: {bar['value']:.3g} (small shapes: not held against its bar)")
             continue
         limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
-        lines.append(f"- {bar['claim']}: {bar['value']:.3g}; bar: {limit}: {'met' if bar['met'] else '**missed**'}")
+        worst = f" (worst round {bar['worst']:.3g})" if "worst" in bar else ""
+        lines.append(f"- {bar['claim']}: {bar['value']:.3g}{worst}; bar: {limit}: {judgement(bar)}")
     return lines
+
+
+def judgement(bar: Json) -> str:
+    """Whether a bar is met, as the README says it."""
+    if not bar["met"]:
+        return "**missed**"
+    return "met" if bar.get("every_round", True) else "met by the median, **not by every round**"
 
 
 def section(results: Path = RESULTS) -> str:
     """What stands between the markers."""
     found = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem in RENDERERS}
-    lines = ["Times are the median, and the range, of interleaved runs.", ""]
+    lines = [
+        "Times are medians, with the range where there are several; in rounds the variants took turns. The load is the "
+        "machine's mean over the minute before the benchmark.",
+        "",
+    ]
     for name in ORDER:
         if name in found:
             lines += [*render(found[name]), ""]

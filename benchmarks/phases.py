@@ -1,0 +1,51 @@
+"""`python -m raycv.run` whose workers write down when each phase of a fold began, for `benchmarks.overhead`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+MARKS = "marks_{fold}.json"
+
+
+def timed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """raycv.fold.train_worker, its imports done first; leaves `MARKS` in the run's folder, times of the clock."""
+    marks = {"worker": time.time()}
+    import raycv.loading
+    import raycv.model
+    import raycv.state
+    import raycv.train
+    from raycv import fold
+
+    marks["imported"] = time.time()
+    fit, save = raycv.train.FoldTrainer.fit, fold._save_checkpoint
+
+    def timed_fit(*given: Any) -> Any:
+        marks["built"] = time.time()
+        result = fit(*given)
+        marks["trained"] = time.time()
+        return result
+
+    def timed_save(*given: Any) -> None:
+        marks["saving"] = time.time()
+        save(*given)
+        marks["saved"] = time.time()
+
+    raycv.train.FoldTrainer.fit = timed_fit  # type: ignore[method-assign, assignment]
+    fold._save_checkpoint = timed_save  # type: ignore[assignment]
+    returned = fold.train_worker(arguments)
+    marks["ended"] = time.time()
+    path = Path(arguments["task"].root) / MARKS.format(fold=arguments["fold"])
+    path.write_text(json.dumps(marks), encoding="utf-8")
+    return returned
+
+
+def main() -> None:
+    from raycv import cv, run
+
+    cv.train_worker = timed_worker
+    run.main()
+
+
+if __name__ == "__main__":
+    main()
