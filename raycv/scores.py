@@ -217,7 +217,13 @@ def check_output(output: Path, source: Path | None = None) -> None:
     if output.suffix.casefold() not in FORMATS:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
-    if output.exists() or output.is_symlink():
+    try:
+        # Those beside it have longer names.
+        there = [place.exists() or place.is_symlink() for place in taken][0]
+    except OSError as error:
+        remedies = ["name another file: output=<file>"]
+        raise UserError(f"output={output} cannot be written: {error.strerror}.", remedies=remedies) from error
+    if there:
         raise UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
 
 
