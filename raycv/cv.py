@@ -338,10 +338,6 @@ class _FoldStates(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.view.update(trial.config[FOLD_KEY], {"state": STARTING})
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        fold = trial.config[FOLD_KEY]
-        self.view.tell(fold, "the process that drives the fold died; the fold is tried again from its last state")
-
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
         if self.root.fold(fold).result.is_file():
