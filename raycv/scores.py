@@ -219,7 +219,7 @@ def check_output(output: Path, source: Path | None = None) -> None:
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     try:
         # Those beside it have longer names.
-        there = [place.exists() or place.is_symlink() for place in taken][0]
+        there, *_ = [place.exists() or place.is_symlink() for place in taken]
     except OSError as error:
         remedies = ["name another file: output=<file>"]
         raise UserError(f"output={output} cannot be written: {error.strerror}.", remedies=remedies) from error

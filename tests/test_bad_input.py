@@ -504,7 +504,7 @@ def test_a_folder_that_the_user_may_not_look_into_is_refused(tmp_path: Path, whi
                 ask(closed / "runs", which)
         with pytest.raises(UserError, match="cannot be written: Permission denied"):
             check_output(closed / "scores.csv")
-        with pytest.raises(UserError, match="cannot be written to .*: Permission denied"):
+        with pytest.raises(UserError, match=r"cannot be written to .*: Permission denied"):
             synthesize.write_dataset(closed / "set", posts=3, seed=0)
     finally:
         os.seteuid(user)

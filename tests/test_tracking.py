@@ -34,7 +34,7 @@ from raycv.records import FoldResult
 from raycv.report import summarize
 from raycv.resume import sole_process
 from raycv.retry import mask_secrets
-from raycv.tracking import EPOCH_METRICS, Tracker, flat_params
+from raycv.tracking import EPOCH_METRICS, Tracker, check_store, flat_params
 
 
 def config(uri, folder, experiment="raycv"):
@@ -258,19 +258,20 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
     tracker, parent_id, folder, _ = tracked
     settings = validate(RunConfig, compose("run", ["cv.folds=2"]))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def broken_off(complete, error):
+        with sole_process(folder), _ended(tracker, parent_id, folder, settings, Console()):
+            if complete:
+                write_json(folder.report, {})
+            raise error
+
     try:
         for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
             for complete in (False, True):
                 folder.report.unlink(missing_ok=True)
                 tracker.reopen(parent_id)
-                with (
-                    pytest.raises(error),
-                    sole_process(folder),
-                    _ended(tracker, parent_id, folder, settings, Console()),
-                ):
-                    if complete:
-                        write_json(folder.report, {})
-                    raise error
+                with pytest.raises(error):
+                    broken_off(complete, error)
                 said = capsys.readouterr().out
                 assert ("raycv.run resume=mine" in said) is not complete
                 assert ("raycv.aggregate run=mine" in said) is complete
@@ -290,6 +291,21 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
     ends = [process.communicate()[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], ends
+
+
+@pytest.mark.slow
+def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, caplog):
+    """By another process, and longer than SQLite itself waits."""
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    Tracker(settings.uri)
+    code = "import sqlite3, sys, time; held = sqlite3.connect(sys.argv[1]); held.execute('BEGIN EXCLUSIVE');"
+    code += "print('locked', flush=True); time.sleep(15)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "mlflow.db"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        started = time.monotonic()
+        check_store(settings)
+        assert time.monotonic() - started > 10
+        assert Tracker(settings.uri).open_experiment(settings)
 
 
 def test_an_old_schema_names_the_upgrade(tmp_path):
