@@ -11,12 +11,18 @@ class ProgressBoard:
         self._events: list[tuple[int, str]] = []
         self._errors: dict[int, str] = {}
         self._places: dict[int, Any] = {}
+        self._attempts: dict[int, int] = {}
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
 
     def tell(self, fold: int, text: str) -> None:
         self._events.append((fold, text))
+
+    def begin(self, fold: int) -> int:
+        """Counts an attempt at a fold, which is beginning. Returns how many there are: they outlive their processes."""
+        self._attempts[fold] = self._attempts.get(fold, 0) + 1
+        return self._attempts[fold]
 
     def fail(self, fold: int, message: str) -> None:
         """Why a fold failed, where there was no room to write it down."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from raycv import __version__
 from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate, verbatim_keys
-from raycv.errors import UserError, counted, shown
+from raycv.errors import UserError, counted, printable, shown
 from raycv.paths import bundled
 from raycv.retry import mask_secrets
 
@@ -182,7 +182,7 @@ def _show_warnings() -> None:
 
 class _Masked(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return mask_secrets(super().format(record))
+        return printable(mask_secrets(super().format(record)))
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -191,7 +191,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _refused(name: str, error: UserError) -> SystemExit:
-    sys.stderr.write(mask_secrets(f"\nraycv.{name}: {error}\n"))
+    sys.stderr.write(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
     return SystemExit(error.exit_code)
 
 

@@ -339,7 +339,11 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
 
 
 def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
-    files = sorted(Path(config.dir).absolute().glob(PATTERN))
+    try:
+        files = sorted(Path(config.dir).absolute().glob(PATTERN))
+    except OSError:
+        # Who then looks for the run in there says so.
+        return None
     found = [(file, record) for file in files if (record := _read(file)) is not None]
     if not found:
         return None

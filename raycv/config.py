@@ -4,6 +4,7 @@ Every fault of a config is reported at once, with the value received and what th
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
@@ -15,11 +16,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
+from raycv.paths import SQLITE
 from raycv.retry import mask_secrets
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LEAST_SHARE = 0.01
+"""Of a core or a GPU; Ray counts in steps of 1e-4."""
+
+
+def _a_share(value: float) -> float:
+    if 0 < value < LEAST_SHARE:
+        raise ValueError(f"must be 0, or {LEAST_SHARE} or more")
+    return value
+
+
+Share = Annotated[float, Field(ge=0), AfterValidator(_a_share)]
 
 
 def _without_nul(text: str) -> str:
@@ -28,18 +41,40 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _an_address(uri: str) -> str:
+def _a_path(text: str) -> str:
+    # What is longer can on Linux neither be there nor be made: each look at it would be an error. Deeper folders are
+    # more than Python can make.
+    names = [len(os.fsencode(name)) for name in text.split("/")]
+    if max(names) > 255 or len(names) > 256 or sum(names) + len(names) > 4096:
+        raise ValueError("is too long for a path: 4,095 bytes, 255 between two slashes, and 255 slashes at most")
+    return text
+
+
+def _a_store(uri: str) -> str:
     try:
-        urlsplit(uri)
+        scheme = urlsplit(uri).scheme
     except ValueError as error:
         raise ValueError(f"is no address ({error})") from error
-    if uri.startswith("sqlite:") and ":memory:" in uri:
-        raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
+    kind, _, driver = scheme.partition("+")
+    if kind == "sqlite":
+        file = uri.removeprefix(SQLITE)
+        if file == uri:
+            raise ValueError("a database in a file is written sqlite:///mlflow.db, or sqlite:////folder/mlflow.db")
+        if not file or ":memory:" in file:
+            raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
+        return SQLITE + _a_path(file)
+    if "://" not in uri or kind not in STORES or (driver and kind not in DATABASES):
+        raise ValueError("is no MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
     return uri
 
 
+DATABASES = ("mssql", "mysql", "postgresql")
+STORES = (*DATABASES, "http", "https", "databricks", "databricks-uc", "uc")
+"""Schemes that MLflow has a store for, but for sqlite and plain folders, which it no longer supports."""
+
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-StoreAddress = Annotated[NonEmpty, AfterValidator(_an_address)]
+PathText = Annotated[NonEmpty, AfterValidator(_a_path)]
+StoreAddress = Annotated[NonEmpty, AfterValidator(_a_store)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
 """Text that the command line hands over as it stands, whatever it holds."""
@@ -89,8 +124,8 @@ class DoraConfig(Section):
 
 
 class DataConfig(Section):
-    dir: NonEmpty = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
-    criteria_dir: NonEmpty = Field(description="folder with the criteria, CSV or JSON")
+    dir: PathText = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
+    criteria_dir: PathText = Field(description="folder with the criteria, CSV or JSON")
     empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
     shuffle_labels: bool = Field(
         description="control experiment: permute the labels over the pairs; scores must fall to chance"
@@ -98,7 +133,9 @@ class DataConfig(Section):
 
 
 class PromptConfig(Section):
-    max_length: Annotated[int, Field(ge=16)] = Field(description="tokens of one prompt, padding included (FR-002)")
+    max_length: Annotated[int, Field(ge=16, le=2**20)] = Field(
+        description="tokens of one prompt, padding included (FR-002)"
+    )
     long_post: Literal["head_tail", "head", "tail", "none", "sliding"] = Field(
         description="how a post that exceeds the budget is fitted; none is the literal right cut of the whole prompt"
     )
@@ -182,15 +219,24 @@ class TrainConfig(Section):
 
 
 class ResourcesConfig(Section):
-    gpus_per_fold: Auto | Annotated[float, Field(ge=0)] = Field(
+    gpus_per_fold: Auto | Share = Field(
         description="GPUs of one fold, fractions allowed; auto: 1 a worker where the cluster has GPUs or grows, else 0"
     )
-    cpus_per_fold: Auto | Annotated[float, Field(gt=0)] = Field(
+    cpus_per_fold: Auto | Annotated[float, Field(ge=LEAST_SHARE)] = Field(
         description="CPU cores of one fold; auto: the cores are shared out evenly, at least 1 a worker"
     )
     workers_per_fold: Positive = Field(
         description="workers that train one fold together, data-parallel; they share its GPUs and cores evenly"
     )
+
+    @field_validator("workers_per_fold")
+    @classmethod
+    def _enough_for_each(cls, value: int, info: ValidationInfo) -> int:
+        for key in ("gpus_per_fold", "cpus_per_fold"):
+            given = info.data.get(key)
+            if isinstance(given, float) and 0 < given / value < LEAST_SHARE:
+                raise ValueError(f"leaves each worker less than {LEAST_SHARE} of resources.{key}, which is {given:g}")
+        return value
 
     @field_validator("gpus_per_fold")
     @classmethod
@@ -208,7 +254,7 @@ class ResourcesConfig(Section):
 
 class TrackingConfig(Section):
     uri: StoreAddress = Field(description="MLflow tracking URI (FR-006)")
-    artifacts: NonEmpty = Field(description="folder of the artifacts of a database store; servers have their own")
+    artifacts: PathText = Field(description="folder of the artifacts of a database store; servers have their own")
     experiment: NonEmpty = Field(description="MLflow experiment")
 
 
@@ -223,7 +269,7 @@ class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
     )
-    dir: NonEmpty = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+    dir: PathText = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
 
     @field_validator("name")
     @classmethod
@@ -246,7 +292,7 @@ class RunConfig(Section):
     tracking: TrackingConfig
     privacy: PrivacyConfig
     run: RunNameConfig
-    resume: NonEmpty | None = Field(
+    resume: PathText | None = Field(
         description="go on with an unfinished run in run.dir: its name, or latest; all else is as it was"
     )
 
@@ -259,10 +305,10 @@ class RunConfig(Section):
 class AggregateConfig(Section):
     """The config of `python -m raycv.aggregate`."""
 
-    run: NonEmpty = Field(
+    run: PathText = Field(
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
-    dir: NonEmpty = Field(description="folder that holds the runs")
+    dir: PathText = Field(description="folder that holds the runs")
     tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db; one that "
         "lacks the run gets it from its folder"
@@ -282,7 +328,7 @@ class InferenceConfig(Section):
 
 
 class InferTrackingConfig(Section):
-    uri: StoreAddress | None = Field(
+    uri: Literal["none"] | StoreAddress | None = Field(
         description="MLflow tracking URI; null: where the run was tracked; none: the inference is not logged"
     )
     experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")
@@ -290,7 +336,7 @@ class InferTrackingConfig(Section):
 
 # Which model answers, for raycv.infer and raycv.serve alike.
 AnsweringRun = Annotated[
-    NonEmpty,
+    PathText,
     Field(
         description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
     ),
@@ -302,7 +348,7 @@ AnsweringFold = Annotated[
     ),
 ]
 OtherCriteria = Annotated[
-    NonEmpty | None, Field(description="folder with the criteria; null: where training read them")
+    PathText | None, Field(description="folder with the criteria; null: where training read them")
 ]
 OtherBase = Annotated[
     NonEmpty | None,
@@ -317,12 +363,12 @@ class InferConfig(Section):
     criterion: FreeText | None = Field(
         description="a criterion in any words, or an id (A.4) or symptom name of the run's; null: each of the run's"
     )
-    post_file: NonEmpty | None = Field(description="file that holds the post (UTF-8); - is standard input")
-    input: NonEmpty | None = Field(
+    post_file: PathText | None = Field(description="file that holds the post (UTF-8); - is standard input")
+    input: PathText | None = Field(
         description="file of many pairs (.csv, .jsonl, .parquet): post or text, and a criterion or criterion_id a row; "
         "without such a column each post is asked for every criterion, or for criterion="
     )
-    output: NonEmpty = Field(
+    output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "
         "(.csv, .jsonl, .parquet)"
     )
@@ -331,7 +377,7 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: NonEmpty = Field(description="folder that holds the runs")
+    dir: PathText = Field(description="folder that holds the runs")
     criteria_dir: OtherCriteria
     base: OtherBase
     server: NonEmpty = Field(
@@ -350,10 +396,10 @@ class ServerConfig(Section):
     )
     replicas: Positive = Field(description="processes that hold the model, at least")
     max_replicas: Positive = Field(description="and at most: Ray Serve adds some while requests wait")
-    cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = Field(
+    cpus_per_replica: Auto | Annotated[float, Field(ge=LEAST_SHARE)] = Field(
         description="CPU cores of one; auto: the node's, shared out evenly"
     )
-    gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = Field(
+    gpus_per_replica: Auto | Share = Field(
         description="GPUs of one, fractions allowed; auto: 1 where there are some, else 0"
     )
     max_queued: Positive = Field(description="requests of a replica at most, in work and waiting; more are told 503")
@@ -377,7 +423,7 @@ class ServeConfig(Section):
 
     run: AnsweringRun
     fold: AnsweringFold
-    dir: NonEmpty = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    dir: PathText = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
     criteria_dir: OtherCriteria
     base: OtherBase
     infer: InferenceConfig
@@ -388,7 +434,7 @@ class ServeConfig(Section):
 class SynthesizeConfig(Section):
     """The config of `python -m raycv.synthesize`."""
 
-    out: NonEmpty = Field(description="folder to write; it may hold an earlier synthetic set, but no other data")
+    out: PathText = Field(description="folder to write; it may hold an earlier synthetic set, but no other data")
     posts: Positive = Field(description="posts to make; each is paired with every criterion")
     seed: Annotated[int, Field(ge=0)] = Field(description="the same seed gives the same bytes")
     profile: Literal["short", "realistic"] = Field(

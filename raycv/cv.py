@@ -154,7 +154,7 @@ def _cluster_to_join() -> str | None:
     Ray itself would look for one that is gone for a quarter of an hour.
     Raises: UserError if nothing listens at RAY_ADDRESS; ConnectionError if that is `auto` and there is no cluster.
     """
-    address = services.get_ray_address_from_environment(None, None)
+    address = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]  # it takes None
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit() or "://" in host:
         return address
@@ -337,10 +337,6 @@ class _FoldStates(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.view.update(trial.config[FOLD_KEY], {"state": STARTING})
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        fold = trial.config[FOLD_KEY]
-        self.view.tell(fold, "the process that drives the fold died; the fold is tried again from its last state")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]

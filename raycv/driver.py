@@ -8,7 +8,6 @@ import itertools
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -28,11 +27,13 @@ from raycv.live import say
 from raycv.paths import (
     RunFolder,
     aggregate_command,
+    check_writable,
     infer_command,
     read_json,
     read_record,
     resolve,
     resume_command,
+    sha256_of,
     write_json,
     write_text,
 )
@@ -49,6 +50,16 @@ if TYPE_CHECKING:
     from raycv.encoding import EncodedPairs, PromptEncoder
     from raycv.fold import Placement
     from raycv.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as the driver needs it."""
+
+    files: "BaseFiles"
+    tokenizer: Any
+    facts: dict[str, Any]
+    """for `environment.json`"""
 
 
 @dataclass(frozen=True)
@@ -84,21 +95,25 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     check_name(config.model.name, config.model.revision)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
-    from raycv.tracking import flat_params
+    from raycv.tracking import check_store, flat_params
 
-    tracker, opened = _open_store(config, earlier, typed)
-    prepared = _prepare(config, dataset, splits, console)
+    base = _base(config)
     if earlier:
-        earlier.check_base(prepared.base_facts)
+        earlier.check_base(base.facts)
+        tracker, parent_id = _earlier_store(earlier, typed)
+    else:
+        # Made when nothing can be refused any more.
+        check_store(config.tracking)
+    prepared = _prepare(config, dataset, splits, base, console)
     say(console, "Starting Ray ...")
     with cv.ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
         placement = cv.plan(config)
         _announce_ray(console, placement, dashboard)
         if earlier:
-            folder, parent_id = earlier.folder, opened
-            cv.check_shared(folder, prepared.base)
+            folder = earlier.folder
+            cv.check_shared(folder, base.files)
         else:
-            config, folder, parent_id = _start(tracker, opened, config, prepared)
+            config, folder, tracker, parent_id = _start(config, prepared)
         with (
             sole_process(folder),
             _ended(tracker, parent_id, folder, config, console),
@@ -120,14 +135,9 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     return report
 
 
-def _open_store(config: RunConfig, earlier: Earlier | None, typed: Collection[str]) -> tuple["Tracker", str]:
-    """The MLflow store, and the id of the experiment of a new run, or of the parent of an earlier one."""
-    if earlier:
-        return tracked_run(earlier.folder, config.tracking.uri, "tracking.uri", given="tracking.uri" in typed)
-    from raycv.tracking import Tracker
-
-    tracker = Tracker(config.tracking.uri)
-    return tracker, tracker.open_experiment(config.tracking)
+def _earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["Tracker", str]:
+    """The MLflow store of an earlier run, and the id of its parent there."""
+    return tracked_run(earlier.folder, earlier.config.tracking.uri, "tracking.uri", given="tracking.uri" in typed)
 
 
 def _reopen(tracker: "Tracker", parent_id: str, earlier: Earlier, console: Console) -> None:
@@ -181,40 +191,43 @@ def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
     return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
 
 
-def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], console: Console) -> Prepared:
-    """Fetches the base once for all folds and tokenises once."""
+def _base(config: RunConfig) -> Base:
+    """Fetches the base model once for all folds. Raises: UserError if it cannot be had, or is none for `config`."""
     from raycv.base import absolute_name, fetch_base
-    from raycv.encoding import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
     from raycv.loading import check_max_length, load_config, load_tokenizer, set_pad_token
     from raycv.model import check_model
 
     # No spinner here: the hub's client shows progress bars of its own.
-    base = fetch_base(absolute_name(config.model.name), config.model.revision)
-    tokenizer, model_config = load_tokenizer(base), load_config(base)
+    files = fetch_base(absolute_name(config.model.name), config.model.revision)
+    tokenizer, model_config = load_tokenizer(files), load_config(files)
     check_max_length(model_config, config.prompt.max_length)
     check_model(model_config, config.model)
     set_pad_token(tokenizer, model_config)
+    return Base(files, tokenizer, files.describe(tokenizer, model_config))
+
+
+def _prepare(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
+    """Tokenises once for all folds."""
+    from raycv.encoding import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
+
+    criteria = [criterion.text for criterion in dataset.criteria.values()]
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
-        encoder = prompt_encoder(tokenizer, config.prompt, [criterion.text for criterion in dataset.criteria.values()])
+        encoder = prompt_encoder(base.tokenizer, config.prompt, criteria)
         encoded, facts = encode_dataset(encoder, dataset)
     warnings = encoding_warnings(facts)
     for warning in warnings:
         say(console, f"Warning: {warning}", "yellow")
     say(console, encoding_summary(facts, len(dataset.posts)))
-    return Prepared(dataset, splits, base, encoder, encoded, base.describe(tokenizer, model_config), facts, warnings)
+    return Prepared(dataset, splits, base.files, encoder, encoded, base.facts, facts, warnings)
 
 
 def _check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
     """Raises: UserError if runs cannot be written, or the run's folder exists; an earlier run's is `taken` for sure."""
-    place = Path(config.run.dir).absolute()
     try:
-        while not place.exists():
-            place = place.parent
-        # Tried, not asked: permissions do not tell of file systems that cannot be written.
-        tempfile.TemporaryDirectory(dir=place).cleanup()
+        check_writable(Path(config.run.dir))
     except OSError as error:
         raise UserError(
-            f"run.dir={config.run.dir}: {place} is no folder that can be written ({error.strerror}).",
+            f"run.dir={config.run.dir}: {error.filename} is no folder that can be written ({error.strerror}).",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
         ) from error
     if not taken and config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
@@ -270,36 +283,45 @@ def _write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> N
         "warnings": [*prepared.dataset.warnings, *prepared.warnings],
     }
     write_json(folder.data_stats, stats)
-    seeds = {"cv": config.cv.seed, "train": config.train.seed}
-    write_json(folder.environment, {**describe_environment(), "seeds": seeds, "base_model": prepared.base_facts})
+    recorded = {
+        "seeds": {"cv": config.cv.seed, "train": config.train.seed},
+        "base_model": prepared.base_facts,
+        "config_sha256": sha256_of(folder.config),
+    }
+    write_json(folder.environment, describe_environment() | recorded)
 
 
-def _start(
-    tracker: "Tracker", experiment_id: str, config: RunConfig, prepared: Prepared
-) -> tuple[RunConfig, RunFolder, str]:
+def _start(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, RunFolder, "Tracker", str]:
     """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had.
 
-    Returns the config under the name that the run has now, however it came to it, the folder, and the parent's id.
+    Returns the config under the name that the run has now, however it came to it, the folder, the store, and the id
+    of the parent there.
     """
     from raycv import cv
+    from raycv.tracking import Tracker
 
     folder = new_run_folder(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
     try:
         _write_inputs(folder, config, prepared)
         cv.check_shared(folder, prepared.base)
-        return config, folder, tracker.start_family(folder, config, experiment_id)
+        tracker = Tracker(config.tracking.uri)
+        parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
     except BaseException:
         # Nothing is computed yet, and the name is free again.
         shutil.rmtree(folder.root, ignore_errors=True)
         raise
+    return config, folder, tracker, parent_id
 
 
 @contextlib.contextmanager
 def _ended(
     tracker: "Tracker", parent_id: str, folder: RunFolder, config: RunConfig, console: Console
 ) -> Iterator[None]:
-    """Ends the MLflow parent run as FINISHED, FAILED or KILLED whatever happens in the block."""
+    """Ends the MLflow parent run as FINISHED, FAILED or KILLED whatever happens in the block.
+
+    A run that has its report is complete: what may be missing is in MLflow alone.
+    """
     status = "FAILED"
     try:
         yield
@@ -308,21 +330,27 @@ def _ended(
         _ignore_interrupts()
         status = "KILLED"
         finished = len(folder.finished(config.cv.folds))
-        say(
-            console,
-            f"Interrupted: {finished} of {config.cv.folds} folds are finished, and kept in {folder.root}\n"
-            f"Go on where it stopped: {resume_command(folder)}\nStopping Ray ...",
-        )
+        kept = f"{finished} of {config.cv.folds} folds are finished, and kept in {folder.root}"
+        say(console, f"Interrupted: {kept}\n{_what_is_left(folder)}\nStopping Ray ...")
         raise
     except RunFailedError:
         raise  # It says how to go on.
     except Exception:
-        say(console, f"The run stopped. When the cause is mended, go on: {resume_command(folder)}")
+        say(console, f"The run stopped before its end.\n{_what_is_left(folder)}")
         raise
     finally:
+        if folder.report.is_file():
+            status = "FINISHED"
         # Neither a result nor the error that ended the run may be hidden by a store that is away.
         with contextlib.suppress(UserError):
             tracker.finish_family(parent_id, status)
+
+
+def _what_is_left(folder: RunFolder) -> str:
+    """What to type after a run that ended before its time."""
+    if folder.report.is_file():
+        return f"The run is complete, its report is {folder.report}\nLog it into MLflow: {aggregate_command(folder)}"
+    return f"Go on where it stopped: {resume_command(folder)}"
 
 
 def _ignore_interrupts() -> None:

@@ -1,6 +1,9 @@
 """The one error type that is meant for the user: printed without a traceback, exit code 2."""
 
+import re
 from collections.abc import Sequence
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -56,6 +59,11 @@ def counted(number: float, noun: str) -> str:
     """`1 fold`, `2 folds`, `0.5 folds`, `1,000,000 folds`."""
     shown = f"{number:,g}" if isinstance(number, float) else f"{number:,}"
     return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters, but for line breaks and tabs, by their codes."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shown(value: object, most: int = 40) -> str:

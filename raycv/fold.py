@@ -103,16 +103,16 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
 
 
 def _fit(task: FoldTask, fold: int) -> Any:
-    """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times.
+    """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times in all.
 
     Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
     in advance (a preemption) are its own to retry, without limit.
     Raises: whatever the worker raised; RunFailedError if its processes died too often.
     """
-    retries = task.config.resources.retries
-    attempts = 0
+    attempt = ray.get(task.board.begin.remote(fold))
+    if attempt > 1:
+        _tried_again(task, fold, "the process that drives the fold died", attempt)
     while True:
-        attempts += 1
         _free_place(task, fold)
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
@@ -122,15 +122,25 @@ def _fit(task: FoldTask, fold: int) -> Any:
             died = _died(error)
             if died is None:
                 raise
-            if attempts > retries:
-                raise RunFailedError(
-                    f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
-                    remedies=[
-                        "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
-                        "its last state is kept, and `resume=` goes on from there",
-                    ],
-                ) from error
-            task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
+            attempt = ray.get(task.board.begin.remote(fold))
+            _tried_again(task, fold, died, attempt, error)
+
+
+def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exception | None = None) -> None:
+    """Tells that attempt number `attempt` begins, since a process died.
+
+    Raises: RunFailedError if it is one too many.
+    """
+    retries = task.config.resources.retries
+    if attempt > retries + 1:
+        raise RunFailedError(
+            f"{died}, and resources.retries={retries}: it was trained {counted(attempt - 1, 'time')} in all.",
+            remedies=[
+                "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
+                "its last state is kept, and `resume=` goes on from there",
+            ],
+        ) from error
+    task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
 
 
 def _free_place(task: FoldTask, fold: int) -> None:

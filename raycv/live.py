@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raycv.errors import printable
 from raycv.retry import mask_secrets
 
 COLUMNS = (
@@ -146,7 +147,9 @@ class LiveView:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied; secrets masked."""
-    console.print(mask_secrets(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(
+        printable(mask_secrets(text)), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     # The error of a library in another language, or of another process, is a text.
-    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+    texts = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+    return any(text in str(error) for text in texts)
 
 
 def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[str] = ()) -> UserError:
@@ -131,17 +133,37 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: it is nested too deeply.") from error
 
 
-def read_record(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object of the run folder. Raises: UserError if the file is missing or damaged, or lacks one of `keys`."""
+def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
+    """A JSON object of the run folder, which has the keys `texts`, each a text, and those of `kinds`, of that type.
+
+    Raises: UserError if the file is missing or damaged, or has not these keys.
+    """
     values = read_json(path)
-    lacking = [key for key in keys if not isinstance(values, dict) or key not in values]
-    if lacking or not isinstance(values, dict):
-        fault = f"it lacks {', '.join(lacking)}" if isinstance(values, dict) else "it is no JSON object"
-        raise UserError(
-            f"{path} is damaged: {fault}.",
-            remedies=["put a good copy in its place; the folds that are finished stay where they are"],
-        )
-    return values
+    if not isinstance(values, dict):
+        fault = "it is no JSON object"
+    else:
+        kinds = dict.fromkeys(texts, str) | kinds
+        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
+        if not lacking:
+            return values
+        fault = f"it lacks {', '.join(lacking)}"
+    remedies = ["put a good copy in its place; the folds that are finished stay where they are"]
+    raise UserError(f"{path} is damaged: {fault}.", remedies=remedies)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises: OSError, its `filename` the folder that it is about, if files cannot be made in `folder`, or it itself.
+
+    Leaves nothing behind.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        # Tried, not asked: permissions do not tell of file systems that cannot be written.
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 class RunFolder:
@@ -220,9 +242,4 @@ def absolute_uri(uri: str) -> str:
                 remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
             )
         return SQLITE + path
-    if "://" not in uri:
-        raise UserError(
-            f"tracking.uri={uri}: MLflow needs a database or a server, a plain folder is no longer supported.",
-            remedies=["tracking.uri=sqlite:///mlflow.db", "tracking.uri=http://host:5000"],
-        )
     return uri

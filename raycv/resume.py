@@ -9,7 +9,7 @@ from typing import Any
 
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, counted
-from raycv.paths import RunFolder, aggregate_command, read_record, resume_command
+from raycv.paths import RunFolder, aggregate_command, read_record, resume_command, sha256_of
 from raycv.records import Dataset
 from raycv.retry import mask_secrets
 from raycv.runs import AFRESH, LATEST, find_run, recorded_config, runs_in
@@ -38,17 +38,18 @@ class Earlier:
 
     def check(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: FaultsError with all that differs: config, data, splits, versions."""
-        self._refuse([*self.faults, *self._data(dataset), *self._splits(dataset, splits), *self._versions()])
+        differ = [*self._recorded_config(), *self._data(dataset), *self._splits(dataset, splits), *self._versions()]
+        self._refuse([*self.faults, *differ])
 
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
-        then, now = read_record(self.folder.environment, "base_model")["base_model"], json.loads(json.dumps(facts))
+        then, now = base_of(self.folder), json.loads(json.dumps(facts))
         lines = [_then_now(f"base model, {key}", then.get(key), now[key]) for key in ("revision", "files")]
         self._refuse([line for line in lines if line])
 
     def warnings(self) -> list[str]:
         """What is no reason to refuse: the commit of raycv's code, of which most change no number."""
-        recorded = read_record(self.folder.environment, "git")["git"]
+        recorded = read_record(self.folder.environment, git=dict | None)["git"]
         then, now = (_commit(state) for state in (recorded, code_state()))
         line = _then_now("the code's git commit", then, now)
         return [f"{line}: folds that go on may differ if what is computed was changed"] if line else []
@@ -61,6 +62,12 @@ class Earlier:
                 remedies=[f"put it back, and go on: {resume_command(self.folder)}", f"or {AFRESH}"],
             )
 
+    def _recorded_config(self) -> list[str]:
+        # A run of an earlier version has no hash of it.
+        then, now = read_record(self.folder.environment).get("config_sha256"), sha256_of(self.folder.config)
+        line = _then_now("config.yaml was changed, its sha256", then, now)
+        return [f"{line}; MLflow's parent run has the one that was recorded"] if then is not None and line else []
+
     def _data(self, dataset: Dataset) -> list[str]:
         stats = read_record(self.folder.data_stats)
         keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
@@ -69,17 +76,16 @@ class Earlier:
         return [line for line in lines if line]
 
     def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
-        then, now = read_record(self.folder.splits), splits_record(dataset, splits, self.config.cv.seed)
+        then, now = read_record(self.folder.splits, folds=list), splits_record(dataset, splits, self.config.cv.seed)
         if then == now:
             return []
         if then.get("rows") != now["rows"]:
             return ["splits: splits.json is of other pairs"]
-        old = then.get("folds", [])
-        others = [fold["fold"] for fold in now["folds"] if fold not in old]
+        others = [fold["fold"] for fold in now["folds"] if fold not in then["folds"]]
         return [f"splits: {counted(len(others), 'fold')} of {len(splits)} hold other pairs than in splits.json"]
 
     def _versions(self) -> list[str]:
-        then = read_record(self.folder.environment, "packages")["packages"]
+        then = read_record(self.folder.environment, packages=dict)["packages"]
         lines = [_then_now(name, then.get(name), package_version(name)) for name in VERSIONS]
         return [line for line in lines if line]
 
@@ -94,6 +100,11 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     with sole_process(folder):
         pass  # Only asked here, to refuse at once; held while the folds train.
     values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
+    # The commit that a branch, or null, meant then: by now it may mean another.
+    commit = base_of(folder).get("revision")
+    if commit is not None and given["model"]["revision"] in (commit, values["model"]["revision"]):
+        given["model"]["revision"] = commit
+    values["model"]["revision"] = commit
     for section, name in sorted(key.split(".") for key in typed if "." in key):
         recorded, asked = values[section][name], given[section][name]
         if f"{section}.{name}" in MAY_DIFFER:
@@ -101,7 +112,7 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
         elif asked != recorded:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
     tracked = read_record(folder.tracking, "uri")
-    values["tracking"]["uri"] = _tracking_uri(str(tracked["uri"]), config, typed)
+    values["tracking"]["uri"] = _tracking_uri(tracked["uri"], config, typed)
     values["run"]["dir"] = str(folder.root.parent)
     as_it_goes_on = validate(RunConfig, values)
     return Earlier(folder, as_it_goes_on, tuple(faults))
@@ -129,11 +140,16 @@ def sole_process(folder: RunFolder) -> Iterator[None]:
         # Another process may have ended it since it was looked for.
         _refuse_finished(folder)
         yield
+    finally:
         if folder.report.is_file():
             # Nobody may go on with a complete run.
             folder.lock.unlink(missing_ok=True)
-    finally:
         lock.release()
+
+
+def base_of(folder: RunFolder) -> dict[str, Any]:
+    """What the run recorded of its base model. Raises: UserError if that is damaged."""
+    return dict(read_record(folder.environment, base_model=dict)["base_model"])
 
 
 def _find(runs: Path, which: str) -> RunFolder:
@@ -179,7 +195,7 @@ def _then_now(what: str, then: Any, now: Any) -> str | None:
 def _commit(state: Mapping[str, Any] | None) -> str:
     if state is None:
         return "unknown"
-    return state["commit"][:12] + (" with changes" if state["dirty"] else "")
+    return str(state.get("commit"))[:12] + (" with changes" if state.get("dirty") else "")
 
 
 def _shown(value: Any) -> str:

@@ -145,7 +145,7 @@ def status_of(error: BaseException) -> int | None:
 
 def cause_of(error: BaseException, most: int = 300) -> str:
     """`error` in one line of at most `most` characters, without secrets: what may stand in a log or a message."""
-    text = mask_secrets(" ".join(str(error).split()))
+    text = mask_secrets(" ".join(without_statement(error).split()))
     if found := re.search(r"(\[Errno -?\d+\] [^'\")>]+|Read timed out[^'\")]*)", text):
         # The HTTP client wraps the one fact into three layers of its own objects.
         text = found[1].rstrip()
@@ -153,6 +153,11 @@ def cause_of(error: BaseException, most: int = 300) -> str:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     name = type(error).__name__.lstrip("_")
     return f"{name}: {text}" if text else name
+
+
+def without_statement(error: BaseException) -> str:
+    """What `error` says, but for the SQL statement, its parameters and the link that SQLAlchemy appends."""
+    return re.split(r"\s*\[SQL: |\s*\(Background on this error", str(error), maxsplit=1)[0].strip()
 
 
 def mask_secrets(text: str) -> str:

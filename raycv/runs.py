@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,11 +53,12 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
     Raises: UserError if there is no such run, or it has no such fold.
     """
     path = Path(run)
-    if _is_file(path / MANIFEST, run):
-        return _from_checkpoint(path.absolute(), fold)
-    folder = _finished_run(runs) if run == LATEST else find_run(runs, run)
-    if folder is not None:
-        return _from_folder(folder, fold)
+    with _looking_for(run):
+        if (path / MANIFEST).is_file():
+            return _from_checkpoint(path.absolute(), fold)
+        folder = _finished_run(runs) if run == LATEST else find_run(runs, run)
+        if folder is not None:
+            return _from_folder(folder, fold)
     if path.is_dir():
         raise UserError(
             f"run={run} is neither a run's folder nor a checkpoint: it has no config.yaml and no {MANIFEST}.",
@@ -72,26 +74,30 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
 
     Raises: UserError if `latest` is asked for and there is no run at all.
     """
-    if run != LATEST:
-        # A name, or the path of the folder, as the shell completes it.
-        named = (folder for folder in (runs / run, Path(run)) if _is_file(folder / "config.yaml", run))
-        return next((RunFolder(folder.absolute()) for folder in named), None)
-    made = runs_in(runs)
-    if not made:
-        remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-        raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
-    return ([folder for folder in made if _is_finished(folder)] or made)[-1]
+    with _looking_for(run):
+        if run != LATEST:
+            # A name, or the path of the folder, as the shell completes it.
+            named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+            return next((RunFolder(folder.absolute()) for folder in named), None)
+        made = runs_in(runs)
+        if not made:
+            remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
+            raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
+        return ([folder for folder in made if _is_finished(folder)] or made)[-1]
 
 
-def _is_file(path: Path, run: str) -> bool:
-    """Raises: UserError if that cannot be known: `run` is too long for a name, or leads where one may not look."""
+@contextmanager
+def _looking_for(run: str) -> Iterator[None]:
+    """Raises: UserError if a place cannot be looked at: `run` is too long for a name, or leads where one may not."""
     try:
-        return path.is_file()
+        yield
     except OSError as error:
-        remedies = ["give a run's name or folder, an MLflow run id, a checkpoint folder, or latest"]
-        raise UserError(
-            f"run={shown(run)}: no such run can be looked for: {error.strerror}.", remedies=remedies
-        ) from error
+        where = f"{shown(str(error.filename), most=200)}: {error.strerror}"
+        remedies = [
+            "give a run's name or folder, an MLflow run id, a checkpoint folder, or latest",
+            "see to the permissions of that folder",
+        ]
+        raise UserError(f"run={shown(run)} cannot be looked for: {where}.", remedies=remedies) from error
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
@@ -185,7 +191,7 @@ def check_password(uri: str) -> None:
     if "***" in uri:
         raise UserError(
             f"The run was tracked at {uri}, whose password was not written down.",
-            remedies=["give the whole address as the tracking URI: http://user:password@host"],
+            remedies=["give the whole address as the tracking URI, with user:password@ before the host"],
         )
 
 

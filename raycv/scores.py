@@ -244,11 +244,12 @@ def check_output(output: Path, source: Path | None = None) -> None:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     try:
-        there = _is_there(output) and not _beside(output, "state.json").exists()
+        # Those beside it have longer names.
+        there, state, *_ = [_is_there(place) for place in (output, _beside(output, "state.json"), *taken)]
     except OSError as error:
         remedies = ["name another file: output=<file>"]
         raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
-    if there:
+    if there and not state:
         raise _taken(output)
 
 

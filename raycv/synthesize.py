@@ -12,10 +12,12 @@ files are UTF-8 and lines end in "\\n".
 
 import csv
 import math
+import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, product
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 from raycv.cli import run_command
 from raycv.config import SynthesizeConfig
 from raycv.errors import FaultsError, UserError
-from raycv.paths import bundled
+from raycv.paths import bundled, unwritable
 from raycv.phrases import phrase_book
 from raycv.records import Criterion
 
@@ -123,7 +125,8 @@ def write_dataset(
         UserError: a value out of range, or `out` holds data that is not synthetic.
     """
     _check_arguments(posts, profile, words_mean, criteria)
-    _refuse_to_mix(out)
+    with _told_of(out):
+        _refuse_to_mix(out)
     lengths = LENGTH_PROFILES[profile]
     if words_mean is not None:
         lengths = replace(lengths, words_mean=words_mean)
@@ -134,24 +137,21 @@ def write_dataset(
     command += f" criteria={criteria}" if criteria != len(CRITERIA) else ""
     stats = _statistics(made, grid)
 
-    try:
+    with _told_of(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remedies = ["choose a folder that you may write to: out=<folder>"]
-        raise UserError(f"out={out}: the folder cannot be made ({error.strerror}).", remedies=remedies) from error
-    # The README first: a folder whose writing was cut short is still marked as synthetic.
-    (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
-    _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
-    _write_csv(
-        out / "groundtruth.csv",
-        ("post_id", "criterion_id", "label"),
-        ((p.post_id, c.criterion_id, "yes" if c.symptom in p.symptoms else "no") for p in made for c in grid),
-    )
-    _write_csv(
-        out / "criteria.csv",
-        ("criterion_id", "criterion", "symptom"),
-        ((c.criterion_id, c.text, c.symptom) for c in grid),
-    )
+        # The README first: a folder whose writing was cut short is still marked as synthetic.
+        (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
+        _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
+        _write_csv(
+            out / "groundtruth.csv",
+            ("post_id", "criterion_id", "label"),
+            ((p.post_id, c.criterion_id, "yes" if c.symptom in p.symptoms else "no") for p in made for c in grid),
+        )
+        _write_csv(
+            out / "criteria.csv",
+            ("criterion_id", "criterion", "symptom"),
+            ((c.criterion_id, c.text, c.symptom) for c in grid),
+        )
     return stats
 
 
@@ -304,6 +304,16 @@ def _check_arguments(posts: int, profile: str, words_mean: float | None, criteri
         raise FaultsError("Synthetic data set", faults)
 
 
+@contextmanager
+def _told_of(out: Path) -> Iterator[None]:
+    """Raises: UserError in the place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        remedies = ["choose a folder that you may write to: out=<folder>"]
+        raise unwritable("The data set", out, error, remedies) from error
+
+
 def _refuse_to_mix(out: Path) -> None:
     """Gated or own data must never be overwritten by, or mistaken for, synthetic posts."""
     if not out.exists():
@@ -382,7 +392,7 @@ def run(config: SynthesizeConfig) -> None:
 
     from raycv.live import say
 
-    replaced = (Path(config.out) / "posts.csv").is_file()
+    replaced = os.path.isfile(Path(config.out) / "posts.csv")
     stats = write_dataset(
         Path(config.out),
         posts=config.posts,

@@ -5,9 +5,11 @@ once break it). Everything that is logged also lies in the run folder, so a lost
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
+import secrets
 import sqlite3
 import tempfile
 import time
@@ -28,7 +30,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as TrackedDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.exc import SQLAlchemyError
@@ -37,12 +39,24 @@ from raycv import __version__
 from raycv.config import RunConfig, TrackingConfig
 from raycv.errors import UserError
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
-from raycv.paths import SQLITE, FoldFolder, RunFolder, absolute_uri, read_json, write_json
+from raycv.paths import (
+    SQLITE,
+    FoldFolder,
+    RunFolder,
+    absolute_uri,
+    check_writable,
+    is_full,
+    read_json,
+    unwritable,
+    write_json,
+)
 from raycv.records import FoldResult
-from raycv.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, mask_secrets
+from raycv.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, mask_secrets, without_statement
 
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+# It prints the traceback of each error that it raises, which is told in a line here, or tried again.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +77,13 @@ EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
 BEST_PREFIX = "best_"
 CHECKPOINT = "checkpoint"
+START_TAG = "raycv.start"
+"""A mark of the call that made a run, by which it is found if the answer to that call was lost."""
+NO_ENTRY = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+LOG_IN = (
+    "log in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), "
+    "or write user:password@ before the host in tracking.uri; the user must have the right to do this"
+)
 PARAM_LIMIT = 6000
 BATCH_LIMIT = 100
 
@@ -94,14 +115,18 @@ class Tracker:
 
     def start_parent(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
         """Starts the parent run and returns its id."""
-        run = self._call(
-            "start the parent run",
-            self._client.create_run,
-            experiment_id,
-            run_name=name,
-            tags={RUN_TAG: name, **tags},
-        )
-        return str(run.info.run_id)
+        return self._new_run("start the parent run", experiment_id, name, {RUN_TAG: name, **tags})
+
+    def _new_run(self, what: str, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
+        """Makes a run, one even if the answer to an attempt is lost, and returns its id."""
+        mark, attempts = secrets.token_hex(8), itertools.count()
+
+        def make() -> Run:
+            if next(attempts) and (made := self._client.search_runs([experiment_id], f"tags.`{START_TAG}` = '{mark}'")):
+                return made[0]
+            return self._client.create_run(experiment_id, run_name=name, tags={**tags, START_TAG: mark})
+
+        return str(self._call(what, make).info.run_id)
 
     def start_family(self, folder: RunFolder, config: RunConfig, experiment_id: str) -> str:
         """Starts the parent run of the run in `folder`, with what lies there, notes it there, and returns its id."""
@@ -179,14 +204,7 @@ class Tracker:
             return str(found.info.run_id)
         experiment_id = self.run(parent_id).info.experiment_id
         tags = {PARENT_TAG: parent_id, FOLD_TAG: str(fold)}
-        run = self._call(
-            "start a child run",
-            self._client.create_run,
-            experiment_id,
-            run_name=f"fold_{fold}",
-            tags=tags,
-        )
-        run_id = str(run.info.run_id)
+        run_id = self._new_run("start a child run", experiment_id, f"fold_{fold}", tags)
         self._log_params(run_id, params)
         return run_id
 
@@ -244,11 +262,14 @@ class Tracker:
         self.log_files(parent_id, [report_file])
 
     def finish_family(self, parent_id: str, status: str) -> None:
-        """Ends the parent run, and its children that are still running, as FINISHED, FAILED or KILLED."""
+        """Ends the parent run, and its children that are still running, as FINISHED, FAILED or KILLED.
+
+        A child that still runs when the parent is FINISHED lacks something: it is KILLED, and may be completed later.
+        """
         self.finish(parent_id, status)
         for run in self.children(parent_id).values():
             if run.info.status == "RUNNING":
-                self.finish(run.info.run_id, status)
+                self.finish(run.info.run_id, "KILLED" if status == "FINISHED" else status)
 
     def finish(self, run_id: str, status: str) -> None:
         """`status`: FINISHED, FAILED or KILLED. A run lasts no less than nothing, also when the clock was set back."""
@@ -303,8 +324,7 @@ class Tracker:
         self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> str:
         """A finished run with what was asked of which model, never a text (user story 3). Returns its id."""
-        run = self._call("start a run", self._client.create_run, experiment_id, run_name="infer", tags=dict(tags))
-        run_id = str(run.info.run_id)
+        run_id = self._new_run("start a run", experiment_id, "infer", tags)
         self._log_params(run_id, params)
         self.log_metrics(run_id, metrics)
         self.finish(run_id, "FINISHED")
@@ -314,13 +334,38 @@ class Tracker:
         """Raises: UserError if the store has no such run."""
         return self._call("read a run", self._client.get_run, run_id)
 
+    def check_experiment(self, config: TrackingConfig) -> Experiment | None:
+        """The experiment of `config`; None if there is none yet. Writes nothing.
+
+        Raises: UserError if it was deleted, or its folder for artifacts cannot be written.
+        """
+        found = self._call("look for the experiment", self._client.get_experiment_by_name, config.experiment)
+        if found is None:
+            if self._database:
+                _check_new_artifacts(config)
+        elif found.lifecycle_stage != "active":
+            raise UserError(
+                f"The MLflow experiment {config.experiment!r} was deleted.",
+                remedies=[
+                    f"restore it: mlflow experiments restore -x {found.experiment_id}",
+                    "tracking.experiment=<other>",
+                ],
+            )
+        elif (kept := self._artifacts_of(found)) is not None:
+            other = ["tracking.experiment=<another>, which takes its place from tracking.artifacts"]
+            _check_artifacts(kept, other, f"the experiment {config.experiment!r} keeps its artifacts there")
+        return found
+
+    def _artifacts_of(self, experiment: Experiment) -> Path | None:
+        """The folder of the artifacts; None if a server, or another store, keeps them."""
+        is_folder = self._database and str(experiment.artifact_location).startswith("file:")
+        return Path(local_file_uri_to_path(experiment.artifact_location)) if is_folder else None
+
     def _experiment(self, config: TrackingConfig) -> str:
         asked = Path(config.artifacts).absolute()
-        found = self._client.get_experiment_by_name(config.experiment)
+        found = self.check_experiment(config)
         if found is None:
             # A server has its own place for artifacts; a database in a file has none but the working directory.
-            if self._database:
-                _check_artifacts(asked, ["tracking.artifacts=<a folder that you may write to>"])
             place = asked.as_uri() if self._database else None
             # The page asks for the kind of an experiment that has none.
             tags = {"mlflow.experimentKind": "custom_model_development"}
@@ -331,23 +376,11 @@ class Tracker:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 return self._experiment(config)
-        if found.lifecycle_stage != "active":
-            raise UserError(
-                f"The MLflow experiment {config.experiment!r} was deleted.",
-                remedies=[
-                    f"restore it: mlflow experiments restore -x {found.experiment_id}",
-                    "tracking.experiment=<other>",
-                ],
+        if (kept := self._artifacts_of(found)) not in (None, asked):
+            logger.warning(
+                "tracking.artifacts=%s is not used: the experiment %s keeps its artifacts in %s",
+                *(config.artifacts, config.experiment, kept),
             )
-        if self._database and str(found.artifact_location).startswith("file:"):
-            kept = Path(local_file_uri_to_path(found.artifact_location))
-            other = ["tracking.experiment=<another>, which takes its place from tracking.artifacts"]
-            _check_artifacts(kept, other, f"the experiment {config.experiment!r} keeps its artifacts there")
-            if kept != asked:
-                logger.warning(
-                    "tracking.artifacts=%s is not used: the experiment %s keeps its artifacts in %s",
-                    *(config.artifacts, config.experiment, kept),
-                )
         return str(found.experiment_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
@@ -383,8 +416,11 @@ class Tracker:
                 _hanging[self.uri] = time.monotonic() + HANGING_SECONDS, error
             raise
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-            # SQLAlchemy appends its statement and a link.
-            cause = mask_secrets(str(error).split("\n[SQL")[0].split("\n(Background")[0].strip())
+            if is_full(error) and self._database:
+                raise unwritable("What MLflow keeps", _place_of(error, self._database), error) from error
+            cause = mask_secrets(without_statement(error))
+            if getattr(error, "error_code", None) in NO_ENTRY:
+                remedies = [LOG_IN, *remedies[1:]]
             if "out-of-date database schema" in cause:
                 remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
             raise UserError(f"MLflow at {self.shown_uri} could not {what}: {cause}", remedies=remedies) from error
@@ -402,27 +438,64 @@ def _within(seconds: int | None) -> Iterator[None]:
         os.environ[TIMEOUT] = usual
 
 
+def check_store(config: TrackingConfig) -> None:
+    """Raises: UserError if the store of a new run cannot be used. Makes nothing where there is nothing yet."""
+    uri = absolute_uri(config.uri)
+    database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    if database is None or os.path.exists(database):
+        Tracker(config.uri).check_experiment(config)
+    else:
+        _check_new_database(database)
+        _check_new_artifacts(config)
+
+
 def _check_database(database: Path) -> None:
     """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes."""
-    remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
+    if not os.path.exists(database):
+        _check_new_database(database)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
+        # Asked for its schema, one that is not there would be made.
+        if os.path.exists(database):
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA schema_version")
         # A lock that cannot be made would be waited for.
-        with open(_lock_of(database), "a"), contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA schema_version")
+        open(_lock_of(database), "a").close()
     except (OSError, sqlite3.Error) as error:
         if "locked" in str(error):
             return  # by another process, for a while: what the retries are for
-        raise UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies) from error
+        raise _no_database(database, error) from error
+
+
+def _check_new_database(database: Path) -> None:
+    """Raises: UserError if `database` cannot be made."""
+    try:
+        check_writable(database.parent)
+    except OSError as error:
+        raise _no_database(database, error) from error
+
+
+def _no_database(database: Path, error: Exception) -> UserError:
+    remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
+    return UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies)
+
+
+def _check_new_artifacts(config: TrackingConfig) -> None:
+    _check_artifacts(Path(config.artifacts).absolute(), ["tracking.artifacts=<a folder that you may write to>"])
 
 
 def _check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold the artifacts") -> None:
     """Raises: UserError if `folder` cannot be written: MLflow would bind the experiment to it all the same."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder).cleanup()
+        check_writable(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}), and {why}.", remedies=remedies) from error
+
+
+def _place_of(error: BaseException, otherwise: Path) -> Path:
+    """The folder of the file that could not be written; the copy of an artifact names both of its files."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None) or otherwise
+    return Path(file).parent
 
 
 def _lock_of(database: Path) -> str:
@@ -441,6 +514,8 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _may_pass(error: Exception) -> bool:
     """What a second attempt may not meet. The HTTP client wraps a lost connection into an MlflowException."""
+    if is_full(error):
+        return False
     return is_passing(error) or (isinstance(error, MlflowException) and "Max retries exceeded" in str(error))
 
 

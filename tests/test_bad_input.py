@@ -30,14 +30,19 @@ from test_data import (
     write,
 )  # fmt: skip
 
-from raycv import aggregate, infer, run, synthesize
+from raycv import aggregate, infer, run, serve, synthesize
 from raycv.data import load_dataset
-from raycv.errors import FaultsError
+from raycv.errors import FaultsError, UserError
+from raycv.runs import choose, find_run
+from raycv.scores import check_output
 
-COMMANDS = {"run": run.main, "infer": infer.main, "aggregate": aggregate.main, "synthesize": synthesize.main}
+COMMANDS = {
+    "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
+    "synthesize": synthesize.main,
+}  # fmt: skip
 SECONDS = 10
 """A refusal takes a tenth of a second; the machine may be busy."""
-BACKSTOP = "tracking.uri=refused-at-last"
+BACKSTOP = "tracking.uri=sqlite:////proc/refused-at-last.db"
 """What a run would stumble over after config and data, so that no test can start one."""
 
 
@@ -71,7 +76,7 @@ def check(out: str, err: str, command: str, code: object, work: Path) -> None:
     assert any(remedy in err for remedy in ("What to do", "; received", "unknown key; ", "write sections as")), err
     assert "Traceback" not in err
     assert "Error executing job" not in err
-    assert "tracking.uri=refused-at-last: MLflow" not in err
+    assert "refused-at-last.db cannot be opened" not in err
     assert CANARY not in err
     assert list(work.iterdir()) == []
 
@@ -301,7 +306,11 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a million folds": (["cv.folds=1000000"], ["cv.folds=1000000 but there are only 3 posts"]),
     "empty texts refused": (["data.empty=refuse", "data.dir={empty}"], ["posts.csv, line 2: post 'p1' has no text"]),
     "a file for the data folder": (["data.dir={data}/posts.csv"], ["a file; give the folder that holds it"]),
-    "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["File name too long"]),
+    "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["data.dir: is too long for a path"]),
+    "a folder of artifacts that cannot be": (["tracking.artifacts=" + "x" * 300], ["tracking.artifacts: is too long"]),
+    "a run that cannot be": (["resume=" + "x" * 300], ["resume: is too long for a path"]),
+    "a run with a control character": (["resume=a\x01b"], [r"resume=a\x01b: there is no such run"]),
+    "a store of no kind": (["tracking.uri=bad://x"], ["tracking.uri: is no MLflow store", "received 'bad://x'"]),
     "criteria elsewhere": (["data.criteria_dir=nowhere"], ["nowhere", "data.criteria_dir"]),
     "climbing name": (["run.name=../../etc"], ["run.name: string should match pattern", "received '../../etc'"]),
     "absolute name": (["run.name=/tmp/x"], ["run.name: string should match pattern", "received '/tmp/x'"]),
@@ -423,6 +432,8 @@ def test_not_even_a_traceback_repeats_a_password() -> None:
 
 # --- The other commands ----------------------------------------------------------------------------------------------
 
+LONG = "x" * 256
+
 OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "no post": ("infer", [], ["no post is given", "post_file=post.txt"]),
     "two posts": ("infer", ["post=a", "post_file=b"], ["post and post_file are both given"]),
@@ -441,18 +452,21 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a table and a post": ("infer", ["input=a.csv", "post=b", "output=s.csv"], ["input and post are both given"]),
     "scores of no kind": ("infer", ["input=a.csv", "output=s.xlsx"], ["output=s.xlsx", "ends in a format"]),
     "scores over a device": ("infer", ["input=a.csv", "output=/dev/null.csv/x.csv"], ["There is no run in"]),
-    "a name of scores that is too long": (
-        "infer",
-        ["input=a.csv", f"output={'x' * 300}.csv"],
-        ["output=a value of 304 characters cannot be written: File name too long"],
-    ),
-    "a name of a run that is too long": (
-        "infer",
-        ["post=a", "run=" + "x" * 300],
-        ["run=a value of 300 characters: no such run can be looked for: File name too long"],
-    ),
     "a dash and a post": ("infer", ["-", "post=a"], ["post and post_file are both given"]),
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'"]),
+    "a run with too long a name": ("infer", ["post=a", f"run={LONG}"], ["run: is too long for a path"]),
+    "runs in too long a folder": ("infer", ["post=a", f"dir={LONG}"], ["dir: is too long for a path"]),
+    "scores with too long a name": ("infer", ["input=a.csv", f"output={LONG}.csv"], ["output: is too long for"]),
+    "scores whose parts have too long a name": (
+        "infer",
+        ["input=a.csv", f"output={LONG[:250]}.csv"],
+        [".csv cannot be written: File name too long"],
+    ),
+    "no run to serve": ("serve", [], ["There is no run in", "experiment=quickstart"]),
+    "a port that is none": ("serve", ["serve.port=70000"], ["serve.port: ", "received 70000"]),
+    "a run to serve with too long a name": ("serve", [f"run={LONG}"], ["run: is too long for a path"]),
+    "crumbs of a core": ("serve", ["serve.cpus_per_replica=1e-300"], ["serve.cpus_per_replica: ", "received 1e-300"]),
+    "a summary of too long a name": ("aggregate", [f"run={LONG}"], ["run: is too long for a path"]),
     "the summary of no run": ("aggregate", ["run=nothing"], ["mlflow.db does not exist", "give its place"]),
     "a summary with an unknown key": ("aggregate", ["rum=3"], ["rum: unknown key; did you mean run?"]),
     "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>"]),
@@ -463,8 +477,10 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a folder that cannot be made": (
         "synthesize",
         ["out=/proc/x", "posts=3"],
-        ["out=/proc/x: the folder cannot be made"],
+        ["The data set cannot be written to /proc/x: No such file or directory"],
     ),
+    "a folder with too long a name": ("synthesize", [f"out={LONG}"], ["out: is too long for a path"]),
+    "a folder too deep": ("synthesize", ["out=" + "x/" * 256], ["out: is too long for a path", "255 slashes"]),
 }
 
 
@@ -474,6 +490,25 @@ def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -
     said = refused(command, *arguments)
     for fragment in fragments:
         assert fragment in f"{said} ".replace("\n", " "), said
+
+
+@pytest.mark.parametrize("which", ["mine", "latest"])
+def test_a_folder_that_the_user_may_not_look_into_is_refused(tmp_path: Path, which: str) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        for ask in (find_run, lambda runs, run: choose(run, "best", runs, None)):
+            with pytest.raises(UserError, match=r"(cannot be looked for: .*Permission denied|There is no run in)"):
+                ask(closed / "runs", which)
+        with pytest.raises(UserError, match="cannot be written: Permission denied"):
+            check_output(closed / "scores.csv")
+        with pytest.raises(UserError, match=r"cannot be written to .*: Permission denied"):
+            synthesize.write_dataset(closed / "set", posts=3, seed=0)
+    finally:
+        os.seteuid(user)
 
 
 def test_there_are_many_of_them() -> None:

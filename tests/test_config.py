@@ -227,6 +227,7 @@ MALFORMED = [
     ("data.shuffle_labels=1", "received 1 "),
     ("data.dir=''", "received ''"),
     ("prompt.max_length=15", "received 15"),
+    ("prompt.max_length=1048577", "received 1048577"),
     ("prompt.max_length=512.5", "received 512.5"),
     ("prompt.long_post=truncate", "received 'truncate'"),
     ("prompt.head_fraction=1.01", "received 1.01"),
@@ -255,8 +256,23 @@ MALFORMED = [
     ("resources.gpus_per_fold=-1", "received -1"),
     ("resources.gpus_per_fold=one", "received 'one'"),
     ("resources.cpus_per_fold=0", "received 0 "),
+    ("resources.cpus_per_fold=1e-300", "received 1e-300"),
+    ("resources.gpus_per_fold=1e-300", "received 1e-300"),
     ("resources.autoscaling=auto", "received 'auto'"),
     ("tracking.uri=''", "received ''"),
+    ("tracking.uri=mlruns", "received 'mlruns'"),
+    ("tracking.uri='file:///x'", "received 'file:///x'"),
+    ("tracking.uri='bad://x'", "received 'bad://x'"),
+    ("tracking.uri='http+x://host'", "received 'http+x://host'"),
+    ("tracking.uri='sqlite://'", "received 'sqlite://'"),
+    ("tracking.uri='sqlite:///'", "received 'sqlite:///'"),
+    ("tracking.uri='sqlite:///:memory:'", "received 'sqlite:///:memory:'"),
+    ("tracking.uri='SQLITE:///:memory:'", "received 'SQLITE:///:memory:'"),
+    ("tracking.uri='sqlite+pysqlite://'", "received 'sqlite+pysqlite://'"),
+    ("tracking.uri='sqlite+pysqlite:///x.db'", "received 'sqlite+pysqlite:///x.db'"),
+    (f"tracking.uri='sqlite:///{'x' * 256}'", "a value of 266 characters"),
+    (f"tracking.artifacts={'x' * 256}", "a value of 256 characters"),
+    (f"run.dir={'x' * 250 + ('/' + 'x' * 250) * 16}", "a value of 4266 characters"),
     ("tracking.artifacts=null", "received None"),
     ("run.name=latest", "received 'latest'"),
     ("run.name=../elsewhere", "received '../elsewhere'"),
@@ -295,6 +311,13 @@ WELL_FORMED = [
     "resources.gpus_per_fold=0.25",
     "resources.gpus_per_fold=0",
     "resources.cpus_per_fold=2",
+    "resources.cpus_per_fold=0.01",
+    "prompt.max_length=1048576",
+    "tracking.uri='sqlite:////a/b.db'",
+    "tracking.uri='https://host/a'",
+    "tracking.uri='postgresql+psycopg2://user:word@host/db'",
+    "tracking.uri='databricks://profile'",
+    f"tracking.artifacts='{'é' * 127}'",
     "run.name=2025-11-22_a.b",
     "train.seed=4294967295",
 ]
@@ -322,6 +345,11 @@ def test_effective_batch_must_hold_whole_micro_batches() -> None:
     (fault,) = faults_of(values_under("train.batch_size=5"))
     assert fault.startswith("train.effective_batch_size: must be a multiple of train.batch_size, which is 5; ")
     assert "received 32" in fault
+
+
+def test_a_worker_gets_what_ray_can_count() -> None:
+    (fault,) = faults_of(values_under("resources.cpus_per_fold=0.5", "resources.workers_per_fold=51"))
+    assert fault.startswith("resources.workers_per_fold: leaves each worker less than 0.01 of resources.cpus_per_fold")
 
 
 def test_long_value_is_not_shown() -> None:

@@ -72,13 +72,16 @@ def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp
     assert_like_unbroken(tmp_path, whole)
 
 
-def test_without_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):  # noqa: F811
+def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):  # noqa: F811
+    """The one that it has is spent when its trial dies; the worker of the next trial dies too."""
     run = run_of(tmp_path)
-    with started(tmp_path, "resources.retries=0") as process:
+    with started(tmp_path, "resources.retries=1") as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        newest(process, TRIAL).kill()
+        wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
         newest(process, WORKER).kill()
         assert process.wait(timeout=800) == 1, said(tmp_path)
-    assert "fold 0: worker 0 of the fold died, or its node, and resources.retries=0" in said(tmp_path)
+    assert "fold 0: worker 0 of the fold died, or its node, and resources.retries=1: it was trained 2" in said(tmp_path)
     assert "then train the missing folds alone: python -m raycv.run resume=mine\n" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
     assert not run.report.exists()

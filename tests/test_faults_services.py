@@ -304,10 +304,11 @@ def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
 @pytest.mark.faults
 @pytest.mark.ray
 def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tmp_path, mounted):
-    disk = mounted("disk")
+    """The run folder, MLflow's database and its artifacts lie on it, as they do unless others are named."""
+    disk = mounted("disk", size="60m")
     overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=30", "train.patience=30"]
-    runs = RunFolder(disk.path / "mine")
-    with background(tmp_path, *overrides, f"run.dir={disk.place}", prefix=disk.prefix(tmp_path)) as process:
+    runs = RunFolder(disk.path / "runs" / "mine")
+    with background(tmp_path, *overrides, prefix=disk.prefix(disk.place)) as process:
         wait_until(lambda: all(list(runs.fold(k).state.glob("0*")) for k in range(2)), process, tmp_path / "out")
         with full(disk.path):
             code = process.wait(timeout=200)
@@ -315,16 +316,18 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     assert code == 1, said
     assert f"the disk {disk.place} is full" in said
     assert f"make room on {disk.place}" in said
-    assert f"python -m raycv.run resume=mine run.dir={disk.place}" in said
-    assert "Traceback (most" not in said
+    assert "python -m raycv.run resume=mine\n" in said
+    assert f"What MLflow keeps cannot be written to {disk.place}: the disk {disk.place} is full" in said
+    assert "Traceback" not in said
+    assert "[SQL" not in said
     kept = [StateFolder(runs.fold(k).state).newest(pytest.fail).epoch for k in range(2)]
     assert min(kept) >= 1
-    resumed = disk.run(tmp_path, "-m", "raycv.run", "resume=mine", f"run.dir={disk.place}")
+    resumed = disk.run(disk.place, "-m", "raycv.run", "resume=mine")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     for k in range(2):
         assert f"fold {k}: goes on after epoch {kept[k]}" in resumed.stdout
         assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 31))
-    assert set(statuses(tmp_path).values()) == {"FINISHED"}
+    assert set(statuses(disk.path).values()) == {"FINISHED"}
 
 
 def fetching(hub, monkeypatch, **environment):
@@ -484,7 +487,9 @@ def test_two_runs_at_once_in_one_folder_and_a_server_that_stays_away(tmp_path):
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.ray
-def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp_path):
+@pytest.mark.parametrize("impatient", [False, True])
+def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp_path, impatient):
+    """Nor does who is `impatient` lose anything by Ctrl-C once the report is there."""
     overrides = [*write_task(tmp_path / "task", *learnable(), unchanged), "train.epochs=20", "train.patience=20"]
     port, log, run = free_port(), tmp_path / "out", RunFolder(tmp_path / "runs" / "mine")
     url = f"http://127.0.0.1:{port}"
@@ -494,9 +499,14 @@ def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp
             # It takes connections, and never answers.
             os.killpg(server.pid, signal.SIGSTOP)
             wait_until(run.report.is_file, process, log)
-            assert process.wait(timeout=60) == 0, log.read_text()
+            if impatient:
+                process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == (130 if impatient else 0), log.read_text()
+        assert "resume=" not in log.read_text()
+        assert not run.lock.exists()
         os.killpg(server.pid, signal.SIGCONT)
-        later = re.search(r"^Log it later: python -m raycv\.aggregate (.*)$", log.read_text(), re.MULTILINE)[1]
+        said = r"^Log it (later|into MLflow): python -m raycv\.aggregate (.*)$"
+        later = re.search(said, log.read_text(), re.MULTILINE)[2]
         aggregated = raycv("aggregate", *later.split(), cwd=tmp_path)
         assert aggregated.returncode == 0, aggregated.stderr
         check_all_is_logged(url, run)

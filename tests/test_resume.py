@@ -20,16 +20,18 @@ import pytest
 import torch
 from commands import ROOT, background, raycv, statuses, wait_until
 from filelock import FileLock
+from test_base import NAME, hub  # noqa: F401
 from test_memory import Tight
 from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv import __version__ as raycv_version
+from raycv.base import fetch_base
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
-from raycv.driver import _data
+from raycv.driver import _base, _data
 from raycv.errors import UserError
-from raycv.paths import RunFolder, read_json, resume_command, write_json
+from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
 from raycv.resume import earlier_run, sole_process
 from raycv.state import FACTS, MANIFEST, TENSORS, StateFolder, TrainState
 from raycv.train import FoldTrainer
@@ -312,7 +314,8 @@ def unfinished(tmp_path_factory):
     )
     dataset, splits = _data(config)
     run = RunFolder(folder / "runs" / "mine")
-    prepared = Prepared(dataset, splits, None, None, None, {"revision": None, "files": {}}, {}, [])  # type: ignore[arg-type]
+    base = {"revision": None, "files": dict(fetch_base(config.model.name, None).files)}
+    prepared = Prepared(dataset, splits, None, None, None, base, {}, [])  # type: ignore[arg-type]
     _write_inputs(run, config, prepared)
     write_json(run.tracking, {"uri": "sqlite:///nowhere.db", "experiment_id": "1", "parent_run_id": "x"})
     return run
@@ -325,11 +328,16 @@ def left(unfinished, tmp_path):
     run = RunFolder(tmp_path / "runs" / "mine")
     moved = run.config.read_text().replace(str(unfinished.root.parent.parent), str(tmp_path))
     run.config.write_text(moved)
+    changed(run.environment, config_sha256=sha256_of(run.config))
     return run
 
 
-def refused(run, *overrides):
-    result = raycv("run", *overrides, cwd=run.root.parent.parent)
+def changed(file, **values):
+    write_json(file, read_json(file) | values)
+
+
+def refused(run, *overrides, **environment):
+    result = raycv("run", *overrides, cwd=run.root.parent.parent, **environment)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
@@ -387,6 +395,35 @@ def test_other_splits_and_versions_are_refused_with_the_difference(left):
     assert "3 faults" in said
 
 
+def test_an_edited_config_is_refused(left):
+    """The file is valid, and not what the run was trained with."""
+    recorded = sha256_of(left.config)
+    left.config.write_text(left.config.read_text().replace("epochs: 3", "epochs: 77"))
+    said = refused(left, "resume=mine")
+    assert f"config.yaml was changed, its sha256: {recorded[:28]}" in said
+    assert "MLflow's parent run has the one that was recorded" in said
+    assert "1 fault" in said
+
+
+def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hub):  # noqa: F811
+    base = read_json(left.environment)["base_model"]
+    files = {name: (ROOT / "models/tiny_llama" / name).read_bytes() for name in base["files"]}
+    then, now = hub.add(NAME, files), hub.add(NAME, {**files, "README.md": b"new"})
+    left.config.write_text(left.config.read_text().replace("raycv://models/tiny_llama", NAME))
+    changed(left.environment, base_model=base | {"revision": then}, config_sha256=sha256_of(left.config))
+
+    def asked_for(*typed):
+        values = compose("run", ["resume=mine", f"run.dir={left.root.parent}", *typed])
+        return earlier_run(validate(RunConfig, values), {word.partition("=")[0] for word in typed})
+
+    for typed in ([], [f"model.revision={then}"], ["model.revision=null"]):
+        earlier = asked_for(*typed)
+        assert (earlier.faults, earlier.config.model.revision) == ((), then)
+    earlier.check_base(_base(earlier.config).facts)
+    assert hub.count(now) == 0
+    assert asked_for(f"model.revision={now}").faults == (f"model.revision: the run has {then}, the command line {now}",)
+
+
 def test_another_commit_alone_is_a_warning(left):
     environment = read_json(left.environment)
     warned = []
@@ -423,14 +460,19 @@ def test_what_cannot_go_on_is_said(left):
     assert "nothing to go on" in said("mine")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000])
+OF_NO_KIND = '{"packages": [], "base_model": 5, "git": "x", "uri": 1, "folds": 2, "rows": [1]}'
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000, OF_NO_KIND])
 @pytest.mark.parametrize("name", ["tracking.json", "environment.json", "splits.json", "data_stats.json"])
 def test_a_damaged_file_of_the_run_is_named(left, name, content):
+    base = read_json(left.environment)["base_model"]
     (left.root / name).write_text(content)
 
     def go_on():
         earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
         earlier.check(*_data(earlier.config))
+        earlier.check_base(base)
         earlier.warnings()
 
     with pytest.raises(UserError) as caught:

@@ -10,24 +10,31 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from commands import raycv
+from rich.console import Console
 
 from raycv.callback import FoldRuns
 from raycv.cli import compose
-from raycv.config import RunConfig, TrackingConfig, as_yaml, validate
+from raycv.config import STORES, RunConfig, TrackingConfig, as_yaml, validate
+from raycv.driver import _ended
 from raycv.errors import UserError
 from raycv.metrics import METRICS
 from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import FoldResult
 from raycv.report import summarize
-from raycv.tracking import EPOCH_METRICS, Tracker, absolute_uri, flat_params
+from raycv.resume import sole_process
+from raycv.retry import mask_secrets
+from raycv.tracking import EPOCH_METRICS, Tracker, check_store, flat_params
 
 
 def config(uri, folder, experiment="raycv"):
@@ -226,10 +233,53 @@ def test_an_unknown_run_is_refused_without_a_second_attempt(tracked, caplog):
     assert "attempt" not in caplog.text
 
 
-@pytest.mark.parametrize("uri", ["mlruns", "./here"])
-def test_a_plain_folder_is_refused(uri):
-    with pytest.raises(UserError, match="no longer supported"):
-        absolute_uri(uri)
+def test_the_schema_knows_the_stores_that_mlflow_has():
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    # Plain folders are no longer supported.
+    assert {*STORES, "sqlite", "", "file"} == set(_tracking_store_registry._registry)
+
+
+def test_a_child_that_lacks_something_is_not_finished_with_its_parent(tracked):
+    """The store was away while it was logged, and is back for the end: it can still be completed."""
+    tracker, parent_id, folder, _ = tracked
+    tracker.start_child(parent_id, 0, {})
+    tracker.finish_family(parent_id, "FINISHED")
+    assert tracker.run(parent_id).info.status == "FINISHED"
+    assert tracker.children(parent_id)[0].info.status == "KILLED"
+    tracker.log_missing_folds(parent_id, folder, 2, {})
+    children = tracker.children(parent_id)
+    assert [children[fold].info.status for fold in range(2)] == ["FINISHED", "FINISHED"]
+    assert children[0].data.metrics["best_f1"] == 0.5
+
+
+def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tracked, capsys):
+    """Ctrl-C, or an error, after the report: nothing is left to go on with."""
+    tracker, parent_id, folder, _ = tracked
+    settings = validate(RunConfig, compose("run", ["cv.folds=2"]))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def broken_off(complete, error):
+        with sole_process(folder), _ended(tracker, parent_id, folder, settings, Console()):
+            if complete:
+                write_json(folder.report, {})
+            raise error
+
+    try:
+        for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
+            for complete in (False, True):
+                folder.report.unlink(missing_ok=True)
+                tracker.reopen(parent_id)
+                with pytest.raises(error):
+                    broken_off(complete, error)
+                said = capsys.readouterr().out
+                assert ("raycv.run resume=mine" in said) is not complete
+                assert ("raycv.aggregate run=mine" in said) is complete
+                assert folder.lock.exists() is not complete
+                assert tracker.run(parent_id).info.status == ("FINISHED" if complete else status)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow
@@ -241,6 +291,21 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
     ends = [process.communicate()[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], ends
+
+
+@pytest.mark.slow
+def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, caplog):
+    """By another process, and longer than SQLite itself waits."""
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    Tracker(settings.uri)
+    code = "import sqlite3, sys, time; held = sqlite3.connect(sys.argv[1]); held.execute('BEGIN EXCLUSIVE');"
+    code += "print('locked', flush=True); time.sleep(15)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "mlflow.db"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        started = time.monotonic()
+        check_store(settings)
+        assert time.monotonic() - started > 10
+        assert Tracker(settings.uri).open_experiment(settings)
 
 
 def test_an_old_schema_names_the_upgrade(tmp_path):
@@ -311,9 +376,72 @@ def server(tmp_path):
         yield f"http://127.0.0.1:{port}", process
 
 
+@contextlib.contextmanager
+def answering(answer):
+    """An HTTP server for which `answer(handler, body)` answers each request; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do(self):
+            answer(self, self.rfile.read(int(self.headers["Content-Length"] or 0)))
+
+        do_GET = do_POST = do  # noqa: N815  # the names that http.server looks for
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_a_password_says_how_to_give_one(tmp_path, caplog, status):
+    def refuse(handler, _):
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(b"You are not authenticated.")
+
+    with answering(refuse) as url, pytest.raises(UserError) as caught:
+        Tracker(url).open_experiment(config(url, tmp_path))
+    assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedies[0]
+    # Printed, and not masked away.
+    assert "user:password@" in mask_secrets(caught.value.remedies[0])
+    assert "attempt" not in caplog.text
+
+
+def losing_one_answer(url):
+    """A server that hands on to the one at `url`, and hangs up once a run is made instead of saying so."""
+    lost = []
+
+    def hand_on(handler, body):
+        asked = urllib.request.Request(url + handler.path, body or None, dict(handler.headers), method=handler.command)
+        try:
+            got = urllib.request.urlopen(asked)
+        except urllib.error.HTTPError as error:
+            got = error
+        answer = got.read()
+        if handler.path.endswith("/runs/create") and not lost:
+            lost.append(answer)
+            handler.close_connection = True
+            return
+        handler.send_response(got.status)
+        handler.send_header("Content-Length", str(len(answer)))
+        handler.end_headers()
+        handler.wfile.write(answer)
+
+    return answering(hand_on)
+
+
 @pytest.mark.slow
 def test_an_http_server_and_its_death(server, tmp_path, caplog):
     url, process = server
+    with losing_one_answer(url) as bad_line:
+        tracker = Tracker(bad_line)
+        experiment_id = tracker.open_experiment(config(bad_line, tmp_path, "bad line"))
+        made = tracker.start_parent(experiment_id, "one", {})
+        assert "start the parent run: attempt 1 of 3 failed" in caplog.text
+        assert [run.info.run_id for run in tracker._client.search_runs([experiment_id])] == [made]
     settings = config(url, tmp_path)
     tracker = Tracker(url)
     folder = finished_run(tmp_path / "runs" / "mine")
