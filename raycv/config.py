@@ -6,6 +6,7 @@ Every fault of a config is reported at once, with the value received and what th
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 from raycv.errors import FaultsError, shown
 from raycv.retry import mask_secrets
 
+PLUGINS = "mlflow.tracking_store"
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -28,11 +30,18 @@ def _without_nul(text: str) -> str:
     return text
 
 
+STORES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks", "databricks-uc", "uc")
+"""What MLflow keeps runs in, by the scheme of its address; plugins add more."""
+
+
 def _an_address(uri: str) -> str:
     try:
-        urlsplit(uri)
+        scheme = urlsplit(uri).scheme
     except ValueError as error:
         raise ValueError(f"is no address ({error})") from error
+    # Said here, since MLflow takes seconds to be loaded.
+    if scheme and scheme.partition("+")[0] not in STORES and scheme not in entry_points(group=PLUGINS).names:
+        raise ValueError(f"begins with {scheme}: and MLflow knows no such store (but {', '.join(STORES[:6])})")
     if uri.startswith("sqlite:") and ":memory:" in uri:
         raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
     return uri
