@@ -161,7 +161,7 @@ def _attention(config: Any) -> str:
     """
     from transformers import AutoModelForSequenceClassification
 
-    classes = AutoModelForSequenceClassification._model_mapping
+    classes: Any = AutoModelForSequenceClassification._model_mapping
     known = type(config) in classes and classes[type(config)]._supports_sdpa
     return "sdpa" if known else "eager"
 
