@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from urllib.parse import urlsplit
@@ -63,13 +64,18 @@ def _a_store(uri: str) -> str:
         if not file or ":memory:" in file:
             raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
         return SQLITE + _a_path(file)
-    if "://" not in uri or kind not in STORES or (driver and kind not in DATABASES):
+    named = uri if uri in BARE else kind if "://" in uri else None
+    if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
         raise ValueError("is no MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
     return uri
 
 
 DATABASES = ("mssql", "mysql", "postgresql")
-STORES = (*DATABASES, "http", "https", "databricks", "databricks-uc", "uc")
+PLUGINS = "mlflow.tracking_store"
+"""The entry points of further stores."""
+BARE = ("databricks", "databricks-uc")
+"""Stores whose name alone is an address."""
+STORES = (*DATABASES, "http", "https", *BARE, "uc")
 """Schemes that MLflow has a store for, but for sqlite and plain folders, which it no longer supports."""
 
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]

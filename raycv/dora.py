@@ -6,7 +6,8 @@ B A, adds it to W and takes row norms, and with dropout it computes W x a second
 
 - the norm is factored, ||W + s B A||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B), so that no
   dense B A exists, and computed once per change of A or B: once per optimizer step, not per micro-batch or recompute;
-- dropout acts on the low-rank path alone (`lora_path`, as in torchtune), which needs W x once; `peft` is the original.
+- dropout acts on the low-rank path alone (`lora_path`, as in torchtune), which needs W x once; `peft` is the original;
+- GPT-2's Conv1D, a linear layer with its weights transposed, is one too.
 """
 
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 DropoutPath = Literal["lora_path", "peft"]
 
@@ -40,10 +44,31 @@ class Parts(NamedTuple):
     """[out]"""
 
 
+class Norms:
+    """What a layer has computed of its weights. Copies and pickles of a layer start without."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[object, torch.Tensor]] = {}
+        """||W + s B A|| of each adapter"""
+        self.base: tuple[object, torch.Tensor] | None = None
+        """||W||^2"""
+
+    def __reduce__(self) -> tuple[type["Norms"], tuple[()]]:
+        return Norms, ()
+
+
 class FactoredDoraLinear(PeftLoraLinear):
     """PEFT's DoRA linear layer with another forward. Anything but plain DoRA of one adapter is left to PEFT's."""
 
     dropout_path: DropoutPath = "lora_path"
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        layer = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        # In the shared config, as PEFT does, so that the same is saved.
+        config.fan_in_fan_out = isinstance(layer, Conv1D)
+        kwargs["is_target_conv_1d_layer"] = config.fan_in_fan_out
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self._norms = Norms()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x`: [..., in]; returns [..., out] in the type of the base layer's output."""
@@ -55,13 +80,18 @@ class FactoredDoraLinear(PeftLoraLinear):
         low_input = dropout(x)
         through_base = functional.linear(x, parts.weight)
         dropped = self.training and not isinstance(dropout, nn.Identity) and self.dropout_path == "peft"
-        scaled = functional.linear(low_input, parts.weight) if dropped else through_base
-        # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
-        # activations need not be turned to float32 and back.
-        out = torch.addcmul(through_base, scaled, (gamma - 1).to(through_base.dtype))
+        if dropped or through_base.dtype.itemsize < 4:
+            # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
+            # activations need not be turned to float32 and back.
+            scaled = functional.linear(low_input, parts.weight) if dropped else through_base
+            out = torch.addcmul(through_base, scaled, (gamma - 1).to(through_base.dtype))
+        else:
+            out = through_base * gamma.to(through_base.dtype)
         hidden = functional.linear(low_input, parts.a.to(low_input.dtype))
         up = (self.scaling[adapter] * gamma)[:, None] * parts.b
-        out = out + functional.linear(hidden, up.to(hidden.dtype))
+        # One pass over the activations less than a sum of products.
+        rows = torch.addmm(out.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.to(hidden.dtype).T)
+        out = rows.reshape(out.shape)
         return out if parts.bias is None else out + parts.bias.to(out.dtype)
 
     def parts(self, adapter: str) -> Parts:
@@ -70,7 +100,8 @@ class FactoredDoraLinear(PeftLoraLinear):
         a: Any = self.lora_A[adapter]
         b: Any = self.lora_B[adapter]
         magnitude: Any = self.lora_magnitude_vector[adapter]
-        return Parts(base.weight, base.bias, a.weight, b.weight, magnitude.weight)
+        weight = base.weight.T if self.fan_in_fan_out else base.weight
+        return Parts(weight, base.bias, a.weight, b.weight, magnitude.weight)
 
     def row_norm(self, adapter: str) -> torch.Tensor:
         """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change.
@@ -79,35 +110,50 @@ class FactoredDoraLinear(PeftLoraLinear):
         """
         weight, _, a, b, _ = self.parts(adapter)
         scaling = self.scaling[adapter]
-        # In-place updates, as optimizers and load_state_dict make them, count up a tensor's version.
-        key = (scaling, *((tensor.data_ptr(), tensor._version) for tensor in (weight, a, b)))
-        norms = self.__dict__.setdefault("_row_norms", {})
-        cached = norms.get(adapter)
-        if cached is None or cached[0] != key:
-            # Not an inference tensor, whoever asks first: training may use it later.
-            with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
-                cached = (key, factored_norm(weight, self._square_norm(weight), a, b, scaling))
-            norms[adapter] = cached
-        return cached[1]
+        key = _state(weight, a, b, scaling)
+        kept = self._norms.rows.get(adapter)
+        if kept is not None and key is not None and kept[0] == key:
+            return kept[1]
+        # Not an inference tensor, whoever asks first: training may use it later.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+            norm = factored_norm(weight, self._square_norm(weight), a, b, scaling)
+        self._norms.rows[adapter] = (key, norm)
+        return norm
 
     def _square_norm(self, weight: torch.Tensor) -> torch.Tensor:
         """||W||^2 of each row: the base is frozen, so once."""
-        key = (weight.data_ptr(), weight._version)
-        cached = self.__dict__.get("_base_norm")
-        if cached is None or cached[0] != key:
-            square = torch.cat([chunk.square().sum(dim=1) for chunk in _chunks(weight)])
-            cached = self.__dict__["_base_norm"] = (key, square)
-        return cached[1]
+        key, kept = _state(weight), self._norms.base
+        if kept is not None and key is not None and kept[0] == key:
+            return kept[1]
+        square = torch.cat([chunk.square().sum(dim=1) for chunk in _chunks(weight)])
+        self._norms.base = (key, square)
+        return square
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The one active DoRA adapter, if there is nothing else to mind."""
         plain = not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
-        if not plain or kwargs.get("adapter_names") is not None or self.fan_in_fan_out:
+        if not plain or kwargs.get("adapter_names") is not None:
             return None
         adapter = self.active_adapters[0]
         if adapter not in self.lora_magnitude_vector or self.lora_bias[adapter]:
             return None
         return adapter
+
+
+def _state(*values: torch.Tensor | float) -> object:
+    """What equals another state only if `values` are what they were; None for tensors whose changes are not counted.
+
+    In-place updates, as optimizers and load_state_dict make them, count up a tensor's version. A storage is known by a
+    weak reference: the address of one that is gone may be another's, and a reference would keep it in memory.
+    """
+    if any(isinstance(value, torch.Tensor) and value.is_inference() for value in values):
+        return None
+    return tuple(
+        (StorageWeakRef(value.untyped_storage()), value.storage_offset(), value._version)
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in values
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -140,11 +186,11 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def use_factored(config: LoraConfig) -> LoraConfig:
-    """Makes PEFT build FactoredDoraLinear for linear layers, by its extension point for custom modules.
+    """Makes PEFT build FactoredDoraLinear for linear layers and Conv1D, by its extension point for custom modules.
 
     The mapping lives in memory only: what PEFT saves, and what stock PEFT opens, is a plain DoRA adapter.
     """
-    config._register_custom_module({nn.Linear: FactoredDoraLinear})
+    config._register_custom_module({nn.Linear: FactoredDoraLinear, Conv1D: FactoredDoraLinear})
     return config
 
 

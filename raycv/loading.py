@@ -133,6 +133,7 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
     config.label2id = {label: i for i, label in enumerate(LABELS)}
     config.use_cache = False
     set_pad_token(tokenizer, config)
+    config._attn_implementation = _attention(config)
     # Parts that the checkpoint lacks are drawn from the global generator. torch.manual_seed would also seed the GPUs'.
     with torch.random.fork_rng(devices=[]), _loading("weights", files):
         torch.default_generator.manual_seed(seed)
@@ -151,6 +152,18 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
     lacking = _check_loaded(model, found, files)
     _renew_head(model, lacking, seed)
     return model.eval()
+
+
+def _attention(config: Any) -> str:
+    """The attention that a model computes with, whatever is installed beside: PyTorch's own.
+
+    Kernels are pinned in one place (raycv.utils.pin_kernels). Families that have not got it compute theirs.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    classes: Any = AutoModelForSequenceClassification._model_mapping
+    known = type(config) in classes and classes[type(config)]._supports_sdpa
+    return "sdpa" if known else "eager"
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -111,7 +112,7 @@ class Checkpointing:
         else:
             need = measured() + later_bytes
         release_memory()
-        limit = _memory(device) * self._share
+        limit = _memory(device, self._share)
         fits = need is not None and need <= MARGIN * limit
         self._switch(not fits)
         said = "more than there is" if need is None else f"{need / 1e9:.1f} GB"
@@ -157,10 +158,47 @@ def _measured(model: torch.nn.Module, device: torch.device) -> Iterator[Callable
         yield lambda: int(BACKWARD_FACTOR * sum(kept.values()))
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that processes may take: all of a GPU, what is free of the machine."""
+def _memory(device: torch.device, share: float) -> int:
+    """Bytes that this process may take: its share of what is free of the machine, or of a GPU as far as that is free.
+
+    On a GPU what the process has already counts in, since it is measured too; on a CPU only activations are.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, total = torch.cuda.mem_get_info(device)
+        return min(int(total * share), free + torch.cuda.memory_reserved(device))
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(min([psutil.virtual_memory().available, *_left_to_containers(Path("/proc/self/cgroup"))]) * share)
+
+
+CONTROL_GROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By the controllers named in /proc/self/cgroup, which version 2 leaves out: the folder, the files of a group's limit
+and use, and what of that use (files in the cache) the kernel takes back before it kills."""
+
+
+def _left_to_containers(own: Path, mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes left to each control group with a limit that a process is in: of Docker, Slurm, systemd.
+
+    `own`: its /proc/<pid>/cgroup. What /proc/meminfo says is the machine's, in a container too.
+    """
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers not in CONTROL_GROUPS:
+            continue
+        folder, limit, used, cached = CONTROL_GROUPS[controllers]
+        root = mounted / folder
+        # Up to the root: the limits above count too, and in a container the path may be one of the host's.
+        group = root / path.lstrip("/")
+        for place in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            try:
+                most, taken = int((place / limit).read_text()), int((place / used).read_text())
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                yield max(0, most - taken + int(stat[cached]))
+            except (OSError, ValueError, KeyError):
+                continue  # no limit, not there, or not to be read

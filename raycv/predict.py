@@ -21,6 +21,7 @@ from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
 from raycv.prompts import render
 from raycv.scoring import RowScorer
+from raycv.utils import pin_kernels
 
 CHUNK_PAIRS = 2304
 """Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
@@ -47,6 +48,7 @@ class Predictor:
         Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
             cannot be computed in the precision that is asked for.
         """
+        pin_kernels()
         infos = [read_info(folder) for folder in checkpoints]
         _check_kin(infos, checkpoints)
         self.info = infos[0]

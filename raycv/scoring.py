@@ -16,9 +16,10 @@ Batch = list[np.ndarray]
 """Rows [n] of each group of a batch; a plain batch is one list of rows."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far packed logits may be off the plain ones before sharing is taken to be wrong for a model."""
+"""How far packed logits may be off the plain ones before sharing is taken to be wrong for a model, as a share of the
+largest: those of a fresh head are small."""
 ROUGH_TOLERANCE = 0.1
-"""The same for 16-bit types, as a share of the largest logit: rounding gives 0.03, another attention 0.3 or more."""
+"""The same for 16-bit types: rounding gives 0.03, another attention 0.3 or more."""
 
 
 class RowScorer:
@@ -115,10 +116,10 @@ class RowScorer:
         self.model.train(training)
         with self.autocast():
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
-        rough = ROUGH_TOLERANCE * float(plain.abs().max())
+        share = TOLERANCE.get(dtype or next(self.model.parameters()).dtype, ROUGH_TOLERANCE)
         worst = float((plain - packed).abs().max())
         # Written so that a NaN fails too.
-        if worst <= TOLERANCE.get(dtype or next(self.model.parameters()).dtype, rough):
+        if worst <= share * float(plain.abs().max()):
             return None
         return f"{type(classifier).__name__} is not causal: its logits differ by {worst:.2g} with a shared prefix"
 

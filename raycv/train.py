@@ -242,7 +242,9 @@ class FoldTrainer:
         if not self.config.share_prefix:
             return {True: False, False: False}
         trouble = self.scorer.check_sharing()
-        if trouble is not None:
+        # All as one: workers that divide a step in two ways would leave rows out and compute others twice.
+        if self.workers.any(trouble is not None, self.accelerator.device):
+            trouble = trouble or "another worker of the fold found that it must be"
             self._tell(f"every prompt is computed on its own: {trouble}")
         return {True: trouble is None and self.config.batching == "post_grouped", False: trouble is None}
 

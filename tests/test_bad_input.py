@@ -297,6 +297,10 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
         ["train.effective_batch_size: must be a multiple of train.batch_size, which is 5; received 32"],
     ),
     "a store that is forgotten": (["tracking.uri=sqlite:///:memory:"], ["tracking.uri: keeps nothing in memory"]),
+    "a store that MLflow does not know": (
+        ["tracking.uri=nonsense://ann:hunter2222@host"],
+        ["tracking.uri: is no MLflow store: name a database", "received 'nonsense://***@host'"],
+    ),
     "half an address": (["tracking.uri=http://[::1"], ["tracking.uri: is no address (Invalid IPv6 URL)"]),
     "epochs for ever": (["train.epochs=99999999999999999999"], ["train.epochs: "]),
     "a rank beyond all models": (["dora.r=1000000000"], ["dora.r: "]),

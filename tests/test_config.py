@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import cache
@@ -150,6 +149,25 @@ def test_environment_sets_what_differs_between_machines(monkeypatch: pytest.Monk
     assert config.resources.autoscaling is True
     stated = validate(RunConfig, compose("run", ["tracking.uri=sqlite:///x.db", "run.dir=y"]))
     assert (stated.tracking.uri, stated.run.dir) == ("sqlite:///x.db", "y")
+
+
+def test_the_stores_of_mlflows_plugins_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = compose("run", ["tracking.uri=my-store://host"])
+    with pytest.raises(FaultsError, match="is no MLflow store"):
+        validate(RunConfig, values)
+    plugin = tmp_path / "my_store-1.0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: my-store\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text("[mlflow.tracking_store]\nmy-store = nothing:Store\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert validate(RunConfig, values).tracking.uri == "my-store://host"
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///runs.db", "postgresql+psycopg2://host/base", "HTTPS://host", "databricks", "databricks://me"]
+)
+def test_addresses_of_stores_that_can_be(uri: str) -> None:
+    assert validate(RunConfig, values_under(f"tracking.uri={uri}")).tracking.uri == uri
 
 
 @pytest.mark.parametrize("value", ["perhaps", "1", "[", "${x}"])
@@ -484,16 +502,34 @@ def refused(cwd: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def test_refusal_names_all_faults_in_under_three_seconds(tmp_path: Path) -> None:
-    def child_seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+def child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
-    # Of processor time, as the machine may be busy with something else; what it merely waits for must be little too.
-    started, used = time.monotonic(), child_seconds()
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--cfg", "job"], 0),
+        (["train.lr=banana"], 2),
+        (["tracking.uri=bad://x"], 2),
+        (["data.dir=/no/such/folder"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_needs_no_model_takes_under_a_second_and_a_half(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """Of processor time, the best of three, as the machine may be busy; it is a third of that on an idle one."""
+    used = []
+    while len(used) < 3 and min(used, default=9) >= 1.5:
+        before = child_seconds()
+        assert command(tmp_path, *arguments).returncode == code
+        used.append(child_seconds() - before)
+    assert min(used) < 1.5
+
+
+def test_refusal_names_all_faults(tmp_path: Path) -> None:
     said = refused(tmp_path, "train.lr=banana", "cv.folds=1", "train.epoch=3", "+dora.q=1", "~cv.seed")
-    assert child_seconds() - used < 3
-    assert time.monotonic() - started < 30
     assert "raycv.run: The configuration cannot be used: 5 faults" in said
     assert "train.lr: should be a valid number; received 'banana'" in said
     assert "cv.folds: should be greater than or equal to 2; received 1" in said

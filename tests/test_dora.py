@@ -2,15 +2,19 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from builders import tiny_bert, tiny_llama
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from toy import LLAMA_MODULES
+from transformers.pytorch_utils import Conv1D
 
+import raycv.dora as dora
 from raycv.base import fetch_base
 from raycv.dora import factored_layers, factored_norm, start_at_the_base, use_factored
 from raycv.loading import load_classifier, load_tokenizer
@@ -19,11 +23,11 @@ SHAPES = [(8, 8), (24, 8), (8, 24), (7, 33), (1, 5), (40, 1)]
 
 
 class One(nn.Module):
-    """A model of one linear layer."""
+    """A model of one linear layer; `conv1d`: with its weights transposed, as GPT-2 has them."""
 
-    def __init__(self, inp, out, bias, dtype=torch.float64):
+    def __init__(self, inp, out, bias, dtype=torch.float64, conv1d=False):
         super().__init__()
-        self.proj = nn.Linear(inp, out, bias=bias, dtype=dtype)
+        self.proj = Conv1D(out, inp).to(dtype) if conv1d else nn.Linear(inp, out, bias=bias, dtype=dtype)
 
     def forward(self, x):
         return self.proj(x)
@@ -33,10 +37,10 @@ def lora(dropout=0.0, r=4, targets=("proj",)):
     return LoraConfig(use_dora=True, r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(targets))
 
 
-def pair(inp, out, bias=True, dropout=0.0, dtype=torch.float64, path="lora_path"):
+def pair(inp, out, bias=True, dropout=0.0, dtype=torch.float64, path="lora_path", conv1d=False):
     """PEFT's layer and ours with the same weights, A, B and magnitudes all away from their start."""
     torch.manual_seed(0)
-    plain = One(inp, out, bias, dtype)
+    plain = One(inp, out, bias, dtype, conv1d)
     theirs = get_peft_model(copy.deepcopy(plain), lora(dropout), autocast_adapter_dtype=dtype != torch.bfloat16)
     ours = get_peft_model(plain, use_factored(lora(dropout)), autocast_adapter_dtype=dtype != torch.bfloat16)
     if dtype == torch.float64:
@@ -61,11 +65,18 @@ def outputs_and_gradients(model, x, seed=3):
     return y, {"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("bias", [True, False])
+CONV1D = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+
+
+@CONV1D
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
 @pytest.mark.parametrize(("out", "inp"), SHAPES)
-def test_outputs_and_all_gradients_are_pefts_in_float64(out, inp, bias):
-    theirs, ours = pair(inp, out, bias)
-    x = torch.randn(3, 5, inp, dtype=torch.float64)
+def test_outputs_and_all_gradients_are_pefts_in_float64(out, inp, kind):
+    theirs, ours = pair(inp, out, kind == "bias", conv1d=kind == "conv1d")
+    same_as_pefts(theirs, ours, torch.randn(3, 5, inp, dtype=torch.float64))
+
+
+def same_as_pefts(theirs, ours, x):
     y, gradients = outputs_and_gradients(ours, x)
     expected, expected_gradients = outputs_and_gradients(theirs, x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -73,23 +84,32 @@ def test_outputs_and_all_gradients_are_pefts_in_float64(out, inp, bias):
     assert any("magnitude" in name for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-12, atol=1e-12)
+    ours.zero_grad()
+    theirs.zero_grad()
 
 
-def test_pefts_dropout_semantics_under_one_random_state():
-    theirs, ours = pair(16, 12, dropout=0.4, path="peft")
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 3, 4, 16)])
+def test_inputs_of_any_shape(shape):
+    theirs, ours = pair(16, 12)
+    x = torch.randn(*shape, dtype=torch.float64)
+    y = ours(x)
+    assert y.shape == (*shape[:-1], 12)
+    torch.testing.assert_close(y, theirs(x).reshape(y.shape), rtol=1e-12, atol=1e-12)
+
+
+@CONV1D
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_pefts_dropout_semantics_under_one_random_state(conv1d):
+    theirs, ours = pair(16, 12, dropout=0.4, path="peft", conv1d=conv1d)
     x = torch.randn(6, 16, dtype=torch.float64)
     for training in (True, False):
-        y, gradients = outputs_and_gradients(ours.train(training), x)
-        expected, expected_gradients = outputs_and_gradients(theirs.train(training), x)
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-12, atol=1e-12)
-        ours.zero_grad()
-        theirs.zero_grad()
+        same_as_pefts(theirs.train(training), ours.train(training), x)
 
 
-def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased():
-    _, ours = pair(16, 12, dropout=0.4)
+@CONV1D
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased(conv1d):
+    _, ours = pair(16, 12, dropout=0.4, conv1d=conv1d)
     (layer,) = factored_layers(ours)
     x = torch.randn(6, 16, dtype=torch.float64)
     torch.manual_seed(9)
@@ -98,8 +118,9 @@ def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased():
     dropped = torch.dropout(x, 0.4, True)
     base = layer.get_base_layer()
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    gamma = layer.lora_magnitude_vector["default"].weight / (base.weight + 2 * b @ a).norm(dim=1)
-    torch.testing.assert_close(y, gamma * (x @ base.weight.T + 2 * dropped @ a.T @ b.T) + base.bias)
+    weight = base.weight.T if conv1d else base.weight
+    gamma = layer.lora_magnitude_vector["default"].weight / (weight + 2 * b @ a).norm(dim=1)
+    torch.testing.assert_close(y, gamma * (x @ weight.T + 2 * dropped @ a.T @ b.T) + base.bias)
     mean = torch.stack([ours(x) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, ours.eval()(x), rtol=0.05, atol=0.05)
 
@@ -126,26 +147,34 @@ def test_a_row_that_cancels_is_no_nan():
     assert norm[2] < 1e-2
 
 
-def test_the_norm_is_computed_once_per_optimizer_step(monkeypatch):
-    import raycv.dora as dora
-
+@pytest.fixture
+def norms(monkeypatch):
+    """Grows with every norm that is computed."""
     calls = []
     real = dora.factored_norm
     monkeypatch.setattr(dora, "factored_norm", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+def test_the_norm_is_computed_once_per_optimizer_step_and_that_of_the_base_once(norms, monkeypatch):
+    passes, real = [], dora._chunks
+    monkeypatch.setattr(dora, "_chunks", lambda weight: passes.append(1) or real(weight))
     _, ours = pair(16, 12, dropout=0.1)
     optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1)
     x = torch.randn(6, 16, dtype=torch.float64)
     for step in range(1, 4):
         for _ in range(4):  # micro-batches
             ours(x).square().sum().backward()
-        assert len(calls) == step
+        assert len(norms) == step
+        assert len(passes) == step + 1  # over W: one for W A^T each time, and one for ||W||^2
         optimizer.step()
         optimizer.zero_grad()
     ours.eval()(x)
-    assert len(calls) == 4
+    assert len(norms) == 4
+    assert len(passes) == 5
     ours.load_state_dict(ours.state_dict())
     ours(x)
-    assert len(calls) == 5
+    assert len(norms) == 5
 
 
 def test_the_cached_norm_follows_every_kind_of_change():
@@ -179,8 +208,102 @@ def test_training_may_follow_inference():
     assert outputs_and_gradients(ours, x)[1].keys() == outputs_and_gradients(theirs, x)[1].keys()
 
 
+def test_a_model_made_for_inference_alone():
+    """Tensors made in inference mode count no changes, so nothing is kept of them."""
+    plain = One(16, 12, True)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        ours = get_peft_model(copy.deepcopy(plain), use_factored(lora())).double()
+        (layer,) = factored_layers(ours)
+        for _ in range(2):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight.normal_()
+            direction = plain.proj.weight + 2 * b @ a
+            gamma = layer.lora_magnitude_vector["default"].weight / direction.norm(dim=1)
+            torch.testing.assert_close(ours(x), gamma * (x @ direction.T) + plain.proj.bias)
+
+
+def test_weights_at_the_address_of_others_that_are_gone_are_not_taken_for_them():
+    """The allocator gives memory that was freed to whoever asks next, and a new tensor has version 0 again."""
+    _, ours = pair(16, 12)
+    (layer,) = factored_layers(ours)
+    b = layer.lora_B["default"].weight
+    memory = np.random.default_rng(0).normal(size=(2, 12, 4))
+
+    def follows():
+        direction = layer.get_base_layer().weight + 2 * b @ layer.lora_A["default"].weight
+        torch.testing.assert_close(layer.row_norm("default"), direction.norm(dim=1))
+
+    for half in memory:
+        memory[0] = half
+        b.data = torch.empty(0)
+        b.data = torch.from_numpy(memory[0])
+        follows()
+    both = torch.from_numpy(np.stack([memory[0], -memory[0]]))
+    for part in both:  # parts of one storage, as a flattened optimizer has them
+        b.data = part
+        follows()
+
+
+def test_another_type_of_the_weights_is_another_state(norms):
+    _, ours = pair(16, 12)
+    (layer,) = factored_layers(ours)
+    layer.row_norm("default")
+    ours.bfloat16().double()
+    direction = layer.get_base_layer().weight + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.row_norm("default"), direction.norm(dim=1), rtol=1e-12, atol=1e-12)
+    assert len(norms) == 2
+
+
+def test_a_layer_that_has_computed_can_be_copied_and_pickled(tmp_path):
+    """What is kept refers to memory: a copy must not free the reference a second time."""
+    _, ours = pair(16, 12)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    expected = ours(x)
+    for _ in range(3):
+        torch.testing.assert_close(copy.deepcopy(ours)(x), expected)
+    torch.save(factored_layers(ours)[0], tmp_path / "layer.pt")
+    again = torch.load(tmp_path / "layer.pt", weights_only=False)
+    torch.testing.assert_close(again(x), expected)
+
+
+class Results(TorchDispatchMode):
+    """Calls `look` with every tensor that an operation gives."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.look(tensor)
+        return made
+
+
+@CONV1D
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_nothing_of_the_size_of_the_weights_is_made(monkeypatch, conv1d):
+    """Neither a dense B A nor a copy of W or of its gradient: with W in several parts, none is as large as it."""
+    monkeypatch.setattr(dora, "CHUNK_ELEMENTS", 4 * 48)
+    _, ours = pair(48, 32, dtype=torch.float32, conv1d=conv1d)
+    weight = factored_layers(ours)[0].get_base_layer().weight
+    made = []
+
+    def look(tensor):
+        if tensor.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            made.append(tuple(tensor.shape))
+
+    x = torch.randn(3, 48, requires_grad=True)
+    with Results(look):
+        ours(x).sum().backward()
+    assert (4, 48) in made
+    assert (32, 4) in made
+    assert max(torch.Size(shape).numel() for shape in made) < 32 * 48 / 2
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, checkpointing):
+def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, checkpointing, norms):
     files = fetch_base(str(tiny_llama(tmp_path)), None)
     tokenizer = load_tokenizer(files)
     results = []
@@ -199,6 +322,7 @@ def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, che
         logits = model(input_ids=torch.arange(3, 23)[None].repeat(2, 1)).logits
         logits.square().sum().backward()
         results.append((logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    assert len(norms) == len(factored_layers(model)) > 0  # once a layer, and not again where it is recomputed
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-10, atol=1e-12)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-12)
@@ -212,6 +336,17 @@ def test_under_bf16_autocast_activations_stay_bf16():
         y = ours(x)
         expected = theirs(x)
     assert y.dtype == torch.bfloat16 == expected.dtype
+    wide = []
+
+    def look(tensor):
+        if tensor.dtype != torch.bfloat16 and tensor.numel() >= 10 * 48:
+            wide.append(tuple(tensor.shape))
+
+    narrow = x.bfloat16().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Results(look):
+        ours(narrow).sum().backward()
+    # A float32 weight is cast; of the activations and their gradients nothing is float32 on the way.
+    assert set(wide) <= {(64, 48), (48, 64)}, wide
     ours_off = (y.float() - exact).abs().mean()
     theirs_off = (expected.float() - exact).abs().mean()
     assert ours_off < 1.5 * theirs_off

@@ -1,5 +1,7 @@
 """Gradient checkpointing as memory allows: the same gradients either way, a choice that follows what was measured."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from test_train import TRAIN, VAL, state
 from torch import nn
 from toy import Recorder, Toy, toy_base, train_config
 
+from raycv import memory
 from raycv.errors import UserError
-from raycv.memory import is_out_of_memory
+from raycv.memory import _left_to_containers, is_out_of_memory
+from raycv.model import trainable
 from raycv.train import FoldTrainer
 
 
@@ -45,16 +49,87 @@ def test_auto_turns_it_off_where_activations_fit_and_keeps_it_where_not(toy):
     assert said.events[0].startswith("gradient checkpointing on: without it ")
 
 
-def test_what_is_measured_grows_with_the_batch_and_shrinks_with_checkpointing(toy):
-    from raycv.memory import _measured
+@pytest.mark.parametrize(("factor", "on"), [(1.01, False), (0.99, True)])
+def test_auto_compares_what_was_measured_with_what_there_is_less_a_margin(toy, monkeypatch, factor, on):
+    """Just more than is needed, and just less: any other measure, sum or margin would choose otherwise."""
+    measured, real = [], memory._measured
 
+    @contextlib.contextmanager
+    def watched(model, device):
+        with real(model, device) as told:
+            yield lambda: measured.append(told()) or measured[-1]
+
+    monkeypatch.setattr(memory, "_measured", watched)
+    model = toy.model(dropout=0.2)
+    later = 12 * sum(parameter.numel() for parameter in trainable(model))  # float32: two moments and the gradient
+
+    def there_is(device, share):
+        assert device.type == "cpu"
+        assert share == 0.25
+        return int(factor * (measured[-1] + later) / 0.85)
+
+    monkeypatch.setattr(memory, "_memory", there_is)
+    loop, _, said, _ = fitted(toy, "auto", share=0.25, model=model)
+    assert len(measured) == 1
+    assert measured[0] > 8 * toy.encoded.lengths.max() * 32 * 4  # a layer's activations of 8 rows, at the least
+    assert loop.checkpointing.on == loop.model.is_gradient_checkpointing == on
+    assert said.events[0].startswith(f"gradient checkpointing {'on' if on else 'off'}: ")
+
+
+def test_memory_is_that_of_the_container(tmp_path):
+    """Version 2, with limits on two levels; what is cached of files counts as free."""
+    own, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    own.write_text("0::/jobs/7\n")
+    group(mounted, 1000, 100, 0, V2)  # the root of a machine has none of these files, that of a container has
+    group(mounted / "jobs", 500, 450, 30, V2)
+    group(mounted / "jobs/7", "max", 440, 30, V2)
+    assert list(_left_to_containers(own, mounted)) == [80, 900]
+
+
+def test_memory_is_that_of_a_container_of_version_1(tmp_path):
+    """The path is the host's: what is mounted in the container is its group."""
+    own, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    own.write_text("9:cpu:/docker/ab\n4:memory:/docker/ab\n0::/\n")
+    group(mounted / "memory", 500, 600, 50, V1)
+    group(mounted / "cpu", 1, 1, 0, V1)
+    assert list(_left_to_containers(own, mounted)) == [0]
+    assert list(_left_to_containers(tmp_path / "none", mounted)) == []
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def group(folder, limit, used, cached, names):
+    """Writes the files of a control group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"cache 5\n{names[2]} {cached}\n")
+
+
+def test_a_limit_below_what_the_machine_has_free_is_what_there_is(monkeypatch):
+    monkeypatch.setattr(memory, "_left_to_containers", lambda own: iter([2000, 1000]))
+    assert memory._memory(torch.device("cpu"), 0.5) == 500
+    monkeypatch.setattr(memory, "_left_to_containers", lambda own: iter([2**62]))
+    assert 0 < memory._memory(torch.device("cpu"), 1.0) < 2**50
+
+
+def test_of_a_gpu_there_is_no_more_than_others_leave(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    assert memory._memory(torch.device("cuda"), 1.0) == 400
+    assert memory._memory(torch.device("cuda"), 0.25) == 250
+
+
+def test_what_is_measured_grows_with_the_batch_and_shrinks_with_checkpointing(toy):
     def bytes_of(rows, checkpointing):
         model = toy.model()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         ids = torch.from_numpy(toy.encoded.input_ids[:rows].astype(np.int64))
-        with _measured(model, torch.device("cpu")) as measured:
+        with memory._measured(model, torch.device("cpu")) as measured:
             model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
         return measured()
 

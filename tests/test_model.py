@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+import transformers
 from builders import ARCHITECTURES, tiny_bert, tiny_llama, tiny_model
 from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLoraLinear
 from toy import LLAMA_MODULES
 from transformers import AutoModelForSequenceClassification
 
 from raycv.base import fetch_base
 from raycv.config import DoraConfig, ModelConfig
+from raycv.dora import factored_layers
 from raycv.errors import UserError
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head, add_dora, choose_precision, count_parameters, trainable
@@ -54,6 +57,31 @@ def test_the_untrained_classifier_is_the_base(tmp_path):
     expected = base(input_ids=ids).logits
     adapted = add_dora(base, config(LLAMA_MODULES), DORA).eval()
     torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dropout", "p"),
+    [("factored", "lora_path", 0.1), ("factored", "peft", 0.1), ("peft", "peft", 0.1), ("peft", "lora_path", 0.0)],
+)
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2LMHeadModel"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_implementation_and_dropout_are_those_asked_for_in_every_layer(
+    tmp_path, architecture, implementation, dropout, p
+):
+    """What each combination computes: `lora_path` keeps W x whole, `peft` drops it too, whoever computes it."""
+    folder = tiny_llama(tmp_path / "a") if architecture == "Llama" else tiny_model(tmp_path / "a", architecture)
+    dora = DoraConfig(r=4, alpha=8, lora_dropout=p, dropout=dropout, implementation=implementation)
+    model = add_dora(classifier(folder), config("all-linear"), dora).train()
+    layers = [module for module in model.modules() if isinstance(module, PeftLoraLinear)]
+    assert len(layers) == {"Llama": 14, "GPT2LMHeadModel": 8}[architecture]
+    assert len(factored_layers(model)) == (len(layers) if implementation == "factored" else 0)
+    for layer in layers:
+        x, base = torch.randn(5, layer.in_features), layer.get_base_layer()
+        layer.lora_magnitude_vector["default"].weight.data *= 1.5
+        bias = 0 if base.bias is None else base.bias
+        # B is 0, so only dropout on the base path can change what the base gives.
+        whole = torch.allclose(layer(x), 1.5 * (base(x) - bias) + bias, atol=1e-6)
+        assert whole == (dropout == "lora_path" or p == 0)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
@@ -134,3 +162,14 @@ def test_layers_that_the_config_leaves_out_are_refused(tmp_path, layers):
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers, "layer_types": None}))
     with pytest.raises(UserError, match=r"do not fit its config\.json.*layers\."):
         classifier(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("GPT2LMHeadModel", "sdpa"), ("ModernBertForMaskedLM", "sdpa"), ("DebertaV2ForMaskedLM", "eager")],
+)
+def test_attention_is_pytorchs_whatever_is_installed(tmp_path, monkeypatch, architecture, expected):
+    """ModernBERT would take flash_attn where that is installed, and DeBERTa has its own alone."""
+    folder = tiny_model(tmp_path, architecture)
+    monkeypatch.setattr(transformers.modeling_utils, "is_flash_attn_2_available", lambda: True)
+    assert classifier(folder).config._attn_implementation == expected

@@ -91,6 +91,15 @@ def test_scores_are_those_of_the_training_loop(trained, mode, batch_size):
     assert np.ptp(fold.scores) > 1e-2, "equal scores would show nothing"
 
 
+def test_kernels_are_those_of_training(trained):
+    folder = trained("head_tail").folder
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    predictor(folder)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_cut_posts_are_told(trained, mode):
     fold = trained(mode)

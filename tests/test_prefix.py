@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_bert
+from torch import nn
+from torch.nn import functional
 from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from raycv.base import fetch_base
 from raycv.encoding import encode_dataset, prompt_encoder
 from raycv.loading import load_classifier, load_tokenizer
+from raycv.model import Float32Head
 from raycv.prefix import common_prefix, grouped, pack
 from raycv.sampling import epoch_order
 from raycv.scoring import RowScorer
@@ -79,6 +83,47 @@ def test_any_mixture_of_posts_and_criteria_and_batch_sizes(base, size):
     rows = np.random.default_rng(size).permutation(48)[:29]
     plain, shared = both(toy, disturbed(toy), rows, size)
     torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def nine(base):
+    """Nine criteria a post, of which post k keeps the last k + 1: rows of posts with one to nine."""
+    toy = Toy(base, toy_dataset(posts=9, words=30, criteria=9))
+    posts = toy.encoded.post_of_pair
+    rows = np.concatenate([np.flatnonzero(posts == post)[-(post + 1) :] for post in range(9)])
+    assert sorted(np.bincount(posts[rows])) == list(range(1, 10))
+    return toy, rows
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_posts_with_one_to_nine_criteria(nine, size):
+    toy, rows = nine
+    plain, shared = both(toy, disturbed(toy).double(), np.random.default_rng(0).permutation(rows), size)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_gradients_over_one_to_nine_criteria_are_those_without_sharing_in_float64(nine, checkpointing, monkeypatch):
+    # Head and norms compute in float32 whatever they are given, and that would hide all below 1e-6.
+    monkeypatch.setattr(Float32Head, "forward", nn.Linear.forward)
+    monkeypatch.setattr(
+        LlamaRMSNorm,
+        "forward",
+        lambda norm, x: functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon),
+    )
+    toy, rows = nine
+    gradients = []
+    for share in (True, False):
+        config = train_config(batching="post_grouped", share_prefix=share, gradient_checkpointing=checkpointing)
+        loop = FoldTrainer(disturbed(toy).double(), toy.encoded, config, "fp32", Recorder())
+        assert loop.share[True] == share
+        loop.class_weights = loop.class_weights.double()
+        loop.model.train()
+        loop._step(rows, training=True)
+        gradients.append({name: p.grad for name, p in loop.model.named_parameters() if p.requires_grad})
+    assert all(gradient.abs().max() > 1e-6 for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
 
 
 def test_each_row_keeps_a_token_of_its_own():
@@ -184,10 +229,16 @@ def test_a_model_that_is_not_causal_falls_back_and_says_so(tmp_path):
     assert "every prompt is computed on its own: BertForSequenceClassification" in recorder.events[0]
 
 
-def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch):
-    """The shape is right, the model is not causal: only the logits tell."""
+@pytest.mark.parametrize("size", [1, 1e-4])
+def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch, size):
+    """The shape is right, the model is not causal: only the logits tell, though a fresh head's be small."""
     toy = Toy(base)
     model = disturbed(toy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "score.modules_to_save" in name:
+                parameter.mul_(size)
+    assert scorer(toy, model).check_sharing() is None
     backbone = model.get_base_model().model
     real = backbone.forward
 

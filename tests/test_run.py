@@ -24,13 +24,60 @@ FOLDS = 5
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
+COUNTS_TOKENIZED = """
+import importlib.util, os, sys
+
+class Counting:
+    '''Makes whatever process of a run imports raycv.encoding write down how many prompts it turns to tokens.'''
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "raycv.encoding":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            real = module.PromptEncoder.tokens
+
+            def tokens(encoder, prompts):
+                with open(os.environ["TOKENIZED"], "a") as file:
+                    file.write(f"{os.getpid()} {len(prompts)}\\n")
+                return real(encoder, prompts)
+
+            module.PromptEncoder.tokens = tokens
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Counting())
+"""
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def tokenized(tmp_path_factory):
+    """A file with a line for each time that a process of the run turned prompts to tokens: its id and their number."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(COUNTS_TOKENIZED)
+    return folder / "tokenized"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tokenized):
     """One quickstart run as a user would start it, in an empty folder."""
     folder = tmp_path_factory.mktemp("quickstart")
-    result = raycv("run", "experiment=quickstart", "cv.folds=5", "run.name=first", cwd=folder)
+    watched = {"PYTHONPATH": str(tokenized.parent), "TOKENIZED": str(tokenized)}
+    result = raycv("run", "experiment=quickstart", "cv.folds=5", "run.name=first", cwd=folder, **watched)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
+
+
+def test_prompts_become_tokens_once_for_all_folds(done, tokenized):
+    """In the driver: the workers of five folds share what it made."""
+    processes, prompts = zip(*(line.split() for line in tokenized.read_text().splitlines()), strict=True)
+    assert len(set(processes)) == 1
+    assert sum(map(int, prompts)) == len(sample())
 
 
 @pytest.fixture(scope="module")

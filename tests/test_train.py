@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
+from raycv import train
 from raycv.errors import UserError
 from raycv.metrics import METRICS, binary_metrics, tune_threshold
 from raycv.sampling import epoch_order
@@ -128,6 +129,19 @@ def test_out_of_memory_in_the_middle_of_a_step_loses_and_doubles_nothing(toy):
         torch.testing.assert_close(state(greedy.inner)[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_replayed_step_draws_again_what_it_drew(toy):
+    """Dropout has drawn for a micro-batch when memory runs out in the second: the replay begins where the step did."""
+    small, greedy = toy.model(dropout=0.2), Greedy(toy.model(dropout=0.2), limit=2, after=1)
+    results = []
+    for model, size in ((small, 2), (greedy, 4)):
+        torch.manual_seed(7)
+        results.append(trainer(toy, model, epochs=1, batch_size=size).fit(TRAIN, VAL))
+    assert greedy.seen[:2] == [4, 2]
+    assert [epoch.train_loss for epoch in results[0].epochs] == [epoch.train_loss for epoch in results[1].epochs]
+    np.testing.assert_array_equal(results[0].val_scores, results[1].val_scores)
+    assert all(torch.equal(value, state(greedy.inner)[name]) for name, value in state(small).items())
+
+
 def test_out_of_memory_at_one_says_what_to_do(toy):
     with pytest.raises(UserError, match="micro-batch of 1") as caught:
         trainer(toy, Greedy(toy.model(), limit=0)).fit(TRAIN, VAL)
@@ -192,6 +206,31 @@ def test_class_weights_come_from_the_training_fold(toy):
     loop.fit(TRAIN, VAL)
     counts = np.bincount(toy.encoded.labels[TRAIN])
     np.testing.assert_allclose(loop.class_weights.numpy(), len(TRAIN) / (2 * counts), rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_weighted_cross_entropy(toy, share):
+    """The default: each pair counts by its class's weight, and the step is divided by its pairs, not by the weights."""
+    model = toy.model().double()
+    loop = trainer(toy, model, imbalance="weighted_loss", batching="post_grouped", share_prefix=share, batch_size=4)
+    assert loop.share[True] == share
+    loop._prepare(TRAIN)
+    weights = torch.tensor([0.5, 3.0])
+    loop.class_weights = weights
+    pairs = TRAIN[:11]
+    labels = torch.from_numpy(toy.encoded.labels[pairs])
+    assert set(labels.tolist()) == {0, 1}
+    model.train()
+    logits = loop.scorer.logits([pairs], share=False)
+    expected = functional.cross_entropy(logits, labels, weight=weights.to(logits.dtype), reduction="sum")
+    (expected / len(pairs)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss, _, _ = loop._step(pairs, training=True)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
 
 
 def test_weighted_sampling_balances_the_classes_and_is_a_function_of_the_epoch(toy):
@@ -281,6 +320,22 @@ def test_rows_of_a_step_are_sorted_and_nothing_of_the_padding_is_computed(toy):
     assert all(a[2] >= b[1] for a, b in pairwise(widths))
     assert sorted(rows) == sorted(pairs)
     assert logits.shape == (8, 2)
+
+
+def test_validation_is_sorted_over_the_whole_fold(toy, monkeypatch):
+    """And not within each look at the loss, 256 pairs apart: memory runs out at its start, if it does."""
+    monkeypatch.setattr(train, "EVAL_STEP_PAIRS", 4)
+    widths = []
+
+    class Watching(Greedy):
+        def forward(self, input_ids, attention_mask):
+            widths.append(input_ids.shape[1])
+            return super().forward(input_ids, attention_mask)
+
+    trainer(toy, Watching(toy.model(), limit=99), eval_batch_size=2).scores(VAL)
+    assert len(widths) == len(VAL) / 2
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
 
 
 def test_cross_entropy_is_torchs():

@@ -1,12 +1,16 @@
-"""What is recorded of the environment."""
+"""Pinned kernels, and what is recorded of the environment."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import raycv
-from raycv.utils import describe_environment
+from raycv.utils import describe_environment, pin_kernels, set_seed
 
 
 def test_the_commit_is_that_of_raycvs_own_checkout_and_of_no_other(tmp_path):
@@ -29,3 +33,41 @@ def test_versions_and_hardware_are_there():
     assert found["packages"]["torch"]
     assert found["cpus"] >= 1
     assert found["memory_bytes"] > 1e9
+
+
+@pytest.fixture
+def unpinned():
+    """torch as another library may have left it."""
+    pin_kernels()
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    pin_kernels()
+
+
+@pytest.mark.parametrize("pin", [pin_kernels, lambda: set_seed(1)])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_kernels_are_pinned(unpinned, monkeypatch, pin, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    pin()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() != gpu
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has another kernel")
+def test_a_cpu_computes_attention_by_one_kernel_with_a_mask_and_without(unpinned):
+    """By Flash, not by the plain products, which take four times as long."""
+    pin_kernels()
+    q = torch.randn(1, 2, 8, 16)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    choices = {torch._fused_sdp_choice(q, q, q, is_causal=True), torch._fused_sdp_choice(q, q, q, attn_mask=mask)}
+    assert choices == {int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)}

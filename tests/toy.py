@@ -40,10 +40,10 @@ FRAME = [
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def toy_dataset(posts: int = 16, seed: int = 0, words: int = 6) -> Dataset:
-    """`posts` posts x 3 criteria; the words of a post vary in number, so that rows vary in length."""
+def toy_dataset(posts: int = 16, seed: int = 0, words: int = 6, criteria: int = 3) -> Dataset:
+    """`posts` posts x `criteria` criteria; the words of a post vary in number, so that rows vary in length."""
     generator = np.random.default_rng(seed)
-    criteria = {f"C{i}": Criterion(f"C{i}", WORDS[i]) for i in range(3)}
+    asked = {f"C{i}": Criterion(f"C{i}", WORDS[i]) for i in range(criteria)}
     texts, pairs = {}, []
     for index in range(posts):
         chosen = generator.choice(WORDS, size=int(generator.integers(2, words + 1)), replace=True).tolist()
@@ -51,8 +51,8 @@ def toy_dataset(posts: int = 16, seed: int = 0, words: int = 6) -> Dataset:
             chosen.append(WORDS[index])  # both classes are there for sure
         post_id = f"p{index:02}"
         texts[post_id] = " ".join(chosen)
-        pairs += [Pair(post_id, key, int(criterion.text in chosen)) for key, criterion in criteria.items()]
-    return Dataset(texts, criteria, sorted(pairs, key=lambda pair: (pair.post_id, pair.criterion_id)))
+        pairs += [Pair(post_id, key, int(criterion.text in chosen)) for key, criterion in asked.items()]
+    return Dataset(texts, asked, sorted(pairs, key=lambda pair: (pair.post_id, pair.criterion_id)))
 
 
 def prompt_config(**changes: object) -> PromptConfig:
