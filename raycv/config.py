@@ -4,6 +4,7 @@ Every fault of a config is reported at once, with the value received and what th
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
@@ -38,7 +39,20 @@ def _an_address(uri: str) -> str:
     return uri
 
 
+def _a_path(text: str) -> str:
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError("holds a character that no name of a file can hold") from error
+    if max(map(len, name.split(b"/"))) > NAME_BYTES or len(name) > PATH_BYTES:
+        raise ValueError(f"file name too long: {PATH_BYTES:,} bytes at most, and {NAME_BYTES} between two slashes")
+    return text
+
+
+NAME_BYTES, PATH_BYTES = 255, 4095
+"""What Linux and its file systems take."""
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+PathText = Annotated[NonEmpty, AfterValidator(_a_path)]
 StoreAddress = Annotated[NonEmpty, AfterValidator(_an_address)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
@@ -89,8 +103,8 @@ class DoraConfig(Section):
 
 
 class DataConfig(Section):
-    dir: NonEmpty = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
-    criteria_dir: NonEmpty = Field(description="folder with the criteria, CSV or JSON")
+    dir: PathText = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
+    criteria_dir: PathText = Field(description="folder with the criteria, CSV or JSON")
     empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
     shuffle_labels: bool = Field(
         description="control experiment: permute the labels over the pairs; scores must fall to chance"
@@ -208,7 +222,7 @@ class ResourcesConfig(Section):
 
 class TrackingConfig(Section):
     uri: StoreAddress = Field(description="MLflow tracking URI (FR-006)")
-    artifacts: NonEmpty = Field(description="folder of the artifacts of a database store; servers have their own")
+    artifacts: PathText = Field(description="folder of the artifacts of a database store; servers have their own")
     experiment: NonEmpty = Field(description="MLflow experiment")
 
 
@@ -223,7 +237,7 @@ class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
     )
-    dir: NonEmpty = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+    dir: PathText = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
 
     @field_validator("name")
     @classmethod
@@ -246,7 +260,7 @@ class RunConfig(Section):
     tracking: TrackingConfig
     privacy: PrivacyConfig
     run: RunNameConfig
-    resume: NonEmpty | None = Field(
+    resume: PathText | None = Field(
         description="go on with an unfinished run in run.dir: its name, or latest; all else is as it was"
     )
 
@@ -259,10 +273,10 @@ class RunConfig(Section):
 class AggregateConfig(Section):
     """The config of `python -m raycv.aggregate`."""
 
-    run: NonEmpty = Field(
+    run: PathText = Field(
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
-    dir: NonEmpty = Field(description="folder that holds the runs")
+    dir: PathText = Field(description="folder that holds the runs")
     tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db; one that "
         "lacks the run gets it from its folder"
@@ -290,7 +304,7 @@ class InferTrackingConfig(Section):
 
 # Which model answers, for raycv.infer and raycv.serve alike.
 AnsweringRun = Annotated[
-    NonEmpty,
+    PathText,
     Field(
         description="a run's name or folder, an MLflow run id, a checkpoint folder, or latest: the newest finished run"
     ),
@@ -302,7 +316,7 @@ AnsweringFold = Annotated[
     ),
 ]
 OtherCriteria = Annotated[
-    NonEmpty | None, Field(description="folder with the criteria; null: where training read them")
+    PathText | None, Field(description="folder with the criteria; null: where training read them")
 ]
 
 
@@ -313,12 +327,12 @@ class InferConfig(Section):
     criterion: FreeText | None = Field(
         description="a criterion in any words, or an id (A.4) or symptom name of the run's; null: each of the run's"
     )
-    post_file: NonEmpty | None = Field(description="file that holds the post (UTF-8); - is standard input")
-    input: NonEmpty | None = Field(
+    post_file: PathText | None = Field(description="file that holds the post (UTF-8); - is standard input")
+    input: PathText | None = Field(
         description="file of many pairs (.csv, .jsonl, .parquet): post or text, and a criterion or criterion_id a row; "
         "without such a column each post is asked for every criterion, or for criterion="
     )
-    output: NonEmpty = Field(
+    output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "
         "(.csv, .jsonl, .parquet)"
     )
@@ -327,7 +341,7 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: NonEmpty = Field(description="folder that holds the runs")
+    dir: PathText = Field(description="folder that holds the runs")
     criteria_dir: OtherCriteria
     server: NonEmpty = Field(
         description="who computes: auto: a running raycv.serve of this model, else this process; none: this process; "
@@ -372,7 +386,7 @@ class ServeConfig(Section):
 
     run: AnsweringRun
     fold: AnsweringFold
-    dir: NonEmpty = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    dir: PathText = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
     criteria_dir: OtherCriteria
     infer: InferenceConfig
     tracking: InferTrackingConfig
@@ -382,7 +396,7 @@ class ServeConfig(Section):
 class SynthesizeConfig(Section):
     """The config of `python -m raycv.synthesize`."""
 
-    out: NonEmpty = Field(description="folder to write; it may hold an earlier synthetic set, but no other data")
+    out: PathText = Field(description="folder to write; it may hold an earlier synthetic set, but no other data")
     posts: Positive = Field(description="posts to make; each is paired with every criterion")
     seed: Annotated[int, Field(ge=0)] = Field(description="the same seed gives the same bytes")
     profile: Literal["short", "realistic"] = Field(

@@ -64,17 +64,27 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
 
     None if there is none of that name.
 
-    Raises: UserError if `latest` is asked for and there is no run at all.
+    Raises: UserError if `latest` is asked for and there is no run at all, or if a folder may not be looked into.
     """
     if run != LATEST:
         # A name, or the path of the folder, as the shell completes it.
-        named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+        named = (folder for folder in (runs / run, Path(run)) if _is_run(folder))
         return next((RunFolder(folder.absolute()) for folder in named), None)
     made = runs_in(runs)
     if not made:
         remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
         raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
     return ([folder for folder in made if _is_finished(folder)] or made)[-1]
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "config.yaml").is_file()
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder.absolute()} cannot be read: {error.strerror}.",
+            remedies=["name a run that you may read", "or ask who owns it for the permission"],
+        ) from error
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
@@ -118,7 +128,9 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
     try:
         return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=[AFRESH]) from error
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
     except FaultsError as error:
         raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error

@@ -25,7 +25,7 @@ from typing import Any
 from raycv.cli import run_command
 from raycv.config import SynthesizeConfig
 from raycv.errors import FaultsError, UserError
-from raycv.paths import bundled
+from raycv.paths import bundled, unwritable
 from raycv.phrases import phrase_book
 from raycv.records import Criterion
 
@@ -120,10 +120,14 @@ def write_dataset(
         criteria: grid width; above nine the criteria repeat under suffixed ids, with equal labels (for cost studies).
 
     Raises:
-        UserError: a value out of range, or `out` holds data that is not synthetic.
+        UserError: a value out of range, or `out` holds data that is not synthetic, or cannot be read or written.
     """
     _check_arguments(posts, profile, words_mean, criteria)
-    _refuse_to_mix(out)
+    elsewhere = "choose a folder that you may write to: out=<folder>"
+    try:
+        _refuse_to_mix(out)
+    except OSError as error:
+        raise UserError(f"out={out}: the folder cannot be read ({error.strerror}).", remedies=[elsewhere]) from error
     lengths = LENGTH_PROFILES[profile]
     if words_mean is not None:
         lengths = replace(lengths, words_mean=words_mean)
@@ -136,11 +140,15 @@ def write_dataset(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _write_files(out, _readme(command, stats), made, grid)
     except OSError as error:
-        remedies = ["choose a folder that you may write to: out=<folder>"]
-        raise UserError(f"out={out}: the folder cannot be made ({error.strerror}).", remedies=remedies) from error
+        raise unwritable("The data set", out, error, [elsewhere]) from error
+    return stats
+
+
+def _write_files(out: Path, readme: str, made: Sequence[SyntheticPost], grid: Sequence[Criterion]) -> None:
     # The README first: a folder whose writing was cut short is still marked as synthetic.
-    (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
+    (out / "README.md").write_text(readme, encoding="utf-8", newline="\n")
     _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
     _write_csv(
         out / "groundtruth.csv",
@@ -152,7 +160,6 @@ def write_dataset(
         ("criterion_id", "criterion", "symptom"),
         ((c.criterion_id, c.text, c.symptom) for c in grid),
     )
-    return stats
 
 
 def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[SyntheticPost]:

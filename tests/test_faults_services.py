@@ -173,8 +173,8 @@ def test_memory_that_runs_out_step_by_step(tmp_path):
     assert said["losses"][0] == pytest.approx(said["losses"][1], rel=1e-5)
     assert said["apart"] < 1e-4
     assert "Out of memory with a micro-batch of 1" in said["refused"]
-    assert "  1. turn gradient checkpointing on" in said["refused"]
-    assert "  2. shorten the prompts" in said["refused"]
+    assert "  1. turn gradient checkpointing on, with resume= too" in said["refused"]
+    assert "  2. shorten the prompts, in a new run" in said["refused"]
 
 
 # --- Disk ------------------------------------------------------------------------------------------------------------
@@ -553,7 +553,9 @@ def test_a_loss_that_is_no_number_ends_its_fold_alone(tmp_path):
     assert result.returncode == 1, result.stdout + result.stderr
     run = RunFolder(tmp_path / "runs" / "mine")
     assert f"fold {fold}: The validation loss is nan in epoch 1." in result.stderr
-    assert re.search(r"What to do:\n  1\. lower train\.lr\n  2\. train\.precision=fp32", result.stderr)
+    assert re.search(
+        r"What to do:\n  1\. lower the learning rate, in a new run: run.name=<new> train.lr=", result.stderr
+    )
     assert "python -m raycv.run resume=mine" in result.stderr
     assert "Traceback" not in result.stderr
     assert "nan in epoch 1" in read_json(run.fold(fold).error)["message"]
