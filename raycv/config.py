@@ -4,7 +4,6 @@ Every fault of a config is reported at once, with the value received and what th
 """
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
@@ -40,17 +39,14 @@ def _an_address(uri: str) -> str:
 
 
 def _a_path(text: str) -> str:
-    try:
-        name = os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise ValueError("holds a character that no name of a file can hold") from error
-    if max(map(len, name.split(b"/"))) > NAME_BYTES or len(name) > PATH_BYTES:
+    path = text.encode()
+    if len(path) > PATH_BYTES or max(map(len, path.split(b"/"))) > NAME_BYTES:
         raise ValueError(f"file name too long: {PATH_BYTES:,} bytes at most, and {NAME_BYTES} between two slashes")
     return text
 
 
-NAME_BYTES, PATH_BYTES = 255, 4095
-"""What Linux and its file systems take."""
+NAME_BYTES, PATH_BYTES = 255, 1024
+"""File systems take no longer name. Of a path Linux takes 4,095 bytes, with the folders above and the files below."""
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 PathText = Annotated[NonEmpty, AfterValidator(_a_path)]
 StoreAddress = Annotated[NonEmpty, AfterValidator(_an_address)]

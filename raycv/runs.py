@@ -106,7 +106,9 @@ def folds_of(config_file: Path) -> int:
     """How many folds the run was asked for. Raises: UserError if its config does not say."""
     try:
         return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{config_file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
 
 

@@ -12,6 +12,7 @@ files are UTF-8 and lines end in "\\n".
 
 import csv
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -389,7 +390,8 @@ def run(config: SynthesizeConfig) -> None:
 
     from raycv.live import say
 
-    replaced = (Path(config.out) / "posts.csv").is_file()
+    # Not pathlib's, which raises where a path is too long or closed.
+    replaced = os.path.isfile(Path(config.out) / "posts.csv")
     stats = write_dataset(
         Path(config.out),
         posts=config.posts,

@@ -3,11 +3,12 @@
 What the loader and the schema refuse is listed with their tests, and goes through the command here.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ from test_data import (
 
 from raycv import aggregate, infer, run, synthesize
 from raycv.data import load_dataset
-from raycv.errors import FaultsError
+from raycv.errors import FaultsError, UserError
+from raycv.paths import RunFolder
+from raycv.runs import find_run, folds_of, recorded_config
+from raycv.synthesize import write_dataset
 
 COMMANDS = {"run": run.main, "infer": infer.main, "aggregate": aggregate.main, "synthesize": synthesize.main}
 SECONDS = 10
@@ -301,7 +305,11 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a million folds": (["cv.folds=1000000"], ["cv.folds=1000000 but there are only 3 posts"]),
     "empty texts refused": (["data.empty=refuse", "data.dir={empty}"], ["posts.csv, line 2: post 'p1' has no text"]),
     "a file for the data folder": (["data.dir={data}/posts.csv"], ["a file; give the folder that holds it"]),
-    "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["File name too long"]),
+    "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["data.dir: file name too long"]),
+    "a path that is too long": (["run.dir=" + "x/" * 600], ["run.dir: file name too long: 1,024 bytes at most"]),
+    "a name that is too long in bytes": (["data.criteria_dir=" + "\u00e9" * 128], ["data.criteria_dir: file name too"]),
+    "artifacts in too long a name": (["tracking.artifacts=" + "x" * 300], ["tracking.artifacts: file name too long"]),
+    "the name of an earlier run that is too long": (["resume=" + "x" * 300], ["resume: file name too long"]),
     "criteria elsewhere": (["data.criteria_dir=nowhere"], ["nowhere", "data.criteria_dir"]),
     "climbing name": (["run.name=../../etc"], ["run.name: string should match pattern", "received '../../etc'"]),
     "absolute name": (["run.name=/tmp/x"], ["run.name: string should match pattern", "received '/tmp/x'"]),
@@ -443,6 +451,15 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "scores over a device": ("infer", ["input=a.csv", "output=/dev/null.csv/x.csv"], ["There is no run in"]),
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'"]),
     "the summary of no run": ("aggregate", ["run=nothing"], ["mlflow.db does not exist", "give its place"]),
+    "the summary of too long a name": (
+        "aggregate",
+        ["run=" + "x" * 300],
+        ["run: file name too long", "300 characters"],
+    ),
+    "too long a name for a set": ("synthesize", ["out=" + "x" * 300], ["out: file name too long"]),
+    "too long a folder of runs": ("infer", ["post=a", "dir=" + "x" * 300], ["dir: file name too long"]),
+    "too long a name of a run": ("infer", ["post=a", "run=" + "x" * 300], ["run: file name too long"]),
+    "too long a name of scores": ("infer", ["input=a", "output=" + "x" * 300 + ".csv"], ["output: file name too long"]),
     "a summary with an unknown key": ("aggregate", ["rum=3"], ["rum: unknown key; did you mean run?"]),
     "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>"]),
     "no posts": ("synthesize", ["out=x", "posts=0"], ["posts: ", "received 0 "]),
@@ -452,9 +469,48 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a folder that cannot be made": (
         "synthesize",
         ["out=/proc/x", "posts=3"],
-        ["out=/proc/x: the folder cannot be made"],
+        ["The data set cannot be written to /proc/x: No such file or directory", "out=<folder>"],
     ),
 }
+
+
+@contextlib.contextmanager
+def anybody() -> Iterator[None]:
+    """Within it this process is not root, who may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run, of a run's config, and for a synthetic set."""
+    tmp_path.chmod(0o755)
+    # Paths from here: the folders above may be closed to all but root.
+    monkeypatch.chdir(tmp_path)
+    run, data = Path("runs/mine"), Path("data")
+    run.mkdir(parents=True)
+    data.mkdir(mode=0)
+    config = run / "config.yaml"
+    config.write_text("cv: {folds: 2}")
+    config.chmod(0)
+    with anybody():
+        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+            recorded_config(RunFolder(run))
+        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+            folds_of(config)
+        with pytest.raises(UserError, match=r"out=data: the folder cannot be read \(Permission denied\)"):
+            write_dataset(data, posts=3, seed=1)
+    run.chmod(0)
+    with pytest.raises(UserError, match=r"The folder \S+/x cannot be read: File name too long"):
+        find_run(Path("runs"), "x/" * 2047)
+    with anybody(), pytest.raises(UserError, match=r"The folder \S+/runs/mine cannot be read: Permission denied"):
+        find_run(Path("runs"), "mine")
+    data.chmod(0o755)
+    run.chmod(0o755)
 
 
 @pytest.mark.parametrize("case", OTHERS)
