@@ -53,6 +53,7 @@ def second_ray():
     ray.shutdown()
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("second_ray")
 def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
     """All three in one run, each with SIGKILL in the middle of an epoch."""
@@ -103,6 +104,7 @@ def test_a_second_ctrl_c_breaks_nothing_off(tmp_path, pause):
     assert statuses(tmp_path) == {"mine": "KILLED", "fold_0": "KILLED"}
 
 
+@pytest.mark.core
 def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, whole):  # noqa: F811
     """One of two nodes dies unannounced; its fold goes on at a third, which then gets a spot machine's notice."""
     from ray._raylet import GcsClient

@@ -227,6 +227,19 @@ def test_another_number_of_threads_is_told(toy, tmp_path):
     assert result.events == [*expected[0].events, warning]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_a_training_goes_on_with_its_own_random_state(toy, tmp_path):
+    """As near as its kernels repeat themselves; another draw of dropout would be far off."""
+    case, state, (expected, _) = half_a_fold(toy, tmp_path)
+    assert "workers.cuda" in state.tensors
+    torch.cuda.manual_seed(12345)
+    result, _ = fit(toy, case, Saver(), state)
+    losses = [[epoch.train_loss for epoch in one.epochs] for one in (result, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    np.testing.assert_allclose(result.val_scores, expected.val_scores, atol=1e-5)
+
+
 def as_worker(rank, folder):
     """One of two workers that stop in the second epoch and go on: each finds its own random state again."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
