@@ -25,7 +25,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not faults"
+	$(BIN)/python -m pytest -m "slow and (core or not faults)"
 
 # The fault matrix of the README: processes killed, disks filled, servers stopped.
 test-faults: install

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raycv.errors import UserError, shown
-from raycv.paths import resolve
+from raycv.paths import resolve, sha256_of
 from raycv.retry import BASE_SECONDS, ServiceError, call_with_retries, cause_of, is_passing, mask_secrets, status_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ _INDEXES = frozenset(index for _, _, index in _ENTRIES)
 _SMALL = ("*.json", "*.model", "vocab*", "merges*.txt")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GIT_LFS_POINTER = b"version https://git-lfs"
+WHOLE_BYTES, BLOCK_BYTES, SAMPLE_BYTES = 64 * 2**20, 2 * 2**20, 4096
+"""Up to what size a file's sum is that of all of it; of a larger one, how much of each block is read."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class BaseFiles:
             "revision": self.revision,
             "weight_format": self.weight_format,
             "files": dict(self.files),
+            "sha256": {file: _sha256(self.path / file) for file in self.files},
             "architectures": list(config.architectures or []),
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,
@@ -202,6 +206,22 @@ def _is_small(file: str) -> bool:
 def _is_pointer(path: Path) -> bool:
     with path.open("rb") as opened:
         return opened.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file; of one of more than WHOLE_BYTES that of the first bytes of each block, so that it is quick.
+
+    Every matrix of a model that needs more lies in many blocks: other weights have another sum.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as opened:
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(os.pread(opened.fileno(), SAMPLE_BYTES, start))
+        digest.update(os.pread(opened.fileno(), SAMPLE_BYTES, size - SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

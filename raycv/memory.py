@@ -13,9 +13,9 @@ from raycv.errors import UserError
 MARGIN = 0.85
 """Share of the memory that `auto` would fill without checkpointing: a later batch may take a little more."""
 REMEDIES = (
-    "turn gradient checkpointing on: train.gradient_checkpointing=on",
-    "shorten the prompts: prompt.max_length=256",
-    "use a device with more memory, or a smaller model",
+    "turn gradient checkpointing on, with resume= too: train.gradient_checkpointing=on",
+    "shorten the prompts, in a new run: run.name=<new> prompt.max_length=256",
+    "use a device with more memory, or, in a new run, a smaller model: run.name=<new> model.name=<smaller>",
 )
 BACKWARD_FACTOR = 1.5
 """On a CPU: what a backward pass needs beside the saved activations, as a factor of them."""
@@ -119,8 +119,9 @@ class Checkpointing:
         return f"gradient checkpointing {'off' if fits else 'on'}: without it {said} of {limit / 1e9:.1f} GB"
 
     def restore(self, on: bool) -> None:
-        """For training that goes on: as it was, whatever would be chosen now."""
-        self._switch(on)
+        """For training that goes on: what `auto` chose stays, whatever it would choose now."""
+        if self._asked == "auto":
+            self._switch(on)
 
     def relieve(self) -> bool:
         """For `auto`, when memory ran out all the same: turns it on; False if it is on already."""

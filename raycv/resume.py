@@ -18,12 +18,13 @@ from raycv.utils import code_state, package_version
 
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
+    "train.gradient_checkpointing",  # the gradients are the same
     "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
     "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
-VERSIONS = ("raycv", "torch", "transformers", "peft", "tokenizers", "numpy")
-"""Packages whose versions must be the same: weights, tokens and the order of pairs come from them."""
+VERSIONS = ("raycv", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
+"""Packages whose versions must be the same: weights, tokens, the order of pairs, folds and metrics come from them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Earlier:
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
         then, now = base_of(self.folder), json.loads(json.dumps(facts))
-        lines = [_then_now(f"base model, {key}", then.get(key), now[key]) for key in ("revision", "files")]
+        old, new = _base_files(then), _base_files(now)
+        lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
+        lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in sorted(old | new)]
         self._refuse([line for line in lines if line])
 
     def warnings(self) -> list[str]:
@@ -190,6 +193,14 @@ def _tracking_uri(recorded: str, config: RunConfig, typed: Collection[str]) -> s
 
 def _then_now(what: str, then: Any, now: Any) -> str | None:
     return None if then == now else f"{what}: {_shown(then)} then, {_shown(now)} now"
+
+
+def _base_files(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Size and checksum of each file of a base model."""
+    files, sums = facts.get("files"), facts.get("sha256")
+    if not isinstance(files, dict) or not isinstance(sums, dict):
+        return {}
+    return {file: f"{size} bytes, SHA-256 {sums.get(file)}" for file, size in files.items()}
 
 
 def _commit(state: Mapping[str, Any] | None) -> str:

@@ -72,7 +72,7 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
 
     None if there is none of that name.
 
-    Raises: UserError if `latest` is asked for and there is no run at all.
+    Raises: UserError if `latest` is asked for and there is no run at all, or if a folder may not be looked into.
     """
     with _looking_for(run):
         if run != LATEST:
@@ -119,7 +119,9 @@ def folds_of(config_file: Path) -> int:
     """How many folds the run was asked for. Raises: UserError if its config does not say."""
     try:
         return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{config_file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
 
 
@@ -156,7 +158,9 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
     try:
         return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=[AFRESH]) from error
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
     except FaultsError as error:
         raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error

@@ -122,7 +122,7 @@ def write_dataset(
         criteria: grid width; above nine the criteria repeat under suffixed ids, with equal labels (for cost studies).
 
     Raises:
-        UserError: a value out of range, or `out` holds data that is not synthetic.
+        UserError: a value out of range, or `out` holds data that is not synthetic, or cannot be read or written.
     """
     _check_arguments(posts, profile, words_mean, criteria)
     with _told_of(out):

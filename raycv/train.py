@@ -30,7 +30,7 @@ from raycv.progress import (
 from raycv.sampling import class_weights, epoch_order
 from raycv.scoring import RowScorer
 from raycv.state import TrainState
-from raycv.utils import random_state, set_random_state
+from raycv.utils import describe_device, random_state, set_random_state
 
 EVAL_STEP_PAIRS = 256
 """Pairs between two looks at the loss in validation; batches within are of `eval_batch_size` rows."""
@@ -185,11 +185,19 @@ class FoldTrainer:
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
                 raise UserError(
                     f"The {'training' if training else 'validation'} loss is {loss} in {place}.",
-                    remedies=["lower train.lr", "train.precision=fp32", "raise train.warmup_steps"],
+                    remedies=self._other_settings(),
                 )
             if training:
                 self._update()
             yield loss, rows, logits
+
+    def _other_settings(self) -> list[str]:
+        """What may keep the loss a number. All of it makes another run: `resume=` would come to the same again."""
+        new, config = "run.name=<new>", self.config
+        remedies = [f"lower the learning rate, in a new run: {new} train.lr={config.lr / 4:g}"]
+        if self.precision != "fp32":
+            remedies.append(f"compute in more bits, in a new run: {new} train.precision=fp32")
+        return [*remedies, f"warm up for longer, in a new run: {new} train.warmup_steps={2 * config.warmup_steps + 50}"]
 
     def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
         """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
@@ -321,6 +329,7 @@ class FoldTrainer:
         tensors = {f"{WORKERS}{name}": self.workers.gather(tensor, device) for name, tensor in own.items()}
         tensors |= training_tensors(self.model, self.optimizer)
         facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
+        facts["device"] = describe_device(device)
         self.listener.on_state(self.progress.to_state(facts, tensors))
         self._saved = time.monotonic()
 
@@ -342,6 +351,10 @@ class FoldTrainer:
         self.checkpointing.restore(bool(checkpointing))
         set_random_state(own, self.accelerator.device)
         self.events[:] = state.facts["events"]
+        then, now = state.facts.get("device"), describe_device(self.accelerator.device)
+        if then not in (None, now):
+            # Another order of sums: other threads, or the kernels of another GPU.
+            self._tell(f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits")
 
     def _tell(self, text: str) -> None:
         self.events.append(text)

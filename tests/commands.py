@@ -86,6 +86,8 @@ def wait_until(happened: Callable[[], Any], process: subprocess.Popen, log: Path
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    """Status by run name in the MLflow database of `folder`."""
+    """Status by run name in the MLflow database of `folder`, in which no name occurs twice."""
     with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
-        return dict(connection.execute("SELECT name, status FROM runs").fetchall())
+        rows = connection.execute("SELECT name, status FROM runs").fetchall()
+    assert len(dict(rows)) == len(rows), rows
+    return dict(rows)

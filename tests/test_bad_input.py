@@ -3,11 +3,12 @@
 What the loader and the schema refuse is listed with their tests, and goes through the command here.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,10 @@ from test_data import (
 from raycv import aggregate, infer, run, serve, synthesize
 from raycv.data import load_dataset
 from raycv.errors import FaultsError, UserError
-from raycv.runs import choose, find_run
+from raycv.paths import RunFolder
+from raycv.runs import choose, find_run, folds_of, recorded_config
 from raycv.scores import check_output
+from raycv.synthesize import write_dataset
 
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
@@ -261,13 +264,6 @@ def test_files_and_folders_that_are_none_are_refused(tmp_path: Path, refused: Ca
         assert fragment in said, said
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    data = write(tmp_path / "data", specification())
-    (data / P).chmod(0)
-    assert "posts.csv: Permission denied" in refused("run", *using(data))
-
-
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
 # On the command line the values of these keys are text: a model may be called 5.
@@ -315,6 +311,7 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a run that cannot be": (["resume=" + "x" * 300], ["resume: is too long for a path"]),
     "a run with a control character": (["resume=a\x01b"], [r"resume=a\x01b: there is no such run"]),
     "a store of no kind": (["tracking.uri=bad://x"], ["tracking.uri: is no MLflow store", "received 'bad://x'"]),
+    "a name that is too long in bytes": (["data.criteria_dir=" + "\u00e9" * 128], ["data.criteria_dir: is too long"]),
     "criteria elsewhere": (["data.criteria_dir=nowhere"], ["nowhere", "data.criteria_dir"]),
     "climbing name": (["run.name=../../etc"], ["run.name: string should match pattern", "received '../../etc'"]),
     "absolute name": (["run.name=/tmp/x"], ["run.name: string should match pattern", "received '/tmp/x'"]),
@@ -464,7 +461,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "scores whose parts have too long a name": (
         "infer",
         ["input=a.csv", f"output={LONG[:250]}.csv"],
-        [".csv cannot be written: File name too long"],
+        ["output=a value of 254 characters cannot be written: File name too long"],
     ),
     "no run to serve": ("serve", [], ["There is no run in", "experiment=quickstart"]),
     "a port that is none": ("serve", ["serve.port=70000"], ["serve.port: ", "received 70000"]),
@@ -488,6 +485,54 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
 }
 
 
+@contextlib.contextmanager
+def anybody() -> Iterator[None]:
+    """Within it this process is not root, who may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run; a run's config; for a synthetic set; and a file of posts."""
+    tmp_path.chmod(0o755)
+    # Paths from here: the folders above may be closed to all but root.
+    monkeypatch.chdir(tmp_path)
+    run, data = Path("runs/mine"), Path("data")
+    run.mkdir(parents=True)
+    data.mkdir(mode=0)
+    config = run / "config.yaml"
+    config.write_text("cv: {folds: 2}")
+    config.chmod(0)
+    written = write(Path("written"), specification())
+    # Python's own files may be closed too: what is needed of them is read here.
+    load_dataset(written, written)
+    (written / P).chmod(0)
+    with anybody():
+        with pytest.raises(UserError, match=r"posts.csv: Permission denied"):
+            load_dataset(written, written)
+        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+            recorded_config(RunFolder(run))
+        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+            folds_of(config)
+        with pytest.raises(UserError, match=r"cannot be written to data: Permission denied"):
+            write_dataset(data, posts=3, seed=1)
+        with pytest.raises(UserError, match="cannot be written: Permission denied"):
+            check_output(data / "scores.csv")
+    run.chmod(0)
+    with pytest.raises(UserError, match=r"run=\S* .*cannot be looked for: .*File name too long"):
+        find_run(Path("runs"), "x/" * 2047)
+    for ask in (find_run, lambda runs, run: choose(run, "best", runs, None)):
+        with anybody(), pytest.raises(UserError, match=r"run=\S*mine\S* cannot be looked for: .*Permission denied"):
+            ask(Path("runs"), "mine")
+    data.chmod(0o755)
+    run.chmod(0o755)
+
+
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -> None:
     command, arguments, fragments = OTHERS[case]
@@ -496,31 +541,49 @@ def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -
         assert fragment in f"{said} ".replace("\n", " "), said
 
 
-@pytest.mark.parametrize("which", ["mine", "latest"])
-def test_a_folder_that_the_user_may_not_look_into_is_refused(tmp_path: Path, which: str) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0)
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        for ask in (find_run, lambda runs, run: choose(run, "best", runs, None)):
-            with pytest.raises(UserError, match=r"(cannot be looked for: .*Permission denied|There is no run in)"):
-                ask(closed / "runs", which)
-        with pytest.raises(UserError, match="cannot be written: Permission denied"):
-            check_output(closed / "scores.csv")
-        with pytest.raises(UserError, match=r"cannot be written to .*: Permission denied"):
-            synthesize.write_dataset(closed / "set", posts=3, seed=0)
-    finally:
-        os.seteuid(user)
-
-
 def test_there_are_many_of_them() -> None:
     assert len(DATA) + len(PLACES) >= 60
     assert len(TYPED) + len(MORE_CONFIG) + len(FILES) + len(OTHERS) >= 60
 
 
 # --- As processes ----------------------------------------------------------------------------------------------------
+
+
+def gigabyte(head: bytes, part: bytes) -> Spoil:
+    """A table of posts of 1 GB that does take room: `head`, and then `part` again and again."""
+
+    def made(data: Path) -> None:
+        block = part * (10**6 // len(part))
+        with (data / P).open("wb") as file:
+            file.write(head)
+            for _ in range(10**9 // len(block)):
+                file.write(block)
+
+    return made
+
+
+GIGABYTES = {
+    "in one line": (gigabyte(b"post_id,post\np1,", b"the cat sat on the mat "), "posts.csv, line 2"),
+    "in a quoted field of many lines": (
+        gigabyte(b'post_id,post\np1,"', b"the cat sat\non the mat\n"),
+        "posts.csv, line",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GIGABYTES)
+def test_a_process_refuses_a_gigabyte_of_words_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
+    spoil, place = GIGABYTES[case]
+    data = write(tmp_path / "data", specification())
+    try:
+        spoil(data)
+        said = as_process(tmp_path, "run", *using(data))
+    finally:
+        # pytest keeps the folders of its last runs.
+        (data / P).unlink()
+    assert place in said
+    assert "1,000,000 characters" in said
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from commands import ROOT, background, raycv, wait_until
 from test_tracking import server  # noqa: F401
@@ -40,6 +41,8 @@ class Place:
     root: Path
     ray: Path
     printed: list[str] = field(default_factory=list)
+    found_amid: list[str] = field(default_factory=list)
+    """what `leaks` found while a killed run lay there"""
 
     def raycv(self, command: str, *overrides: str, exit_code: int = 0, **environment: str) -> str:
         """Runs the command here; returns what it printed."""
@@ -49,11 +52,11 @@ class Place:
         return done.stdout
 
     @contextlib.contextmanager
-    def background(self, command: str, *overrides: str, until: str) -> Iterator[subprocess.Popen]:
-        """Starts the command here; yields its process when that has printed `until`."""
+    def background(self, command: str, *overrides: str, until: Callable[[str], object]) -> Iterator[subprocess.Popen]:
+        """Starts the command here; yields its process when `until` holds of what that has printed."""
         log = self.root / "background"
         with background(self.work, *overrides, command=command, out=log, **self.own) as process:
-            wait_until(lambda: until in log.read_text(), process, log)
+            wait_until(lambda: until(log.read_text()), process, log)
             yield process
         self.printed.append(log.read_text())
 
@@ -70,7 +73,10 @@ class Place:
         return self.root / "home"
 
     def leaks(self, *secrets: str) -> list[str]:
-        """Where any of `secrets` is found, byte by byte: files here and in Ray's folder, their names, the output."""
+        """Where any of `secrets` is found: files here and in Ray's folder, byte by byte, their names, the output.
+
+        Parquet, which is compressed, is read.
+        """
         needles = [secret.encode(coding) for secret in secrets for coding in ("utf-8", "utf-16-le")]
         found = [f"printed: {text}" for text in self.printed if any(secret in text for secret in secrets)]
         searched = 0
@@ -79,6 +85,8 @@ class Place:
                 continue
             searched += 1
             content = path.read_bytes() + str(path).encode()
+            if path.suffix == ".parquet":
+                content += pd.read_parquet(path).to_csv().encode()
             found += [str(path)] * any(needle in content for needle in needles)
         assert searched > 20, "the search itself went wrong"
         return found
@@ -99,7 +107,7 @@ def new_place(root: Path) -> Iterator[Place]:
 
 
 def planted_data(folder: Path, posts: int = 30) -> Path:
-    """Some of the sample under ids that climb, a canary in every text."""
+    """Some of the sample under ids that climb, a canary at both ends of every text: a part of it is found too."""
     folder.mkdir()
     sample = ROOT / "data" / "sample"
     texts = pd.read_csv(sample / "posts.csv", dtype=str).head(posts)
@@ -110,7 +118,7 @@ def planted_data(folder: Path, posts: int = 30) -> Path:
     for frame in (texts, labels):
         frame["post_id"] = frame["post_id"].map(ids)
     criteria = pd.read_csv(sample / "criteria.csv", dtype=str)
-    criteria["criterion"] += f" ({CRITERION_CANARY})"
+    criteria["criterion"] = [f"{CRITERION_CANARY}, {text} ({CRITERION_CANARY})" for text in criteria["criterion"]]
     for name, frame in (("posts", texts), ("groundtruth", labels), ("criteria", criteria)):
         frame.to_csv(folder / f"{name}.csv", index=False)
     return folder
@@ -134,12 +142,21 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             table.write(f'"{POST_CANARY}",A.1,no\nx,"{CRITERION_CANARY}",no\nx,A.1,"{POST_CANARY}"\n')
         place.raycv("run", *TINY, f"data.dir={damaged}", f"data.criteria_dir={data}", exit_code=2)
 
-        killed = (*TINY, *own, "run.name=killed", "cv.max_concurrent=1")
-        with place.background("run", *killed, until="fold 0: done") as process:
+        state = place.work / "runs/killed/fold_1/state"
+        killed = ("experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpoint_minutes=0.001", *own)
+        killed += ("run.name=killed", "cv.max_concurrent=1")
+        with place.background("run", *killed, until=lambda _, state=state: list(state.glob("0*"))) as process:
+            family = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGKILL)
+        psutil.wait_procs(family, timeout=60)
+        # What goes when the run is complete is searched before: training states, Ray's own storage.
+        assert list(state.glob("0*/tensors.safetensors"))
+        assert (place.work / "runs/killed/ray").is_dir()
+        place.found_amid = place.leaks(*CANARIES)
         place.raycv("run", "resume=killed")
 
-        post, criterion = f"post=I cannot sleep, {ASKED_CANARY}", f"criterion=is worn out, {ASKED_CANARY}"
+        post = f"post={ASKED_CANARY}, I cannot sleep, {ASKED_CANARY}"
+        criterion = f"criterion={ASKED_CANARY}, is worn out, {ASKED_CANARY}"
         place.raycv("infer", post, criterion, "run=good")
         place.raycv("infer", post, "output=json", "run=good", "fold=ensemble")
         for mistyped in (f"posts={ASKED_CANARY}, {{", f"--post={ASKED_CANARY}", f"post:{ASKED_CANARY}"):
@@ -156,13 +173,19 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         own_words = root / "posts.csv"
         pd.DataFrame({"post": [f"Tired, {POST_CANARY}"]}).to_csv(own_words, index=False)
         place.raycv("infer", f"input={own_words}", criterion, "output=s.parquet", "engine=ray", "run=good")
-        with place.background("serve", "run=good", "serve.port=0", until="listening on ") as scorer:
+        with place.background(
+            "serve", "run=good", "serve.port=0", until=lambda said: "listening on " in said
+        ) as scorer:
             (url,) = re.findall(r"listening on (\S+)", (root / "background").read_text())
             place.raycv("infer", post, criterion, "run=good", f"server={url}")
             place.raycv("infer", post, "criterion=Z.99", "run=good", f"server={url}", exit_code=2)
             scorer.send_signal(signal.SIGINT)
             assert scorer.wait(timeout=120) == 0
         yield place
+
+
+def test_no_text_is_in_what_a_killed_run_leaves(used: Place) -> None:
+    assert used.found_amid == []
 
 
 def test_no_text_is_in_any_file_or_output(used: Place) -> None:
@@ -200,6 +223,9 @@ def test_text_is_written_where_it_was_asked_for_and_nowhere_else(place: Place) -
     assert len(holders) == 4
     assert set(place.leaks(POST_CANARY)) == set(place.leaks(CRITERION_CANARY)) == {str(path) for path in holders}
     assert {oct(path.stat().st_mode & 0o777) for path in holders} == {"0o600"}
+    compressed = place.work / "compressed.parquet"
+    pd.DataFrame({"post": [f"a post, {POST_CANARY}"]}).to_parquet(compressed, compression="gzip")
+    assert str(compressed) in place.leaks(POST_CANARY)
     told = pd.read_csv(place.work / "runs/told/fold_0/predictions.csv")
     texts = pd.read_csv(data / "posts.csv").set_index("post_id")["post"]
     assert list(told["post"]) == [texts[post_id] for post_id in told["post_id"]]

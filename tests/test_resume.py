@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from builders import tiny_llama
 from commands import ROOT, background, raycv, statuses, wait_until
 from filelock import FileLock
 from test_base import NAME, hub  # noqa: F401
@@ -26,11 +29,13 @@ from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv import __version__ as raycv_version
+from raycv.base import _sha256 as base_sha256
 from raycv.base import fetch_base
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
 from raycv.driver import _base, _data
-from raycv.errors import UserError
+from raycv.errors import FaultsError, UserError, counted
+from raycv.loading import load_config, load_tokenizer
 from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
 from raycv.resume import earlier_run, sole_process
 from raycv.state import FACTS, MANIFEST, TENSORS, StateFolder, TrainState
@@ -183,6 +188,59 @@ def test_the_model_is_left_with_the_best_epoch(toy):
     np.testing.assert_array_equal(first.val_scores, last.val_scores)
 
 
+def half_a_fold(toy, folder, **changes):
+    """The state of a training that stopped in its second epoch, and what the unbroken one comes to."""
+    case = "warm-up and weighted loss"
+    expected = fit(toy, case, Saver(), **changes)
+    with pytest.raises(Stopped):
+        fit(toy, case, Saver(folder, stop=STEPS + 2), **changes)
+    return case, StateFolder(folder).newest(pytest.fail), expected
+
+
+def test_checkpointing_that_is_asked_for_as_it_goes_on_is_done_and_changes_no_bit(toy, tmp_path):
+    """The remedy of a fold that ran out of memory."""
+    case, state, expected = half_a_fold(toy, tmp_path)
+    saver = Saver()
+    same(fit(toy, case, saver, state, gradient_checkpointing="on"), expected)
+    # (training batch, validation batch, checkpointing) of the one worker.
+    assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 1]]
+    same(fit(toy, case, saver, state, gradient_checkpointing="off"), expected)
+    assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 0]]
+
+
+def test_another_precision_is_refused(toy, tmp_path):
+    """A fold that began on a GPU in bf16 does not go on in fp32."""
+    case, state, _ = half_a_fold(toy, tmp_path)
+    with pytest.raises(UserError, match="was trained in bf16, and would go on in fp32 here"):
+        fit(toy, case, Saver(), replace(state, facts=state.facts | {"precision": "bf16"}))
+
+
+def test_another_number_of_threads_is_told(toy, tmp_path):
+    case, state, expected = half_a_fold(toy, tmp_path)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        result, _ = fit(toy, case, Saver(), state)
+    finally:
+        torch.set_num_threads(before)
+    now, then = (f"cpu ({counted(number, 'thread')})" for number in (before + 1, before))
+    warning = f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits"
+    assert result.events == [*expected[0].events, warning]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_a_training_goes_on_with_its_own_random_state(toy, tmp_path):
+    """As near as its kernels repeat themselves; another draw of dropout would be far off."""
+    case, state, (expected, _) = half_a_fold(toy, tmp_path)
+    assert "workers.cuda" in state.tensors
+    torch.cuda.manual_seed(12345)
+    result, _ = fit(toy, case, Saver(), state)
+    losses = [[epoch.train_loss for epoch in one.epochs] for one in (result, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    np.testing.assert_allclose(result.val_scores, expected.val_scores, atol=1e-5)
+
+
 def as_worker(rank, folder):
     """One of two workers that stop in the second epoch and go on: each finds its own random state again."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
@@ -265,6 +323,48 @@ def test_the_newest_two_are_kept_and_what_a_killed_process_left_goes(tmp_path):
     for epoch in range(1, 4):
         store.save(state_of(epoch))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002-000000000", "000003-000000000"]
+
+
+def save_on_and_on(folder, said):
+    """Saves states of some megabytes, one after another, and writes the number of each that is there to `said`."""
+    store = StateFolder(folder)
+    for epoch in range(1, 10_000):
+        store.save(replace(state_of(epoch), tensors={"a": torch.full((500_000,), float(epoch))}))
+        os.write(said, epoch.to_bytes(4, "big"))
+
+
+def killed_while_it_saves(folder, after):
+    """The number of the last state that a process had saved when it was killed, `after` seconds behind its second."""
+    hears, said = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            save_on_and_on(folder, said)
+        finally:
+            os._exit(1)
+    os.close(said)
+    with os.fdopen(hears, "rb") as heard:
+        heard.read(8)
+        time.sleep(after)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        return int.from_bytes(heard.read()[-4:], "big") or 2
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_a_whole_state(tmp_path):
+    """At twenty moments of a save, each a real SIGKILL."""
+    halves = 0
+    for number in range(20):
+        folder = tmp_path / str(number)
+        saved = killed_while_it_saves(folder, number / 1000)
+        halves += any(path.name.startswith(".new-") for path in folder.iterdir())
+        found = StateFolder(folder).newest(pytest.fail)
+        assert found.epoch in (saved, saved + 1)
+        assert torch.equal(found.tensors["a"], torch.full((500_000,), float(found.epoch)))
+        # And the one before it.
+        assert len(list(folder.glob("0*"))) >= 2
+        shutil.rmtree(folder)
+    assert halves > 3
 
 
 def test_state_files_are_the_users_alone_and_hold_no_pickle(toy, tmp_path):
@@ -422,6 +522,108 @@ def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hu
     earlier.check_base(_base(earlier.config).facts)
     assert hub.count(now) == 0
     assert asked_for(f"model.revision={now}").faults == (f"model.revision: the run has {then}, the command line {now}",)
+
+
+def go_on(run, *words):
+    """What `resume=` of `run` with these words on the command line would go on with."""
+    typed = {word.partition("=")[0] for word in words}
+    return earlier_run(
+        validate(RunConfig, compose("run", ["resume=mine", f"run.dir={run.root.parent}", *words])), typed
+    )
+
+
+def test_every_package_that_numbers_come_from_must_be_the_same(left):
+    environment = read_json(left.environment)
+    environment["packages"] = dict.fromkeys(environment["packages"], "0.0.1")
+    write_json(left.environment, environment)
+    earlier = go_on(left)
+    with pytest.raises(FaultsError) as caught:
+        earlier.check(*_data(earlier.config))
+    assert sorted(fault.partition(":")[0] for fault in caught.value.faults) == [
+        "accelerate", "numpy", "peft", "raycv", "scikit-learn", "tokenizers", "torch", "transformers"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json"])
+def test_another_base_of_the_same_size_is_refused(left, tmp_path, changed):
+    """One bit of its weights, or of its tokenizer's files, in the middle."""
+    folder = tiny_llama(tmp_path / "base")
+    whole = fetch_base(str(folder), None)
+    tokenizer, config = load_tokenizer(whole), load_config(whole)
+
+    def facts():
+        return fetch_base(str(folder), None).describe(tokenizer, config)
+
+    write_json(left.environment, read_json(left.environment) | {"base_model": facts()})
+    go_on(left).check_base(facts())
+    content = bytearray((folder / changed).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / changed).write_bytes(content)
+    with pytest.raises(FaultsError) as caught:
+        go_on(left).check_base(facts())
+    (fault,) = caught.value.faults
+    assert re.fullmatch(rf"base model, {changed}: {len(content)} bytes, .* then, {len(content)} bytes, .* now", fault)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(FaultsError, match=r"base model, generation_config.json: \d+ bytes, .* then, null now"):
+        go_on(left).check_base(facts())
+
+
+def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, monkeypatch):
+    """Every matrix of a large model is in a sample; this one's is in the last block."""
+    monkeypatch.setattr("raycv.base.WHOLE_BYTES", 10**6)
+    file = tmp_path / "model.safetensors"
+    sums = set()
+    for place in (None, 0, 2**21 + 4095, 5 * 2**20 - 1):
+        content = bytearray(5 * 2**20)
+        if place is not None:
+            content[place] = 1
+        file.write_bytes(content)
+        sums.add(base_sha256(file))
+    assert len(sums) == 4
+
+
+@pytest.mark.slow
+def test_the_command_refuses_another_base(left):
+    """Of which the recorded run had no file at all."""
+    said = refused(left, "resume=mine", "tracking.uri=sqlite:///mlflow.db")
+    assert re.search(r"base model, model.safetensors: null then, \d+ bytes, SHA-256 ", said)
+
+
+def remedies_of_training(toy):
+    """What folds say that ran out of memory, or whose loss is no number."""
+    broken = toy.model()
+    with torch.no_grad():
+        next(p for name, p in broken.named_parameters() if "modules_to_save" in name).fill_(float("nan"))
+    for model, precision in ((Greedy(toy.model(), limit=0), "fp32"), (broken, "bf16")):
+        # One a process in production.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        loop = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), precision, Recorder())
+        with pytest.raises(UserError) as caught:
+            loop.fit(TRAIN, VAL)
+        yield from caught.value.remedies
+
+
+def test_what_a_failed_fold_advises_is_taken_where_it_says(toy, left):
+    """With `resume=`, or as a new run, which `resume=` would refuse."""
+    goes_on, anew = [], []
+    for remedy in remedies_of_training(toy):
+        words = [word.replace("=<new>", "=another").replace("=<smaller>", "=org/small") for word in remedy.split()]
+        words = [word for word in words if re.fullmatch(r"[a-z_]+\.[a-z_]+=\S+", word)]
+        settings = [word for word in words if not word.startswith("run.name=")]
+        assert settings, remedy
+        if len(settings) == len(words):
+            assert "resume= too" in remedy
+            goes_on += settings
+            assert go_on(left, *settings).faults == ()
+        else:
+            assert "in a new run" in remedy
+            anew += settings
+            assert len(go_on(left, *settings).faults) == 1
+            assert validate(RunConfig, compose("run", [*SMALL, *words])).run.name == "another"
+    assert goes_on == ["train.gradient_checkpointing=on"]
+    assert [setting.partition("=")[0] for setting in anew] == [
+        "prompt.max_length", "model.name", "train.lr", "train.precision", "train.warmup_steps"
+    ]  # fmt: skip
 
 
 def test_another_commit_alone_is_a_warning(left):

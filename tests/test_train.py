@@ -280,7 +280,7 @@ def test_a_loss_that_is_no_number_stops_with_a_remedy(toy):
     model = toy.model()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "modules_to_save" in n).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"training loss is nan(.|\n)*lower train.lr"):
+    with pytest.raises(UserError, match=r"training loss is nan(.|\n)*run.name=<new> train.lr=0.0025"):
         trainer(toy, model).fit(TRAIN, VAL)
 
 

@@ -102,7 +102,7 @@ class Toy:
         self.encoder: PromptEncoder = prompt_encoder(self.tokenizer, self.prompt, texts)
         self.encoded: EncodedPairs = encode_dataset(self.encoder, self.dataset)[0]
 
-    def model(self, seed: int = 1, dropout: float = 0.0, dtype: str = "float32", modules: object = None):
+    def model(self, seed: int = 1, dropout: float = 0.0, dtype: str = "float32", modules: object = None, r: int = 4):
         import torch
 
         base = load_classifier(self.base, self.tokenizer, getattr(torch, dtype), seed=seed)
@@ -111,7 +111,7 @@ class Toy:
         return add_dora(
             base,
             targets,
-            DoraConfig(r=4, alpha=8, lora_dropout=dropout, dropout="lora_path", implementation="factored"),
+            DoraConfig(r=r, alpha=8, lora_dropout=dropout, dropout="lora_path", implementation="factored"),
         )
 
     def info(self, **changes: Any) -> CheckpointInfo:
