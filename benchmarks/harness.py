@@ -119,12 +119,15 @@ class Bar:
     value: float
     limit: float
     at_most: bool = False
+    why_missed: str = ""
+    """what a reader should know if it is"""
 
     def judged(self) -> dict[str, Any]:
         """As it stands in the JSON."""
         met = self.value <= self.limit if self.at_most else self.value >= self.limit
         bound = {"at_most" if self.at_most else "at_least": self.limit}
-        return {"claim": self.claim, "value": self.value, **bound, "met": met}
+        why = {"why": self.why_missed} if self.why_missed and not met else {}
+        return {"claim": self.claim, "value": self.value, **bound, "met": met, **why}
 
 
 class Result:

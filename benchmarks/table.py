@@ -205,7 +205,14 @@ def load(result: Json) -> list[str]:
     ways: list[Column] = [("nine criteria", lambda row: row["way"]), ("seconds", lambda row: seconds(row["seconds"]))]
     intro = f"**The resident scorer**, the quickstart's model, {result['settings']['seconds']:g} s of load."
     parts = {key: [row for row in result["rows"] if key in row] for key in ("clients", "way")}
-    return [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
+    lines = [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
+    if kept := result.get("logging"):
+        # What finds the queue of SQLite full, or waits in it when the server ends.
+        lines += [
+            "",
+            f"- {kept['asked']:,} answers were to be logged, {kept['in_mlflow']:,} are in MLflow; dropped: the others",
+        ]
+    return lines
 
 
 def gpu(result: Json) -> list[str]:
@@ -332,7 +339,8 @@ def render(result: Json) -> list[str]:
             lines.append(f"- {bar['claim']}: {bar['value']:.3g} (small shapes: not held against its bar)")
             continue
         limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
-        lines.append(f"- {bar['claim']}: {bar['value']:.3g}; bar: {limit}: {'met' if bar['met'] else '**missed**'}")
+        verdict = "met" if bar["met"] else "**missed**" + (f" ({bar['why']})" if "why" in bar else "")
+        lines.append(f"- {bar['claim']}: {bar['value']:.3g}; bar: {limit}: {verdict}")
     return lines
 
 

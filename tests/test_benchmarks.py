@@ -182,7 +182,11 @@ def test_latency_runs_small_and_holds_the_answer_against_the_products(tmp_path, 
         flops = 2 * 3 * (4 * 64 * 64 + 3 * 64 * 172) * row["tokens"]
         assert row["gemm_gflops"] * 1e9 * row["floor"]["median"] == pytest.approx(flops)
     assert {row["tokens"] for row in result["rows"]} == {16, 32, 16 + 9 * 9}
-    assert len(result["bars"]) == 2  # bf16's
+    assert len(result["bars"]) == len(rows)
+    result["small"] = False
+    for bar, missed in zip(result["bars"], "\n".join(table.render(result)).splitlines()[-len(rows) :], strict=True):
+        assert ("**missed** (of one pair's time attention " in missed) == (not bar["met"])
+    assert not all(bar["met"] for bar in result["bars"]), "tiny products are no floor"
 
 
 def test_a_model_that_does_not_fit_is_measured_by_fewer_layers(tmp_path, monkeypatch):
