@@ -125,6 +125,9 @@ class Bar:
     worst: float | None = None
     """of the rounds that `value` is the median of"""
 
+    why_missed: str = ""
+    """what a reader should know if it is"""
+
     @classmethod
     def of_rounds(cls, claim: str, values: list[float], limit: float, *, at_most: bool = False) -> "Bar":
         """The median of the rounds, beside their worst."""
@@ -136,6 +139,8 @@ class Bar:
         judged = {"claim": self.claim, "value": self.value, **bound, "met": self._meets(self.value)}
         if self.worst is not None:
             judged |= {"worst": self.worst, "every_round": self._meets(self.worst)}
+        if self.why_missed and not judged["met"]:
+            judged["why"] = self.why_missed
         return judged
 
     def _meets(self, value: float) -> bool:

@@ -1,7 +1,6 @@
 """What `benchmarks.load` and `benchmarks.latency_cli` share: a run, and a scorer of it, made for them or given."""
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -71,9 +70,3 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
             return lines[0].split("listening on ")[1].split()[0]
         time.sleep(0.2)
     raise SystemExit(log.read_text(encoding="utf-8"))
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

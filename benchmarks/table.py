@@ -242,7 +242,14 @@ def load(result: Json) -> list[str]:
     ways: list[Column] = [("nine criteria", lambda row: row["way"]), ("seconds", lambda row: seconds(row["seconds"]))]
     intro = f"**The resident scorer**, the quickstart's model, {result['settings']['seconds']:g} s of load."
     parts = {key: [row for row in result["rows"] if key in row] for key in ("clients", "way")}
-    return [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
+    lines = [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
+    if kept := result.get("logging"):
+        # What finds the queue of SQLite full, or waits in it when the server ends.
+        lines += [
+            "",
+            f"- {kept['asked']:,} answers were to be logged, {kept['in_mlflow']:,} are in MLflow; dropped: the others",
+        ]
+    return lines
 
 
 def gpu(result: Json) -> list[str]:
@@ -373,7 +380,8 @@ def render(result: Json) -> list[str]:
             continue
         limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
         worst = f" (worst round {bar['worst']:.3g})" if "worst" in bar else ""
-        lines.append(f"- {bar['claim']}: {bar['value']:.3g}{worst}; bar: {limit}: {judgement(bar)}")
+        why = f" ({bar['why']})" if "why" in bar else ""
+        lines.append(f"- {bar['claim']}: {bar['value']:.3g}{worst}; bar: {limit}: {judgement(bar)}{why}")
     return lines
 
 

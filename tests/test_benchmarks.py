@@ -287,7 +287,8 @@ def test_a_scorer_is_asked_by_processes_and_under_load(overhead, tmp_path):
     from benchmarks.serving import scorer
 
     _, run = overhead
-    with scorer(run.parent.parent, run.name, "tracking.uri=none") as url:
+    folder = run.parent.parent
+    with scorer(folder, run.name, f"tracking.uri=sqlite:///{folder / 'inference.db'}") as url:
         given = ("--run", str(run), "--server", url)
         latency = small_process("latency_cli", tmp_path, *given)
         load = small_process("load", tmp_path, *given)
@@ -295,6 +296,7 @@ def test_a_scorer_is_asked_by_processes_and_under_load(overhead, tmp_path):
     assert len(latency["bars"]) == 1
     assert [row["answers"] > 0 for row in load["rows"] if "answers" in row] == [True, True]
     assert (len(load["bars"]), load["bars"][0]["met"]) == (4, True)
+    assert 0 < load["logging"]["in_mlflow"] <= load["logging"]["asked"] + 100
 
 
 @pytest.mark.slow
@@ -372,7 +374,11 @@ def test_latency_runs_small_and_holds_the_answer_against_the_products(tmp_path, 
         flops = 2 * 3 * (4 * 64 * 64 + 3 * 64 * 172) * row["tokens"]
         assert row["gemm_gflops"] * 1e9 * row["floor"]["median"] == pytest.approx(flops)
     assert {row["tokens"] for row in result["rows"]} == {16, 32, 16 + 9 * 9}
-    assert len(result["bars"]) == 2  # bf16's
+    assert len(result["bars"]) == len(rows)
+    result["small"] = False
+    for bar, missed in zip(result["bars"], "\n".join(table.render(result)).splitlines()[-len(rows) :], strict=True):
+        assert ("**missed** (of one pair's time attention " in missed) == (not bar["met"])
+    assert not all(bar["met"] for bar in result["bars"]), "tiny products are no floor"
 
 
 def test_a_model_that_does_not_fit_is_measured_by_fewer_layers(tmp_path, monkeypatch):
