@@ -222,6 +222,22 @@ def small_process(name, folder, *more):
     return result
 
 
+def test_the_lines_of_a_run_say_when_its_folds_started_and_were_done(tmp_path):
+    from benchmarks.overhead import beside, watched
+
+    lines = ["[0:00] fold 0: starting", "fold 1: starting", "fold 1: epoch 1/1: done with it", "fold 1: done", "{}"]
+    code = f"import time\nfor line in {[*lines, '[0:01] fold 0: done']!r}:\n    time.sleep(0.02)\n    print(line, flush=True)"
+    seconds, marks, said = watched([sys.executable, "-c", code], tmp_path)
+    assert said == [*lines, "[0:01] fold 0: done"]
+    assert set(marks) == {0, 1}
+    assert marks[0]["starting"] < marks[1]["starting"] < marks[1]["done"] <= marks[0]["done"]
+    assert seconds["before"] + seconds["folds"] + seconds["after"] == pytest.approx(seconds["wall"])
+    assert seconds["folds"] == pytest.approx(marks[0]["done"] - marks[0]["starting"])
+    given = {"wall": 60.0, "before": 10.0, "folds": 45.0, "after": 5.0}
+    found = beside(given, loops=10.0, folds=5, in_flight=2)
+    assert (found["per_fold"], found["wave"]) == (11.0, pytest.approx(40 / 3))
+
+
 @pytest.fixture(scope="module")
 def overhead(tmp_path_factory):
     """A small run of `benchmarks.overhead`, and the folder of the run of raycv that it made."""
