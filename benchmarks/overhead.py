@@ -8,6 +8,7 @@ folds in flight, in the first two rounds; one wave of two folds in each round, b
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ CASE_ROUNDS = 2
 """Rounds that have all cases: the wave, which a bar is on, has more."""
 WAVE_SECONDS = 20.0
 CORES = 2
+MILESTONE = re.compile(r"fold (\d+): (starting|done)$")
 PHASES = {
     "processes": ("starting", "worker"),
     "imports": ("worker", "imported"),
@@ -59,9 +61,8 @@ def watched(command: list[str], folder: Path) -> tuple[dict[str, float], dict[in
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())
-            for state in ("starting", "done"):
-                if "fold" in line and lines[-1].endswith(f": {state}"):
-                    marks.setdefault(_fold(line), {})[state] = time.time()
+            if found := MILESTONE.search(lines[-1]):
+                marks.setdefault(int(found[1]), {})[found[2]] = time.time()
     if process.returncode:
         raise SystemExit("\n".join(lines))
     first = min(mark["starting"] for mark in marks.values())
@@ -69,10 +70,6 @@ def watched(command: list[str], folder: Path) -> tuple[dict[str, float], dict[in
     wall = time.time() - began
     seconds = {"wall": wall, "before": first - began, "folds": last - first, "after": began + wall - last}
     return seconds, marks, lines
-
-
-def _fold(line: str) -> int:
-    return int(line.rpartition("fold ")[2].partition(":")[0])
 
 
 def beside(seconds: dict[str, float], loops: float, folds: int, in_flight: int) -> dict[str, float]:

@@ -86,9 +86,10 @@ def fold(result: Json) -> list[str]:
     """One fold beside the Trainer."""
     titles, settings = result["settings"]["titles"], result["settings"]
     steps = -(-settings["train_pairs"] // settings["effective_batch"])
+    batches = f" in batches of {settings['eval_batch']} at most" if "eval_batch" in settings else ""
     intro = (
         f"**One fold**: an epoch of {settings['train_pairs']} pairs in {counted(steps, 'optimizer step')}, the "
-        f"validation of {settings['validation_pairs']}; "
+        f"validation of {settings['validation_pairs']}{batches}; "
         f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
     )
     columns: list[Column] = [
