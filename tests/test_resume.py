@@ -499,10 +499,12 @@ def test_an_edited_config_is_refused(left):
     """The file is valid, and not what the run was trained with."""
     recorded = sha256_of(left.config)
     left.config.write_text(left.config.read_text().replace("epochs: 3", "epochs: 77"))
-    said = refused(left, "resume=mine")
-    assert f"config.yaml was changed, its sha256: {recorded[:28]}" in said
-    assert "MLflow's parent run has the one that was recorded" in said
-    assert "1 fault" in said
+    earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
+    with pytest.raises(UserError) as caught:
+        earlier.check(*_data(earlier.config))
+    assert f"config.yaml was changed, its sha256: {recorded[:28]}" in str(caught.value)
+    assert "MLflow's parent run has the one that was recorded" in str(caught.value)
+    assert "1 fault" in str(caught.value)
 
 
 def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hub):  # noqa: F811
