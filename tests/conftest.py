@@ -1,5 +1,6 @@
 """Shared set-up: what a test process may not take from the machine, and small trained pieces."""
 
+import logging
 import os
 
 # Before any import of ray: tests start their own local cluster, never join one that happens to run here.
@@ -24,6 +25,15 @@ def pytest_collection_finish():
     import gc
 
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging():
+    """A command that ran in this process keeps its warnings for stderr, where pytest does not look."""
+    yield
+    logger = logging.getLogger("raycv")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -583,7 +583,7 @@ def engine(source, done):
             peak()
 
 given = [f"input={sys.argv[1]}", f"output={sys.argv[2]}"]
-done = score_file(validate(InferConfig, compose("infer", given)), Chosen("toy", 0, (), None), CRITERIA, engine)
+done = score_file(validate(InferConfig, compose("infer", given)), Chosen("toy", 0, (), None, 0), CRITERIA, engine)
 peak()
 print(done.records, done.pairs, *peaks)
 """

@@ -414,8 +414,7 @@ def unfinished(tmp_path_factory):
     )
     dataset, splits = _data(config)
     run = RunFolder(folder / "runs" / "mine")
-    base = {"revision": None, "files": dict(fetch_base(config.model.name, None).files)}
-    prepared = Prepared(dataset, splits, None, None, None, base, {}, [])  # type: ignore[arg-type]
+    prepared = Prepared(dataset, splits, None, None, None, _base(config).facts, {}, [])  # type: ignore[arg-type]
     _write_inputs(run, config, prepared)
     write_json(run.tracking, {"uri": "sqlite:///nowhere.db", "experiment_id": "1", "parent_run_id": "x"})
     return run

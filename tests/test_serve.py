@@ -338,7 +338,7 @@ def test_replicas_are_added_before_those_there_are_refuse(given, replicas):
     from raycv.scorer import Setup, _application
 
     values = compose("serve", []) | {"serve": SERVER | given}
-    setup = Setup(validate(ServeConfig, values), Chosen("toy", 0, (), None), None, None, "instance")
+    setup = Setup(validate(ServeConfig, values), Chosen("toy", 0, (), None, 0), None, None, "instance")
     deployment = _application(setup, 1.0, 0.5, LoggingConfig())._bound_deployment
     scale = deployment._deployment_config.autoscaling_config
     if scale is not None:

@@ -122,7 +122,7 @@ def test_from_a_body_to_the_scorer():
     for body in (*bodies, {"pairs": bodies}):
         assert call(app, "POST", "/score", body)[0] == 200
     questions = [Question(*pair) for pair in PAIRS]
-    assert [asked for asked, _ in echo.asked] == [[question] for question in questions] + [questions]
+    assert [asked for asked, *_ in echo.asked] == [[question] for question in questions] + [questions]
 
 
 @pytest.mark.slow
