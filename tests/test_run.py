@@ -16,8 +16,6 @@ from commands import ROOT, raycv
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
-from raycv.cli import compose
-
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
 
@@ -216,24 +214,26 @@ def posts():
     return pd.read_csv(ROOT / "data/sample/posts.csv", dtype={"post_id": str}).set_index("post_id")["post"]
 
 
-def test_inference_finds_the_predictions_again(run, predictions, posts):
+def test_inference_finds_the_predictions_again(run, report, predictions, posts, tmp_path, monkeypatch):
     """FR-008: training and inference share prompts, long posts, criteria and thresholds, so scores are the same."""
-    from raycv.answers import Question
-    from raycv.config import InferConfig, validate
-    from raycv.loaded import load_answerer
-    from raycv.runs import choose
+    from raycv.infer import main
 
-    config = validate(InferConfig, compose("infer", []))
-    for fold in (0, 3):
-        answerer = load_answerer(choose("first", fold, run.parent, None), config.infer, None, print)
-        expected = predictions[fold]
-        questions = [
-            Question(posts[post_id], criterion_id)
-            for post_id, criterion_id in zip(expected["post_id"], expected["criterion_id"], strict=True)
-        ]
-        found = [answer for answers in answerer.answer(questions) for answer in answers]
-        assert [answer["criterion_id"] for answer in found] == list(expected["criterion_id"])
-        np.testing.assert_allclose([answer["score"] for answer in found], expected["score"], atol=1e-5)
+    for fold, expected in enumerate(predictions):
+        source, output = tmp_path / f"fold_{fold}.csv", tmp_path / f"scores_{fold}.csv"
+        asked = expected[["post_id", "criterion_id"]]
+        asked.assign(post=asked["post_id"].map(posts)).to_csv(source, index=False)
+        given = (f"input={source}", f"output={output}", "run=first", f"fold={fold}", f"dir={run.parent}")
+        if fold == 0:
+            result = raycv("infer", *given, "tracking.uri=none", cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+        else:  # the same without the start of a process
+            monkeypatch.setattr(sys, "argv", ["raycv.infer", *given, "tracking.uri=none"])
+            main()
+        found = pd.read_csv(output, dtype={"post_id": str})
+        pd.testing.assert_frame_equal(found[["post_id", "criterion_id"]], asked)
+        np.testing.assert_allclose(found["score"], expected["score"], atol=1e-5)
+        assert set(found["threshold"]) == {report["folds"][fold]["threshold"]}
+        assert set(found["fold"]) == {fold}
 
 
 def test_the_infer_command_answers_from_the_latest_run_and_from_mlflow(done, report, predictions, posts, mlflow_runs):
