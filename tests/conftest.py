@@ -29,11 +29,20 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _fresh_logging():
-    """A command that ran in this process keeps its warnings for stderr, where pytest does not look."""
+    """A command that ran in this process keeps its warnings for stderr, where pytest does not look.
+
+    One that is refused early leaves logging as Hydra set it: raycv's loggers disabled, the root's level raised.
+    """
+    level = logging.root.level
     yield
+    logging.root.setLevel(level)
     logger = logging.getLogger("raycv")
     logger.handlers.clear()
     logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "raycv" and isinstance(known, logging.Logger):
+            known.disabled = False
 
 
 @pytest.fixture(autouse=True)
