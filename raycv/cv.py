@@ -308,7 +308,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
         lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
         remedies = [
-            f"mend the cause, then train the missing folds alone: {resume_command(root)}",
+            f"mend the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
             f"what is finished is kept in {root.root}",
         ]
         raise RunFailedError("\n".join(lines), remedies=remedies)

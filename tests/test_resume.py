@@ -840,7 +840,7 @@ def test_a_fold_that_failed_is_trained_alone_when_the_cause_is_mended(tmp_path, 
         assert process.wait(timeout=900) == 1
     said = (tmp_path / "out").read_text()
     assert f"fold 1: The training state cannot be written to {in_the_way}" in said
-    assert "then train the missing folds alone: python -m raycv.run resume=mine\n" in said
+    assert "then train the missing folds alone, with the same settings: python -m raycv.run resume=mine\n" in said
     assert not run.report.exists()
     assert set(statuses(tmp_path).items()) == {("mine", "FAILED"), ("fold_0", "FINISHED"), ("fold_1", "FAILED")}
     in_the_way.unlink()
