@@ -45,7 +45,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     except UserError as error:
         remedies = ["put a good copy in its place: MLflow has one", f"or train that fold again: {_again(folder)}"]
         raise UserError(error.what, remedies=remedies) from error
-    report = summarize(folder.root.name, results, folds, read_record(folder.data_stats))
+    report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder))
     write_json(folder.report, report)
     uri = config.tracking_uri or str(read_record(folder.tracking, "uri")["uri"])
     tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)

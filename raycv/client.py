@@ -191,7 +191,7 @@ def checked_address(server: str) -> str:
     if not usable:
         remedies = ["server=http://127.0.0.1:8000", "server=auto, server=none"]
         raise UserError("server: must be auto, none, or an address like http://host:port.", remedies=remedies)
-    return f"{parts.scheme}://{parts.netloc}" if port else f"{parts.scheme}://{parts.hostname}"
+    return f"{parts.scheme}://{parts.netloc if port else parts.netloc.removesuffix(':')}"
 
 
 def checked_token(token: str | None) -> str | None:
@@ -316,8 +316,10 @@ def _store(config: InferConfig) -> str | None:
 
 
 def _is_named(config: InferConfig, model: ServedModel) -> bool:
-    name = Path(config.run).name
-    if name in (model.named, model.run):
+    path = Path(config.run)
+    # The path of a folder that is here says more than its name: other folders hold runs too.
+    by_name = path.name == config.run or not path.is_dir()
+    if by_name and path.name in (model.named, model.run):
         return config.fold in (model.fold, model.fold_asked)
     if config.run == LATEST:
         return False

@@ -64,6 +64,8 @@ def _a_store(uri: str) -> str:
         if not file or ":memory:" in file:
             raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
         return SQLITE + _a_path(file)
+    if any(character.isspace() for character in uri):
+        raise ValueError("holds white space: write %20 for it (a space in a password too)")
     named = uri if uri in BARE else kind if "://" in uri else None
     if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
         raise ValueError("is no MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")

@@ -57,6 +57,8 @@ def load_criteria(folder: Path) -> dict[str, Criterion]:
     """The criteria in `folder` that hold text, sorted by id. Raises: FaultsError naming every fault of the file."""
     faults = Faults()
     criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults)
+    if criteria is not None and criteria.whole and not criteria.kept():
+        faults.add(Kind.NO_CRITERIA, criteria.path, "holds no criterion with text")
     faults.raise_any(f"The criteria in {folder} cannot be used")
     assert criteria is not None
     return {key: Criterion(key, criteria.texts[key], symptom_of(key)) for key in criteria.kept()}

@@ -16,20 +16,26 @@ COLUMNS = (*METRICS, THRESHOLD)
 
 
 def summarize(
-    run: str, results: Sequence[FoldResult], folds: int, data_stats: Mapping[str, Any] | None = None
+    run: str,
+    results: Sequence[FoldResult],
+    folds: int,
+    data_stats: Mapping[str, Any] | None = None,
+    finish: str | None = None,
 ) -> dict[str, Any]:
     """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
 
-    `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of.
+    `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of; `finish` is
+    what to type where folds are missing.
     Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
     """
     present = {result.fold for result in results}
+    finish = finish or f"python -m raycv.run resume={run}"
     missing = [fold for fold in range(folds) if fold not in present]
     if missing:
         raise RunFailedError(
             f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
             "and nothing is averaged over fewer folds than asked for.",
-            remedies=[f"finish it: python -m raycv.run resume={run} (fold_<k>/error.json says why a fold failed)"],
+            remedies=[f"finish it: {finish} (fold_<k>/error.json says why a fold failed)"],
         )
     if len(results) != folds:
         raise RunFailedError(

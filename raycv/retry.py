@@ -40,8 +40,11 @@ _SECRETS = (
     (re.compile(r"(:/{1,2})[^/\s]*@"), r"\1***@"),
     # the same with an unescaped slash in the password, which database drivers accept
     (re.compile(r"(:/{1,2})[^/\s:@]+:[^\s@]*@"), r"\1***@"),
+    # and with an unescaped space, which HTTP clients send
+    (re.compile(r"(:/{1,2})[^/\s:@]*:[^/\n@]*@"), r"\1***@"),
     (re.compile(r"(?i)(authorization\W+\w+\s+|\bbearer\s+)[\w.~+/=-]{4,}"), r"\1***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    # a hub token has 34 letters; a folder may well be called hf_something
+    (re.compile(r"(?<![\w/])hf_[A-Za-z0-9]{30,}"), "hf_***"),
     # query strings and key=value connection strings
     (
         re.compile(

@@ -86,6 +86,8 @@ LOG_IN = (
 )
 PARAM_LIMIT = 6000
 BATCH_LIMIT = 100
+LOCK_SECONDS = 60
+"""For another process to make or migrate the tables of a SQLite file."""
 
 
 class Tracker:
@@ -101,7 +103,7 @@ class Tracker:
         self.shown_uri = mask_secrets(self.uri)
         self._database = Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
         if self._database:
-            _check_database(self._database)
+            _check_database(self._database, seconds)
         self._client = self._call("open the store", self._alone, partial(MlflowClient, tracking_uri=self.uri))
 
     def open_experiment(self, config: TrackingConfig) -> str:
@@ -110,7 +112,8 @@ class Tracker:
 
     def _alone(self, call: Callable[[], T]) -> T:
         """`call()`; two processes that make the tables of a new SQLite file at once would leave it broken for good."""
-        with FileLock(_lock_of(self._database), timeout=60) if self._database else contextlib.nullcontext():
+        seconds = self._seconds or LOCK_SECONDS
+        with FileLock(_lock_of(self._database), timeout=seconds) if self._database else contextlib.nullcontext():
             return call()
 
     def start_parent(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
@@ -449,20 +452,23 @@ def check_store(config: TrackingConfig) -> None:
         _check_new_artifacts(config)
 
 
-def _check_database(database: Path) -> None:
-    """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes."""
+def _check_database(database: Path, seconds: int | None) -> None:
+    """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes.
+
+    So it would with one that is locked, which is refused after `seconds`; None: left to it.
+    """
     if not os.path.exists(database):
         _check_new_database(database)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         # Asked for its schema, one that is not there would be made.
         if os.path.exists(database):
-            with contextlib.closing(sqlite3.connect(database)) as connection:
+            with contextlib.closing(sqlite3.connect(database, timeout=seconds or 5)) as connection:
                 connection.execute("PRAGMA schema_version")
         # A lock that cannot be made would be waited for.
         open(_lock_of(database), "a").close()
     except (OSError, sqlite3.Error) as error:
-        if "locked" in str(error):
+        if "locked" in str(error) and seconds is None:
             return  # by another process, for a while: what the retries are for
         raise _no_database(database, error) from error
 
@@ -477,6 +483,8 @@ def _check_new_database(database: Path) -> None:
 
 def _no_database(database: Path, error: Exception) -> UserError:
     remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
+    if "locked" in str(error):
+        remedies = ["wait until the other process has let go of it"]
     return UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies)
 
 

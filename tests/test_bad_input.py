@@ -297,6 +297,10 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
         ["tracking.uri=nonsense://ann:hunter2222@host"],
         ["tracking.uri: is no MLflow store: name a database", "received 'nonsense://***@host'"],
     ),
+    "a password with a space": (
+        ["tracking.uri=http://ann:my hunter2222@host"],
+        ["tracking.uri: holds white space: write %20", "received 'http://***@host'"],
+    ),
     "half an address": (["tracking.uri=http://[::1"], ["tracking.uri: is no address (Invalid IPv6 URL)"]),
     "epochs for ever": (["train.epochs=99999999999999999999"], ["train.epochs: "]),
     "a rank beyond all models": (["dora.r=1000000000"], ["dora.r: "]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -281,6 +282,9 @@ def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monk
     for asked in ({"criteria_dir": "x"}, {"base": "x"}, {"infer": {"precision": "int8", "batch_size": 1}}):
         with pytest.raises(UserError, match="scorer"):
             ask(config("some", tmp_path, server=scorer.url, **asked), [QUESTION], lambda text: None)
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "some")
+    with pytest.raises(UserError, match="not run="):
+        ask(config(other, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
     assert len(scorer.asked) == 3
 
 
@@ -292,6 +296,8 @@ def test_a_token_is_never_repeated():
 
 def test_addresses():
     assert checked_address("http://host:80/x?y") == "http://host:80"
+    assert checked_address("http://host:/x") == "http://host"
+    assert checked_address("http://[::1]") == "http://[::1]"
     for wrong in ("host", "ftp://host", "http://", "http://user:pw@host", "http://host:x", "http://exa mple:80"):
         with pytest.raises(UserError, match="server:"):
             checked_address(wrong)

@@ -462,6 +462,15 @@ def test_criteria_that_are_worded_otherwise_are_a_warning(run, tmp_path, monkeyp
     assert plain.err == b""
 
 
+@pytest.mark.parametrize("given", ["post=w0 w3", "criterion=C0"])
+def test_criteria_without_any_text_are_refused(run, tmp_path, monkeypatch, capsysbinary, given):
+    write_text(tmp_path / "criteria.csv", "criterion_id,criterion\nC0,\n")
+    words = ["post=w0", given, f"run={run}", f"dir={run.parent}", "tracking.uri=none", f"criteria_dir={tmp_path}"]
+    code, printed = run_here(monkeypatch, capsysbinary, *dict.fromkeys(words))
+    assert code == 2
+    assert b"criteria.csv: holds no criterion with text" in printed.err
+
+
 def test_a_lone_dash_is_standard_input(run, monkeypatch, capsysbinary):
     for dash in ("-", "post_file=-"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))

@@ -93,6 +93,7 @@ def test_missing_fold_is_refused(present: list[int], missing: str) -> None:
         "and nothing is averaged over fewer folds than asked for."
     )
     assert caught.value.exit_code == 1
+    assert caught.value.remedies[0].startswith("finish it: python -m raycv.run resume=the run ")
 
 
 @pytest.mark.parametrize("more", [RESULTS[0], result(5)], ids=["twice", "beyond"])

@@ -308,6 +308,18 @@ def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, capl
         assert Tracker(settings.uri).open_experiment(settings)
 
 
+def test_who_cannot_wait_is_refused_by_a_database_that_is_locked(tmp_path):
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    Tracker(settings.uri)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        with pytest.raises(UserError, match="database is locked") as caught:
+            Tracker(settings.uri, seconds=1)
+        assert time.monotonic() - started < 20
+    assert caught.value.remedies == ["wait until the other process has let go of it"]
+
+
 def test_an_old_schema_names_the_upgrade(tmp_path):
     Tracker(f"sqlite:///{tmp_path}/new.db")
     # MLflow keeps what it knows of a store that this process has opened.
