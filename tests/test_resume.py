@@ -585,7 +585,10 @@ def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, mon
 
 @pytest.mark.slow
 def test_the_command_refuses_another_base(left):
-    """Of which the recorded run had no file at all."""
+    """Of which the recorded run had no weights."""
+    base = read_json(left.environment)["base_model"]
+    del base["files"]["model.safetensors"]
+    changed(left.environment, base_model=base)
     said = refused(left, "resume=mine", "tracking.uri=sqlite:///mlflow.db")
     assert re.search(r"base model, model.safetensors: null then, \d+ bytes, SHA-256 ", said)
 
