@@ -141,7 +141,7 @@ def is_folder(name: str) -> bool:
 def _inspect(name: str, folder: Path, revision: str | None) -> BaseFiles:
     """Raises: UserError if `folder` does not hold a config and all of the weights."""
     if not os.path.isdir(folder):
-        raise UserError(f"There is no folder {folder} (model.name={name}).", remedies=["correct model.name"])
+        raise UserError(f"There is no folder {folder}, which is to hold the base model.", remedies=["correct the path"])
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if CONFIG not in present:
         raise UserError(

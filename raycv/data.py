@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raycv.errors import counted
 from raycv.faults import Faults, Kind, listed, named
-from raycv.labels import Labels, Texts, read_labels, read_texts, symptom_of
+from raycv.labels import Labels, Texts, read_labels, read_texts
 from raycv.records import Criterion, Dataset, Pair
 from raycv.sources import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_criteria, find_sources
 
@@ -61,7 +61,7 @@ def load_criteria(folder: Path) -> dict[str, Criterion]:
         faults.add(Kind.NO_CRITERIA, criteria.path, "holds no criterion with text")
     faults.raise_any(f"The criteria in {folder} cannot be used")
     assert criteria is not None
-    return {key: Criterion(key, criteria.texts[key], symptom_of(key)) for key in criteria.kept()}
+    return {key: Criterion(key, criteria.texts[key], criteria.symptom_of(key)) for key in criteria.kept()}
 
 
 # --- The grid --------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _check_classes(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pa
 
 def _dataset(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], sources: Sources) -> Dataset:
     texts = {post_id: posts.texts[post_id] for post_id in posts.kept()}
-    kept = {key: Criterion(key, criteria.texts[key], symptom_of(key)) for key in criteria.kept()}
+    kept = {key: Criterion(key, criteria.texts[key], criteria.symptom_of(key)) for key in criteria.kept()}
     all_pairs = len(posts.texts) * len(criteria.texts) if labels.official else len(labels.pairs)
     files = {POSTS: posts.path, ANNOTATIONS if labels.official else GROUNDTRUTH: labels.path, CRITERIA: criteria.path}
     stats: dict[str, Any] = {
@@ -233,8 +233,9 @@ def _repeat_warning(stats: Mapping[str, Any]) -> list[str]:
 
 def _drop_warnings(dropped: Mapping[str, Any]) -> list[str]:
     return [
-        f"{len(dropped[table]):,} {table} without text dropped, with their pairs: {listed(dropped[table])}."
-        for table in ("posts", "criteria")
+        f"{len(dropped[table]):,} {one if len(dropped[table]) == 1 else table} without text dropped, with the pairs:"
+        f" {listed(dropped[table])}."
+        for table, one in (("posts", "post"), ("criteria", "criterion"))
         if dropped[table]
     ]
 

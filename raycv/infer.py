@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,8 @@ def _read_post(file: str) -> str:
         remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
         raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
     try:
-        return data.decode("utf-8-sig")
+        # Without the end of its last line, which editors and echo add: the post is the text, as in post=.
+        return re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         remedies = ["save it as UTF-8"]
         raise UserError(f"post_file={file} is not UTF-8 (byte {error.start}).", remedies=remedies) from error

@@ -29,6 +29,7 @@ _NO_SYMPTOM = "SPECIAL_CASE"
 """A name of the release that is none of the nine: its rows are left out."""
 _LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "true": 1, "false": 0}
 _ID_LIMIT = 100
+_NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 # Invisible, and no white space to Python: a post of these alone is empty all the same.
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
@@ -40,12 +41,6 @@ def criterion_code(name: str) -> str | None:
     if match := re.fullmatch(r"A[._]?([1-9])", plain):
         return f"A.{match[1]}"
     return SYMPTOMS.get(plain)
-
-
-def symptom_of(criterion_id: str) -> str | None:
-    """ReDSM5's name for a criterion, if it is one of the nine."""
-    code = criterion_code(criterion_id)
-    return next((name for name in SYMPTOMS if SYMPTOMS[name] == code), None)
 
 
 def _plain(name: str) -> str:
@@ -72,6 +67,8 @@ class Texts:
     """id -> where it stands; also ids of rows with a fault, lest every reference to them be reported as another."""
     looks: dict[str, str] = field(default_factory=dict)
     """id in its compatible form (NFKC) -> the id: two that look alike are one that was typed in two ways."""
+    symptoms: dict[str, str] = field(default_factory=dict)
+    """Criteria only: id -> the name in its column `symptom`, if it is one word"""
     codes: dict[str, str] = field(default_factory=dict)
     """Criteria only: A.1 to A.9 -> the id that the file has for it."""
 
@@ -83,6 +80,14 @@ class Texts:
         """The ids with text, sorted as plain strings."""
         blank = set(self.blank())
         return sorted(key for key in self.texts if key not in blank)
+
+    def symptom_of(self, criterion_id: str) -> str | None:
+        """The name in the file, unless it stands for another criterion too; else ReDSM5's, if it is one of the nine."""
+        name = self.symptoms.get(criterion_id)
+        if name and name not in self.texts and list(self.symptoms.values()).count(name) == 1:
+            return name
+        code = criterion_code(criterion_id)
+        return next((name for name in SYMPTOMS if SYMPTOMS[name] == code), None)
 
     def find(self, name: str) -> str | None:
         """The id that `name` stands for: the same string, or another spelling of the same criterion."""
@@ -106,6 +111,9 @@ def read_texts(path: Path | None, table: str, faults: Faults) -> Texts | None:
         key = _new_id(row, table, found, faults)
         if key is not None and not row.broken and columns:
             found.texts[key] = row.values[columns[0]]
+            # Messages and tables repeat a name; what could be prose is none.
+            if table == CRITERIA and _NAME.fullmatch(name := row.id("symptom")):
+                found.symptoms[key] = name
     return found
 
 

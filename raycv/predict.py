@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from raycv.answers import ModelIdentity, Prediction
+from raycv.answers import SCORE_DECIMALS, ModelIdentity, Prediction
 from raycv.base import fetch_trained_base
 from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
@@ -55,7 +55,7 @@ class Predictor:
         self.identity = ModelIdentity(
             self.info.run, "ensemble" if len(infos) > 1 else self.info.fold, self.info.base_model
         )
-        self.threshold = statistics.fmean(info.threshold for info in infos)
+        self.threshold = round(statistics.fmean(info.threshold for info in infos), SCORE_DECIMALS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = choose_precision(config.precision, self.info.precision, self.device)
         if self.precision == "int8":

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,12 +52,10 @@ def _dataset(recipe: Recipe, source: PairSource, done: int, placed: Mapping[str,
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # The file is read on this machine alone: the other nodes need not see it.
     chunks = ray.data.read_datasource(_Chunks(source, done), override_num_blocks=1, num_cpus=0, label_selector=here)
-    return chunks.map_batches(
-        _ChunkScorer,
-        fn_constructor_args=(recipe.load,),
-        batch_size=1,
-        **placed,
-    )
+    with warnings.catch_warnings():
+        # Of the scheduling strategy, for which Ray Data has no other parameter yet.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return chunks.map_batches(_ChunkScorer, fn_constructor_args=(recipe.load,), batch_size=1, **placed)
 
 
 @contextmanager

@@ -242,11 +242,14 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
     finished, asked, fold_asked = _finished_folds(folder), folds_of(folder.config), fold
     if isinstance(fold, int) and fold not in finished:
         there = f"it has fold 0 to {asked - 1}" if fold >= asked else "that fold is not finished"
-        remedies = [f"choose a finished one: {_listed(finished)}" if finished else QUICKSTART]
+        remedies = [
+            f"choose a finished one: {_listed(finished)}" if finished else f"finish it: {resume_command(folder)}"
+        ]
         raise UserError(f"fold={fold}: run {folder.root.name} has no such checkpoint: {there}.", remedies=remedies)
     if not isinstance(fold, int) and len(finished) < asked:
-        remedies = [f"choose a finished fold: {_listed(finished)}" if finished else QUICKSTART]
-        remedies.append(f"finish the run: {resume_command(folder)}")
+        remedies = [f"finish the run: {resume_command(folder)}"]
+        if finished:
+            remedies.append(f"choose a finished fold: {_listed(finished)}")
         what = f"fold={fold}: {len(finished)} of {asked} folds of run {folder.root.name} are finished."
         raise UserError(what, remedies=remedies)
     if fold == "best":

@@ -275,8 +275,14 @@ class Tracker:
                 self.finish(run.info.run_id, "KILLED" if status == "FINISHED" else status)
 
     def finish(self, run_id: str, status: str) -> None:
-        """`status`: FINISHED, FAILED or KILLED. A run lasts no less than nothing, also when the clock was set back."""
-        ended = max(int(time.time() * 1000), self.run(run_id).info.start_time)
+        """`status`: FINISHED, FAILED or KILLED; a run that has ended so keeps its time.
+
+        It lasts no less than nothing, also when the clock was set back.
+        """
+        info = self.run(run_id).info
+        if info.status == status:
+            return
+        ended = max(int(time.time() * 1000), info.start_time)
         self._call("end a run", self._client.set_terminated, run_id, status, end_time=ended)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:

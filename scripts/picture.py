@@ -1,7 +1,7 @@
 """Draws a run's summary as README shows it: python scripts/picture.py runs/<name>/report.json docs/quickstart.svg"""
 
+import argparse
 import json
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -19,4 +19,10 @@ def draw(report: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("report", type=Path, help="report.json of a run")
+    arguments.add_argument("picture", type=Path, help="the SVG to write")
+    given = arguments.parse_args()
+    if not given.report.is_file():
+        arguments.error(f"there is no file {given.report}")
+    draw(given.report, given.picture)

@@ -324,7 +324,7 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "name that is too long": (["run.name=" + "x" * 101], ["run.name: string should match", "101 characters"]),
     "no folder of runs": (["run.dir=/proc/x"], ["run.dir=/proc/x: /proc is no folder that can be written"]),
     "file of runs": (["run.dir={data}/posts.csv"], ["is no folder that can be written"]),
-    "no model": (["model.name=/nowhere"], ["There is no folder /nowhere (model.name=/nowhere)"]),
+    "no model": (["model.name=/nowhere"], ["There is no folder /nowhere, which is to hold the base"]),
     "a folder that is no model": (["model.name={data}"], ["is no model: it has no config.json"]),
     "no id of a model": (["model.name=a/b/c"], ["model.name='a/b/c' is neither a folder", "an id on the hub"]),
     "a climbing id of a model": (["model.name=org/.."], ["model.name='org/..' is neither a folder"]),

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raycv.data import EXPECTED_COUNTS, EXPECTED_IN_RELEASE, _size_warning, criteria_hash, load_dataset
+from raycv.data import EXPECTED_COUNTS, EXPECTED_IN_RELEASE, _size_warning, criteria_hash, load_criteria, load_dataset
 from raycv.errors import FaultsError
 from raycv.labels import SYMPTOMS, criterion_code
 from raycv.records import Dataset, Pair
@@ -98,6 +98,22 @@ def refusal(folder: Path, criteria_dir: Path | None = None, **options: str) -> s
 
 
 # --- What is accepted ------------------------------------------------------------------------------------------------
+
+
+def test_symptom_names_are_those_of_the_file_where_they_are_names(tmp_path: Path) -> None:
+    rows = [
+        "A.1,low,MY_MOOD",
+        "A.2,joy,TWICE",
+        "A.3,food,twice as much",
+        "A.4,bed,A.1",
+        "x,a,TWICE",
+        "y,b,y_name",
+        "z,c,",
+    ]
+    (tmp_path / "criteria.csv").write_text("\n".join(["criterion_id,criterion,symptom", *rows]) + "\n")
+    found = {key: criterion.symptom for key, criterion in load_criteria(tmp_path).items()}
+    release = {"A.2": "ANHEDONIA", "A.3": "APPETITE_CHANGE", "A.4": "SLEEP_ISSUES"}
+    assert found == {"A.1": "MY_MOOD", **release, "x": None, "y": "y_name", "z": None}
 
 
 def test_the_specifications_tables_in_one_folder(tmp_path: Path) -> None:
@@ -425,7 +441,7 @@ def test_empty_texts_are_dropped_with_their_pairs(tmp_path: Path, blank: str, la
     assert set(data.posts) == set(POSTS)
     assert len(data.pairs) == 27
     assert data.stats["dropped"] == {"posts": ["p8", "p9"], "criteria": [], "pairs": 18}
-    assert "2 posts without text dropped, with their pairs: 'p8', 'p9'." in data.warnings
+    assert "2 posts without text dropped, with the pairs: 'p8', 'p9'." in data.warnings
     message = refusal(tmp_path, empty="refuse")
     assert "posts.csv, line 6: post 'p8' has no text" in message
     assert "post 'p9' has no text" in message

@@ -735,6 +735,18 @@ def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
     assert tracker.run(run.info.run_id).info.end_time == began
 
 
+def test_a_run_in_mlflow_that_has_ended_keeps_its_time(tmp_path):
+    """Its summary may be logged again later."""
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    tracker = Tracker(settings.uri)
+    run_id = tracker._client.create_run(tracker.open_experiment(settings), start_time=1).info.run_id
+    tracker._client.set_terminated(run_id, "FINISHED", end_time=2)
+    tracker.finish(run_id, "FINISHED")
+    assert tracker.run(run_id).info.end_time == 2
+    tracker.finish(run_id, "KILLED")
+    assert tracker.run(run_id).info.end_time > 2
+
+
 SET_BACK = r"""
 // Python's wall clock goes back by two hours once the file CLOCK_SET_BACK exists. That of compiled libraries
 // stays: they wait for moments of a clock that only the kernel could set. (libfaketime 0.9.10 breaks Python's sleep.)

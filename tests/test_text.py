@@ -87,10 +87,11 @@ def test_from_arguments_to_the_model(infer):
 
 
 def test_from_a_file_and_standard_input_to_the_model(infer, tmp_path, monkeypatch):
-    for post in (" \t padded\r\n\n", "\n".join(NASTY)):
-        (tmp_path / "post.txt").write_bytes(post.encode())
+    """But for the end of the last line, which editors and echo add."""
+    for post, end in ((" \t padded\r\n\n", "\n"), ("\n".join(NASTY), ""), (NASTY[0], "\r\n")):
+        (tmp_path / "post.txt").write_bytes((post + end).encode())
         assert infer(f"post_file={tmp_path / 'post.txt'}", "criterion=own words") == [(post, "own words")]
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(post.encode())))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((post + end).encode())))
         assert infer("post_file=-", "criterion=own words") == [(post, "own words")]
 
 
