@@ -825,7 +825,7 @@ def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mou
     for given, remedy in enumerate(remedies):
         started = time.monotonic()
         result = cwd.run(cwd.place, "-m", "raycv.run", *overrides, *places[:given])
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 300  # MLflow itself would try for longer
         assert result.returncode == 2, result.stdout + result.stderr
         assert "Read-only file system" in result.stderr
         assert remedy in result.stderr
