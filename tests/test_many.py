@@ -86,6 +86,10 @@ def rows_of(number: int) -> list[list[object]]:
     return [[f"p{index}", f"C{index % 3}", post] for index, post in enumerate(posts(number))]
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def everything_written(folder: Path) -> str:
     return "".join(path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file())
 
@@ -433,11 +437,8 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        patch.setattr("raycv.many.ProgressView.update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     state = tmp_path / "out.csv.state.json"
@@ -685,11 +686,8 @@ def test_where_nothing_was_scored_yet_another_command_begins(checkpoint, tmp_pat
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(3)])
     output = tmp_path / "out.csv"
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.predict.Predictor.predict", interrupted)
+        patch.setattr("raycv.predict.Predictor.predict", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     assert (tmp_path / "out.csv.state.json").exists()
