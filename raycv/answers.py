@@ -139,7 +139,7 @@ def asked_for(questions: Sequence[Question], criteria: Mapping[str, Criterion]) 
 
 def _asked_by(question: Question, criteria: Mapping[str, Criterion]) -> list[Criterion]:
     if is_blank(question.post):
-        raise UserError("The post is empty.", remedies=["give a text: post, or post_file, of raycv.infer"])
+        raise UserError("The post is empty.", remedies=["give the text of a post"])
     if question.criterion is None:
         return list(criteria.values())
     return [find_criterion(question.criterion, criteria)]
