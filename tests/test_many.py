@@ -86,10 +86,6 @@ def rows_of(number: int) -> list[list[object]]:
     return [[f"p{index}", f"C{index % 3}", post] for index, post in enumerate(posts(number))]
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def everything_written(folder: Path) -> str:
     return "".join(path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file())
 
@@ -437,8 +433,11 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
 
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupt)
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     state = tmp_path / "out.csv.state.json"
@@ -686,8 +685,11 @@ def test_where_nothing_was_scored_yet_another_command_begins(checkpoint, tmp_pat
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(3)])
     output = tmp_path / "out.csv"
 
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.predict.Predictor.predict", interrupt)
+        patch.setattr("raycv.predict.Predictor.predict", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     assert (tmp_path / "out.csv.state.json").exists()
