@@ -58,10 +58,6 @@ class BaseFiles:
     files: Mapping[str, int]
     """the files that are read: name -> bytes"""
 
-    def sums(self) -> dict[str, str]:
-        """The SHA-256 of each file, or of parts of a large one."""
-        return {file: _sha256(self.path / file) for file in self.files}
-
     def describe(self, tokenizer: Any, config: Any) -> dict[str, Any]:
         """What was found, as plain values for `environment.json`; `tokenizer` and `config` were loaded from here."""
         return {
@@ -69,7 +65,7 @@ class BaseFiles:
             "revision": self.revision,
             "weight_format": self.weight_format,
             "files": dict(self.files),
-            "sha256": self.sums(),
+            "sha256": {file: _sha256(self.path / file) for file in self.files},
             "architectures": list(config.architectures or []),
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,

@@ -16,14 +16,13 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from raycv import __version__
-from raycv.answers import Prediction, Predicts
-from raycv.base import absolute_name, fetch_trained_base, is_folder
+from raycv.answers import Predicts
 from raycv.checkpoint import MANIFEST
 from raycv.config import InferConfig, InferenceConfig
 from raycv.data import criteria_hash
 from raycv.errors import UserError, counted
 from raycv.live import duration, say
-from raycv.pairs import AskedPair, BadRow, Chunk, PairSource, open_source, pair_file
+from raycv.pairs import BadRow, Chunk, PairSource, open_source, pair_file
 from raycv.records import Criterion
 from raycv.runs import Chosen
 from raycv.scores import PairScore, Progress, ScoredChunk, ScoreFile, check_output
@@ -40,9 +39,6 @@ class PairScorer(Predicts, Protocol):
 
     def check_criterion(self, criterion: str) -> None:
         """Raises: UserError if `criterion` leaves no room for a post."""
-
-    def check_pair(self, post: str, criterion: str) -> None:
-        """Raises: UserError if `criterion` leaves no room for any of `post`."""
 
 
 Engine = Callable[[PairSource, int], Generator[ScoredChunk, None, None]]
@@ -80,8 +76,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     """
     console = Console(stderr=True)
     source = open_source(Path(str(config.input)), criteria, config.criterion)
-    base = config.base and absolute_name(config.base)
-    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen, base))
+    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen))
     with output.opened():
         begun = output.progress
         if begun.records and not begun.finished:
@@ -92,9 +87,6 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         except KeyboardInterrupt:
             done = counted(output.progress.records, "record")
             say(console, f"{done} are scored and kept; the same command continues after them")
-            raise
-        except UserError:
-            output.give_up()
             raise
         output.finish()
     say(console, summary(output))
@@ -110,10 +102,9 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
             view.update(chunk, output.progress)
 
 
-def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
+def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:
     """What the scores depend on, by names that a message can use. The engine is not among it.
 
-    `base`: where the base model lies now, if not where training found it; raises: UserError if it is no base model.
     Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it.
     """
     stat = source.path.stat()
@@ -125,7 +116,6 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "the time of the input": stat.st_mtime_ns,
         "the beginning of the input": head,
         "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
-        "the base model": fetch_trained_base("", None, base).sums() if base and is_folder(base) else base,
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
@@ -163,42 +153,18 @@ def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
         except UserError as error:
             too_long[text] = error.what
     pairs = [pair for pair in chunk.pairs if pair.criterion.text not in too_long]
+    predictions = scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
+    scores = [
+        PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
+        for pair, prediction in zip(pairs, predictions, strict=True)
+    ]
     long = [
         BadRow(pair.row, pair.line, too_long[pair.criterion.text])
         for pair in chunk.pairs
         if pair.criterion.text in too_long
     ]
-    try:
-        predictions = _predictions(pairs, scorer)
-    except UserError:
-        # Rare, so that posts are not fitted twice for it: one whose first piece does not fit beside its criterion.
-        unfit = _unfit(pairs, scorer)
-        if not unfit:
-            raise
-        long += unfit
-        pairs = [pair for pair in pairs if pair.row not in {row.row for row in unfit}]
-        predictions = _predictions(pairs, scorer)
-    scores = [
-        PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
-        for pair, prediction in zip(pairs, predictions, strict=True)
-    ]
     bad = sorted([*chunk.bad, *long], key=lambda row: row.line)
     return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
-
-
-def _predictions(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Prediction]:
-    return scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
-
-
-def _unfit(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[BadRow]:
-    """The pairs that cannot be scored alone."""
-    found = []
-    for pair in pairs:
-        try:
-            scorer.check_pair(pair.post, pair.criterion.text)
-        except UserError as error:
-            found.append(BadRow(pair.row, pair.line, error.what))
-    return found
 
 
 class ProgressView:

@@ -29,7 +29,6 @@ POST_COLUMNS = ("post", "text")
 CRITERION_COLUMNS = ("criterion", "criterion_id")
 ID_COLUMNS = ("post_id", "id")
 """Carried over to the scores, so that they find back to their posts."""
-_COLUMNS = (*POST_COLUMNS, *CRITERION_COLUMNS, *ID_COLUMNS)
 _PARQUET_ROWS = 256
 _COLUMNS_REMEDY = (
     "name the columns in the first line: post (or text); if you like, criterion (words) or criterion_id (A.4), post_id"
@@ -130,7 +129,7 @@ class _Lines:
 
     def _read(self) -> str:
         line: str = self._file.readline(LINE_LIMIT + 1)
-        if len(line) > LINE_LIMIT and not line.endswith(("\n", "\r")):
+        if len(line) > LINE_LIMIT:
             self.cut = True
             while (rest := self._file.readline(LINE_LIMIT)) and not rest.endswith(("\n", "\r")):
                 pass
@@ -213,16 +212,8 @@ class JsonLinesFile(PairFile):
     """A JSON object a line; the first tells the columns."""
 
     def columns(self) -> tuple[str, ...]:
-        first = None
         with closing(self.records(())) as records:
-            for record in records:
-                if record.fault is None:
-                    return tuple(record.values)
-                first = first or record
-        if first is None:
-            return ()
-        remedies = ['write a JSON object a line: {"post": "...", "criterion": "..."}']
-        raise UserError(f"{self.path}, line {first.line}: {first.fault}, nor is any line after it.", remedies=remedies)
+            return next((tuple(record.values) for record in records if record.fault is None), ())
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
         with opened(self.path) as file:
@@ -239,21 +230,14 @@ class JsonLinesFile(PairFile):
 
 def _json_object(text: str) -> tuple[dict[str, object], str | None]:
     try:
-        value = json.loads(text, object_pairs_hook=_Entries)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         return {}, f"not JSON: {error.msg}"
     except (RecursionError, ValueError):
         return {}, "JSON that is nested too deeply, or has a number that is too long"
-    if not isinstance(value, _Entries):
+    if not isinstance(value, dict):
         return {}, "not a JSON object"
-    names = _folded([key for key, _ in value])
-    if twice := [name for name in _COLUMNS if names.count(name) > 1]:
-        return {}, f"{twice[0]} is there {names.count(twice[0])} times"
-    return dict(zip(names, (entry for _, entry in value), strict=True)), None
-
-
-class _Entries(list[tuple[str, object]]):
-    """A JSON object as it stands, keys that occur twice included."""
+    return {key.strip().casefold(): entry for key, entry in value.items()}, None
 
 
 class ParquetFile(PairFile):
@@ -284,7 +268,7 @@ class ParquetFile(PairFile):
                     number += 1
                     self.position = number
                     yield Record(number, number, dict(zip(wanted, row, strict=True)))
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is damaged after row {number:,}.", remedies=["write it anew"]) from error
 
     def _opened(self) -> Any:
@@ -306,9 +290,6 @@ def _column_values(column: Any) -> list[object]:
     if pyarrow.types.is_dictionary(kind):
         column = column.dictionary_decode()
         kind = column.type
-    if pyarrow.types.is_temporal(kind):
-        # Neither text nor id, and perhaps no date that Python knows.
-        return [None if missing else () for missing in column.is_null().to_pylist()]
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         return list(column.to_pylist())
     raw = column.cast(pyarrow.binary() if pyarrow.types.is_string(kind) else pyarrow.large_binary())
@@ -346,7 +327,7 @@ class Layout:
 
 def find_layout(path: Path, columns: Sequence[str]) -> Layout:
     """Raises: UserError if there is no column of posts, or it is not clear which is meant."""
-    known = [name for name in columns if name in _COLUMNS]
+    known = [name for name in columns if name in (*POST_COLUMNS, *CRITERION_COLUMNS, *ID_COLUMNS)]
     if twice := sorted({name for name in known if known.count(name) > 1}):
         remedies = ["keep one column of each name"]
         raise UserError(f"{path}: the column {twice[0]} occurs {known.count(twice[0])} times.", remedies=remedies)

@@ -19,7 +19,7 @@ from raycv.errors import UserError
 from raycv.int8 import check_int8, to_int8
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
-from raycv.prompts import FittedPost, render
+from raycv.prompts import render
 from raycv.scoring import RowScorer
 from raycv.utils import pin_kernels
 
@@ -92,10 +92,6 @@ class Predictor:
         """Raises: UserError if `criterion` leaves no room for a post in the prompt."""
         self._post_limit(criterion)
 
-    def check_pair(self, post: str, criterion: str) -> None:
-        """Raises: UserError if `criterion` leaves no room for any of `post` in the prompt."""
-        self._fit(post, self._post_limit(criterion))
-
     @torch.inference_mode()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post text, criterion text), in their order; neither may be empty.
@@ -109,15 +105,6 @@ class Predictor:
             predictions += [Prediction(float(score), cut) for score, cut in zip(scores, truncated, strict=True)]
         return predictions
 
-    def _fit(self, post: str, limit: int) -> FittedPost:
-        encoder = PromptEncoder(self.encoder.tokenizer, replace(self.encoder.rules, post_limit=limit))
-        try:
-            return encoder.fit(post)
-        except UserError as error:
-            # Its remedies are those of training.
-            what = f"The prompt has {self.encoder.rules.max_length} tokens, and no word of the post fits in"
-            raise UserError(f"{what} beside the criterion.", remedies=["shorten the criterion"]) from error
-
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> tuple[EncodedPairs, list[bool]]:
         """The pairs as token rows, and of each whether its post was cut."""
         fitted: dict[tuple[str, int], tuple[int, Any]] = {}
@@ -129,7 +116,8 @@ class Predictor:
         for index, (post, criterion) in enumerate(pairs):
             key = (post, limits[criterion])
             if key not in fitted:
-                fitted[key] = (len(fitted), self._fit(*key))
+                encoder = PromptEncoder(self.encoder.tokenizer, replace(self.encoder.rules, post_limit=key[1]))
+                fitted[key] = (len(fitted), encoder.fit(post))
             number, fit = fitted[key]
             prompts += [render(text, criterion) for text in fit.texts]
             pair_of_row += [index] * len(fit.texts)

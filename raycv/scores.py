@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -71,9 +70,6 @@ class Progress:
 class Sink(Protocol):
     """Where rows go while the output is not complete."""
 
-    place: Path
-    """the file, or the folder of files"""
-
     def resume(self, progress: Progress) -> None:
         """Cuts back what came after `progress`. Raises: UserError if less than that is there."""
 
@@ -100,7 +96,6 @@ class ScoreFile:
         """`ids`: names of the id columns; `identity`: what the scores depend on, plain JSON values."""
         self.output = output
         self.errors = _beside(output, "errors.csv")
-        self._made_folders: list[Path] = []
         self.progress = Progress(dict(identity))
         self._fold = fold
         self._state = _beside(output, "state.json")
@@ -121,8 +116,6 @@ class ScoreFile:
         lock = FileLock(_beside(self.output, "lock"), mode=0o600)
         try:
             with self._writing():
-                folders = [self.output.parent, *self.output.parent.parents]
-                self._made_folders = [folder for folder in folders if not folder.exists()]
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=0)
         except Timeout as error:
@@ -135,10 +128,6 @@ class ScoreFile:
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
-            # Those of a run that gave up: the others are not empty.
-            with contextlib.suppress(OSError):
-                for folder in self._made_folders:
-                    folder.rmdir()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -157,17 +146,14 @@ class ScoreFile:
                 raise _taken(self.output)
             self.progress = found
             return
-        # What was finished and is not there was taken away, and of nothing there is nothing to go on with.
-        if found is not None and found.records and (self._sink.left() or not found.finished):
+        # What was finished and is not there was taken away: there is nothing to go on with.
+        if found is not None and (self._sink.left() or not found.finished):
             self.progress = self._continued(found)
         if self.progress.records == 0:
-            own = (self.errors, self._sink.place)
-            for path in own:
-                _check_own(path)
             # The state comes first: without it, what lies beside it is nobody's, be it a link, and makes room.
             self._save(replace(self.progress, errors_bytes=0))
-            for path in own:
-                _clear(path)
+            for ending in ("errors.csv", "part", "parts"):
+                _clear(_beside(self.output, ending))
             self._save(replace(self.progress, errors_bytes=_append(self.errors, b"row,line,reason\n", at=0)))
         _cut(self.errors, self.progress.errors_bytes)
         self._sink.resume(self.progress)
@@ -225,24 +211,10 @@ class ScoreFile:
         write_text(self._state, json.dumps(asdict(progress), indent=2) + "\n", private=True)
         self.progress = progress
 
-    def give_up(self) -> None:
-        """Where nothing is scored yet: leaves nothing behind."""
-        if self.progress.records == 0:
-            for path in (self.errors, self._sink.place, self._state):
-                _clear(path)
-
     def finish(self) -> None:
-        """Moves the output into place.
-
-        Raises: UserError if no pair was scored (the bad rows then stay listed), or if another file is there by now.
-        """
+        """Moves the output into place. Raises: UserError if no pair was scored; the bad rows then stay listed."""
         with self._writing():
             moved = self.progress.finished and _is_there(self.output)
-            if _is_there(self.output) and not moved:
-                raise UserError(
-                    f"output={self.output} was made by somebody else meanwhile. All is scored and kept beside it.",
-                    remedies=["move that file away, and run the same command again: nothing is scored twice"],
-                )
             # What a kill leaves of the rest, the next run ends.
             self._save(replace(self.progress, finished=True))
             if self.progress.pairs and not moved:
@@ -256,8 +228,6 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
-PART = re.compile(r"\.?\d{15}\.parquet.*")
-"""Names of the files in `.parts/`, and while they are written."""
 BESIDE = ("errors.csv", "state.json", "part", "parts", "lock")
 """Endings of the files beside an output that are written and taken away."""
 
@@ -310,7 +280,7 @@ class _TextPart:
     """Lines in one file."""
 
     def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
-        self.place = path
+        self._path = path
         self._columns = tuple(columns)
         self._line_of = line_of
         self._bytes = 0
@@ -318,27 +288,27 @@ class _TextPart:
     def resume(self, progress: Progress) -> None:
         if progress.records == 0:
             header = _csv_line(self._columns, self._columns) if self._line_of is _csv_line else ""
-            self._bytes = _append(self.place, header.encode("utf-8"), at=0)
+            self._bytes = _append(self._path, header.encode("utf-8"), at=0)
             return
-        _cut(self.place, progress.part_bytes)
+        _cut(self._path, progress.part_bytes)
         self._bytes = progress.part_bytes
 
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         lines = "".join(self._line_of(self._columns, row) for row in rows)
-        self._bytes = _append(self.place, lines.encode("utf-8"), at=self._bytes)
+        self._bytes = _append(self._path, lines.encode("utf-8"), at=self._bytes)
         return self._bytes
 
     def left(self) -> bool:
-        return self.place.exists()
+        return self._path.exists()
 
     def finish(self, output: Path) -> None:
-        os.replace(self.place, output)
+        os.replace(self._path, output)
 
     def finished(self, output: Path, progress: Progress) -> bool:
         return not self.left() and output.is_file() and output.stat().st_size == progress.part_bytes
 
     def discard(self) -> None:
-        self.place.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
 
 def _csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
@@ -374,13 +344,6 @@ def _cut(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-def _check_own(path: Path) -> None:
-    """Raises: UserError if `path` is a folder with anything but parts: somebody else's."""
-    if path.is_dir() and not path.is_symlink() and any(not PART.fullmatch(part.name) for part in path.iterdir()):
-        what = f"{path} is there already, and holds other files than scores; it would be overwritten."
-        raise UserError(what, remedies=["move it away", "name another output"])
-
-
 def _clear(path: Path) -> None:
     """Removes a file, a link (not what it leads to), or a folder."""
     if path.is_dir() and not path.is_symlink():
@@ -401,21 +364,21 @@ class _ParquetParts:
     """A file for each chunk, named after the records before it; they become the row groups of one file."""
 
     def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
-        self.place = folder
+        self._folder = folder
         self._columns = tuple(columns)
         self._fold_type = fold_type
 
     def resume(self, progress: Progress) -> None:
-        self.place.mkdir(mode=0o700, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         for path in self._parts():
             if int(path.stem) >= progress.records:
                 path.unlink()
         rows = sum(_parquet(path).metadata.num_rows for path in self._parts())
         if rows != progress.pairs:
-            raise _changed(self.place, f"{rows:,} rows", f"{progress.pairs:,}")
+            raise _changed(self._folder, f"{rows:,} rows", f"{progress.pairs:,}")
 
     def left(self) -> bool:
-        return self.place.exists()
+        return self._folder.exists()
 
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         import pyarrow
@@ -425,7 +388,7 @@ class _ParquetParts:
             values = zip(*rows, strict=True)
             arrays = [pyarrow.array(column, kind.type) for column, kind in zip(values, self._schema(), strict=True)]
             table = pyarrow.Table.from_arrays(arrays, schema=self._schema())
-            with replaced(self.place / f"{records:015}.parquet", private=True) as temporary:
+            with replaced(self._folder / f"{records:015}.parquet", private=True) as temporary:
                 pyarrow.parquet.write_table(table, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -448,10 +411,10 @@ class _ParquetParts:
 
     def discard(self) -> None:
         if self.left():
-            shutil.rmtree(self.place)
+            shutil.rmtree(self._folder)
 
     def _parts(self) -> list[Path]:
-        return sorted(self.place.glob("*.parquet"))
+        return sorted(self._folder.glob("*.parquet"))
 
     def _schema(self) -> Any:
         import pyarrow
