@@ -269,6 +269,72 @@ def test_what_lay_beside_the_output_neither_opens_it_nor_is_written_to(checkpoin
     assert output.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
+    monkeypatch.setattr(pairs_module, "LINE_LIMIT", 40)
+    for length in (*range(36, 46), *range(78, 86), *range(118, 126)):
+        lines = [line if ending == "csv" else json.dumps({"post": line}) for line in ("w1", "w2", "w3")]
+        lines[1] = "w" * length if ending == "csv" else json.dumps({"post": "w" * (length - 12)})
+        assert len(lines[1]) == length
+        source = tmp_path / f"in.{ending}"
+        source.write_bytes(end.join(["post", *lines] if ending == "csv" else lines).encode())
+        (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+        first = 2 if ending == "csv" else 1
+        good = [1, 2, 3] if length <= 40 else [1, 3]
+        assert [(pair.row, pair.line) for pair in chunk.pairs] == [(row, row + first - 1) for row in good], length
+        assert [bad.row for bad in chunk.bad] == ([] if length <= 40 else [2])
+
+
+@pytest.mark.parametrize("name", ["id", "post"])
+def test_times_and_nested_values_of_parquet_are_no_ids_and_no_posts(tmp_path, name):
+    """Some are beyond what Python has room for."""
+    far = 2**62
+    kinds = [pyarrow.timestamp("ms"), pyarrow.timestamp("ns"), pyarrow.duration("s")]
+    columns = [pyarrow.array([far, None], pyarrow.int64()).cast(kind) for kind in kinds]
+    columns.append(pyarrow.array([2**31 - 1, None], pyarrow.int32()).cast(pyarrow.date32()))
+    columns.append(pyarrow.array([[far], None], pyarrow.list_(pyarrow.int64())).cast(pyarrow.list_(kinds[0])))
+    for column in columns:
+        table = pyarrow.table({"post": ["w1", "w2"]} | {name: column})
+        pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+        (chunk,) = open_source(tmp_path / "in.parquet", CRITERIA, "C0").chunks()
+        fault = "id is neither a text nor a number" if name == "id" else "the post is no text"
+        assert chunk.bad[0] == BadRow(1, 1, fault), column.type
+        assert [pair.row for pair in chunk.pairs] == ([2] if name == "id" else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"post": "a"}, {"post": "b"}]\n', "line 1: not a JSON object"),
+        ('\n[\n  {\n    "post": "a"\n  }\n]\n', "line 2: not JSON: Expecting value"),
+        ("{'post': 'a'}\n{'post': 'b'}\n", "line 1: not JSON: Expecting property name"),
+        ('{"post": "a", "post": "b"}\n', "line 1: the key post occurs 2 times"),
+        ("{}\n", "line 1: an object without keys"),
+    ],
+)
+def test_json_that_is_no_lines_of_objects_is_told_by_its_first_line(tmp_path, content, said):
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    with pytest.raises(UserError, match=f"no line of it is a JSON object that can be used; {said}"):
+        open_source(source, CRITERIA, None)
+
+
+def test_a_key_that_a_json_line_has_twice_is_refused_as_in_the_other_formats(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = ['{"post": "a", "other": {"x": 1, "x": 2}, "m": 1, "M": 2}', '{"post": "a", "post": "b"}', '{"post": "a"}']
+    lines += ['{"post": "a", "Post ": "b"}', '{"post": "a", "id": 1, "ID": 2}', f'{{"{CANARY}": 1, "{CANARY}": 2}}']
+    source.write_text("\n".join(lines))
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [pair.row for pair in chunk.pairs] == [1, 3]
+    assert [(bad.row, bad.reason) for bad in chunk.bad] == [
+        (2, "the key post occurs 2 times"),
+        (4, "the key post occurs 2 times"),
+        (5, "the key id occurs 2 times"),
+        (6, "the post is missing"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "said"),
     [
