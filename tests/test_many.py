@@ -246,27 +246,48 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     assert [bad.line for bad in chunk.bad] == [3]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_what_lay_beside_the_output_neither_opens_it_nor_is_written_to(checkpoint, tmp_path, monkeypatch, ending):
+@pytest.mark.parametrize(
+    ("ending", "beside"),
+    [("csv", "part"), ("jsonl", "part"), ("parquet", "parts"), ("csv", "errors.csv"), ("csv", "state.json")],
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling"])
+def test_what_lies_beside_the_output_and_is_no_runs_is_left_alone(
+    checkpoint, tmp_path, monkeypatch, ending, beside, kind
+):
     monkeypatch.chdir(tmp_path)
     Path("in.csv").write_text("post,criterion\nw1 w2,C0\n,C0\n")
-    (tmp_path / "victims").mkdir()
-    victim = tmp_path / "victims" / "kept"
-    victim.write_text("kept")
-    output = Path(f"out.{ending}")
-    for name in (f"{output}.part", f"{output}.errors.csv"):
-        Path(name).symlink_to(victim)
-    Path(f"{output}.parts").symlink_to(victim.parent)
-    score(checkpoint, Path("in.csv"), output)
-    assert [path.read_text() for path in victim.parent.iterdir()] == ["kept"]
-    for written in (output, Path(f"{output}.errors.csv")):
-        assert not written.is_symlink()
-        assert written.stat().st_mode & 0o777 == 0o600
-    output.unlink()
-    Path(f"{output}.part").write_text("old")
-    Path(f"{output}.part").chmod(0o644)
-    score(checkpoint, Path("in.csv"), output)
-    assert output.stat().st_mode & 0o777 == 0o600
+    victims = tmp_path / "victims"
+    victims.mkdir()
+    (victims / "kept").write_text("kept")
+    place = Path(f"out.{ending}.{beside}")
+    if kind == "file":
+        place.write_text("kept")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "kept").write_text("kept")
+    else:
+        place.symlink_to(victims if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(UserError, match=re.escape(f"{place}")):
+        score(checkpoint, Path("in.csv"), Path(f"out.{ending}"))
+    assert place.is_symlink() == (kind in ("link", "dangling"))
+    assert [path.read_text() for path in tmp_path.rglob("kept")] == ["kept"] * (1 + (kind == "folder"))
+    assert kind != "file" or place.read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "victims", place.name}
+
+
+def test_the_list_of_bad_rows_of_an_earlier_run_makes_room_and_other_formats_files_stay(checkpoint, tmp_path):
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    for name in ("out.csv.parts", "out.csv.lock"):
+        (tmp_path / name).write_text("kept")
+    source.write_text("post,criterion\n,C0\n")
+    with pytest.raises(UserError, match="all of its rows are bad"):
+        score(checkpoint, source, output)
+    source.write_text("post,criterion\nw1,C0\n\n,C1\n")
+    for _ in range(2):
+        score(checkpoint, source, output)
+        assert [row["line"] for row in read_csv(tmp_path / "out.csv.errors.csv")] == ["4"]
+        output.unlink()
+    assert [(tmp_path / name).read_text() for name in ("out.csv.parts", "out.csv.lock")] == ["kept"] * 2
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -406,6 +427,14 @@ class Fake:
         return [Prediction(len(post) % 10 / 10, False) for post, _ in pairs]
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def refused(*_: object) -> None:
+    raise UserError("it is broken")
+
+
 def scored(source: PairSource, done: int = 0) -> list[ScoredChunk]:
     return list(local_engine(Fake)(source, done))
 
@@ -425,7 +454,7 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
             for file in output.output.parent.glob("*"):
                 if file.name.endswith((".part", ".errors.csv")):
                     file.write_bytes(file.read_bytes() + b"999,torn")
-            if ending == "parquet":
+            if ending == "parquet" and stop:
                 (output.output.parent / f"out.{ending}.parts" / f"{999:015}.parquet").write_bytes(b"torn")
         again = ScoreFile(output.output, source.layout.ids, 0, {"a": 1})
         with again.opened():
@@ -493,9 +522,6 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("raycv.many.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -517,10 +543,75 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the time of the input changed"):
         score(checkpoint, source, output)
     state.unlink()
+    with pytest.raises(UserError, match=r"out.csv.part is there already"):
+        score(checkpoint, source, output)
+    (tmp_path / "out.csv.part").unlink()
     score(checkpoint, source, output)
     with pytest.raises(UserError, match="is there already"):
         score(checkpoint, source, output)
     assert len(read_csv(output)) == 27
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, ending):
+    """A base model that is not there, or that cannot be loaded; then the corrected command."""
+    source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for output in (tmp_path / "new" / "folder" / f"out.{ending}", tmp_path / "there" / f"out.{ending}"):
+        with pytest.raises(UserError, match="base model cannot be had"):
+            score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
+        with monkeypatch.context() as patch:
+            patch.setattr("raycv.many.Recipe.load", refused)
+            with pytest.raises(UserError, match="it is broken"):
+                score(checkpoint, source, output, "criterion=C0")
+        assert sorted(tmp_path.iterdir()) == before
+        assert not list((tmp_path / "there").iterdir())
+    score(checkpoint, source, tmp_path / "there" / f"out.{ending}", "criterion=C1")
+
+
+@pytest.mark.parametrize(("sink", "ending"), [("_TextPart", "csv"), ("_ParquetParts", "parquet")])
+def test_what_was_begun_and_has_no_scores_makes_room_for_other_inputs(checkpoint, tmp_path, monkeypatch, sink, ending):
+    source = write_csv(tmp_path / "in.csv", "post", [["w1"], [""]])
+    output = tmp_path / f"out.{ending}"
+    score(checkpoint, source, tmp_path / f"whole.{ending}", "criterion=C1")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raycv.scores.{sink}.append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, output)
+    part = tmp_path / f"out.{ending}.part"
+    assert part.exists() or (tmp_path / f"out.{ending}.parts").exists()
+    score(checkpoint, source, output, "criterion=C1")
+    assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_what_is_made_at_the_output_while_it_is_scored_stays_and_so_do_the_scores(
+    checkpoint, tmp_path, monkeypatch, ending
+):
+    source, output = write_csv(tmp_path / "in.csv", "post", [["w1"], [""]]), tmp_path / f"out.{ending}"
+    score(checkpoint, source, tmp_path / f"whole.{ending}")
+    part = tmp_path / f"out.{ending}.part{'s' if ending == 'parquet' else ''}"
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", lambda *_: output.write_text("kept"))
+        with pytest.raises(UserError, match=re.escape(f"They are complete, in {part}.")):
+            score(checkpoint, source, output)
+    with pytest.raises(UserError, match="is there already"):
+        score(checkpoint, source, output)
+    assert output.read_text() == "kept"
+    output.unlink()
+    monkeypatch.setattr("raycv.many.Recipe.load", refused)  # nothing is left to score
+    score(checkpoint, source, output)
+    assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    assert not part.exists()
+
+
+def test_what_is_made_beside_the_output_while_the_model_is_loaded_stays(checkpoint, tmp_path, monkeypatch):
+    source, place = write_csv(tmp_path / "in.csv", "post", [["w1"]]), tmp_path / "out.csv.part"
+    monkeypatch.setattr("raycv.many.Recipe.load", lambda *_: place.write_text("kept") and Fake())
+    with pytest.raises(UserError, match="part is there already"):
+        score(checkpoint, source, tmp_path / "out.csv")
+    assert place.read_text() == "kept"
 
 
 def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
