@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from builders import tiny_llama
 from rich.console import Console
-from toy import WORDS, Recorder, Toy, toy_base, train_config
+from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv import pairs as pairs_module
 from raycv import predict
 from raycv.answers import ModelIdentity, Prediction
+from raycv.base import fetch_base
 from raycv.checkpoint import read_info, save_checkpoint
 from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
@@ -31,6 +34,7 @@ from raycv.infer import infer
 from raycv.many import ProgressView, local_engine, score_chunk
 from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
 from raycv.predict import Predictor
+from raycv.prompts import render
 from raycv.records import Criterion
 from raycv.scores import Progress, ScoredChunk, ScoreFile
 from raycv.train import FoldTrainer
@@ -290,6 +294,38 @@ def test_the_list_of_bad_rows_of_an_earlier_run_makes_room_and_other_formats_fil
     assert [(tmp_path / name).read_text() for name in ("out.csv.parts", "out.csv.lock")] == ["kept"] * 2
 
 
+@pytest.mark.parametrize("long_post", ["head_tail", "sliding"])
+def test_a_pair_without_room_for_a_word_of_its_post_is_a_bad_row(tmp_path, long_post):
+    toy = Toy(
+        fetch_base(str(tiny_llama(tmp_path / "base")), None), prompt=prompt_config(max_length=150, long_post=long_post)
+    )
+    place = toy.save_with_criteria(tmp_path, toy.model())
+    model = Predictor([place], InferenceConfig(precision="auto", batch_size=4))
+    empty = model.encoder.count(render("", ""))
+    # Room for two tokens, of which the first character takes four.
+    narrow = next(text for n in range(200) if model._post_limit(text := "x " * n + "y") == empty + 2)
+    post = f"\N{GRINNING FACE} {CANARY} " * 20
+    rows = [
+        ["a", "C0", post],
+        ["b", narrow, post],
+        ["c", narrow, "a " * 200],
+        ["d", "z " * 150, post],
+        ["e", "C1", "w1"],
+    ]
+    score(place, write_csv(tmp_path / "in.csv", "id,criterion,post", rows), tmp_path / "out.csv")
+    assert [row["id"] for row in read_csv(tmp_path / "out.csv")] == ["a", "c", "e"]
+    bad = read_csv(tmp_path / "out.csv.errors.csv")
+    assert [(row["row"], row["line"]) for row in bad] == [("2", "3"), ("4", "5")]
+    assert bad[0]["reason"] == (
+        "The criterion and the question leave no room for a word of the post in the prompt's 150 tokens."
+    )
+    assert "leaves no room for a post" in bad[1]["reason"]
+    with pytest.raises(UserError) as caught:
+        model.predict([(post, narrow)])
+    assert caught.value.remedies == ["shorten the criterion"]
+    assert CANARY not in str(caught.value)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
@@ -420,7 +456,7 @@ class Fake:
     threshold = 0.5
     computed_in = "fp32"
 
-    def check_criterion(self, criterion: str) -> None:
+    def check_pair(self, post: str, criterion: str) -> None:
         pass
 
     def predict(self, pairs):
@@ -550,6 +586,24 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is there already"):
         score(checkpoint, source, output)
     assert len(read_csv(output)) == 27
+
+
+def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    score(checkpoint, source, tmp_path / "whole.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, tmp_path / "out.csv")
+    moved, other = (shutil.copytree(read_info(checkpoint).base_model, tmp_path / name) for name in ("moved", "other"))
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="cannot be continued: the base model changed"):
+        score(checkpoint, source, tmp_path / "out.csv", f"base={other}")
+    score(checkpoint, source, tmp_path / "out.csv", f"base={moved}")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -853,7 +907,7 @@ raycv.pairs.CHUNK_PAIRS = 2
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
 
-    def check_criterion(self, criterion):
+    def check_pair(self, post, criterion):
         pass
 
     def predict(self, pairs):
