@@ -58,6 +58,10 @@ class BaseFiles:
     files: Mapping[str, int]
     """the files that are read: name -> bytes"""
 
+    def sums(self) -> dict[str, str]:
+        """What tells the files from another model's: name -> SHA-256 (of samples, where a file is large)."""
+        return {file: _sha256(self.path / file) for file in self.files}
+
     def describe(self, tokenizer: Any, config: Any) -> dict[str, Any]:
         """What was found, as plain values for `environment.json`; `tokenizer` and `config` were loaded from here."""
         return {
@@ -65,7 +69,7 @@ class BaseFiles:
             "revision": self.revision,
             "weight_format": self.weight_format,
             "files": dict(self.files),
-            "sha256": {file: _sha256(self.path / file) for file in self.files},
+            "sha256": self.sums(),
             "architectures": list(config.architectures or []),
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,

@@ -16,13 +16,14 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from raycv import __version__
-from raycv.answers import Predicts
-from raycv.checkpoint import MANIFEST
+from raycv.answers import Prediction, Predicts
+from raycv.base import fetch_trained_base
+from raycv.checkpoint import MANIFEST, read_info
 from raycv.config import InferConfig, InferenceConfig
 from raycv.data import criteria_hash
 from raycv.errors import UserError, counted
 from raycv.live import duration, say
-from raycv.pairs import BadRow, Chunk, PairSource, open_source, pair_file
+from raycv.pairs import AskedPair, BadRow, Chunk, PairSource, open_source, pair_file
 from raycv.records import Criterion
 from raycv.runs import Chosen
 from raycv.scores import PairScore, Progress, ScoredChunk, ScoreFile, check_output
@@ -37,8 +38,8 @@ IDENTITY_BYTES = 1_000_000
 class PairScorer(Predicts, Protocol):
     """What scores chunks: `raycv.predict.Predictor`."""
 
-    def check_criterion(self, criterion: str) -> None:
-        """Raises: UserError if `criterion` leaves no room for a post."""
+    def check_pair(self, post: str, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a word of `post`."""
 
 
 Engine = Callable[[PairSource, int], Generator[ScoredChunk, None, None]]
@@ -72,11 +73,12 @@ def check_asked(config: InferConfig) -> None:
 def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Criterion], engine: Engine) -> Progress:
     """Scores `config.input` into `config.output`; returns the counts of all that is there, earlier parts included.
 
-    Raises: UserError if the input cannot be read, nothing of it can be scored, or the output is not to be continued.
+    Raises: UserError if the input or the base model cannot be had, no row can be scored, or the output is not to be
+        continued.
     """
     console = Console(stderr=True)
     source = open_source(Path(str(config.input)), criteria, config.criterion)
-    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen))
+    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen, config.base))
     with output.opened():
         begun = output.progress
         if begun.records and not begun.finished:
@@ -102,10 +104,11 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
             view.update(chunk, output.progress)
 
 
-def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:
+def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
     """What the scores depend on, by names that a message can use. The engine is not among it.
 
-    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it.
+    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it. `base`: where
+    the base model lies now, if not where training found it. Raises: UserError if it is not there.
     """
     stat = source.path.stat()
     with source.path.open("rb") as file:
@@ -116,6 +119,8 @@ def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:
         "the time of the input": stat.st_mtime_ns,
         "the beginning of the input": head,
         "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
+        # One for all of them.
+        "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
@@ -124,12 +129,18 @@ def identity_of(source: PairSource, chosen: Chosen) -> dict[str, Any]:
 
 
 def _checkpoint_hash(folder: Path) -> str:
-    """Of the adapter, the head, the threshold and the prompt's rules; the base model is named by the manifest."""
+    """Of the adapter, the head, the threshold and the prompt's rules."""
     digest = hashlib.sha256()
     for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
+    """Of the base model's files, wherever they lie: at one place there may be another model the next time."""
+    info = read_info(checkpoint)
+    return fetch_trained_base(info.base_model, info.base_revision, given).sums()
 
 
 def local_engine(load: Callable[[], PairScorer]) -> Engine:
@@ -145,26 +156,37 @@ def local_engine(load: Callable[[], PairScorer]) -> Engine:
 
 
 def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
-    """The scores of a chunk. A pair whose criterion is too long for the prompt is another bad row."""
-    too_long: dict[str, str] = {}
-    for text in dict.fromkeys(pair.criterion.text for pair in chunk.pairs):
-        try:
-            scorer.check_criterion(text)
-        except UserError as error:
-            too_long[text] = error.what
-    pairs = [pair for pair in chunk.pairs if pair.criterion.text not in too_long]
-    predictions = scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
+    """The scores of a chunk. A pair that does not fit the prompt is another bad row."""
+    pairs, unfit = chunk.pairs, []
+    try:
+        predictions = _predicted(pairs, scorer)
+    except UserError:
+        # Only now are they looked at one by one: it costs as much as to prepare them for the model.
+        faults = [_unfit(pair, scorer) for pair in pairs]
+        unfit = [fault for fault in faults if fault]
+        if not unfit:
+            raise
+        pairs = [pair for pair, fault in zip(pairs, faults, strict=True) if fault is None]
+        predictions = _predicted(pairs, scorer)
     scores = [
         PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
-    long = [
-        BadRow(pair.row, pair.line, too_long[pair.criterion.text])
-        for pair in chunk.pairs
-        if pair.criterion.text in too_long
-    ]
-    bad = sorted([*chunk.bad, *long], key=lambda row: row.line)
+    bad = sorted([*chunk.bad, *unfit], key=lambda row: row.line)
     return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
+
+
+def _predicted(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Prediction]:
+    return scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
+
+
+def _unfit(pair: AskedPair, scorer: PairScorer) -> BadRow | None:
+    """Why `pair` does not fit the prompt, if it does not."""
+    try:
+        scorer.check_pair(pair.post, pair.criterion.text)
+    except UserError as error:
+        return BadRow(pair.row, pair.line, error.what)
+    return None
 
 
 class ProgressView:

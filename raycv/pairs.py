@@ -128,12 +128,19 @@ class _Lines:
         return line
 
     def _read(self) -> str:
-        line: str = self._file.readline(LINE_LIMIT + 1)
-        if len(line) > LINE_LIMIT:
+        line: str = self._file.readline(LINE_LIMIT + len("\r\n"))
+        if len(line.rstrip("\r\n")) > LINE_LIMIT:
             self.cut = True
-            while (rest := self._file.readline(LINE_LIMIT)) and not rest.endswith(("\n", "\r")):
-                pass
+            self._skip_rest(line)
         return line
+
+    def _skip_rest(self, line: str) -> None:
+        while line and not line.endswith(("\n", "\r")):
+            line = self._file.readline(LINE_LIMIT)
+        # What was read may have ended between the two characters of a line end.
+        place = self._file.tell()
+        if line.endswith("\r") and self._file.read(1) != "\n":
+            self._file.seek(place)
 
     @property
     def bytes_read(self) -> int:
@@ -212,8 +219,18 @@ class JsonLinesFile(PairFile):
     """A JSON object a line; the first tells the columns."""
 
     def columns(self) -> tuple[str, ...]:
+        fault = None
         with closing(self.records(())) as records:
-            return next((tuple(record.values) for record in records if record.fault is None), ())
+            for record in records:
+                if record.values:
+                    return tuple(record.values)
+                fault = fault or f"line {record.line}: {record.fault or 'an object without keys'}"
+        if fault:
+            remedies = ['write a JSON object on each line: {"post": "..."}']
+            raise UserError(
+                f"{self.path}: no line of it is a JSON object that can be used; {fault}.", remedies=remedies
+            )
+        return ()
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
         with opened(self.path) as file:
@@ -230,14 +247,26 @@ class JsonLinesFile(PairFile):
 
 def _json_object(text: str) -> tuple[dict[str, object], str | None]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_Entries)
     except json.JSONDecodeError as error:
         return {}, f"not JSON: {error.msg}"
     except (RecursionError, ValueError):
         return {}, "JSON that is nested too deeply, or has a number that is too long"
-    if not isinstance(value, dict):
+    if not isinstance(value, _Entries):
         return {}, "not a JSON object"
-    return {key.strip().casefold(): entry for key, entry in value.items()}, None
+    names = _folded([key for key, _ in value])
+    if twice := _repeated(names):
+        return {}, f"the key {twice} occurs {names.count(twice)} times"
+    return dict(zip(names, (entry for _, entry in value), strict=True)), None
+
+
+class _Entries(list[tuple[str, object]]):
+    """The keys and values of a JSON object, repetitions included: of these Python would take the last."""
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """A column that has a meaning and stands among `names` more than once."""
+    return next((name for name in (*POST_COLUMNS, *CRITERION_COLUMNS, *ID_COLUMNS) if names.count(name) > 1), None)
 
 
 class ParquetFile(PairFile):
@@ -290,6 +319,9 @@ def _column_values(column: Any) -> list[object]:
     if pyarrow.types.is_dictionary(kind):
         column = column.dictionary_decode()
         kind = column.type
+    if pyarrow.types.is_temporal(kind) or pyarrow.types.is_nested(kind):
+        # Neither text nor number, and Python has no room for some of them: the type stands for any of its values.
+        return [kind if there else None for there in column.is_valid().to_pylist()]
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         return list(column.to_pylist())
     raw = column.cast(pyarrow.binary() if pyarrow.types.is_string(kind) else pyarrow.large_binary())
@@ -327,12 +359,11 @@ class Layout:
 
 def find_layout(path: Path, columns: Sequence[str]) -> Layout:
     """Raises: UserError if there is no column of posts, or it is not clear which is meant."""
-    known = [name for name in columns if name in (*POST_COLUMNS, *CRITERION_COLUMNS, *ID_COLUMNS)]
-    if twice := sorted({name for name in known if known.count(name) > 1}):
+    if twice := _repeated(columns):
         remedies = ["keep one column of each name"]
-        raise UserError(f"{path}: the column {twice[0]} occurs {known.count(twice[0])} times.", remedies=remedies)
-    posts = [name for name in POST_COLUMNS if name in known]
-    criteria = [name for name in CRITERION_COLUMNS if name in known]
+        raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
+    posts = [name for name in POST_COLUMNS if name in columns]
+    criteria = [name for name in CRITERION_COLUMNS if name in columns]
     for found in (posts, criteria):
         if len(found) > 1:
             what = f"{path} has both {' and '.join(found)}: it is not clear which is asked."
@@ -342,7 +373,7 @@ def find_layout(path: Path, columns: Sequence[str]) -> Layout:
         if separator := separator_of(columns):
             have += f", separated by {separator} and not by commas"
         raise UserError(f"{path} has no column post or text: {have}.", remedies=[_COLUMNS_REMEDY])
-    return Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in known))
+    return Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
 
 
 @dataclass(frozen=True)

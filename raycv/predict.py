@@ -19,7 +19,7 @@ from raycv.errors import UserError
 from raycv.int8 import check_int8, to_int8
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
-from raycv.prompts import render
+from raycv.prompts import FittedPost, render
 from raycv.scoring import RowScorer
 from raycv.utils import pin_kernels
 
@@ -88,15 +88,15 @@ class Predictor:
         """What it would compute in if `auto` were asked."""
         return choose_precision("auto", self.info.precision, self.device)
 
-    def check_criterion(self, criterion: str) -> None:
-        """Raises: UserError if `criterion` leaves no room for a post in the prompt."""
-        self._post_limit(criterion)
+    def check_pair(self, post: str, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a word of `post` in the prompt."""
+        self._fit(post, self._post_limit(criterion))
 
     @torch.inference_mode()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post text, criterion text), in their order; neither may be empty.
 
-        A post is computed once for all its criteria. Raises: UserError if a criterion is too long for the prompt.
+        A post is computed once for all its criteria. Raises: UserError if a pair does not fit the prompt.
         """
         predictions: list[Prediction] = []
         for start in range(0, len(pairs), CHUNK_PAIRS):
@@ -107,7 +107,7 @@ class Predictor:
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> tuple[EncodedPairs, list[bool]]:
         """The pairs as token rows, and of each whether its post was cut."""
-        fitted: dict[tuple[str, int], tuple[int, Any]] = {}
+        fitted: dict[tuple[str, int], tuple[int, FittedPost]] = {}
         prompts: list[str] = []
         pair_of_row: list[int] = []
         post_of_pair: list[int] = []
@@ -116,8 +116,7 @@ class Predictor:
         for index, (post, criterion) in enumerate(pairs):
             key = (post, limits[criterion])
             if key not in fitted:
-                encoder = PromptEncoder(self.encoder.tokenizer, replace(self.encoder.rules, post_limit=key[1]))
-                fitted[key] = (len(fitted), encoder.fit(post))
+                fitted[key] = (len(fitted), self._fit(*key))
             number, fit = fitted[key]
             prompts += [render(text, criterion) for text in fit.texts]
             pair_of_row += [index] * len(fit.texts)
@@ -148,6 +147,20 @@ class Predictor:
                 remedies=["shorten the criterion"],
             )
         return min(rules.post_limit, room)
+
+    def _fit(self, post: str, limit: int) -> FittedPost:
+        """`post` in at most `limit` tokens of the prompt. Raises: UserError if nothing of it fits."""
+        rules = self.encoder.rules
+        try:
+            return PromptEncoder(self.encoder.tokenizer, replace(rules, post_limit=limit)).fit(post)
+        except UserError as error:
+            # The keys of training are none of inference's.
+            short = limit < rules.post_limit
+            raise UserError(
+                f"The {'criterion' if short else 'longest criterion of the run'} and the question leave no room for a "
+                f"word of the post in the prompt's {rules.max_length} tokens.",
+                remedies=["shorten the criterion" if short else "take a run with a larger prompt.max_length"],
+            ) from error
 
     def _scores(self, encoded: EncodedPairs) -> np.ndarray:
         """float64 [P]: the probability of each pair, the maximum over its windows, the mean over the folds."""

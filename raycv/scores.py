@@ -70,6 +70,9 @@ class Progress:
 class Sink(Protocol):
     """Where rows go while the output is not complete."""
 
+    path: Path
+    """the file or folder of them"""
+
     def resume(self, progress: Progress) -> None:
         """Cuts back what came after `progress`. Raises: UserError if less than that is there."""
 
@@ -99,35 +102,51 @@ class ScoreFile:
         self.progress = Progress(dict(identity))
         self._fold = fold
         self._state = _beside(output, "state.json")
+        self._begun = self._moved = False
         columns = ("row", *ids, "criterion_id", "label", "score", "threshold", "fold", "truncated")
         if output.suffix.casefold() == ".parquet":
-            self._sink: Sink = _ParquetParts(_beside(output, "parts"), columns, type(fold))
+            self._sink: Sink = _ParquetParts(_part(output), columns, type(fold))
         else:
             line_of = _json_line if output.suffix.casefold() == ".jsonl" else _csv_line
-            self._sink = _TextPart(_beside(output, "part"), columns, line_of)
+            self._sink = _TextPart(_part(output), columns, line_of)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["ScoreFile"]:
         """Starts or continues the output; `progress` then says where, and whether `finish` is all that is left.
 
+        Nothing but a lock is made before the first chunk: what is refused until then leaves nothing behind.
         Raises: UserError if it is there already, belongs to other inputs, is written by another process, or cannot be.
         """
         check_output(self.output)
-        lock = FileLock(_beside(self.output, "lock"), mode=0o600)
-        try:
-            with self._writing():
-                self.output.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=0)
-        except Timeout as error:
-            remedies = ["wait for it to end", "name another output"]
-            raise UserError(f"Another process writes {self.output}.", remedies=remedies) from error
-        try:
+        with self._locked():
             with self._writing():
                 self._resume()
             yield self
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock, in a folder that is made for it, and goes with it if nothing else came to lie in it."""
+        lock = FileLock(_beside(self.output, "lock"), mode=0o600)
+        folders = [self.output.parent, *self.output.parent.parents]
+        made: list[Path] = []
+        try:
+            with self._writing():
+                made = [folder for folder in folders if not folder.exists()]
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+            try:
+                yield
+            finally:
+                if _is_empty(Path(lock.lock_file)):
+                    Path(lock.lock_file).unlink()
+                lock.release()
+        except Timeout as error:
+            remedies = ["wait for it to end", "name another output"]
+            raise UserError(f"Another process writes {self.output}.", remedies=remedies) from error
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -143,31 +162,44 @@ class ScoreFile:
         found = self._found() if self._state.exists() else None
         if _is_there(self.output):
             if found is None or not self._made(found):
-                raise _taken(self.output)
+                raise _taken(self.output, self.output)
             self.progress = found
-            return
-        # What was finished and is not there was taken away: there is nothing to go on with.
-        if found is not None and (self._sink.left() or not found.finished):
+            self._begun = self._moved = True
+        # What was finished and is not there was taken away; where nothing is scored, there is nothing to go on with.
+        elif found is not None and found.records and (self._sink.left() or not found.finished):
             self.progress = self._continued(found)
-        if self.progress.records == 0:
-            # The state comes first: without it, what lies beside it is nobody's, be it a link, and makes room.
-            self._save(replace(self.progress, errors_bytes=0))
-            for ending in ("errors.csv", "part", "parts"):
-                _clear(_beside(self.output, ending))
-            self._save(replace(self.progress, errors_bytes=_append(self.errors, b"row,line,reason\n", at=0)))
-        _cut(self.errors, self.progress.errors_bytes)
+            _cut(self.errors, self.progress.errors_bytes)
+            self._sink.resume(self.progress)
+            self._begun = True
+
+    def _begin(self) -> None:
+        """Makes the files that grow, now that there is something to write."""
+        if self._begun:
+            return
+        # It may be long since that was asked.
+        check_output(self.output)
+        # The state comes first: without it, the rest would be taken for somebody else's.
+        self._save(replace(self.progress, errors_bytes=0))
+        for path in (self.errors, self._sink.path):
+            _clear(path)
+        self._save(replace(self.progress, errors_bytes=_append(self.errors, ERRORS_HEADER, at=0)))
         self._sink.resume(self.progress)
+        self._begun = True
 
     def _made(self, found: Progress) -> bool:
         """Whether the output is this run's, which was ended between its move into place and the state's removal."""
         same = found.finished and found.identity == self.progress.identity
         return same and self._sink.finished(self.output, found)
 
+    @property
+    def _anew(self) -> str:
+        return f"delete {self._state} and {self._sink.path.name} beside it"
+
     def _found(self) -> Progress:
         try:
             return Progress(**read_json(self._state))
         except TypeError as error:
-            remedies = [f"delete {self._state}, and start anew"]
+            remedies = [f"to start anew, {self._anew}"]
             raise UserError(f"{self._state} is of another version of raycv.", remedies=remedies) from error
 
     def _continued(self, found: Progress) -> Progress:
@@ -176,12 +208,14 @@ class ScoreFile:
         names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
         if names:
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
-            begun = f"to start anew, delete {self._state}"
-            raise UserError(what, remedies=["run the command as it was", begun, "name another output"])
+            remedies = ["run the command as it was", f"to start anew, {self._anew}", "name another output"]
+            raise UserError(what, remedies=remedies)
         return found
 
     def append(self, chunk: ScoredChunk) -> None:
         """Writes a chunk for good. Raises: UserError if it was computed in another precision than those before."""
+        with self._writing():
+            self._begin()
         before = self.progress
         if before.precision not in (None, chunk.precision):
             what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
@@ -212,12 +246,22 @@ class ScoreFile:
         self.progress = progress
 
     def finish(self) -> None:
-        """Moves the output into place. Raises: UserError if no pair was scored; the bad rows then stay listed."""
+        """Moves the output into place.
+
+        Raises: UserError if no pair was scored, the bad rows then stay listed; or if something came to lie there.
+        """
         with self._writing():
-            moved = self.progress.finished and _is_there(self.output)
+            self._begin()
+            move = self.progress.pairs and not self._moved
+            if move and _is_there(self.output):
+                raise UserError(
+                    f"output={self.output} came to be there while the scores were computed, and is left as it is. They "
+                    f"are complete, in {self._sink.path}.",
+                    remedies=["move it away, and run the same command: it puts the scores in place"],
+                )
             # What a kill leaves of the rest, the next run ends.
             self._save(replace(self.progress, finished=True))
-            if self.progress.pairs and not moved:
+            if move:
                 self._sink.finish(self.output)
             self._sink.discard()
             if not self.progress.bad:
@@ -228,12 +272,17 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
+ERRORS_HEADER = b"row,line,reason\n"
+"""Tells the list of an earlier run, which makes room, from a file of somebody else."""
 BESIDE = ("errors.csv", "state.json", "part", "parts", "lock")
 """Endings of the files beside an output that are written and taken away."""
 
 
 def check_output(output: Path, source: Path | None = None) -> None:
-    """Raises: UserError if `output` is there already, its ending tells no format, or writing it would hurt `source`."""
+    """Raises: UserError if `output` or what it needs beside it is there already, and is not of a run that can go on.
+
+    Or if its ending tells no format, or writing it would hurt `source`.
+    """
     taken = [output, *(_beside(output, ending) for ending in BESIDE)]
     if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
         raise UserError(
@@ -245,12 +294,12 @@ def check_output(output: Path, source: Path | None = None) -> None:
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     try:
         # Those beside it have longer names.
-        there, state, *_ = [_is_there(place) for place in (output, _beside(output, "state.json"), *taken)]
+        there = _in_the_way(output)
     except OSError as error:
         remedies = ["name another file: output=<file>"]
         raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
-    if there and not state:
-        raise _taken(output)
+    if there:
+        raise _taken(output, there[0])
 
 
 def _is_there(path: Path) -> bool:
@@ -258,8 +307,27 @@ def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _taken(output: Path) -> UserError:
-    return UserError(f"output={output} is there already.", remedies=["name another", "delete it, or move it away"])
+def _in_the_way(output: Path) -> list[Path]:
+    """What lies where a run would write, and is not its own: without its state nothing tells that it is."""
+    state, errors = _beside(output, "state.json"), _beside(output, "errors.csv")
+    there = [place for place in (output, _part(output), errors, state) if _is_there(place)]
+    if state.exists():
+        return []
+    if errors in there and errors.is_file() and not errors.is_symlink():
+        with errors.open("rb") as file:
+            # Of an earlier run, which keeps it when it is over.
+            if file.read(len(ERRORS_HEADER)) == ERRORS_HEADER:
+                there.remove(errors)
+    return there
+
+
+def _taken(output: Path, place: Path) -> UserError:
+    what = f"output={output}{'' if place == output else f': {place}'} is there already."
+    return UserError(what, remedies=["name another output", "delete it, or move it away"])
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -267,6 +335,11 @@ def _same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return False
+
+
+def _part(output: Path) -> Path:
+    """Where the scores are while they are not complete."""
+    return _beside(output, "parts" if output.suffix.casefold() == ".parquet" else "part")
 
 
 def _beside(output: Path, ending: str) -> Path:
@@ -280,7 +353,7 @@ class _TextPart:
     """Lines in one file."""
 
     def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
-        self._path = path
+        self.path = path
         self._columns = tuple(columns)
         self._line_of = line_of
         self._bytes = 0
@@ -288,27 +361,27 @@ class _TextPart:
     def resume(self, progress: Progress) -> None:
         if progress.records == 0:
             header = _csv_line(self._columns, self._columns) if self._line_of is _csv_line else ""
-            self._bytes = _append(self._path, header.encode("utf-8"), at=0)
+            self._bytes = _append(self.path, header.encode("utf-8"), at=0)
             return
-        _cut(self._path, progress.part_bytes)
+        _cut(self.path, progress.part_bytes)
         self._bytes = progress.part_bytes
 
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         lines = "".join(self._line_of(self._columns, row) for row in rows)
-        self._bytes = _append(self._path, lines.encode("utf-8"), at=self._bytes)
+        self._bytes = _append(self.path, lines.encode("utf-8"), at=self._bytes)
         return self._bytes
 
     def left(self) -> bool:
-        return self._path.exists()
+        return self.path.exists()
 
     def finish(self, output: Path) -> None:
-        os.replace(self._path, output)
+        os.replace(self.path, output)
 
     def finished(self, output: Path, progress: Progress) -> bool:
         return not self.left() and output.is_file() and output.stat().st_size == progress.part_bytes
 
     def discard(self) -> None:
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def _csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
@@ -364,21 +437,21 @@ class _ParquetParts:
     """A file for each chunk, named after the records before it; they become the row groups of one file."""
 
     def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
-        self._folder = folder
+        self.path = folder
         self._columns = tuple(columns)
         self._fold_type = fold_type
 
     def resume(self, progress: Progress) -> None:
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
         for path in self._parts():
             if int(path.stem) >= progress.records:
                 path.unlink()
         rows = sum(_parquet(path).metadata.num_rows for path in self._parts())
         if rows != progress.pairs:
-            raise _changed(self._folder, f"{rows:,} rows", f"{progress.pairs:,}")
+            raise _changed(self.path, f"{rows:,} rows", f"{progress.pairs:,}")
 
     def left(self) -> bool:
-        return self._folder.exists()
+        return self.path.exists()
 
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
         import pyarrow
@@ -388,7 +461,7 @@ class _ParquetParts:
             values = zip(*rows, strict=True)
             arrays = [pyarrow.array(column, kind.type) for column, kind in zip(values, self._schema(), strict=True)]
             table = pyarrow.Table.from_arrays(arrays, schema=self._schema())
-            with replaced(self._folder / f"{records:015}.parquet", private=True) as temporary:
+            with replaced(self.path / f"{records:015}.parquet", private=True) as temporary:
                 pyarrow.parquet.write_table(table, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -411,10 +484,10 @@ class _ParquetParts:
 
     def discard(self) -> None:
         if self.left():
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self.path)
 
     def _parts(self) -> list[Path]:
-        return sorted(self._folder.glob("*.parquet"))
+        return sorted(self.path.glob("*.parquet"))
 
     def _schema(self) -> Any:
         import pyarrow

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from builders import tiny_llama
 from rich.console import Console
-from toy import WORDS, Recorder, Toy, toy_base, train_config
+from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv import pairs as pairs_module
 from raycv import predict
 from raycv.answers import ModelIdentity, Prediction
+from raycv.base import fetch_base
 from raycv.checkpoint import read_info, save_checkpoint
 from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
@@ -31,6 +34,7 @@ from raycv.infer import infer
 from raycv.many import ProgressView, local_engine, score_chunk
 from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
 from raycv.predict import Predictor
+from raycv.prompts import render
 from raycv.records import Criterion
 from raycv.scores import Progress, ScoredChunk, ScoreFile
 from raycv.train import FoldTrainer
@@ -246,27 +250,146 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     assert [bad.line for bad in chunk.bad] == [3]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_what_lay_beside_the_output_neither_opens_it_nor_is_written_to(checkpoint, tmp_path, monkeypatch, ending):
+@pytest.mark.parametrize(
+    ("ending", "beside"),
+    [("csv", "part"), ("jsonl", "part"), ("parquet", "parts"), ("csv", "errors.csv"), ("csv", "state.json")],
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling"])
+def test_what_lies_beside_the_output_and_is_no_runs_is_left_alone(
+    checkpoint, tmp_path, monkeypatch, ending, beside, kind
+):
     monkeypatch.chdir(tmp_path)
     Path("in.csv").write_text("post,criterion\nw1 w2,C0\n,C0\n")
-    (tmp_path / "victims").mkdir()
-    victim = tmp_path / "victims" / "kept"
-    victim.write_text("kept")
-    output = Path(f"out.{ending}")
-    for name in (f"{output}.part", f"{output}.errors.csv"):
-        Path(name).symlink_to(victim)
-    Path(f"{output}.parts").symlink_to(victim.parent)
-    score(checkpoint, Path("in.csv"), output)
-    assert [path.read_text() for path in victim.parent.iterdir()] == ["kept"]
-    for written in (output, Path(f"{output}.errors.csv")):
-        assert not written.is_symlink()
-        assert written.stat().st_mode & 0o777 == 0o600
-    output.unlink()
-    Path(f"{output}.part").write_text("old")
-    Path(f"{output}.part").chmod(0o644)
-    score(checkpoint, Path("in.csv"), output)
-    assert output.stat().st_mode & 0o777 == 0o600
+    victims = tmp_path / "victims"
+    victims.mkdir()
+    (victims / "kept").write_text("kept")
+    place = Path(f"out.{ending}.{beside}")
+    if kind == "file":
+        place.write_text("kept")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "kept").write_text("kept")
+    else:
+        place.symlink_to(victims if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(UserError, match=re.escape(f"{place}")):
+        score(checkpoint, Path("in.csv"), Path(f"out.{ending}"))
+    assert place.is_symlink() == (kind in ("link", "dangling"))
+    assert [path.read_text() for path in tmp_path.rglob("kept")] == ["kept"] * (1 + (kind == "folder"))
+    assert kind != "file" or place.read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "victims", place.name}
+
+
+def test_the_list_of_bad_rows_of_an_earlier_run_makes_room_and_other_formats_files_stay(checkpoint, tmp_path):
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    for name in ("out.csv.parts", "out.csv.lock"):
+        (tmp_path / name).write_text("kept")
+    source.write_text("post,criterion\n,C0\n")
+    with pytest.raises(UserError, match="all of its rows are bad"):
+        score(checkpoint, source, output)
+    source.write_text("post,criterion\nw1,C0\n\n,C1\n")
+    for _ in range(2):
+        score(checkpoint, source, output)
+        assert [row["line"] for row in read_csv(tmp_path / "out.csv.errors.csv")] == ["4"]
+        output.unlink()
+    assert [(tmp_path / name).read_text() for name in ("out.csv.parts", "out.csv.lock")] == ["kept"] * 2
+
+
+@pytest.mark.parametrize("long_post", ["head_tail", "sliding"])
+def test_a_pair_without_room_for_a_word_of_its_post_is_a_bad_row(tmp_path, long_post):
+    toy = Toy(
+        fetch_base(str(tiny_llama(tmp_path / "base")), None), prompt=prompt_config(max_length=150, long_post=long_post)
+    )
+    place = toy.save_with_criteria(tmp_path, toy.model())
+    model = Predictor([place], InferenceConfig(precision="auto", batch_size=4))
+    empty = model.encoder.count(render("", ""))
+    # Room for two tokens, of which the first character takes four.
+    narrow = next(text for n in range(200) if model._post_limit(text := "x " * n + "y") == empty + 2)
+    post = f"\N{GRINNING FACE} {CANARY} " * 20
+    rows = [
+        ["a", "C0", post],
+        ["b", narrow, post],
+        ["c", narrow, "a " * 200],
+        ["d", "z " * 150, post],
+        ["e", "C1", "w1"],
+    ]
+    score(place, write_csv(tmp_path / "in.csv", "id,criterion,post", rows), tmp_path / "out.csv")
+    assert [row["id"] for row in read_csv(tmp_path / "out.csv")] == ["a", "c", "e"]
+    bad = read_csv(tmp_path / "out.csv.errors.csv")
+    assert [(row["row"], row["line"]) for row in bad] == [("2", "3"), ("4", "5")]
+    assert bad[0]["reason"] == (
+        "The criterion and the question leave no room for a word of the post in the prompt's 150 tokens."
+    )
+    assert "leaves no room for a post" in bad[1]["reason"]
+    with pytest.raises(UserError) as caught:
+        model.predict([(post, narrow)])
+    assert caught.value.remedies == ["shorten the criterion"]
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
+    monkeypatch.setattr(pairs_module, "LINE_LIMIT", 40)
+    for length in (*range(36, 46), *range(78, 86), *range(118, 126)):
+        lines = [line if ending == "csv" else json.dumps({"post": line}) for line in ("w1", "w2", "w3")]
+        lines[1] = "w" * length if ending == "csv" else json.dumps({"post": "w" * (length - 12)})
+        assert len(lines[1]) == length
+        source = tmp_path / f"in.{ending}"
+        source.write_bytes(end.join(["post", *lines] if ending == "csv" else lines).encode())
+        (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+        first = 2 if ending == "csv" else 1
+        good = [1, 2, 3] if length <= 40 else [1, 3]
+        assert [(pair.row, pair.line) for pair in chunk.pairs] == [(row, row + first - 1) for row in good], length
+        assert [bad.row for bad in chunk.bad] == ([] if length <= 40 else [2])
+
+
+@pytest.mark.parametrize("name", ["id", "post"])
+def test_times_and_nested_values_of_parquet_are_no_ids_and_no_posts(tmp_path, name):
+    """Some are beyond what Python has room for."""
+    far = 2**62
+    kinds = [pyarrow.timestamp("ms"), pyarrow.timestamp("ns"), pyarrow.duration("s")]
+    columns = [pyarrow.array([far, None], pyarrow.int64()).cast(kind) for kind in kinds]
+    columns.append(pyarrow.array([2**31 - 1, None], pyarrow.int32()).cast(pyarrow.date32()))
+    columns.append(pyarrow.array([[far], None], pyarrow.list_(pyarrow.int64())).cast(pyarrow.list_(kinds[0])))
+    for column in columns:
+        table = pyarrow.table({"post": ["w1", "w2"]} | {name: column})
+        pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+        (chunk,) = open_source(tmp_path / "in.parquet", CRITERIA, "C0").chunks()
+        fault = "id is neither a text nor a number" if name == "id" else "the post is no text"
+        assert chunk.bad[0] == BadRow(1, 1, fault), column.type
+        assert [pair.row for pair in chunk.pairs] == ([2] if name == "id" else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"post": "a"}, {"post": "b"}]\n', "line 1: not a JSON object"),
+        ('\n[\n  {\n    "post": "a"\n  }\n]\n', "line 2: not JSON: Expecting value"),
+        ("{'post': 'a'}\n{'post': 'b'}\n", "line 1: not JSON: Expecting property name"),
+        ('{"post": "a", "post": "b"}\n', "line 1: the key post occurs 2 times"),
+        ("{}\n", "line 1: an object without keys"),
+    ],
+)
+def test_json_that_is_no_lines_of_objects_is_told_by_its_first_line(tmp_path, content, said):
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    with pytest.raises(UserError, match=f"no line of it is a JSON object that can be used; {said}"):
+        open_source(source, CRITERIA, None)
+
+
+def test_a_key_that_a_json_line_has_twice_is_refused_as_in_the_other_formats(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = ['{"post": "a", "other": {"x": 1, "x": 2}, "m": 1, "M": 2}', '{"post": "a", "post": "b"}', '{"post": "a"}']
+    lines += ['{"post": "a", "Post ": "b"}', '{"post": "a", "id": 1, "ID": 2}', f'{{"{CANARY}": 1, "{CANARY}": 2}}']
+    source.write_text("\n".join(lines))
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [pair.row for pair in chunk.pairs] == [1, 3]
+    assert [(bad.row, bad.reason) for bad in chunk.bad] == [
+        (2, "the key post occurs 2 times"),
+        (4, "the key post occurs 2 times"),
+        (5, "the key id occurs 2 times"),
+        (6, "the post is missing"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -333,11 +456,19 @@ class Fake:
     threshold = 0.5
     computed_in = "fp32"
 
-    def check_criterion(self, criterion: str) -> None:
+    def check_pair(self, post: str, criterion: str) -> None:
         pass
 
     def predict(self, pairs):
         return [Prediction(len(post) % 10 / 10, False) for post, _ in pairs]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def refused(*_: object) -> None:
+    raise UserError("it is broken")
 
 
 def scored(source: PairSource, done: int = 0) -> list[ScoredChunk]:
@@ -359,7 +490,7 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
             for file in output.output.parent.glob("*"):
                 if file.name.endswith((".part", ".errors.csv")):
                     file.write_bytes(file.read_bytes() + b"999,torn")
-            if ending == "parquet":
+            if ending == "parquet" and stop:
                 (output.output.parent / f"out.{ending}.parts" / f"{999:015}.parquet").write_bytes(b"torn")
         again = ScoreFile(output.output, source.layout.ids, 0, {"a": 1})
         with again.opened():
@@ -427,9 +558,6 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     output = tmp_path / "out.csv"
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("raycv.many.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -451,10 +579,93 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the time of the input changed"):
         score(checkpoint, source, output)
     state.unlink()
+    with pytest.raises(UserError, match=r"out.csv.part is there already"):
+        score(checkpoint, source, output)
+    (tmp_path / "out.csv.part").unlink()
     score(checkpoint, source, output)
     with pytest.raises(UserError, match="is there already"):
         score(checkpoint, source, output)
     assert len(read_csv(output)) == 27
+
+
+def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    score(checkpoint, source, tmp_path / "whole.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, tmp_path / "out.csv")
+    moved, other = (shutil.copytree(read_info(checkpoint).base_model, tmp_path / name) for name in ("moved", "other"))
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="cannot be continued: the base model changed"):
+        score(checkpoint, source, tmp_path / "out.csv", f"base={other}")
+    score(checkpoint, source, tmp_path / "out.csv", f"base={moved}")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, ending):
+    """A base model that is not there, or that cannot be loaded; then the corrected command."""
+    source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for output in (tmp_path / "new" / "folder" / f"out.{ending}", tmp_path / "there" / f"out.{ending}"):
+        with pytest.raises(UserError, match="base model cannot be had"):
+            score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
+        with monkeypatch.context() as patch:
+            patch.setattr("raycv.many.Recipe.load", refused)
+            with pytest.raises(UserError, match="it is broken"):
+                score(checkpoint, source, output, "criterion=C0")
+        assert sorted(tmp_path.iterdir()) == before
+        assert not list((tmp_path / "there").iterdir())
+    score(checkpoint, source, tmp_path / "there" / f"out.{ending}", "criterion=C1")
+
+
+@pytest.mark.parametrize(("sink", "ending"), [("_TextPart", "csv"), ("_ParquetParts", "parquet")])
+def test_what_was_begun_and_has_no_scores_makes_room_for_other_inputs(checkpoint, tmp_path, monkeypatch, sink, ending):
+    source = write_csv(tmp_path / "in.csv", "post", [["w1"], [""]])
+    output = tmp_path / f"out.{ending}"
+    score(checkpoint, source, tmp_path / f"whole.{ending}", "criterion=C1")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raycv.scores.{sink}.append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, output)
+    part = tmp_path / f"out.{ending}.part"
+    assert part.exists() or (tmp_path / f"out.{ending}.parts").exists()
+    score(checkpoint, source, output, "criterion=C1")
+    assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_what_is_made_at_the_output_while_it_is_scored_stays_and_so_do_the_scores(
+    checkpoint, tmp_path, monkeypatch, ending
+):
+    source, output = write_csv(tmp_path / "in.csv", "post", [["w1"], [""]]), tmp_path / f"out.{ending}"
+    score(checkpoint, source, tmp_path / f"whole.{ending}")
+    part = tmp_path / f"out.{ending}.part{'s' if ending == 'parquet' else ''}"
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", lambda *_: output.write_text("kept"))
+        with pytest.raises(UserError, match=re.escape(f"They are complete, in {part}.")):
+            score(checkpoint, source, output)
+    with pytest.raises(UserError, match="is there already"):
+        score(checkpoint, source, output)
+    assert output.read_text() == "kept"
+    output.unlink()
+    monkeypatch.setattr("raycv.many.Recipe.load", refused)  # nothing is left to score
+    score(checkpoint, source, output)
+    assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    assert not part.exists()
+
+
+def test_what_is_made_beside_the_output_while_the_model_is_loaded_stays(checkpoint, tmp_path, monkeypatch):
+    source, place = write_csv(tmp_path / "in.csv", "post", [["w1"]]), tmp_path / "out.csv.part"
+    monkeypatch.setattr("raycv.many.Recipe.load", lambda *_: place.write_text("kept") and Fake())
+    with pytest.raises(UserError, match="part is there already"):
+        score(checkpoint, source, tmp_path / "out.csv")
+    assert place.read_text() == "kept"
 
 
 def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
@@ -696,7 +907,7 @@ raycv.pairs.CHUNK_PAIRS = 2
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
 
-    def check_criterion(self, criterion):
+    def check_pair(self, post, criterion):
         pass
 
     def predict(self, pairs):

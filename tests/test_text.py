@@ -44,7 +44,7 @@ class Heard:
     def __init__(self, *_: object) -> None:
         pass
 
-    def check_criterion(self, criterion: str) -> None:
+    def check_pair(self, post: str, criterion: str) -> None:
         pass
 
     def predict(self, pairs):
