@@ -102,7 +102,7 @@ def main() -> None:
             before = server_bytes(pid)
             many, many_seconds = load(url, clients, long)
             growth = server_bytes(pid) / before - 1
-            # Records wait for SQLite, at most so many; what comes on top is dropped and told: memory stays bounded.
+            # Records wait, for the writer gives way to answers; at most so many: memory stays bounded.
             answers, kept = one[200] + warm[200] + many[200], logged(store)
     rows: list[dict[str, Any]] = [
         {"clients": number, "answers": counts[200], "refused_503": counts[503], "per_second": counts[200] / seconds}

@@ -245,10 +245,10 @@ def load(result: Json) -> list[str]:
     parts = {key: [row for row in result["rows"] if key in row] for key in ("clients", "way")}
     lines = [intro, "", *table(clients, parts["clients"]), "", *table(ways, parts["way"])]
     if kept := result.get("logging"):
-        # What finds the queue of SQLite full, or waits in it when the server ends.
+        # MLflow is written to beside the answers, and slower while they come.
         lines += [
             "",
-            f"- {kept['asked']:,} answers were to be logged, {kept['in_mlflow']:,} are in MLflow; dropped: the others",
+            f"- of {kept['asked']:,} answers to be logged {kept['in_mlflow']:,} were in MLflow as the load ended",
         ]
     return lines
 

@@ -7,7 +7,8 @@ import hashlib
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,10 @@ from raycv.runs import LOCAL_URI, check_password
 
 NOT_TRACKED = "none"
 NOT_LOGGED = "the answer stands, but is not in MLflow"
-WAITING = 1000
+WAITING = 10_000
 """Records that may wait for a slow store; more are dropped and counted, since a scorer's memory must not grow."""
+REST = 4.0
+"""Between two records the writer rests that many times what one took, while there are requests to answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +117,15 @@ class InferenceLog:
 class InferenceWriter:
     """Writes records from a thread of its own: an answer never waits for MLflow, nor fails with it."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        """Starts to open the store; `opened` is set when that has worked or failed."""
+    def __init__(self, uri: str, experiment: str, busy: Callable[[], bool] = lambda: False) -> None:
+        """Starts to open the store; `opened` is set when that has worked or failed.
+
+        `busy`: whether requests are being answered. MLflow's client computes as much as a small model does, and in
+        the same process: without a rest the answers came at less than half their rate (`benchmarks.load`).
+        """
         self.opened = threading.Event()
+        self._busy = busy
+        self._closing = threading.Event()
         self._place = (uri, experiment)
         self._queue: queue.Queue[Record | None] = queue.Queue(WAITING)
         self._trouble: str | None = None
@@ -139,6 +148,7 @@ class InferenceWriter:
 
     def close(self, seconds: float) -> None:
         """Writes what is waiting, for at most `seconds`."""
+        self._closing.set()
         try:
             self._queue.put(None, timeout=seconds)
         except queue.Full:
@@ -149,7 +159,10 @@ class InferenceWriter:
         self._attempt(None)
         self.opened.set()
         while (entry := self._queue.get()) is not None:
+            began = time.monotonic()
             self._attempt(entry)
+            if self._busy():
+                self._closing.wait(REST * (time.monotonic() - began))
 
     def _attempt(self, entry: Record | None) -> None:
         try:

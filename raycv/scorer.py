@@ -60,8 +60,10 @@ class Scorer:
         self._setup = setup
         self._limits = setup.config.serve
         self._warnings: list[str] = []
+        self._waiting = 0
         # First, since it opens its store while the model loads.
-        self._writer = InferenceWriter(setup.store, setup.config.tracking.experiment) if setup.store else None
+        experiment = setup.config.tracking.experiment
+        self._writer = InferenceWriter(setup.store, experiment, lambda: self._waiting > 0) if setup.store else None
         criteria_dir, infer = setup.criteria_dir, setup.config.infer
         self._answerer: Answerer = load_answerer(
             setup.chosen, infer, criteria_dir, self._warnings.append, base=setup.config.base
@@ -69,7 +71,6 @@ class Scorer:
         self._model = self._identity()
         self._symptoms = {key: criterion.symptom for key, criterion in self._answerer.criteria.items()}
         self._started = time.time()
-        self._waiting = 0
         self._turn = asyncio.Lock()
         self._counts = {"requests": 0, "pairs": 0, "batches": 0, "overloaded": 0}
         if self._writer is not None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import sqlite3
+import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from test_api import call
 from test_serve import CANARY, SERVER, save_toy
 from toy import positions
 
+from raycv import inference_log
 from raycv.answers import Question, as_json, as_text
 from raycv.api import Overloaded, TooManyPairsError, build_api
 from raycv.cli import compose
@@ -161,6 +164,28 @@ def test_a_store_out_of_reach_is_told_and_harms_nothing(tmp_path):
     (warning,) = writer.warnings()
     assert "not in MLflow" in warning
     assert CANARY not in warning
+
+
+def test_the_writer_rests_while_requests_come_and_loses_nothing_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference_log, "REST", 1e9)
+    writer = InferenceWriter(f"sqlite:///{tmp_path}/mlflow.db", "x", busy=lambda: True)
+    assert writer.opened.wait(120)
+    answer = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
+
+    def in_store():
+        with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+            return store.execute("select count(*) from runs where status = 'FINISHED'").fetchone()[0]
+
+    for post in ("one", "two", "three"):
+        writer.put(record_answers([], [Question(post, post)], [[answer]], "fp32", {}))
+    ends = time.monotonic() + 60
+    while in_store() == 0 and time.monotonic() < ends:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    assert in_store() == 1
+    writer.close(60)
+    assert in_store() == 3
+    assert writer.warnings() == []
 
 
 def test_infer_takes_a_server_key():
