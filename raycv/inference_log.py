@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ NOT_LOGGED = "the answer stands, but is not in MLflow"
 WAITING = 10_000
 """Records that may wait for a slow store; more are dropped and counted, since a scorer's memory must not grow."""
 REST = 4.0
-"""Between two records the writer rests that many times what one took, while there are requests to answer."""
+"""Between two records the writer rests that many times what one computed, while there are requests to answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -147,22 +148,23 @@ class InferenceWriter:
         return lost + ([f"{NOT_LOGGED}: {self._trouble}"] if self._trouble else [])
 
     def close(self, seconds: float) -> None:
-        """Writes what is waiting, for at most `seconds`."""
+        """Writes what is waiting, for at most `seconds`, and logs how many records were left."""
         self._closing.set()
-        try:
+        with suppress(queue.Full):
             self._queue.put(None, timeout=seconds)
-        except queue.Full:
-            return
-        self._thread.join(seconds)
+            self._thread.join(seconds)
+        if left := sum(entry is not None for entry in self._queue.queue):
+            logger.warning("%s did not reach MLflow before the end", counted(left, "inference"))
 
     def _work(self) -> None:
         self._attempt(None)
         self.opened.set()
         while (entry := self._queue.get()) is not None:
-            began = time.monotonic()
+            # Of this thread alone: what waits for the store takes nothing from the answers.
+            before = time.thread_time()
             self._attempt(entry)
             if self._busy():
-                self._closing.wait(REST * (time.monotonic() - began))
+                self._closing.wait(REST * (time.thread_time() - before))
 
     def _attempt(self, entry: Record | None) -> None:
         try:

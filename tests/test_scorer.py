@@ -28,6 +28,8 @@ from raycv.records import Criterion
 from raycv.runs import choose
 from raycv.scorer import Scorer, Setup
 
+ANSWER = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
+
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory):
@@ -158,8 +160,7 @@ def test_a_store_out_of_reach_is_told_and_harms_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     writer = InferenceWriter(f"sqlite:///{tmp_path}/file/mlflow.db", "x")
     assert writer.opened.wait(120)
-    answer = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
-    writer.put(record_answers([], [Question(CANARY, CANARY)], [[answer]], "fp32", {}))
+    writer.put(record_answers([], [Question(CANARY, CANARY)], [[ANSWER]], "fp32", {}))
     writer.close(60)
     (warning,) = writer.warnings()
     assert "not in MLflow" in warning
@@ -167,17 +168,18 @@ def test_a_store_out_of_reach_is_told_and_harms_nothing(tmp_path):
 
 
 def test_the_writer_rests_while_requests_come_and_loses_nothing_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference_log, "REST", 1e9)
+    monkeypatch.setattr(
+        inference_log, "REST", 1e6
+    )  # no write takes so little that it would rest for less than the test
     writer = InferenceWriter(f"sqlite:///{tmp_path}/mlflow.db", "x", busy=lambda: True)
     assert writer.opened.wait(120)
-    answer = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
 
     def in_store():
         with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
             return store.execute("select count(*) from runs where status = 'FINISHED'").fetchone()[0]
 
     for post in ("one", "two", "three"):
-        writer.put(record_answers([], [Question(post, post)], [[answer]], "fp32", {}))
+        writer.put(record_answers([], [Question(post, post)], [[ANSWER]], "fp32", {}))
     ends = time.monotonic() + 60
     while in_store() == 0 and time.monotonic() < ends:
         time.sleep(0.1)
@@ -186,6 +188,19 @@ def test_the_writer_rests_while_requests_come_and_loses_nothing_at_the_end(tmp_p
     writer.close(60)
     assert in_store() == 3
     assert writer.warnings() == []
+
+
+def test_what_is_left_when_the_time_to_write_is_over_is_counted(tmp_path, caplog):
+    writer = InferenceWriter(f"sqlite:///{tmp_path}/mlflow.db", "x")
+    assert writer.opened.wait(120)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as store:
+        store.execute("begin exclusive")
+        for post in ("one", "two", "three"):
+            writer.put(record_answers([], [Question(post, post)], [[ANSWER]], "fp32", {}))
+        writer.close(1.0)
+        assert "2 inferences did not reach MLflow before the end" in caplog.text
+        store.execute("rollback")
+    writer.close(60)
 
 
 def test_infer_takes_a_server_key():
