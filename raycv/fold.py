@@ -111,14 +111,15 @@ def _fit(task: FoldTask, fold: int) -> Any:
     """
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
+        _free_place(task, fold)
         _tried_again(task, fold, "the process that drives the fold died", attempt)
     while True:
-        _free_place(task, fold)
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
         try:
             return _trainer(task, fold).fit()
         except Exception as error:
+            _free_place(task, fold)
             died = _died(error)
             if died is None:
                 raise
@@ -144,11 +145,7 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
 
 
 def _free_place(task: FoldTask, fold: int) -> None:
-    """Gives back the cores and GPUs of an attempt whose controller died.
-
-    Ray Train's own cleaner of them asks the dashboard, and fails where two Rays run on one machine: the next attempt
-    would then wait for ever for what the dead one holds.
-    """
+    """Gives back the cores and GPUs of an attempt, which a controller that died still holds until the run ends."""
     from ray.util.placement_group import remove_placement_group
 
     place = ray.get(task.board.held.remote(fold))
@@ -199,10 +196,15 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     from ray.tune.integration.ray_train import TuneReportCallback
 
     class Trainer(TorchTrainer):
-        """Without the process that Ray Train starts for each trainer to hand out Ray Data sets: there are none."""
+        """Without two of the processes that Ray Train starts for each trainer.
+
+        One hands out Ray Data sets: there are none. The other gives back what a dead controller held: `_free_place`
+        does, also where two Rays run on one machine, in which Ray's finds no cluster.
+        """
 
         def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]  # type: ignore[misc]
+            left_out = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in left_out]  # type: ignore[misc]
 
     given = task.placement
     return Trainer(

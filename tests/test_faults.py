@@ -45,7 +45,7 @@ def run_of(folder):
 
 @pytest.fixture
 def second_ray():
-    """Another Ray on this machine, as somebody else's: Ray Train's cleaner then finds no cluster, and frees nothing."""
+    """Another Ray on this machine, as somebody else's: what asks for "the" cluster here then finds none."""
     import ray
 
     ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False)
@@ -130,9 +130,10 @@ def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, who
             spot = made.add_node(**node)
             wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) + gone_on(tmp_path, 1) == 1)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-            made.add_node(**node)
-            deadline = int(time.time() * 1000) + 3000
+            # Short, so that the fold is not done before the machine is gone.
+            deadline = int(time.time() * 1000) + 1000
             assert GcsClient(address=made.address).drain_node(spot.node_id, reason, "spot", deadline)[0]
+            made.add_node(**node)
             # By itself, while the machine is still there.
             wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) + gone_on(tmp_path, 1) == 2)
             made.remove_node(spot, allow_graceful=False)
