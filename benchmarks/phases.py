@@ -11,11 +11,14 @@ MARKS = "marks_{fold}.json"
 def timed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """raycv.fold.train_worker, its imports done first; leaves `MARKS` in the run's folder, times of the clock."""
     marks = {"worker": time.time()}
-    import raycv.loading
-    import raycv.model
-    import raycv.state
-    import raycv.train
-    from raycv import fold
+    from raycv.utils import seldom_collecting
+
+    with seldom_collecting():
+        import raycv.loading
+        import raycv.model
+        import raycv.state
+        import raycv.train
+        from raycv import fold
 
     marks["imported"] = time.time()
     fit, save = raycv.train.FoldTrainer.fit, fold._save_checkpoint

@@ -16,6 +16,7 @@ from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate,
 from raycv.errors import UserError, counted, printable, shown
 from raycv.paths import bundled
 from raycv.retry import mask_secrets
+from raycv.utils import seldom_collecting
 
 S = TypeVar("S", bound=Section)
 
@@ -40,7 +41,8 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         config = _composed(name, schema)
         if config is not None:
             _show_warnings()
-            body(config)
+            with seldom_collecting():
+                body(config)
     except UserError as error:
         raise _refused(name, error) from None
     except KeyboardInterrupt:

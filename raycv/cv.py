@@ -197,7 +197,7 @@ def plan(config: RunConfig) -> Placement:
                 "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, workers, min(fit, at_most))
+    return Placement(gpus, cpus, workers, min(fit, at_most), alone=len(nodes) == 1)
 
 
 def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:

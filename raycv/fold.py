@@ -24,6 +24,7 @@ from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, 
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
 from raycv.retry import mask_secrets
+from raycv.utils import seldom_collecting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +54,8 @@ class Placement:
     cpus: float
     workers: int
     concurrent: int
+    alone: bool = False
+    """whether the cluster is one machine, and stays it"""
 
 
 @dataclass(frozen=True)
@@ -185,26 +188,41 @@ def _drain_reports() -> None:
     queue = session._get_or_create_inter_actor_queue() if session is not None else None
     deadline = time.monotonic() + DRAIN_SECONDS
     while queue is not None and queue.size() and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
     # The hand-over from that queue to Tune's own.
     time.sleep(0.5)
 
 
 def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+    """The fold's trainer, without those of Ray Train's processes that have nothing to do: each takes seconds to start.
+
+    Never wanted is the one that hands out Ray Data sets, since there are none, nor the one that gives back what a dead
+    controller held: `_free_place` does, also where two Rays run on one machine, in which Ray's finds no cluster.
+    On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
+    """
+    with seldom_collecting():
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+    class OneMachine(FixedScalingPolicy):
+        def _nothing(self) -> None:
+            pass
+
+        _send_resource_request = _maybe_send_resource_request = _cancel_resource_request = _nothing
 
     class Trainer(TorchTrainer):
-        """Without two of the processes that Ray Train starts for each trainer.
-
-        One hands out Ray Data sets: there are none. The other gives back what a dead controller held: `_free_place`
-        does, also where two Rays run on one machine, in which Ray's finds no cluster.
-        """
-
         def _create_default_callbacks(self) -> list[Any]:
             left_out = ("DatasetsCallback", "PlacementGroupCleanerCallback")
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in left_out]  # type: ignore[misc]
+
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            if task.placement.alone:
+                # The controller's process gets it from this one.
+                os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+                parts["scaling_policy"] = OneMachine(self.scaling_config)  # type: ignore[arg-type]
+            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
     given = task.placement
     return Trainer(
@@ -263,17 +281,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     fold: int = arguments["fold"]
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
-    import torch
-    from ray.train.torch import get_device
-    from ray.util.placement_group import get_current_placement_group
+    with seldom_collecting():
+        import torch
+        from ray.train.torch import get_device
+        from ray.util.placement_group import get_current_placement_group
 
-    from raycv.base import fetch_base
-    from raycv.loading import load_classifier, load_tokenizer
-    from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
-    from raycv.progress import spent
-    from raycv.state import StateFolder
-    from raycv.train import FoldTrainer
-    from raycv.utils import describe_device, set_seed
+        from raycv.base import fetch_base
+        from raycv.loading import load_classifier, load_tokenizer
+        from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
+        from raycv.progress import spent
+        from raycv.state import StateFolder
+        from raycv.train import FoldTrainer
+        from raycv.utils import describe_device, set_seed
 
     task.board.hold.remote(fold, get_current_placement_group())
     config = task.config

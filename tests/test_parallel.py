@@ -115,7 +115,8 @@ def test_no_worker_shares_prefixes_where_one_must_not(two: list[dict[str, Any]])
 def test_a_fold_of_two_workers_under_ray(tmp_path):
     small = ["experiment=quickstart", "cv.folds=2", "train.epochs=1", "dora.lora_dropout=0"]
     for workers in (1, 2):
-        more = [f"resources.workers_per_fold={workers}", f"run.name=w{workers}", "cv.max_concurrent=1"]
+        # Each of two cores has a worker, either way.
+        more = [f"resources.workers_per_fold={workers}", f"run.name=w{workers}", f"cv.max_concurrent={3 - workers}"]
         result = raycv("run", *small, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stdout + result.stderr
     one, two = (json.loads((tmp_path / f"runs/w{workers}/report.json").read_text()) for workers in (1, 2))

@@ -132,7 +132,6 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         # Outside the working directory: the texts' own place is not searched.
         data = planted_data(root / "data")
         own = (f"data.dir={data}", f"data.criteria_dir={data}")
-        place.raycv("run", *TINY, *own, "run.name=good")
         broken = shutil.copytree(ROOT / "models" / "tiny_llama", root / "broken")
         with (broken / "model.safetensors").open("r+b") as weights:
             weights.truncate(100_000)
@@ -142,18 +141,19 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             table.write(f'"{POST_CANARY}",A.1,no\nx,"{CRITERION_CANARY}",no\nx,A.1,"{POST_CANARY}"\n')
         place.raycv("run", *TINY, f"data.dir={damaged}", f"data.criteria_dir={data}", exit_code=2)
 
-        state = place.work / "runs/killed/fold_1/state"
-        killed = ("experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpoint_minutes=0.001", *own)
-        killed += ("run.name=killed", "cv.max_concurrent=1")
+        # Killed once, and the run that all answers are of.
+        state = place.work / "runs/good/fold_1/state"
+        killed = ("experiment=quickstart", "cv.folds=2", "train.epochs=2", "train.checkpoint_minutes=0.001", *own)
+        killed += ("run.name=good", "cv.max_concurrent=1")
         with place.background("run", *killed, until=lambda _, state=state: list(state.glob("0*"))) as process:
             family = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGKILL)
         psutil.wait_procs(family, timeout=60)
         # What goes when the run is complete is searched before: training states, Ray's own storage.
         assert list(state.glob("0*/tensors.safetensors"))
-        assert (place.work / "runs/killed/ray").is_dir()
+        assert (place.work / "runs/good/ray").is_dir()
         place.found_amid = place.leaks(*CANARIES)
-        place.raycv("run", "resume=killed")
+        place.raycv("run", "resume=good")
 
         post = f"post={ASKED_CANARY}, I cannot sleep, {ASKED_CANARY}"
         criterion = f"criterion={ASKED_CANARY}, is worn out, {ASKED_CANARY}"
@@ -197,7 +197,7 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
     assert sorted(path.name for path in used.work.iterdir()) == [
         "mlflow.db", "mlflow.db.lock", "mlruns", "runs", "s.parquet", "scores.csv", "scores.csv.errors.csv"
     ]  # fmt: skip
-    assert sorted(path.name for path in (used.work / "runs").iterdir()) == ["bad", "good", "killed"]
+    assert sorted(path.name for path in (used.work / "runs").iterdir()) == ["bad", "good"]
     assert not list(used.root.rglob("*escaped*"))
     assert not Path("/tmp/raycv-escaped").exists()
     ids = set(pd.read_csv(used.work / "runs/good/fold_0/predictions.csv")["post_id"])
@@ -207,8 +207,8 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
 def test_scores_are_the_users_alone_wherever_they_lie(used: Place) -> None:
     names = {"predictions.csv", "scores.csv", "s.parquet", "scores.csv.errors.csv"}
     found = [path for path in used.work.rglob("*") if path.name in names]
-    # Two folds of two runs, in the run folder and in MLflow's.
-    assert [path.name for path in found].count("predictions.csv") == 8
+    # Two folds, in the run folder and in MLflow's.
+    assert [path.name for path in found].count("predictions.csv") == 4
     assert {path.name for path in found} == names
     assert {oct(path.stat().st_mode & 0o777) for path in found} == {"0o600"}
 
