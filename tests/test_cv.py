@@ -58,6 +58,7 @@ def test_what_a_fold_gets_and_how_many_run_at_once(cluster, overrides, gpus, cpu
 
     placement = plan(config(*overrides))
     assert (placement.gpus, placement.cpus, placement.concurrent) == (gpus, cpus, concurrent)
+    assert not placement.alone
 
 
 @pytest.mark.slow

@@ -19,15 +19,23 @@ WORKER, CONTROLLER, TRIAL = "RayTrainWorker", "TrainController", "ImplicitFunc"
 """What Ray calls the processes of a fold: one that trains, Ray Train's controller of it, and the Tune trial."""
 
 
-def newest(process, kind):
-    """The process of `kind` that Ray started last for the run of `process`."""
-    family = []
+IDLERS = "DatasetManager|PlacementGroupCleaner|PreemptionWatcher|AutoscalingCoordinator"
+"""And those of Ray Train's that would have nothing to do."""
+
+
+def family(process, kinds):
+    """The processes of `kinds`, a regular expression, that Ray started for the run of `process`."""
+    found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if kind in "".join(child.cmdline()):
-                family.append(child)
-    assert family, f"no {kind} among the run's processes"
-    return max(family, key=psutil.Process.create_time)
+            if re.search(kinds, "".join(child.cmdline())):
+                found.append(child)
+    return found
+
+
+def newest(process, kind):
+    """The process of `kind` that Ray started last for the run of `process`."""
+    return max(family(process, kind), key=psutil.Process.create_time)
 
 
 def said(folder):
@@ -60,6 +68,7 @@ def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
     with started(tmp_path) as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(first))
+        assert family(process, IDLERS) == []
         newest(process, WORKER).kill()
         wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
         newest(process, TRIAL).kill()

@@ -1,5 +1,7 @@
 """Pinned kernels, and what is recorded of the environment."""
 
+import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import raycv
-from raycv.utils import describe_environment, pin_kernels, set_seed
+from raycv.utils import describe_environment, pin_kernels, seldom_collecting, set_seed
 
 
 def test_the_commit_is_that_of_raycvs_own_checkout_and_of_no_other(tmp_path):
@@ -71,3 +73,11 @@ def test_a_cpu_computes_attention_by_one_kernel_with_a_mask_and_without(unpinned
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     choices = {torch._fused_sdp_choice(q, q, q, is_causal=True), torch._fused_sdp_choice(q, q, q, attn_mask=mask)}
     assert choices == {int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)}
+
+
+def test_garbage_is_looked_for_as_before_whatever_happens_within():
+    before = gc.get_threshold()
+    with contextlib.suppress(KeyError), seldom_collecting():
+        assert gc.get_threshold()[0] > before[0]
+        raise KeyError
+    assert gc.get_threshold() == before
