@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raycv.board import ProgressBoard
 from raycv.config import RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, train_worker
+from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, free_place, train_worker
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command, unwritable
@@ -352,6 +352,7 @@ class _FoldStates(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of the trial died, once too often."""
+        free_place(self.board, trial.config[FOLD_KEY])
         self._failed(trial.config[FOLD_KEY], str(trial.get_error() or STOPPED).strip().splitlines()[-1])
 
     def _failed(self, fold: int, error: str) -> None:

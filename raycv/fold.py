@@ -114,7 +114,7 @@ def _fit(task: FoldTask, fold: int) -> Any:
     """
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
-        _free_place(task, fold)
+        free_place(task.board, fold)
         _tried_again(task, fold, "the process that drives the fold died", attempt)
     while True:
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
@@ -122,7 +122,7 @@ def _fit(task: FoldTask, fold: int) -> Any:
         try:
             return _trainer(task, fold).fit()
         except Exception as error:
-            _free_place(task, fold)
+            free_place(task.board, fold)
             died = _died(error)
             if died is None:
                 raise
@@ -147,11 +147,14 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
     task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
 
 
-def _free_place(task: FoldTask, fold: int) -> None:
-    """Gives back the cores and GPUs of an attempt, which a controller that died still holds until the run ends."""
+def free_place(board: Any, fold: int) -> None:
+    """Gives back the cores and GPUs of an attempt: if its controller died they are held until the run ends.
+
+    `board`: handle of the ProgressBoard actor.
+    """
     from ray.util.placement_group import remove_placement_group
 
-    place = ray.get(task.board.held.remote(fold))
+    place = ray.get(board.held.remote(fold))
     if place is not None:
         remove_placement_group(place)
 
@@ -197,7 +200,7 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     """The fold's trainer, without those of Ray Train's processes that have nothing to do: each takes seconds to start.
 
     Never wanted is the one that hands out Ray Data sets, since there are none, nor the one that gives back what a dead
-    controller held: `_free_place` does, also where two Rays run on one machine, in which Ray's finds no cluster.
+    controller held: `free_place` does, also where two Rays run on one machine, in which Ray's finds no cluster.
     On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
     """
     with seldom_collecting():
@@ -220,7 +223,7 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             if task.placement.alone:
                 # The controller's process gets it from this one.
-                os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 parts["scaling_policy"] = OneMachine(self.scaling_config)  # type: ignore[arg-type]
             return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 

@@ -101,6 +101,18 @@ def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_
     assert_like_unbroken(tmp_path, whole)
 
 
+def test_the_place_of_a_trial_that_died_for_good_is_the_next_folds(tmp_path):
+    """There is one place, all of the machine, and Ray would keep it for the dead one until the run ends."""
+    run = run_of(tmp_path)
+    with started(tmp_path, "resources.retries=0", f"resources.cpus_per_fold={os.cpu_count()}") as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        newest(process, TRIAL).kill()
+        assert process.wait(timeout=150) == 1, said(tmp_path)
+    assert not run.fold(0).result.exists()
+    assert "fold 1: done" in said(tmp_path)
+    assert run.fold(1).result.is_file()
+
+
 @pytest.mark.parametrize("pause", [0.05, 1.0])
 def test_a_second_ctrl_c_breaks_nothing_off(tmp_path, pause):
     with started(tmp_path) as process:
