@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,14 +187,17 @@ def _drain_reports() -> None:
     A trial that ends before leaves its end marker in Tune's one-slot queue, and the report behind it blocks for ever.
     """
     from ray.train._internal.session import get_session
+    from ray.util.queue import Full
 
     session = get_session()
-    queue = session._get_or_create_inter_actor_queue() if session is not None else None
-    deadline = time.monotonic() + DRAIN_SECONDS
-    while queue is not None and queue.size() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    # The hand-over from that queue to Tune's own.
-    time.sleep(0.5)
+    if session is None:
+        return
+    # Of one slot too, and whoever takes from it passes nothing on of an empty report: there is room for the second one
+    # when the first was taken, and that was after the last report had been passed on.
+    queue = session._get_or_create_inter_actor_queue()
+    with suppress(Full):
+        for _ in range(2):
+            queue.put({}, timeout=DRAIN_SECONDS)
 
 
 def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
