@@ -3,6 +3,7 @@
 Ray changes the working directory of trials and workers: every path in here is absolute.
 """
 
+import asyncio
 import os
 import shutil
 import socket
@@ -10,13 +11,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+import ray.tune
 
 from raycv.config import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
@@ -43,7 +44,6 @@ FOLD_KEY = "fold"
 """The one parameter of a trial."""
 
 STEP_POST_SECONDS = 1.0
-DRAIN_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
         _keep_fold(folder, _fit(task, fold))
     except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(task, fold, error)
-    _drain_reports()
 
 
 def _fit(task: FoldTask, fold: int) -> Any:
@@ -149,7 +148,7 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
 
 
 def free_place(board: Any, fold: int) -> None:
-    """Gives back the cores and GPUs of an attempt: if its controller died they are held until the run ends.
+    """Gives back the cores and GPUs of an attempt: if its trial died they are held until the run ends.
 
     `board`: handle of the ProgressBoard actor.
     """
@@ -165,8 +164,6 @@ def _died(error: Exception) -> str | None:
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    if isinstance(error, RayActorError):
-        return "Ray Train's controller of the fold died"
     if isinstance(getattr(error, "controller_failure", None), RayActorError):
         return "a worker of the fold died as it started, or its node"
     failures = getattr(error, "worker_failures", {})
@@ -181,37 +178,19 @@ def _train_name(fold: int) -> str:
     return f"fold_{fold}"
 
 
-def _drain_reports() -> None:
-    """Waits until Tune has fetched the last epoch's report.
-
-    A trial that ends before leaves its end marker in Tune's one-slot queue, and the report behind it blocks for ever.
-    """
-    from ray.train._internal.session import get_session
-    from ray.util.queue import Full
-
-    session = get_session()
-    if session is None:
-        return
-    # Of one slot too, and whoever takes from it passes nothing on of an empty report: there is room for the second one
-    # when the first was taken, and that was after the last report had been passed on.
-    queue = session._get_or_create_inter_actor_queue()
-    with suppress(Full):
-        for _ in range(2):
-            queue.put({}, timeout=DRAIN_SECONDS)
-
-
 def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     """The fold's trainer, without those of Ray Train's processes that have nothing to do: each takes seconds to start.
 
-    Never wanted is the one that hands out Ray Data sets, since there are none, nor the one that gives back what a dead
-    controller held: `free_place` does, also where two Rays run on one machine, in which Ray's finds no cluster.
-    On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
+    Its controller runs in the trial's process, which would wait for it otherwise, and reports to Tune with no queue
+    between. Never wanted is the process that hands out Ray Data sets, since there are none, nor the one that gives back
+    what a dead trial held: `free_place` does, also where two Rays run on one machine, in which Ray's finds no
+    cluster. On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
     """
     with seldom_collecting():
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import RunConfig, ScalingConfig, UserCallback
         from ray.train.torch import TorchTrainer
+        from ray.train.v2._internal.execution.controller import TrainController
         from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-        from ray.tune.integration.ray_train import TuneReportCallback
 
     class OneMachine(FixedScalingPolicy):
         def _nothing(self) -> None:
@@ -226,10 +205,15 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             if task.placement.alone:
-                # The controller's process gets it from this one.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 parts["scaling_policy"] = OneMachine(self.scaling_config)  # type: ignore[arg-type]
-            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+            controller = TrainController(**parts)
+            asyncio.run(controller.run())
+            return controller.get_result()
+
+    class Reports(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            ray.tune.report(metrics[0])
 
     given = task.placement
     return Trainer(
@@ -245,7 +229,7 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
             # Deterministic: the same storage and name is what Ray Train resumes from.
             name=_train_name(fold),
             storage_path=str(RunFolder(Path(task.root)).ray),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # annotated with the callback of Train V1
+            callbacks=[Reports()],  # type: ignore[list-item]  # annotated with the callback of Train V1
         ),
     )
 

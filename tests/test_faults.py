@@ -15,11 +15,12 @@ from raycv.paths import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 
-WORKER, CONTROLLER, TRIAL = "RayTrainWorker", "TrainController", "ImplicitFunc"
-"""What Ray calls the processes of a fold: one that trains, Ray Train's controller of it, and the Tune trial."""
+WORKER, TRIAL, MEETING = "RayTrainWorker", "ImplicitFunc", "SynchronizationActor"
+"""What Ray calls the processes of a fold: one that trains, the Tune trial, in which Ray Train's controller runs too,
+and where the workers meet at each report."""
 
 
-IDLERS = "DatasetManager|PlacementGroupCleaner|PreemptionWatcher|AutoscalingCoordinator"
+IDLERS = "TrainController|DatasetManager|PlacementGroupCleaner|PreemptionWatcher|AutoscalingCoordinator|QueueActor"
 """And those of Ray Train's that would have nothing to do."""
 
 
@@ -63,7 +64,7 @@ def second_ray():
 
 @pytest.mark.core
 @pytest.mark.usefixtures("second_ray")
-def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
+def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
     """All three in one run, each with SIGKILL in the middle of an epoch."""
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
     with started(tmp_path) as process:
@@ -73,11 +74,11 @@ def test_a_fold_whose_worker_controller_or_trial_is_killed_goes_on_by_itself(tmp
         wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
         newest(process, TRIAL).kill()
         wait_for(process, tmp_path, lambda: amid_an_epoch(second))
-        newest(process, CONTROLLER).kill()
+        newest(process, MEETING).kill()
         assert process.wait(timeout=800) == 0, said(tmp_path)
     assert "fold 0: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
     assert "fold 0: the process that drives the fold died; the fold is tried again from its last" in said(tmp_path)
-    assert "fold 1: Ray Train's controller of the fold died; the fold is tried again from its last" in said(tmp_path)
+    assert "fold 1: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
     assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 1)
     assert_like_unbroken(tmp_path, whole)
 
