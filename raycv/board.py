@@ -24,6 +24,10 @@ class ProgressBoard:
         self._attempts[fold] = self._attempts.get(fold, 0) + 1
         return self._attempts[fold]
 
+    def begun(self, fold: int) -> int:
+        """How many attempts at a fold have begun."""
+        return self._attempts.get(fold, 0)
+
     def fail(self, fold: int, message: str) -> None:
         """Why a fold failed, where there was no room to write it down."""
         self._errors[fold] = message

@@ -38,10 +38,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raycv.board import ProgressBoard
 from raycv.config import RunConfig
 from raycv.errors import FaultsError, RunFailedError, UserError
-from raycv.fold import FOLD_KEY, FoldTask, Placement, SharedArrays, fold_trial, free_place, train_worker
+from raycv.fold import (
+    FOLD_KEY,
+    TRIAL_DIED,
+    FoldTask,
+    Placement,
+    SharedArrays,
+    died_too_often,
+    fold_trial,
+    free_place,
+    train_worker,
+)
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command, unwritable
+from raycv.utils import STOP_SIGNALS, stop_like_ctrl_c
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -55,6 +66,7 @@ STOPPED = "it was stopped before it ended"
 JOIN_REMEDIES = (
     "see that the cluster is up: ray status",
     "start one on this machine: ray start --head",
+    "where it asks for a token, and this machine has it: RAY_AUTH_MODE=token",
     "unset RAY_ADDRESS, and a local Ray is started for the run",
 )
 
@@ -85,9 +97,8 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     if not ray_logs:
         # Tune would print the whole traceback of a failed trial; the fold's own error is shown, and error.json has all.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    if threading.current_thread() is threading.main_thread():
-        # What a scheduler sends at the end of the time; Ray's own handler would end the process where it stands.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ray's own handler of SIGTERM would end the process where it stands.
+    stop_like_ctrl_c()
     try:
         yield context.dashboard_url or None
     finally:
@@ -96,7 +107,7 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block, in which Ray starts, and what was started.
+    """Ctrl-C and what else stops a run end the block, in which Ray starts, and what was started.
 
     Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork.
     """
@@ -112,7 +123,7 @@ def _interruptible() -> Iterator[None]:
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    numbers = (*STOP_SIGNALS, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -158,15 +169,17 @@ def _cluster_to_join() -> str | None:
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit() or "://" in host:
         return address
+    asked = os.environ.get("RAY_ADDRESS")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        if asked := os.environ.get("RAY_ADDRESS"):
+        if asked:
             raise UserError(f"RAY_ADDRESS={asked}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
         # What `ray start` wrote down outlives a cluster that was killed, or whose machine was.
         logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
         return "local"
-    return address
+    # Only of a cluster that it finds itself does Ray take it that it asks for the token below HOME.
+    return address if asked else "auto"
 
 
 def plan(config: RunConfig) -> Placement:
@@ -274,7 +287,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
-    states = _FoldStates(view, root, task.board)
+    states = _FoldStates(view, root, task.board, task.config.resources.retries)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -326,10 +339,11 @@ def _causes(errors: dict[int, str]) -> list[str]:
 class _FoldStates(tune.Callback):
     """Tells the live view when trials start and end, and why they failed."""
 
-    def __init__(self, view: LiveView, root: RunFolder, board: Any) -> None:
+    def __init__(self, view: LiveView, root: RunFolder, board: Any, retries: int) -> None:
         self.view = view
         self.root = root
         self.board = board
+        self.retries = retries
         self.errors: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,8 +366,12 @@ class _FoldStates(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of the trial died, once too often."""
-        free_place(self.board, trial.config[FOLD_KEY])
-        self._failed(trial.config[FOLD_KEY], str(trial.get_error() or STOPPED).strip().splitlines()[-1])
+        fold = trial.config[FOLD_KEY]
+        free_place(self.board, fold)
+        error = trial.get_error()
+        if error is None or isinstance(error, ray.exceptions.RayActorError):
+            error = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
+        self._failed(fold, str(error).strip())
 
     def _failed(self, fold: int, error: str) -> None:
         self.errors[fold] = error

@@ -6,9 +6,7 @@ Nothing heavy is imported before the config and the data have been found usable:
 import contextlib
 import itertools
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -43,7 +41,7 @@ from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
 from raycv.runs import make_newest, tracked_run
 from raycv.splits import Split, make_splits, positives_table, splits_record
-from raycv.utils import describe_environment
+from raycv.utils import describe_environment, ignore_stops
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -327,7 +325,7 @@ def _ended(
         yield
         status = "FINISHED"
     except KeyboardInterrupt:
-        _ignore_interrupts()
+        ignore_stops()
         status = "KILLED"
         finished = len(folder.finished(config.cv.folds))
         kept = f"{finished} of {config.cv.folds} folds are finished, and kept in {folder.root}"
@@ -351,13 +349,6 @@ def _what_is_left(folder: RunFolder) -> str:
     if folder.report.is_file():
         return f"The run is complete, its report is {folder.report}\nLog it into MLflow: {aggregate_command(folder)}"
     return f"Go on where it stopped: {resume_command(folder)}"
-
-
-def _ignore_interrupts() -> None:
-    """A second Ctrl-C would only break off what the first began: marking the runs and ending Ray's processes."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ FOLD_KEY = "fold"
 """The one parameter of a trial."""
 
 STEP_POST_SECONDS = 1.0
+TRIAL_DIED = "the process that drives the fold died"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _fit(task: FoldTask, fold: int) -> Any:
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
         free_place(task.board, fold)
-        _tried_again(task, fold, "the process that drives the fold died", attempt)
+        _tried_again(task, fold, TRIAL_DIED, attempt)
     while True:
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
@@ -137,14 +138,19 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
     """
     retries = task.config.resources.retries
     if attempt > retries + 1:
-        raise RunFailedError(
-            f"{died}, and resources.retries={retries}: it was trained {counted(attempt - 1, 'time')} in all.",
-            remedies=[
-                "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
-                "its last state is kept, and `resume=` goes on from there",
-            ],
-        ) from error
+        raise died_too_often(died, retries, attempt - 1) from error
     task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
+
+
+def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
+    """The error of a fold that was begun `attempts` times, `died` being what ended the last of them."""
+    return RunFailedError(
+        f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
+        remedies=[
+            "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
+            "its last state is kept, and `resume=` goes on from there",
+        ],
+    )
 
 
 def free_place(board: Any, fold: int) -> None:
@@ -162,9 +168,9 @@ def free_place(board: Any, fold: int) -> None:
 def _died(error: Exception) -> str | None:
     """What died, if `error` is the death of one of the fold's processes or of its node; None if it is another."""
     from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
-    if isinstance(getattr(error, "controller_failure", None), RayActorError):
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupFailedError | RayActorError):
         return "a worker of the fold died as it started, or its node"
     failures = getattr(error, "worker_failures", {})
     for rank, failure in failures.items():
@@ -185,12 +191,33 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
     between. Never wanted is the process that hands out Ray Data sets, since there are none, nor the one that gives back
     what a dead trial held: `free_place` does, also where two Rays run on one machine, in which Ray's finds no
     cluster. On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
+    Workers that die as they start are ours to count, as all that die are: Ray Train would start others for ever, in
+    the place that the dead ones keep.
     """
     with seldom_collecting():
         from ray.train import RunConfig, ScalingConfig, UserCallback
         from ray.train.torch import TorchTrainer
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
         from ray.train.v2._internal.execution.controller import TrainController
+        from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
         from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+        from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+    class Workers(WorkerGroup):
+        def _create_placement_group(self, *given: Any) -> Any:
+            made = super()._create_placement_group(*given)
+            # Before any worker is in it: this process may die at any time.
+            ray.get(task.board.hold.remote(fold, made.placement_group))
+            return made
+
+    class Controller(TrainController):
+        worker_group_cls = Workers
+
+    class Retries(DefaultFailurePolicy):
+        def make_decision(self, training_failed_error: Any) -> FailureDecision:
+            if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupFailedError):
+                return FailureDecision.RAISE
+            return super().make_decision(training_failed_error)
 
     class OneMachine(FixedScalingPolicy):
         def _nothing(self) -> None:
@@ -207,7 +234,8 @@ def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
             if task.placement.alone:
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 parts["scaling_policy"] = OneMachine(self.scaling_config)  # type: ignore[arg-type]
-            controller = TrainController(**parts)
+            parts["failure_policy"] = Retries(parts["failure_policy"].failure_config)
+            controller = Controller(**parts)
             asyncio.run(controller.run())
             return controller.get_result()
 
@@ -275,7 +303,6 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     with seldom_collecting():
         import torch
         from ray.train.torch import get_device
-        from ray.util.placement_group import get_current_placement_group
 
         from raycv.base import fetch_base
         from raycv.loading import load_classifier, load_tokenizer
@@ -285,7 +312,6 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         from raycv.train import FoldTrainer
         from raycv.utils import describe_device, set_seed
 
-    task.board.hold.remote(fold, get_current_placement_group())
     config = task.config
     shared: SharedArrays = ray.get(task.shared)
     split = shared.splits[fold]

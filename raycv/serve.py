@@ -3,7 +3,6 @@
 import ipaddress
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -21,6 +20,7 @@ from raycv.loaded import read_criteria
 from raycv.paths import absolute_folder, absolute_uri, write_json
 from raycv.retry import mask_secrets
 from raycv.runs import choose, with_fold_id
+from raycv.utils import ignore_stops
 
 if TYPE_CHECKING:
     from raycv.scorer import Setup
@@ -57,9 +57,7 @@ def run_server(config: ServeConfig) -> None:
                 announce(announcement(setup, stamps), file, limits)
                 threading.Event().wait()
             finally:
-                # A second Ctrl-C would leave Ray's processes behind.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                ignore_stops()
                 file.unlink(missing_ok=True)
                 say("stopping")
     except KeyboardInterrupt:

@@ -1,11 +1,13 @@
-"""Seeds (FR-009), random states, and the description of the environment that every run records."""
+"""Seeds (FR-009), random states, signals, and the description of the environment that every run records."""
 
 import gc
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,6 +22,25 @@ PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",
     "pandas", "tokenizers", "safetensors", "huggingface_hub",
 )  # fmt: skip
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What stops a run: Ctrl-C, a scheduler at the end of the time, a terminal that is closed."""
+
+
+def stop_like_ctrl_c() -> None:
+    """All of STOP_SIGNALS end in KeyboardInterrupt from here on, but those that are ignored (nohup)."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+
+
+def ignore_stops() -> None:
+    """A second Ctrl-C would only break off what the first began: marking the runs and ending Ray's processes."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 SELDOM = 20_000

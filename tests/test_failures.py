@@ -7,13 +7,15 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import ROOT, background, processes_with, raycv, statuses, wait_until
+from commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -121,6 +123,34 @@ def test_a_cluster_that_was_killed_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.ray
+def test_a_cluster_of_ray_start_that_asks_for_a_token_is_joined(tmp_path):
+    """Once a local Ray has left its token below HOME, `ray start` asks for it."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        places = {"HOME": str(tmp_path), "RAY_TMPDIR": folder}
+        command = ["start", "--head", "--block", "--num-cpus=7", "--port=0", "--include-dashboard=false"]
+        environment = users_environment(**places)
+        del environment["RAY_ADDRESS"]
+        address = Path(folder) / "ray" / "ray_current_cluster"
+        with (tmp_path / "out").open("w") as said:
+            head = subprocess.Popen(
+                [str(Path(sys.executable).parent / "ray"), *command],
+                env=environment, stdout=said, stderr=said, start_new_session=True,
+            )  # fmt: skip
+        try:
+            wait_until(address.is_file, head, tmp_path / "out", seconds=120)
+            overrides = ["experiment=quickstart", "resources.gpus_per_fold=3"]
+            result = raycv("run", *overrides, cwd=tmp_path, RAY_ADDRESS="", **places)
+        finally:
+            started = psutil.Process(head.pid).children(recursive=True)
+            for process in (*started, head):
+                process.kill()
+            psutil.wait_procs(started, timeout=30)
+    assert "no node has them (nodes: 7 CPUs" in result.stderr, result.stderr
+
+
+@pytest.mark.ray
 def test_artifacts_that_cannot_be_written_leave_no_run_behind(tmp_path):
     result = raycv("run", "experiment=quickstart", "tracking.artifacts=/proc/mlruns", "run.name=mine", cwd=tmp_path)
     assert result.returncode == 2
@@ -160,7 +190,7 @@ def test_ctrl_c_while_ray_starts_is_heeded_and_leaves_no_process(tmp_path, pause
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path, sent):
     with running(tmp_path, "train.epochs=60", "train.patience=60") as process:
         family = psutil.Process(process.pid).children(recursive=True)

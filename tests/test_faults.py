@@ -83,6 +83,21 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
     assert_like_unbroken(tmp_path, whole)
 
 
+@pytest.mark.core
+def test_processes_that_die_as_the_workers_start_cost_retries_and_no_place(tmp_path):
+    """The trial as soon as its worker is there, then the next worker as it is set up. There is one place."""
+    with started(tmp_path, f"resources.cpus_per_fold={os.cpu_count()}") as process:
+        wait_for(process, tmp_path, lambda: family(process, WORKER))
+        newest(process, TRIAL).kill()
+        wait_for(process, tmp_path, lambda: "the process that drives the fold died; the fold is" in said(tmp_path))
+        wait_for(process, tmp_path, lambda: family(process, "_setup_torch_process_group"))
+        newest(process, WORKER).kill()
+        assert process.wait(timeout=300) == 0, said(tmp_path)
+    assert "fold 0: a worker of the fold died as it started, or its node; the fold is tried again" in said(tmp_path)
+    assert said(tmp_path).count("is tried again") == 2
+    assert run_of(tmp_path).report.is_file()
+
+
 def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):  # noqa: F811
     """The one that it has is spent when its trial dies; the worker of the next trial dies too."""
     run = run_of(tmp_path)
@@ -106,10 +121,12 @@ def test_the_place_of_a_trial_that_died_for_good_is_the_next_folds(tmp_path):
     """There is one place, all of the machine, and Ray would keep it for the dead one until the run ends."""
     run = run_of(tmp_path)
     with started(tmp_path, "resources.retries=0", f"resources.cpus_per_fold={os.cpu_count()}") as process:
-        wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        wait_for(process, tmp_path, lambda: family(process, WORKER))
         newest(process, TRIAL).kill()
         assert process.wait(timeout=150) == 1, said(tmp_path)
     assert not run.fold(0).result.exists()
+    once = "fold 0: the process that drives the fold died, and resources.retries=0: it was trained 1 time in all."
+    assert once in said(tmp_path)
     assert "fold 1: done" in said(tmp_path)
     assert run.fold(1).result.is_file()
 
