@@ -109,15 +109,20 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 def _interruptible() -> Iterator[None]:
     """Ctrl-C and what else stops a run end the block, in which Ray starts, and what was started.
 
-    Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork.
+    Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork or a
+    `__del__`: there it is raised a moment later. What is dropped elsewhere is heeded at the end of the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    asked = False
+
     def interrupt(_: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         while frame is not None:
-            if frame.f_code.co_filename == subprocess.__file__:
+            if frame.f_code.co_filename == subprocess.__file__ or frame.f_code.co_name == "__del__":
                 signal.setitimer(signal.ITIMER_REAL, 0.05)
                 return
             frame = frame.f_back
@@ -130,6 +135,8 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, interrupt)
     try:
         yield
+        if asked:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         # Ray ends those that it knows of; others would look for their parents for a minute.
         started = psutil.Process().children(recursive=True)
@@ -139,6 +146,7 @@ def _interruptible() -> Iterator[None]:
                 process.kill()
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -188,6 +188,23 @@ def test_ctrl_c_while_ray_starts_is_heeded_and_leaves_no_process(tmp_path, pause
     assert left == []
 
 
+@pytest.mark.ray
+def test_ctrl_c_that_is_dropped_while_ray_starts_is_heeded_after_it():
+    """As a bare `except`, or a callback of C code, drops it."""
+    code = """
+import contextlib, signal
+from raycv import cv
+with cv._interruptible():
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    print("dropped", flush=True)
+print("not heeded")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "dropped\n"
+    assert result.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
