@@ -378,8 +378,9 @@ class _FoldStates(tune.Callback):
         free_place(self.board, fold)
         error = trial.get_error()
         if error is None or isinstance(error, ray.exceptions.RayActorError):
-            error = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
-        self._failed(fold, str(error).strip())
+            self._failed(fold, str(died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))))
+        else:
+            self._failed(fold, str(error).strip().splitlines()[-1])
 
     def _failed(self, fold: int, error: str) -> None:
         self.errors[fold] = error
