@@ -3,7 +3,6 @@
 Ray changes the working directory of trials and workers: every path in here is absolute.
 """
 
-import asyncio
 import os
 import shutil
 import socket
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-import ray.tune
 
 from raycv.config import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
@@ -30,7 +28,6 @@ from raycv.utils import seldom_collecting
 
 if TYPE_CHECKING:
     import numpy as np
-    from ray.train.torch import TorchTrainer
 
     from raycv.base import BaseFiles
     from raycv.checkpoint import CheckpointInfo
@@ -113,18 +110,22 @@ def _fit(task: FoldTask, fold: int) -> Any:
     in advance (a preemption) are its own to retry, without limit.
     Raises: whatever the worker raised; RunFailedError if its processes died too often.
     """
+    with seldom_collecting():
+        from raycv.ray_train import Trainer, what_died
+
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
         free_place(task.board, fold)
         _tried_again(task, fold, TRIAL_DIED, attempt)
+    folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
     while True:
         # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
-        shutil.rmtree(RunFolder(Path(task.root)).ray / _train_name(fold), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            return _trainer(task, fold).fit()
+            return Trainer(task, fold, folder).fit()
         except Exception as error:
             free_place(task.board, fold)
-            died = _died(error)
+            died = what_died(error)
             if died is None:
                 raise
             attempt = ray.get(task.board.begin.remote(fold))
@@ -163,103 +164,6 @@ def free_place(board: Any, fold: int) -> None:
     place = ray.get(board.held.remote(fold))
     if place is not None:
         remove_placement_group(place)
-
-
-def _died(error: Exception) -> str | None:
-    """What died, if `error` is the death of one of the fold's processes or of its node; None if it is another."""
-    from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
-
-    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupFailedError | RayActorError):
-        return "a worker of the fold died as it started, or its node"
-    failures = getattr(error, "worker_failures", {})
-    for rank, failure in failures.items():
-        # When one worker dies, others fail with broken connections: the death is the cause.
-        if isinstance(failure, WorkerHealthCheckFailedError | RayActorError):
-            return f"worker {rank} of the fold died, or its node"
-    return None
-
-
-def _train_name(fold: int) -> str:
-    return f"fold_{fold}"
-
-
-def _trainer(task: FoldTask, fold: int) -> "TorchTrainer":
-    """The fold's trainer, without those of Ray Train's processes that have nothing to do: each takes seconds to start.
-
-    Its controller runs in the trial's process, which would wait for it otherwise, and reports to Tune with no queue
-    between. Never wanted is the process that hands out Ray Data sets, since there are none, nor the one that gives back
-    what a dead trial held: `free_place` does, also where two Rays run on one machine, in which Ray's finds no
-    cluster. On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
-    Workers that die as they start are ours to count, as all that die are: Ray Train would start others for ever, in
-    the place that the dead ones keep.
-    """
-    with seldom_collecting():
-        from ray.train import RunConfig, ScalingConfig, UserCallback
-        from ray.train.torch import TorchTrainer
-        from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-        from ray.train.v2._internal.execution.controller import TrainController
-        from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-        from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-        from ray.train.v2._internal.execution.worker_group import WorkerGroup
-
-    class Workers(WorkerGroup):
-        def _create_placement_group(self, *given: Any) -> Any:
-            made = super()._create_placement_group(*given)
-            # Before any worker is in it: this process may die at any time.
-            ray.get(task.board.hold.remote(fold, made.placement_group))
-            return made
-
-    class Controller(TrainController):
-        worker_group_cls = Workers
-
-    class Retries(DefaultFailurePolicy):
-        def make_decision(self, training_failed_error: Any) -> FailureDecision:
-            if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupFailedError):
-                return FailureDecision.RAISE
-            return super().make_decision(training_failed_error)
-
-    class OneMachine(FixedScalingPolicy):
-        def _nothing(self) -> None:
-            pass
-
-        _send_resource_request = _maybe_send_resource_request = _cancel_resource_request = _nothing
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            left_out = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in left_out]  # type: ignore[misc]
-
-        def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            if task.placement.alone:
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-                parts["scaling_policy"] = OneMachine(self.scaling_config)  # type: ignore[arg-type]
-            parts["failure_policy"] = Retries(parts["failure_policy"].failure_config)
-            controller = Controller(**parts)
-            asyncio.run(controller.run())
-            return controller.get_result()
-
-    class Reports(UserCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            ray.tune.report(metrics[0])
-
-    given = task.placement
-    return Trainer(
-        task.worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
-        train_loop_config={"task": task, "fold": fold},
-        scaling_config=ScalingConfig(
-            num_workers=given.workers,
-            use_gpu=given.gpus > 0,
-            resources_per_worker={"CPU": given.cpus / given.workers}
-            | ({"GPU": given.gpus / given.workers} if given.gpus else {}),
-        ),
-        run_config=RunConfig(
-            # Deterministic: the same storage and name is what Ray Train resumes from.
-            name=_train_name(fold),
-            storage_path=str(RunFolder(Path(task.root)).ray),
-            callbacks=[Reports()],  # type: ignore[list-item]  # annotated with the callback of Train V1
-        ),
-    )
 
 
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:

@@ -90,7 +90,7 @@ def test_processes_that_die_as_the_workers_start_cost_retries_and_no_place(tmp_p
         wait_for(process, tmp_path, lambda: family(process, WORKER))
         newest(process, TRIAL).kill()
         wait_for(process, tmp_path, lambda: "the process that drives the fold died; the fold is" in said(tmp_path))
-        wait_for(process, tmp_path, lambda: family(process, "_setup_torch_process_group"))
+        wait_for(process, tmp_path, lambda: family(process, f"{WORKER}.init_train_context"))
         newest(process, WORKER).kill()
         assert process.wait(timeout=300) == 0, said(tmp_path)
     assert "fold 0: a worker of the fold died as it started, or its node; the fold is tried again" in said(tmp_path)

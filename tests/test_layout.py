@@ -19,7 +19,7 @@ PACKAGE = Path(raycv.__file__).resolve().parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
 
 SEAMS = {
-    "ray": {"cv", "fold", "callback", "ray_scoring", "scorer"},  # callback: Ray's own for MLflow
+    "ray": {"cv", "fold", "ray_train", "callback", "ray_scoring", "scorer"},  # callback: Ray's own for MLflow
     "mlflow": {"tracking"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},
