@@ -30,7 +30,6 @@ from benchmarks.corpus import BASE, run_config
 from benchmarks.harness import Bar, Result, interleaved, parser, spread
 from raycv import cv
 from raycv.base import fetch_base
-from raycv.board import ProgressBoard
 from raycv.fold import FoldTask, Placement, epoch_metrics
 from raycv.live import DONE, STARTING, LiveView
 from raycv.metrics import METRICS
@@ -116,7 +115,7 @@ def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
                 criteria_dir="",
                 criteria_hash="",
                 placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers),
-                board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
+                board=cv.progress_board(RunFolder(Path(folder))),
                 worker=partial(sleep, seconds),
             )
             trials = Trials(folds)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from raycv.errors import UserError, counted
-from raycv.labels import criterion_code, is_blank
+from raycv.labels import criterion_code, is_blank, is_same
 from raycv.records import LABELS, Criterion
 
 SCORE_DECIMALS = 6
@@ -160,18 +160,18 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
         remedies = ["give a text, or an id like A.4", "leave criterion out to ask for each of the run's"]
         raise UserError("The criterion is empty.", remedies=remedies)
     name = asked.strip()
-    code = criterion_code(name)
     for criterion in criteria.values():
-        known = {criterion.criterion_id, criterion.symptom, criterion.text}
-        if name in known or asked in known or (code and criterion_code(criterion.criterion_id) == code):
+        names = (criterion.criterion_id, criterion.symptom or "")
+        if name in (*names, criterion.text) or asked == criterion.text or any(is_same(name, each) for each in names):
             return criterion
     for criterion in criteria.values():
         if name.casefold() in (criterion.criterion_id.casefold(), (criterion.symptom or "").casefold()):
             return criterion
     if not is_own_words(asked):
+        ids = [f"{key} ({criterion.symptom})" if criterion.symptom else key for key, criterion in criteria.items()]
         raise UserError(
             f"criterion={name}: the run has no such criterion.",
-            remedies=[f"choose one of its ids: {', '.join(criteria)}", "or describe it in your own words"],
+            remedies=[f"choose one of its ids or names: {', '.join(ids)}", "or describe it in your own words"],
         )
     return Criterion("", asked)
 

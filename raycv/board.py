@@ -1,17 +1,27 @@
 """How far the folds are, between the workers and the live view. Imports nothing heavy: it is an actor of its own."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
+
+from raycv.errors import UserError
+from raycv.paths import read_json, write_json
 
 
 class ProgressBoard:
-    """An actor where workers post how far they are and the driver's live view reads it, never in training's way."""
+    """An actor where workers post how far they are and the driver's live view reads it, never in training's way.
 
-    def __init__(self) -> None:
+    `kept`: the file of what outlives its process, which Ray starts anew if it dies: attempts and places.
+    """
+
+    def __init__(self, kept: str) -> None:
         self._posts: dict[int, dict[str, Any]] = {}
         self._events: list[tuple[int, str]] = []
-        self._errors: dict[int, str] = {}
-        self._places: dict[int, Any] = {}
-        self._attempts: dict[int, int] = {}
+        self._errors: dict[int, tuple[str, list[str]]] = {}
+        self._kept = Path(kept)
+        earlier = read_json(self._kept) if self._kept.is_file() else {"places": {}, "attempts": {}}
+        self._places: dict[int, str] = {int(fold): place for fold, place in earlier["places"].items()}
+        self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier["attempts"].items()}
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -22,28 +32,38 @@ class ProgressBoard:
     def begin(self, fold: int) -> int:
         """Counts an attempt at a fold, which is beginning. Returns how many there are: they outlive their processes."""
         self._attempts[fold] = self._attempts.get(fold, 0) + 1
+        self._keep()
         return self._attempts[fold]
 
     def begun(self, fold: int) -> int:
         """How many attempts at a fold have begun."""
         return self._attempts.get(fold, 0)
 
-    def fail(self, fold: int, message: str) -> None:
+    def fail(self, fold: int, message: str, remedies: list[str]) -> None:
         """Why a fold failed, where there was no room to write it down."""
-        self._errors[fold] = message
+        self._errors[fold] = message, remedies
 
-    def error(self, fold: int) -> str | None:
+    def error(self, fold: int) -> tuple[str, list[str]] | None:
+        """What `fail` was told."""
         return self._errors.get(fold)
 
-    def hold(self, fold: int, place: Any) -> None:
-        """The placement group that the workers of a fold are in."""
+    def hold(self, fold: int, place: str) -> None:
+        """The placement group that the workers of a fold are in, by its id."""
         self._places[fold] = place
+        self._keep()
 
-    def held(self, fold: int) -> Any:
-        """The placement group that a fold held last, and None from then on."""
-        return self._places.pop(fold, None)
+    def held(self, fold: int) -> str | None:
+        """The id of the placement group that a fold held last, and None from then on."""
+        place = self._places.pop(fold, None)
+        self._keep()
+        return place
 
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
         """The latest post of each fold, and the events since the last call."""
         events, self._events = self._events, []
         return self._posts, events
+
+    def _keep(self) -> None:
+        # On a full disk it is in memory still.
+        with contextlib.suppress(OSError, UserError):
+            write_json(self._kept, {"places": self._places, "attempts": self._attempts})

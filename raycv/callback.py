@@ -70,7 +70,7 @@ class FoldRuns(MLflowLoggerCallback):
             self._try(self._epoch, trial, trial.config[self.fold_key], dict(result))
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-        self._try(self._finish, trial, trial.config[self.fold_key], failed)
+        self._try(self._finish, trial, trial.config[self.fold_key])
 
     def _start(self, trial: Any, fold: int) -> None:
         run_id = self.tracker.start_child(self.parent_id, fold, self.params)
@@ -97,11 +97,11 @@ class FoldRuns(MLflowLoggerCallback):
             pending.pop(0)
         return str(run_id)
 
-    def _finish(self, trial: Any, fold: int, failed: bool) -> None:
+    def _finish(self, trial: Any, fold: int) -> None:
         run_id = self._catch_up(trial, fold)
         folder = self.folder.fold(fold)
-        # Not Tune's word alone: a fold that fails leaves no result, and its trial ends like any other.
-        failed = failed or not folder.result.is_file()
+        # Not Tune's word: the trial of a fold that fails ends like any other, and one may die when all is done.
+        failed = not folder.result.is_file()
         if not failed:
             self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
         self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")

@@ -349,7 +349,12 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     found = [(file, record) for file in files if (record := _read(file)) is not None]
     if not found:
         return None
-    for file, record in _with_model(found, config):
+    same = _with_model(found, config)
+    if not same and (config.run, config.fold) == (LATEST, "best"):
+        # Who did not say which model would wonder why it takes so long.
+        others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
+        tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
+    for file, record in same:
         here = "computing in this process"
         try:
             with Connection(record.url, record.token) as connection:

@@ -1,5 +1,6 @@
 """The driver: prepares a run, gives each fold to Ray Tune as a trial, reduces the trials into the parent summary."""
 
+import _thread
 import contextlib
 import logging
 import os
@@ -11,7 +12,8 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,10 +25,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # Ctrl-C is ours: Tune would swallow it and call the stopped trials finished.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Tune would ask for the cluster's size every 10 s, for messages that nobody sees, and wait for one that is gone.
+os.environ.setdefault("TUNE_STATE_REFRESH_PERIOD", "1e9")
 # Ray Train looks at its workers that often, and a report waits for the look: 2 s are felt in short epochs.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # A fold is half a dozen processes that mostly wait; that these are many for few cores is no news to the user.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+# The death of a process is told by what becomes of its fold; Ray's own line may come when the run is over.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node|A worker died or was killed while"
+)
 
 import psutil
 import ray
@@ -63,6 +70,8 @@ logger = logging.getLogger(__name__)
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
 STOPPED = "it was stopped before it ended"
+GONE_SECONDS = 30.0
+"""Without an answer, and the head of the cluster is gone. After 60 Ray ends the process."""
 JOIN_REMEDIES = (
     "see that the cluster is up: ray status",
     "start one on this machine: ray start --head",
@@ -138,17 +147,21 @@ def _interruptible() -> Iterator[None]:
         if asked:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        # Ray ends those that it knows of; others would look for their parents for a minute.
-        started = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _end_ray()
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_ray() -> None:
+    """Ends a Ray that is not whole: it ends what it knows of, other processes would look for parents for a minute."""
+    started = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _provide_token() -> None:
@@ -255,10 +268,16 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
         placement=placement,
-        # On this node: any other may be lost while the run goes on.
-        board=ray.remote(num_cpus=0)(ProgressBoard).options(scheduling_strategy=_here()).remote(),
+        board=progress_board(folder),
         worker=train_worker,
     )
+
+
+def progress_board(folder: RunFolder) -> Any:
+    """Starts the board of a run. Returns the actor's handle; the actor is started anew if its process dies."""
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
+    # On this node: any other may be lost while the run goes on.
+    return board.options(scheduling_strategy=_here()).remote(str(folder.ray / "board.json"))
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
@@ -318,7 +337,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         ),
     )
     otherwise = STOPPED
-    with _followed(task.board, view):
+    with _while_the_cluster_is_there(root), _followed(task.board, view):
         try:
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -329,6 +348,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
         lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
         remedies = [
+            *dict.fromkeys(states.remedies),
             f"mend the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
             f"what is finished is kept in {root.root}",
         ]
@@ -353,6 +373,7 @@ class _FoldStates(tune.Callback):
         self.board = board
         self.retries = retries
         self.errors: dict[int, str] = {}
+        self.remedies: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a terminal cannot be
@@ -362,30 +383,97 @@ class _FoldStates(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
-        if self.root.fold(fold).result.is_file():
-            self.view.update(fold, {"state": DONE})
+        if self._done(fold):
             return
         file = self.root.fold(fold).error
         if file.is_file():
-            self._failed(fold, f"{read_json(file)['message']}\n  (traceback in fold_<k>/{file.name})")
+            record = read_json(file)
+            self._failed(fold, f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"])
         else:
             # There was no room for the file.
-            self._failed(fold, ray.get(self.board.error.remote(fold)) or STOPPED)
+            self._failed(fold, *(ray.get(self.board.error.remote(fold)) or (STOPPED,)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
         free_place(self.board, fold)
+        if self._done(fold):
+            return
         error = trial.get_error()
         if error is None or isinstance(error, ray.exceptions.RayActorError):
-            self._failed(fold, str(died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))))
+            died = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
+            self._failed(fold, died.what, died.remedies)
         else:
             self._failed(fold, str(error).strip().splitlines()[-1])
 
-    def _failed(self, fold: int, error: str) -> None:
+    def _done(self, fold: int) -> bool:
+        """Whether the fold is finished, whatever became of its trial."""
+        files = self.root.fold(fold)
+        if not files.result.is_file():
+            return False
+        shutil.rmtree(files.state, ignore_errors=True)
+        self.view.update(fold, {"state": DONE})
+        return True
+
+    def _failed(self, fold: int, error: str, remedies: Sequence[str] = ()) -> None:
+        """What to do comes at the run's end, once for all folds."""
         self.errors[fold] = error
+        self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, error)
+
+
+@contextmanager
+def _while_the_cluster_is_there(root: RunFolder) -> Iterator[None]:
+    """Raises: RunFailedError in the main thread if the cluster's head (GCS) or this node (raylet) is gone.
+
+    Ray would end the process where it stands: the head is waited for, since it may be restarted.
+    """
+    address = ray.get_runtime_context().gcs_address
+    node = ray._private.worker.global_worker.node.raylet_socket_name  # type: ignore[union-attr]
+    over, gone = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not over.wait(GONE_SECONDS / 30):
+            if _answers(address):
+                answered = time.monotonic()
+            if time.monotonic() - answered > GONE_SECONDS or not _answers(node):
+                gone.set()
+                _thread.interrupt_main()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not gone.is_set():
+            raise
+        _end_ray()
+        raise RunFailedError(
+            f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
+            remedies=[
+                "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
+                f"the folds go on from their last states: {resume_command(root)}",
+            ],
+        ) from None
+    finally:
+        over.set()
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at `host:port`, or at a Unix socket."""
+    host, _, port = address.rpartition(":")
+    try:
+        if not port.isdigit():
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(5)
+                connection.connect(address)
+        else:
+            socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -406,7 +494,9 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
 
     def follow() -> None:
         while not over.wait(POLL_SECONDS):
-            carry()
+            # While the board is started anew.
+            with contextlib.suppress(ray.exceptions.RayError):
+                carry()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -20,7 +20,7 @@ from raycv import __version__
 from raycv.base import check_name
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
-from raycv.errors import RunFailedError, UserError, counted
+from raycv.errors import RunFailedError, UserError, counted, together
 from raycv.live import say
 from raycv.paths import (
     RunFolder,
@@ -84,12 +84,20 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     console = console or Console()
     earlier = earlier_run(config, typed) if config.resume is not None else None
     config = earlier.config if earlier else config
+    if earlier:
+        say(console, f"Resuming run {earlier.folder.root.name} in {earlier.folder.root.parent}")
     dataset, splits = _data(config)
     if earlier:
         earlier.check(dataset, splits)
         for warning in earlier.warnings():
             say(console, f"Warning: {warning}", "yellow")
-    _check_run_folder(config, taken=earlier is not None)
+    try:
+        _check_run_folder(config, taken=earlier is not None)
+    except UserError as error:
+        from raycv.tracking import new_store_faults
+
+        # Where a folder cannot be written, others cannot either.
+        raise together([error, *([] if earlier else new_store_faults(config.tracking))]) from error
     check_name(config.model.name, config.model.revision)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
@@ -112,6 +120,7 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             cv.check_shared(folder, base.files)
         else:
             config, folder, tracker, parent_id = _start(config, prepared)
+            say(console, f"Run folder: {folder.root}   (if the run is broken off: {resume_command(folder)})")
         with (
             sole_process(folder),
             _ended(tracker, parent_id, folder, config, console),
@@ -399,7 +408,8 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
     )
     for warning in dataset.warnings:
         say(console, f"Warning: {warning}", "yellow")
-    table = Table(title="Matched pairs per validation fold and criterion", title_justify="left", box=None)
+    title = "Matched pairs per validation fold and criterion"
+    table = Table(box=None)
     rows = positives_table(dataset, splits)
     criteria = list(dataset.criteria)
     for column in ("fold", "pairs", "matched", *criteria):
@@ -409,8 +419,9 @@ def _announce_data(console: Console, config: RunConfig, dataset: Dataset, splits
             str(row["fold"]), str(row["pairs"]), str(row["matched"]), *map(str, row["per_criterion"].values())
         )
     if console.measure(table).minimum > console.width:
-        say(console, "Matched pairs per validation fold and criterion: too wide for here, data_stats.json has it")
+        say(console, f"{title}: too wide for here, data_stats.json has it")
     else:
+        say(console, title)
         console.print(table)
 
 

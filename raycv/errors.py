@@ -33,6 +33,14 @@ class UserError(Exception):
         return f"{self.what}\nWhat to do:\n{lines}"
 
 
+def together(errors: Sequence[UserError]) -> UserError:
+    """One or more errors as one, with what to do about each."""
+    if len(errors) == 1:
+        return errors[0]
+    remedies = [remedy for error in errors for remedy in error.remedies]
+    return UserError("\n".join(error.what for error in errors), remedies=list(dict.fromkeys(remedies)))
+
+
 def _rebuild(what: str, remedies: Sequence[str]) -> UserError:
     return UserError(what, remedies=remedies)
 

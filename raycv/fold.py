@@ -97,6 +97,10 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     """
     fold = trial[FOLD_KEY]
     folder = RunFolder(Path(task.root)).fold(fold)
+    if folder.result.is_file():
+        # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
+        shutil.rmtree(folder.state, ignore_errors=True)
+        return
     try:
         _keep_fold(folder, _fit(task, fold))
     except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
@@ -149,7 +153,7 @@ def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
         f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
         remedies=[
             "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
-            "its last state is kept, and `resume=` goes on from there",
+            "`resume=` goes on from its last training state, or begins it anew if it had none yet",
         ],
     )
 
@@ -159,11 +163,11 @@ def free_place(board: Any, fold: int) -> None:
 
     `board`: handle of the ProgressBoard actor.
     """
-    from ray.util.placement_group import remove_placement_group
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     place = ray.get(board.held.remote(fold))
     if place is not None:
-        remove_placement_group(place)
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
 
 
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
@@ -175,12 +179,16 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     if not isinstance(cause, UserError) and is_full(cause):
         # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
         cause = unwritable("What Ray keeps of a fold", Path(task.root), cause)
-    message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+    what, remedies = f"{type(cause).__name__}: {cause}", []
+    if isinstance(cause, UserError):
+        what, remedies = cause.what, cause.remedies
+    message = mask_secrets(what)
+    record = {"message": message, "remedies": remedies, "traceback": mask_secrets(f"{error}\n{text}")}
     try:
-        write_json(folder.error, {"message": mask_secrets(message), "traceback": mask_secrets(f"{error}\n{text}")})
+        write_json(folder.error, record)
     except (OSError, UserError):
         # The disk that it failed for: the driver hears of it all the same.
-        ray.get(task.board.fail.remote(fold, mask_secrets(message)))
+        ray.get(task.board.fail.remote(fold, message, remedies))
 
 
 def _keep_fold(folder: FoldFolder, result: Any) -> None:

@@ -36,11 +36,21 @@ _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 def criterion_code(name: str) -> str | None:
     """`A.1` to `A.9` for `A1`, `a.1`, a symptom name of ReDSM5 and the like; None for any other id."""
-    plain = _plain(name)
-    plain = _ALIASES.get(plain, plain)
-    if match := re.fullmatch(r"A[._]?([1-9])", plain):
-        return f"A.{match[1]}"
-    return SYMPTOMS.get(plain)
+    return _numbered(name) or SYMPTOMS.get(_ALIASES.get(_plain(name), _plain(name)))
+
+
+def _numbered(name: str) -> str | None:
+    match = re.fullmatch(r"A[._]?([1-9])", _plain(name))
+    return f"A.{match[1]}" if match else None
+
+
+def is_same(asked: str, known: str) -> bool:
+    """Whether `asked` means the id or name `known`: `A1` is A.1, and `sleep issues` SLEEP_ISSUES.
+
+    But a name is no number: an A.1 may be anything.
+    """
+    code = criterion_code(asked)
+    return code is not None and code == criterion_code(known) and bool(_numbered(asked) or not _numbered(known))
 
 
 def _plain(name: str) -> str:
@@ -82,10 +92,13 @@ class Texts:
         return sorted(key for key in self.texts if key not in blank)
 
     def symptom_of(self, criterion_id: str) -> str | None:
-        """The name in the file, unless it stands for another criterion too; else ReDSM5's, if it is one of the nine."""
+        """The name in the file, unless it stands for another criterion too; else ReDSM5's, where the nine are all."""
         name = self.symptoms.get(criterion_id)
         if name and name not in self.texts and list(self.symptoms.values()).count(name) == 1:
             return name
+        if set(self.codes) != set(SYMPTOMS.values()) or len(self.places) != len(SYMPTOMS):
+            # An A.1 among others may be anything.
+            return None
         code = criterion_code(criterion_id)
         return next((name for name in SYMPTOMS if SYMPTOMS[name] == code), None)
 

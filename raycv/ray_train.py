@@ -110,7 +110,7 @@ def _noting_place(board: Any, fold: int) -> type[WorkerGroup]:
         def _create_placement_group(self, *given: Any) -> Any:
             made = super()._create_placement_group(*given)
             # Before any worker is in it: this process may die at any time.
-            ray.get(board.hold.remote(fold, made.placement_group))
+            ray.get(board.hold.remote(fold, made.placement_group.id.hex()))
             return made
 
     return Workers

@@ -37,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from raycv import __version__
 from raycv.config import RunConfig, TrackingConfig
-from raycv.errors import UserError
+from raycv.errors import UserError, together
 from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
 from raycv.paths import (
     SQLITE,
@@ -450,12 +450,24 @@ def _within(seconds: int | None) -> Iterator[None]:
 def check_store(config: TrackingConfig) -> None:
     """Raises: UserError if the store of a new run cannot be used. Makes nothing where there is nothing yet."""
     uri = absolute_uri(config.uri)
-    database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
-    if database is None or os.path.exists(database):
+    if not uri.startswith(SQLITE) or os.path.exists(uri.removeprefix(SQLITE)):
         Tracker(config.uri).check_experiment(config)
-    else:
-        _check_new_database(database)
-        _check_new_artifacts(config)
+    elif faults := new_store_faults(config):
+        raise together(faults)
+
+
+def new_store_faults(config: TrackingConfig) -> list[UserError]:
+    """Why a store that is not there yet cannot be made; empty if it can, or if it is there or a server's."""
+    uri = absolute_uri(config.uri)
+    if not uri.startswith(SQLITE) or os.path.exists(uri.removeprefix(SQLITE)):
+        return []
+    faults = []
+    for check in (partial(_check_new_database, Path(uri.removeprefix(SQLITE))), partial(_check_new_artifacts, config)):
+        try:
+            check()
+        except UserError as error:
+            faults.append(error)
+    return faults
 
 
 def _check_database(database: Path, seconds: int | None) -> None:

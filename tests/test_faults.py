@@ -15,9 +15,9 @@ from raycv.paths import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 
-WORKER, TRIAL, MEETING = "RayTrainWorker", "ImplicitFunc", "SynchronizationActor"
+WORKER, TRIAL, MEETING, BOARD = "RayTrainWorker", "ImplicitFunc", "SynchronizationActor", "ProgressBoard"
 """What Ray calls the processes of a fold: one that trains, the Tune trial, in which Ray Train's controller runs too,
-and where the workers meet at each report."""
+where the workers meet at each report; and the run's, where workers post how far they are."""
 
 
 IDLERS = "TrainController|DatasetManager|PlacementGroupCleaner|PreemptionWatcher|AutoscalingCoordinator|QueueActor"
@@ -65,11 +65,12 @@ def second_ray():
 @pytest.mark.core
 @pytest.mark.usefixtures("second_ray")
 def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
-    """All three in one run, each with SIGKILL in the middle of an epoch."""
+    """All in one run, each with SIGKILL in the middle of an epoch."""
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
     with started(tmp_path) as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(first))
         assert family(process, IDLERS) == []
+        newest(process, BOARD).kill()
         newest(process, WORKER).kill()
         wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
         newest(process, TRIAL).kill()
@@ -80,6 +81,43 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
     assert "fold 0: the process that drives the fold died; the fold is tried again from its last" in said(tmp_path)
     assert "fold 1: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
     assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 1)
+    assert "Traceback" not in said(tmp_path)
+    assert "unexpected system error" not in said(tmp_path)
+    assert_like_unbroken(tmp_path, whole)
+
+
+@pytest.mark.parametrize("retries", [pytest.param(0, marks=pytest.mark.core), 2])
+def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, retries):  # noqa: F811
+    """It dies while it removes the training states, beside which many files lie here."""
+    run = run_of(tmp_path)
+    with started(tmp_path, f"resources.retries={retries}") as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        for number in range(50_000):
+            (run.fold(0).state / f"many-{number}").touch()
+        wait_for(process, tmp_path, run.fold(0).result.is_file)
+        newest(process, TRIAL).kill()
+        assert run.fold(0).state.exists(), "the trial was done"
+        assert process.wait(timeout=300) == 0, said(tmp_path)
+    assert not run.fold(0).state.exists()
+    assert [word for word in ("tried again", "failed", "damaged", "goes on") if word in said(tmp_path)] == []
+    assert statuses(tmp_path) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
+    assert_like_unbroken(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kind", ["/gcs_server$", pytest.param("/raylet$", marks=pytest.mark.core)])
+def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, kind):  # noqa: F811
+    with started(tmp_path) as process:
+        wait_for(process, tmp_path, lambda: amid_an_epoch(run_of(tmp_path).fold(0)))
+        its = psutil.Process(process.pid).children(recursive=True)
+        next(each for each in its if re.search(kind, each.cmdline()[0])).kill()
+        assert process.wait(timeout=120) == 1, said(tmp_path)
+    _, alive = psutil.wait_procs(its, timeout=60)
+    assert [each.name() for each in alive] == []
+    assert "Run mine failed: the Ray cluster at " in said(tmp_path)
+    assert "the folds go on from their last states: python -m raycv.run resume=mine\n" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert statuses(tmp_path) == {"mine": "FAILED", "fold_0": "FAILED"}
+    assert "fold 0: goes on after epoch" in resume(tmp_path, "resume=latest")
     assert_like_unbroken(tmp_path, whole)
 
 

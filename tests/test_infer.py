@@ -217,12 +217,20 @@ def test_a_criterion_is_found_by_id_symptom_or_wording_else_taken_as_text(asked,
     assert criterion.text == (CRITERIA[found].text if found else asked)
 
 
+def test_a_name_is_none_of_a_criterion_that_does_not_bear_it():
+    """An A.1 of a set of one's own may be anything."""
+    own = {"A.1": Criterion("A.1", "likes gardening")}
+    assert find_criterion("a1", own) == own["A.1"]
+    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1"):
+        find_criterion("DEPRESSED_MOOD", own)
+
+
 @pytest.mark.parametrize(
     "asked",
     ["A.4", "SLEEP_ISSUES", "B12", "NO_SUCH_NAME", "z.9", "a.99", "no_such_name", "A.1.2", "PHQ-9", "4", " b_3 "],
 )
 def test_an_unknown_id_is_refused_and_the_known_ones_are_named(asked):
-    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1, X9"):
+    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1 \(DEPRESSED_MOOD\), X9"):
         find_criterion(asked, CRITERIA)
 
 

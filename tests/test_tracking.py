@@ -203,9 +203,10 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
         runs.log_trial_result(1, trial, epoch)
     runs.close()
     assert tracker.run(child.info.run_id).info.status == "RUNNING"
-    for _ in range(2):
+    # A trial may die when its fold is done.
+    for failed in (False, True):
         runs._writer = ThreadPoolExecutor(1)
-        runs.log_trial_end(trial)
+        runs.log_trial_end(trial, failed=failed)
         runs.close()
     for key, steps in (("val_loss", [1, 2]), ("best_f1", [0]), ("fold_seconds", [0])):
         history = tracker._client.get_metric_history(child.info.run_id, key)
@@ -214,7 +215,8 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
     assert "not logged" not in caplog.text
     runs.tracker._client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(UserError("away"))
     runs._writer = ThreadPoolExecutor(1)
-    runs.log_trial_end(trial, failed=True)
+    folder.fold(1).result.unlink()
+    runs.log_trial_end(trial)
     runs.close()
     assert "not logged for now, the run folder has it: away" in caplog.text
 
