@@ -435,7 +435,7 @@ def _while_the_cluster_is_there(root: RunFolder) -> Iterator[None]:
 
     def watch() -> None:
         answered = time.monotonic()
-        while not over.wait(GONE_SECONDS / 30):
+        while not over.wait(GONE_SECONDS / 10):
             if _answers(address):
                 answered = time.monotonic()
             if time.monotonic() - answered > GONE_SECONDS or not _answers(node):

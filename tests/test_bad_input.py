@@ -256,6 +256,7 @@ PLACES: dict[str, tuple[Spoil, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", PLACES)
+@pytest.mark.long
 def test_files_and_folders_that_are_none_are_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
     spoil, fragments = PLACES[case]
     data = write(tmp_path / "data", specification())
@@ -539,6 +540,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.long
 def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -> None:
     command, arguments, fragments = OTHERS[case]
     said = refused(command, *arguments)

@@ -352,6 +352,7 @@ def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     assert table.render(result)
 
 
+@pytest.mark.long
 def test_what_does_not_fit_a_gpu_is_named_and_leaves_the_base_as_it_was(tmp_path, monkeypatch):
     from benchmarks import gpu
     from benchmarks.harness import Result
@@ -386,6 +387,7 @@ def test_what_does_not_fit_a_gpu_is_named_and_leaves_the_base_as_it_was(tmp_path
         gpu.fits("a part", lambda: (_ for _ in ()).throw(RuntimeError("a fault")), device, [])
 
 
+@pytest.mark.long
 def test_latency_runs_small_and_holds_the_answer_against_the_products(tmp_path, monkeypatch):
     result = small("latency", tmp_path, monkeypatch)
     rows = {(row["precision"], row["input"]): row for row in result["rows"]}
@@ -406,6 +408,7 @@ def test_latency_runs_small_and_holds_the_answer_against_the_products(tmp_path, 
     assert not all(bar["met"] for bar in result["bars"]), "tiny products are no floor"
 
 
+@pytest.mark.long
 def test_a_model_that_does_not_fit_is_measured_by_fewer_layers(tmp_path, monkeypatch):
     from benchmarks import latency
     from benchmarks.models import LLAMA_7B

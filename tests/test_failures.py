@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(600)
         (["experiment=quickstart", "data.dir=nowhere"], ["nowhere"]),
     ],
 )
+@pytest.mark.long
 def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrides, said):
     started = time.monotonic()
     result = raycv("run", *overrides, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
@@ -54,6 +55,7 @@ def test_a_taken_name_is_refused(tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.long
 def test_a_config_that_does_not_suit_the_base_is_refused_and_nothing_is_written(tmp_path):
     overrides = ["experiment=quickstart", "model.target_modules=[q_proj,query]"]
     result = raycv("run", *overrides, cwd=tmp_path)
@@ -67,6 +69,7 @@ def test_a_config_that_does_not_suit_the_base_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("place", ["a_file", "a_file/runs", "/proc/runs"])
+@pytest.mark.long
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "a_file").write_text("")
     result = raycv("run", "experiment=quickstart", f"run.dir={place}", cwd=tmp_path)
@@ -281,6 +284,7 @@ def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
     ("overrides", "said"),
     [(["run=nothing"], "mlflow.db does not exist"), ([], "There is no run"), (["run=latest", "rum=3"], "rum")],
 )
+@pytest.mark.long
 def test_aggregate_without_a_run(tmp_path, overrides, said):
     result = raycv("aggregate", *overrides, cwd=tmp_path)
     assert result.returncode == 2
@@ -289,6 +293,7 @@ def test_aggregate_without_a_run(tmp_path, overrides, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     for name, config in (("a", "cv: {folds: 2}"), ("b", "cv: ["), ("c", "")):
         (tmp_path / "runs" / name).mkdir(parents=True)

@@ -127,6 +127,7 @@ ARGUMENT = st.text(st.characters(blacklist_characters="\0", blacklist_categories
 @given(post=ARGUMENT, criterion=ARGUMENT)
 @example(post="${oc.env:HOME}", criterion="'\"\\'")
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.long
 def test_any_text_arrives_as_it_was(monkeypatch, post, criterion):
     config = through_the_command_line(monkeypatch, f"criterion={criterion}", f"post={post}")
     assert (config.post, config.criterion) == (post, criterion)

@@ -28,6 +28,7 @@ def fitted(toy, asked, share=1.0, model=None, **changes):
     return loop, loop.fit(TRAIN, VAL), recorder, state(model)
 
 
+@pytest.mark.long
 def test_auto_on_and_off_train_the_same_to_the_last_bit(toy):
     """With dropout on: the trial of `auto` leaves neither gradients nor another random state behind."""
     _, expected, _, weights = fitted(toy, "off")
@@ -156,6 +157,7 @@ class Tight(nn.Module):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.long
 def test_out_of_memory_turns_checkpointing_on_before_it_halves_the_batch(toy, after):
     """At the trial itself, or in a later step, which is replayed whole."""
     _, expected, _, _ = fitted(toy, "on")

@@ -38,6 +38,7 @@ def closest(best: list[float]) -> float:
 
 @given(SCORED)
 @settings(max_examples=5, deadline=None)
+@pytest.mark.long
 def test_threshold_equals_brute_force_with_scikit_learn(rows: list[tuple[int, float]]) -> None:
     labels, scores = arrays(rows)
     f1 = swept(labels, scores)
@@ -47,6 +48,7 @@ def test_threshold_equals_brute_force_with_scikit_learn(rows: list[tuple[int, fl
 
 @given(SCORED)
 @settings(max_examples=50, deadline=None)
+@pytest.mark.long
 def test_threshold_equals_brute_force_in_fractions(rows: list[tuple[int, float]]) -> None:
     def f1(threshold: float) -> Fraction:
         predicted = [label for label, score in rows if score >= threshold]

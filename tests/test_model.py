@@ -97,6 +97,7 @@ def test_another_architecture_with_its_own_modules(tmp_path, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.long
 def test_any_family_trains_and_opens_again_in_stock_peft(tmp_path, architecture, dtype):
     """Whatever is fresh (poolers, pre-classifiers, dense heads) is trained in full and saved, and gets no adapter."""
     base = classifier(tiny_model(tmp_path / "base", architecture), dtype)

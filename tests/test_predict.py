@@ -83,6 +83,7 @@ def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.long
 def test_scores_are_those_of_the_training_loop(trained, mode, batch_size):
     fold = trained(mode)
     np.testing.assert_allclose(
@@ -148,6 +149,7 @@ def test_no_pairs_no_predictions(trained):
     assert predictor(trained().folder).predict([]) == []
 
 
+@pytest.mark.long
 def test_the_ensemble_is_the_mean_of_its_folds(trained):
     folds = [trained(fold=fold) for fold in range(3)]
     ensemble = predictor(*(fold.folder for fold in folds))

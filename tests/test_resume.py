@@ -132,6 +132,7 @@ def interrupted(toy, case, folder, stop, **changes):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, case):
     """Stopped in the first epoch, in its last step, and in the second; saving itself changes nothing either."""
     unbroken = Saver()
@@ -452,6 +453,7 @@ def test_another_config_is_refused_with_the_difference(left):
     assert "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new>" in said
 
 
+@pytest.mark.long
 def test_the_same_config_and_where_it_runs_are_no_difference(left):
     """Refused only for the store that this run never had."""
     same = [*SMALL, "resume=mine", "run.name=mine", "train.gradient_checkpointing=off"]
@@ -460,6 +462,7 @@ def test_the_same_config_and_where_it_runs_are_no_difference(left):
 
 
 @pytest.mark.parametrize("table", ["posts.csv", "groundtruth.csv", "criteria.csv"])
+@pytest.mark.long
 def test_other_data_is_refused_with_the_difference(left, table):
     file = left.root.parent.parent / "data" / table
     lines = file.read_text().splitlines()
@@ -478,6 +481,7 @@ def test_other_data_is_refused_with_the_difference(left, table):
     assert "more" not in said.split("What to do")[0]
 
 
+@pytest.mark.long
 def test_other_splits_and_versions_are_refused_with_the_difference(left):
     splits = read_json(left.splits)
     one, other = splits["folds"]
@@ -546,6 +550,7 @@ def test_every_package_that_numbers_come_from_must_be_the_same(left):
 
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.long
 def test_another_base_of_the_same_size_is_refused(left, tmp_path, changed):
     """One bit of its weights, or of its tokenizer's files, in the middle."""
     folder = tiny_llama(tmp_path / "base")
@@ -607,6 +612,7 @@ def remedies_of_training(toy):
         yield from caught.value.remedies
 
 
+@pytest.mark.long
 def test_what_a_failed_fold_advises_is_taken_where_it_says(toy, left):
     """With `resume=`, or as a new run, which `resume=` would refuse."""
     goes_on, anew = [], []
@@ -644,6 +650,7 @@ def test_another_commit_alone_is_a_warning(left):
     assert len(warned) == (2 if here else 1)
 
 
+@pytest.mark.long
 def test_what_cannot_go_on_is_said(left):
     def said(which):
         values = compose("run", [f"resume={which}", f"run.dir={left.root.parent}"])
@@ -671,6 +678,7 @@ OF_NO_KIND = '{"packages": [], "base_model": 5, "git": "x", "uri": 1, "folds": 2
 
 @pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000, OF_NO_KIND])
 @pytest.mark.parametrize("name", ["tracking.json", "environment.json", "splits.json", "data_stats.json"])
+@pytest.mark.long
 def test_a_damaged_file_of_the_run_is_named(left, name, content):
     base = read_json(left.environment)["base_model"]
     (left.root / name).write_text(content)

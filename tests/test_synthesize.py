@@ -81,6 +81,7 @@ class TestDeterminism:
 
 
 class TestFullSize:
+    @pytest.mark.long
     def test_counts_and_skew_are_the_published_ones(self, full):
         per_symptom = Counter(symptom for post in full for symptom in post.symptoms)
         assert len(full) == 1484

@@ -113,6 +113,7 @@ def test_a_finished_fold_is_what_it_left_or_damaged(tmp_path, damage):
         FoldResult.of(folder, 1)
 
 
+@pytest.mark.long
 def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
     """The database is deleted, emptied, or replaced; the run folder has it all."""
     folder = finished_run(tmp_path / "runs" / "mine")
@@ -139,6 +140,7 @@ def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
         assert sorted(tracker.children(parent_id)) == [0, 1]
 
 
+@pytest.mark.long
 def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_path, monkeypatch):
     tracker, parent_id, _, _ = tracked
     monkeypatch.chdir("/")
@@ -149,6 +151,7 @@ def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_pa
     assert not Path("/mlruns").exists()
 
 
+@pytest.mark.long
 def test_parent_children_and_report(tracked):
     tracker, parent_id, folder, _ = tracked
     tracker.log_missing_folds(parent_id, folder, 2, {"p": 1})
@@ -168,6 +171,7 @@ def test_parent_children_and_report(tracked):
     assert len(parent.data.params["long"]) == 6000
 
 
+@pytest.mark.long
 def test_logging_again_adds_nothing(tracked):
     tracker, parent_id, folder, _ = tracked
     for _ in range(2):
@@ -179,6 +183,7 @@ def test_logging_again_adds_nothing(tracked):
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.long
 def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, caplog):
     class Trial:
         config = {"fold": 1}  # noqa: RUF012
@@ -221,6 +226,7 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
     assert "not logged for now, the run folder has it: away" in caplog.text
 
 
+@pytest.mark.long
 def test_a_deleted_experiment_is_named(tracked, tmp_path):
     tracker, _, _, settings = tracked
     experiment = tracker._client.get_experiment_by_name("raycv")
@@ -229,6 +235,7 @@ def test_a_deleted_experiment_is_named(tracked, tmp_path):
         tracker.open_experiment(settings)
 
 
+@pytest.mark.long
 def test_an_unknown_run_is_refused_without_a_second_attempt(tracked, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"could not read a run"):
         tracked[0].run("0" * 32)
@@ -255,6 +262,7 @@ def test_a_child_that_lacks_something_is_not_finished_with_its_parent(tracked):
     assert children[0].data.metrics["best_f1"] == 0.5
 
 
+@pytest.mark.long
 def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tracked, capsys):
     """Ctrl-C, or an error, after the report: nothing is left to go on with."""
     tracker, parent_id, folder, _ = tracked

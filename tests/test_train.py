@@ -73,6 +73,7 @@ def test_only_adapters_and_head_change(toy):
 
 
 @pytest.mark.parametrize("batch_size", [8, 4, 2, 1])
+@pytest.mark.long
 def test_effective_batch_does_not_depend_on_the_micro_batch(toy, batch_size):
     reference, model = toy.model().double(), toy.model().double()
     trainer(toy, reference, epochs=1).fit(TRAIN, VAL)
@@ -104,6 +105,7 @@ def test_a_short_last_step_counts_its_own_pairs(toy):
 
 
 @pytest.mark.parametrize(("limit", "after"), [(4, 0), (2, 0), (1, 0), (2, 3), (1, 2)])
+@pytest.mark.long
 def test_out_of_memory_halves_and_replays_the_step(toy, limit, after):
     """With dropout on: the replayed step draws what a run that began with the small batch would draw."""
     reference = toy.model(dropout=0.2)
@@ -119,6 +121,7 @@ def test_out_of_memory_halves_and_replays_the_step(toy, limit, after):
         np.testing.assert_array_equal(result.val_scores, expected.val_scores)
 
 
+@pytest.mark.long
 def test_out_of_memory_in_the_middle_of_a_step_loses_and_doubles_nothing(toy):
     """Memory runs out at the second micro-batch of the second step: the updates are those of an undisturbed run."""
     plain = toy.model()
