@@ -258,7 +258,7 @@ def in_bf16(tmp_path_factory):
     home = tmp_path_factory.mktemp("t")
     criteria = home / "named"
     criteria.mkdir()
-    (criteria / "criteria.csv").write_text("criterion_id,criterion\nA.1,w0\nA.4,w1 w5\n")
+    (criteria / "criteria.csv").write_text("criterion_id,criterion,symptom\nA.1,w0,\nA.4,w1 w5,SLEEP_ISSUES\n")
     scorer = Served(home, "infer.precision=bf16", f"criteria_dir={criteria}")
     yield scorer
     scorer.stop()
