@@ -40,6 +40,7 @@ import ray
 import ray.exceptions
 from ray import tune
 from ray._private import services
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.board import ProgressBoard
@@ -364,10 +365,11 @@ def _causes(errors: dict[int, str]) -> list[str]:
     return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
 
 
-class _FoldStates(tune.Callback):
-    """Tells the live view when trials start and end, and why they failed."""
+class _FoldStates(TrialProgressCallback):
+    """Tells the live view when trials start and end, and why they failed. In place of Tune's own, which prints."""
 
     def __init__(self, view: LiveView, root: RunFolder, board: Any, retries: int) -> None:
+        super().__init__()
         self.view = view
         self.root = root
         self.board = board
@@ -377,6 +379,9 @@ class _FoldStates(tune.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a terminal cannot be
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        pass  # The board has it.
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.view.update(trial.config[FOLD_KEY], {"state": STARTING})

@@ -151,10 +151,7 @@ def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
     """The error of a fold that was begun `attempts` times, `died` being what ended the last of them."""
     return RunFailedError(
         f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
-        remedies=[
-            "where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent",
-            "`resume=` goes on from its last training state, or begins it anew if it had none yet",
-        ],
+        remedies=["where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent"],
     )
 
 
