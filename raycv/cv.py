@@ -445,7 +445,8 @@ def _while_the_cluster_is_there(root: RunFolder) -> Iterator[None]:
                 answered = time.monotonic()
             if time.monotonic() - answered > GONE_SECONDS or not _answers(node):
                 gone.set()
-                _thread.interrupt_main()
+                # A run in the background may have SIGINT ignored.
+                _thread.interrupt_main(signal.SIGTERM)
                 return
 
     threading.Thread(target=watch, daemon=True).start()

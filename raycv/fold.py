@@ -99,7 +99,6 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     folder = RunFolder(Path(task.root)).fold(fold)
     if folder.result.is_file():
         # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
-        shutil.rmtree(folder.state, ignore_errors=True)
         return
     try:
         _keep_fold(folder, _fit(task, fold))

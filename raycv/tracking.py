@@ -449,20 +449,26 @@ def _within(seconds: int | None) -> Iterator[None]:
 
 def check_store(config: TrackingConfig) -> None:
     """Raises: UserError if the store of a new run cannot be used. Makes nothing where there is nothing yet."""
-    uri = absolute_uri(config.uri)
-    if not uri.startswith(SQLITE) or os.path.exists(uri.removeprefix(SQLITE)):
+    if _new_database(config) is None:
         Tracker(config.uri).check_experiment(config)
     elif faults := new_store_faults(config):
         raise together(faults)
 
 
+def _new_database(config: TrackingConfig) -> Path | None:
+    """The SQLite database that is still to be made; None if it is there, or the store a server's."""
+    uri = absolute_uri(config.uri)
+    database = Path(uri.removeprefix(SQLITE))
+    return database if uri.startswith(SQLITE) and not os.path.exists(database) else None
+
+
 def new_store_faults(config: TrackingConfig) -> list[UserError]:
     """Why a store that is not there yet cannot be made; empty if it can, or if it is there or a server's."""
-    uri = absolute_uri(config.uri)
-    if not uri.startswith(SQLITE) or os.path.exists(uri.removeprefix(SQLITE)):
+    database = _new_database(config)
+    if database is None:
         return []
     faults = []
-    for check in (partial(_check_new_database, Path(uri.removeprefix(SQLITE))), partial(_check_new_artifacts, config)):
+    for check in (partial(_check_new_database, database), partial(_check_new_artifacts, config)):
         try:
             check()
         except UserError as error:
