@@ -237,6 +237,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(config.train.seed + rank)
     folder = RunFolder(Path(task.root)).fold(fold)
     states = StateFolder(folder.state)
+    if not rank:
+        states.take()
     listener = _RayListener(task, fold, rank, states)
     listener.on_event(f"{why}, on {describe_device(device)}")
     share = _memory_share(task.placement, device)
@@ -253,6 +255,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         if not rank:
             listener.on_event(f"Warning: {COLLAPSED}")
     if not rank:
+        states.check_writer()
         _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, outcome.best, precision))
     worker = {
         "host": socket.gethostname(),

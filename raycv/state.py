@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from raycv.paths import unwritable
+from raycv.errors import RunFailedError
+from raycv.paths import unwritable, write_text
 
 FORMAT = 1
 TENSORS, FACTS, MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
+WRITER = "writer"
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,43 @@ class StateFolder:
         self.root = root
         self._good: Path | None = None
         """the last one that was written or read here, so known to be whole"""
+        self._writer = secrets.token_hex(8)
+
+    def take(self) -> None:
+        """Makes this process the one that writes. Another, whose cluster or node was lost, may live on for a while.
+
+        Raises: UserError if the folder cannot be written.
+        """
+        with self._writing():
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_text(self.root / WRITER, self._writer)
+
+    def check_writer(self) -> None:
+        """Raises: RunFailedError if this process did not take the folder, or another has taken it since."""
+        try:
+            writer = (self.root / WRITER).read_text()
+        except FileNotFoundError:
+            writer = ""
+        if writer != self._writer:
+            raise RunFailedError(f"Another process trains the fold of {self.root}, or has finished it: this one ends.")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedies = ["resume the run when the folder can be written: it goes on from the last one"]
+            raise unwritable("The training state", self.root, error, remedies) from error
 
     def save(self, state: TrainState) -> None:
         """Writes `state` beside the others, takes it in when it is whole, and removes all but it and the one before.
 
-        Raises: UserError if it cannot be written; the earlier states are then still there.
+        Raises: UserError if it cannot be written; the earlier states are then still there. RunFailedError as
+        `check_writer`.
         """
+        self.check_writer()
         target = self.root / f"{state.epoch:06}-{state.step:09}"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
+        with self._writing():
             with tempfile.TemporaryDirectory(prefix=".new-", dir=self.root, ignore_cleanup_errors=True) as temporary:
                 whole = Path(temporary) / "state"
                 _write(whole, state)
@@ -64,10 +96,7 @@ class StateFolder:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(whole, target)
             _sync(self.root)
-        except OSError as error:
-            remedies = ["resume the run when the folder can be written: it goes on from the last one"]
-            raise unwritable("The training state", self.root, error, remedies) from error
-        keep = {target, self._good}
+        keep = {self.root / WRITER, target, self._good}
         self._good = target
         for path in self.root.iterdir():
             if path not in keep:

@@ -308,11 +308,13 @@ def as_writer(folder, base):
     toy = Toy(toy_base(base))
     model = toy.model()
     files = FoldFolder(folder / "fold_0")
+    states = StateFolder(files.state)
+    states.take()
     tensors = {"a": torch.arange(100_000.0)}
     refused = {}
 
     def write(epoch):
-        yield "state", lambda: StateFolder(files.state).save(TrainState(epoch, 0, {}, tensors))
+        yield "state", lambda: states.save(TrainState(epoch, 0, {}, tensors))
         yield "checkpoint", lambda: _save_checkpoint(files, model, toy.tokenizer, toy.info(epoch=epoch))
         yield "report", lambda: write_json(folder / "report.json", {"epoch": epoch, "long": "x" * 50_000})
 

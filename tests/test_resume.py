@@ -34,11 +34,11 @@ from raycv.base import fetch_base
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
 from raycv.driver import _base, _data
-from raycv.errors import FaultsError, UserError, counted
+from raycv.errors import FaultsError, RunFailedError, UserError, counted
 from raycv.loading import load_config, load_tokenizer
 from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
 from raycv.resume import earlier_run, sole_process
-from raycv.state import FACTS, MANIFEST, TENSORS, StateFolder, TrainState
+from raycv.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
 from raycv.train import FoldTrainer
 from raycv.utils import code_state
 
@@ -51,6 +51,12 @@ def toy(tmp_path_factory):
     return Toy(toy_base(tmp_path_factory.mktemp("toy")))
 
 
+def taken(folder):
+    states = StateFolder(folder)
+    states.take()
+    return states
+
+
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
     """The power goes."""
 
@@ -60,7 +66,7 @@ class Saver(Recorder):
 
     def __init__(self, folder=None, stop=None):
         super().__init__()
-        self.folder, self.stop, self.count = folder and StateFolder(folder), stop, 0
+        self.folder, self.stop, self.count = folder and taken(folder), stop, 0
         self.last = None
 
     def on_step(self, *step):
@@ -291,12 +297,12 @@ def damage(folder, kind):
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "facts", "manifest"])
 def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, kind):
-    store = StateFolder(tmp_path)
+    store = taken(tmp_path)
     store.save(state_of(1))
     store.save(state_of(1, 7))
     damage(tmp_path / "000001-000000007", kind)
     warnings = []
-    store = StateFolder(tmp_path)
+    store = taken(tmp_path)
     found = store.newest(warnings.append)
     assert str(found) == "epoch 1"
     assert torch.equal(found.tensors["a"], state_of(1).tensors["a"])
@@ -306,13 +312,13 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, kind):
     # Written again, it takes the damaged one's place; the good one is kept.
     store.save(state_of(1, 7))
     assert str(StateFolder(tmp_path).newest(pytest.fail)) == "epoch 1 and step 7 of the next"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001-000000000", "000001-000000007"]
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["000001-000000000", "000001-000000007"]
 
 
 def test_nothing_whole_is_nothing(tmp_path):
     warnings = []
     assert StateFolder(tmp_path / "nowhere").newest(warnings.append) is None
-    StateFolder(tmp_path).save(state_of(1))
+    taken(tmp_path).save(state_of(1))
     damage(tmp_path / "000001-000000000", "manifest")
     assert StateFolder(tmp_path).newest(warnings.append) is None
     assert len(warnings) == 1
@@ -320,15 +326,30 @@ def test_nothing_whole_is_nothing(tmp_path):
 
 def test_the_newest_two_are_kept_and_what_a_killed_process_left_goes(tmp_path):
     (tmp_path / ".new-killed" / "state").mkdir(parents=True)
-    store = StateFolder(tmp_path)
+    store = taken(tmp_path)
     for epoch in range(1, 4):
         store.save(state_of(epoch))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002-000000000", "000003-000000000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002-000000000", "000003-000000000", WRITER]
+
+
+def test_a_process_that_lives_on_when_another_has_gone_on_writes_no_more(tmp_path):
+    """As the worker of a node that the cluster has lost but that runs, or of a cluster that is gone."""
+    old, new = taken(tmp_path), taken(tmp_path)
+    new.save(state_of(1))
+    for late in (old.check_writer, lambda: old.save(state_of(2))):
+        with pytest.raises(RunFailedError, match="Another process trains the fold"):
+            late()
+    assert str(StateFolder(tmp_path).newest(pytest.fail)) == "epoch 1"
+    new.save(state_of(2))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(RunFailedError, match="or has finished it"):
+        old.save(state_of(3))
+    assert not tmp_path.exists()
 
 
 def save_on_and_on(folder, said):
     """Saves states of some megabytes, one after another, and writes the number of each that is there to `said`."""
-    store = StateFolder(folder)
+    store = taken(folder)
     for epoch in range(1, 10_000):
         store.save(replace(state_of(epoch), tensors={"a": torch.full((500_000,), float(epoch))}))
         os.write(said, epoch.to_bytes(4, "big"))
@@ -391,7 +412,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_state(tmp_path):
     """A real one is in the fault matrix; here the folder is a file's."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written to(.|\n)*resume the run"):
-        StateFolder(tmp_path / "file" / "state").save(state_of(1))
+        StateFolder(tmp_path / "file" / "state").take()
 
 
 # --- A run -----------------------------------------------------------------------------------------------------------
