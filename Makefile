@@ -35,7 +35,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not ray and not long"
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m "not slow and not ray and not long"
 
 format: install
 	$(BIN)/ruff format .

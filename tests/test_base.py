@@ -449,6 +449,7 @@ def client(hub: HubServer, home: Path, code: str, **env: str) -> subprocess.Pope
     return subprocess.Popen(arguments, env=keep | own | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_five_processes_at_once_fetch_each_file_once(tmp_path):
     with HubServer(delay=0.3) as hub:
         commit = hub.add(NAME, BIN_SHARDS)
@@ -792,6 +793,7 @@ def test_roberta_keeps_positions_for_padding():
         check_max_length(roberta, 513)
 
 
+@pytest.mark.long
 def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
     import torch
     from transformers import AutoModelForSequenceClassification, LlamaConfig

@@ -106,6 +106,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     assert scorer.asked == [(expected, "Bearer secret")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("announced", "asked"),
     [
@@ -145,6 +146,7 @@ def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, c
 TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("run", "fold", "same"),
     [
@@ -213,6 +215,7 @@ def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, t
             ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], told.append)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "answer",
     [

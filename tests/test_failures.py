@@ -46,6 +46,7 @@ def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrid
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_taken_name_is_refused(tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     result = raycv("run", "experiment=quickstart", "run.name=mine", cwd=tmp_path)

@@ -397,6 +397,7 @@ def fetching(hub, monkeypatch, **environment):
     return ["-c", code], {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **environment}
 
 
+@pytest.mark.long
 def test_a_base_model_that_does_not_fit_on_the_disk(tmp_path, mounted, monkeypatch):
     """The real client of the hub; fetched when there is room."""
     disk = mounted("disk", size="6m")
@@ -622,6 +623,7 @@ def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp
         check_all_is_logged(url, run)
 
 
+@pytest.mark.long
 def test_parameters_that_a_lost_server_missed_are_logged_later(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     tracker = Tracker(settings.uri)
@@ -737,6 +739,7 @@ def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
     assert tracker.run(run.info.run_id).info.end_time == began
 
 
+@pytest.mark.long
 def test_a_run_in_mlflow_that_has_ended_keeps_its_time(tmp_path):
     """Its summary may be logged again later."""
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)

@@ -496,6 +496,7 @@ def test_a_damaged_note_of_where_the_run_was_tracked_is_told(run, tmp_path, cont
         choose("toy", "best", tmp_path, None)
 
 
+@pytest.mark.long
 def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, capsys):
     """The answer is printed, and a script that reads it waits for the end of the process."""
     monkeypatch.setattr(command, "LOG_SECONDS", 1)
@@ -516,6 +517,7 @@ def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, cap
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
 
 
+@pytest.mark.long
 def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
     uri, files = f"sqlite:///{tmp_path}/mlflow.db", RunFolder(run)
     tracker = Tracker(uri)

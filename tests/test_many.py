@@ -96,6 +96,7 @@ def everything_written(folder: Path) -> str:
 # --- In and out ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_every_format_in_and_out_gives_the_same(checkpoint, tmp_path, capfd):
     rows = rows_of(12)
     names = ("post_id", "criterion_id", "text")
@@ -505,6 +506,7 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
         assert files == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sink", "ending"), [("_TextPart", "csv"), ("_TextPart", "jsonl"), ("_ParquetParts", "parquet")]
 )

@@ -153,6 +153,7 @@ def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, case):
         assert resumed[0].epochs[0].seconds > 0
 
 
+@pytest.mark.long
 def test_a_training_that_stops_at_every_step_is_the_unbroken_one(toy, tmp_path):
     """Ten processes, each of which dies in its second step."""
     case = "warm-up and weighted loss"
@@ -373,6 +374,7 @@ def killed_while_it_saves(folder, after):
         return int.from_bytes(heard.read()[-4:], "big") or 2
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_while_it_saves_leaves_a_whole_state(tmp_path):
     """At twenty moments of a save, each a real SIGKILL."""
     halves = 0
@@ -464,6 +466,7 @@ def refused(run, *overrides, **environment):
     return result.stderr
 
 
+@pytest.mark.long
 def test_another_config_is_refused_with_the_difference(left):
     said = refused(left, "resume=latest", *SMALL, "train.lr=2e-4", "model=mentallama")
     # The default itself, since it was typed; and what a group sets.

@@ -167,6 +167,7 @@ def test_a_store_out_of_reach_is_told_and_harms_nothing(tmp_path):
     assert CANARY not in warning
 
 
+@pytest.mark.long
 def test_the_writer_rests_while_requests_come_and_loses_nothing_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(
         inference_log, "REST", 1e6
@@ -190,6 +191,7 @@ def test_the_writer_rests_while_requests_come_and_loses_nothing_at_the_end(tmp_p
     assert writer.warnings() == []
 
 
+@pytest.mark.long
 def test_what_is_left_when_the_time_to_write_is_over_is_counted(tmp_path, caplog):
     writer = InferenceWriter(f"sqlite:///{tmp_path}/mlflow.db", "x")
     assert writer.opened.wait(120)

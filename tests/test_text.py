@@ -81,6 +81,7 @@ def test_any_text_is_set_apart_before_hydra_reads_the_rest(post, criterion, othe
     assert _without_verbatim(typed, InferConfig) == (others, {"post": post, "criterion": criterion})
 
 
+@pytest.mark.long
 def test_from_arguments_to_the_model(infer):
     for post, criterion in PAIRS:
         assert infer(f"post={post}", f"criterion={criterion}") == [(post, criterion)]
@@ -110,6 +111,7 @@ def test_from_a_file_of_many_to_the_model(infer, tmp_path, ending):
     assert infer(f"input={source}", f"output={tmp_path / 'out.csv'}") == PAIRS
 
 
+@pytest.mark.long
 def test_from_the_client_into_the_body_of_its_request(scorer, checkpoint, tmp_path):  # noqa: F811
     for post, criterion in PAIRS:
         asked = config(checkpoint, tmp_path, server=scorer.url)

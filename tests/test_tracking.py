@@ -249,6 +249,7 @@ def test_the_schema_knows_the_stores_that_mlflow_has():
     assert {*STORES, "sqlite", "", "file"} == set(_tracking_store_registry._registry)
 
 
+@pytest.mark.long
 def test_a_child_that_lacks_something_is_not_finished_with_its_parent(tracked):
     """The store was away while it was logged, and is back for the end: it can still be completed."""
     tracker, parent_id, folder, _ = tracked
@@ -318,6 +319,7 @@ def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, capl
         assert Tracker(settings.uri).open_experiment(settings)
 
 
+@pytest.mark.long
 def test_who_cannot_wait_is_refused_by_a_database_that_is_locked(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     Tracker(settings.uri)
