@@ -36,7 +36,7 @@ CASE_ROUNDS = 2
 """Rounds that have all cases: the wave, which a bar is on, has more."""
 WAVE_SECONDS = 20.0
 CORES = 2
-MILESTONE = re.compile(r"fold (\d+): (starting|done)$")
+MILESTONE = re.compile(r"fold (\d+): (starting|done)( its processes)?$")
 PHASES = {
     "processes": ("starting", "worker"),
     "imports": ("worker", "imported"),

@@ -16,7 +16,7 @@ from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate,
 from raycv.errors import UserError, counted, printable, shown
 from raycv.paths import bundled
 from raycv.retry import mask_secrets
-from raycv.utils import seldom_collecting
+from raycv.utils import seldom_collecting, stop_like_ctrl_c
 
 S = TypeVar("S", bound=Section)
 
@@ -34,9 +34,11 @@ SILENT_HYDRA = (
 def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     """Composes `configs/<name>.yaml` with the command line, checks it against `schema` and calls `body`.
 
-    Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 1 anything else.
+    Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 130 it was interrupted; 1
+    anything else.
     """
     sys.excepthook = _show_traceback
+    stop_like_ctrl_c()
     try:
         config = _composed(name, schema)
         if config is not None:

@@ -526,7 +526,8 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
             expected[key].append(_expectation(fault))
         received.setdefault(key, "nothing" if fault["type"] == "missing" else _shown(fault["input"]))
     wrong = [
-        f"{key}: {', or '.join(parts)}; received {received[key]}" + (f" ({known[key]})" if known.get(key) else "")
+        f"{key}: {', or '.join(parts)}; received {received[key]}"
+        + (f" (the key means: {known[key]})" if known.get(key) else "")
         for key, parts in expected.items()
     ]
     return wrong + unknown

@@ -81,10 +81,18 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     Raises: UserError for anything that the user can mend, before Ray or torch start where that is possible;
     RunFailedError if a fold fails.
     """
-    console = console or Console()
+    with contextlib.ExitStack() as held:
+        return _cross_validate(config, console or Console(), typed, held)
+
+
+def _cross_validate(
+    config: RunConfig, console: Console, typed: Collection[str], held: contextlib.ExitStack
+) -> dict[str, Any]:
+    """`held` keeps other processes out of the run's folder until all of this one's have ended."""
     earlier = earlier_run(config, typed) if config.resume is not None else None
     config = earlier.config if earlier else config
     if earlier:
+        held.enter_context(sole_process(earlier.folder))
         say(console, f"Resuming run {earlier.folder.root.name} in {earlier.folder.root.parent}")
     dataset, splits = _data(config)
     if earlier:
@@ -120,12 +128,9 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             cv.check_shared(folder, base.files)
         else:
             config, folder, tracker, parent_id = _start(config, prepared)
+            held.enter_context(sole_process(folder))
             say(console, f"Run folder: {folder.root}   (if the run is broken off: {resume_command(folder)})")
-        with (
-            sole_process(folder),
-            _ended(tracker, parent_id, folder, config, console),
-            contextlib.ExitStack() as logged,
-        ):
+        with _ended(tracker, parent_id, folder, config, console), contextlib.ExitStack() as logged:
             if earlier:
                 _reopen(tracker, parent_id, earlier, console)
             results = _folds(config, folder, prepared, placement, parent_id, console, logged)
@@ -245,7 +250,7 @@ def _check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
                 "choose another run.name, or leave it out",
                 *(
                     [f"if it was interrupted, go on with it: {resume_command(RunFolder(folder))}"]
-                    if RunFolder(folder).tracking.is_file()
+                    if RunFolder(folder).has_begun()
                     else []
                 ),
                 f"remove the old run: rm -r {folder}",
@@ -437,8 +442,7 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
     console.print()
     console.print(summary_table(report))
     uri = mask_secrets(config.tracking.uri)
-    mlflow = "mlflow" if shutil.which("mlflow") else _shortest(Path(sys.executable).parent / "mlflow")
-    look = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {uri}"
+    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     say(
         console,
         f"Report:        {folder.report}\n"
@@ -447,8 +451,7 @@ def _conclude(console: Console, config: RunConfig, folder: RunFolder, report: di
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
-
-
-def _shortest(path: Path) -> str:
-    """`path` from the working directory if it lies below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    activate = Path(sys.executable).parent / "activate"
+    if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
+        here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        say(console, f"Before you type these, once per shell: source {here}")

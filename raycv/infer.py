@@ -92,6 +92,7 @@ def read_question(config: InferConfig) -> Question:
         if config.post is not None:
             raise UserError("post and post_file are both given, and one post is asked for.", remedies=["leave one out"])
         remedies = ['give the text: post="..."', "or a file that holds it: post_file=post.txt (- is standard input)"]
+        remedies += ["for many: input=pairs.csv output=scores.csv", "all keys: python -m raycv.infer --help"]
         raise UserError("There is nothing to answer: no post is given.", remedies=remedies)
     if config.output not in ("text", JSON):
         raise UserError(f"output={config.output}: must be text or json.", remedies=["output=json"])
@@ -105,7 +106,8 @@ def _read_post(file: str) -> str:
         with contextlib.nullcontext(sys.stdin.buffer) if file == STDIN else open(file, "rb") as opened:
             data = opened.read(POST_BYTES + 1)
     except OSError as error:
-        raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=["post_file=<file>"]) from error
+        remedies = [f"give the path of a text file; this is {os.path.abspath(file)}"]
+        raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=remedies) from error
     if len(data) > POST_BYTES:
         remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
         raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)

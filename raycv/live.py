@@ -18,7 +18,9 @@ COLUMNS = (
     ("best", 5), ("left", 7),
 )  # fmt: skip
 """Names and least widths, for 80 columns."""
-WAITING, STARTING, DONE, FAILED = "waiting", "starting", "done", "failed"
+WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
+MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
+"""What a plain console is told of, and how."""
 
 
 class LiveView:
@@ -127,7 +129,7 @@ class LiveView:
     def _print(self, fold: int, state: dict[str, Any]) -> None:
         """The plain console's lines: each start and end, and each epoch once."""
         history = state.get("history", {})
-        milestone = state["state"] if state["state"] in (STARTING, DONE, FAILED) else ""
+        milestone = MILESTONES.get(state["state"], "")
         epoch = int(history.get("epoch", 0))
         last_milestone, last_epoch = self._printed.get(fold, ("", 0))
         self._printed[fold] = (milestone, epoch)

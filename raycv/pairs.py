@@ -490,7 +490,8 @@ def open_source(
 def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:
     """What to tell of a file that cannot be read."""
     if isinstance(error, OSError):
-        return UserError(f"input={path} cannot be read: {error.strerror}.", remedies=["input=<a readable file>"])
+        remedies = [f"give the path of a table (CSV, JSONL or Parquet); this is {path.absolute()}"]
+        return UserError(f"input={path} cannot be read: {error.strerror}.", remedies=remedies)
     place = f", {error.place}" if error.place else ""
     return UserError(
         f"input={path}{place}: {error.detail}.", remedies=["input=<a readable file>", *error.kind.remedies]

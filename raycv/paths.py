@@ -16,6 +16,10 @@ from typing import Any
 from raycv.errors import UserError
 
 SQLITE = "sqlite:///"
+GOOD_COPY = (
+    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
+)
+"""What to do about a damaged record of a run."""
 BUNDLED_SCHEME = "raycv://"
 DEFAULT_CRITERIA = "data/dsm5"
 """The default criteria ship with raycv: where the working directory has no such folder, those are meant."""
@@ -138,7 +142,10 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
 
     Raises: UserError if the file is missing or damaged, or has not these keys.
     """
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(error.what, remedies=[GOOD_COPY]) from error
     if not isinstance(values, dict):
         fault = "it is no JSON object"
     else:
@@ -147,8 +154,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
         if not lacking:
             return values
         fault = f"it lacks {', '.join(lacking)}"
-    remedies = ["put a good copy in its place; the folds that are finished stay where they are"]
-    raise UserError(f"{path} is damaged: {fault}.", remedies=remedies)
+    raise UserError(f"{path} is damaged: {fault}.", remedies=[GOOD_COPY])
 
 
 def check_writable(folder: Path) -> None:
@@ -186,6 +192,10 @@ class RunFolder:
     def fold(self, fold: int) -> "FoldFolder":
         """The files of fold `fold` (0-based)."""
         return FoldFolder(self.root / f"fold_{fold}")
+
+    def has_begun(self) -> bool:
+        """Whether there is something to go on with: MLflow has the run, or a fold has left something."""
+        return self.tracking.is_file() or next(self.root.glob("fold_*"), None) is not None
 
     def finished(self, folds: int) -> list[int]:
         """Which of fold 0 to `folds` - 1 are finished."""

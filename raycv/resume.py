@@ -9,10 +9,10 @@ from typing import Any
 
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, counted
-from raycv.paths import RunFolder, aggregate_command, read_record, resume_command, sha256_of
+from raycv.paths import GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command, sha256_of
 from raycv.records import Dataset
 from raycv.retry import mask_secrets
-from raycv.runs import AFRESH, LATEST, find_run, recorded_config, runs_in
+from raycv.runs import AFRESH, LATEST, find_run, recorded_config, runs_in, runs_there, tracked_at
 from raycv.splits import Split, splits_record
 from raycv.utils import code_state, package_version
 
@@ -96,12 +96,10 @@ class Earlier:
 def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     """The run that `config.resume` names, in `config.run.dir`; `typed`: the keys that the command line sets.
 
-    Raises: UserError if there is none, if it is finished, or if another process has it.
+    Raises: UserError if there is none, or if it is finished.
     """
     assert config.resume is not None
     folder = _find(Path(config.run.dir), config.resume)
-    with sole_process(folder):
-        pass  # Only asked here, to refuse at once; held while the folds train.
     values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
     # The commit that a branch, or null, meant then: by now it may mean another.
     commit = base_of(folder).get("revision")
@@ -114,8 +112,7 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
             values[section][name] = asked
         elif asked != recorded:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
-    tracked = read_record(folder.tracking, "uri")
-    values["tracking"]["uri"] = _tracking_uri(tracked["uri"], config, typed)
+    values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
     values["run"]["dir"] = str(folder.root.parent)
     as_it_goes_on = validate(RunConfig, values)
     return Earlier(folder, as_it_goes_on, tuple(faults))
@@ -158,16 +155,21 @@ def base_of(folder: RunFolder) -> dict[str, Any]:
 def _find(runs: Path, which: str) -> RunFolder:
     if which != LATEST:
         folder = find_run(runs, which)
+        if folder is None and (fold := next((runs / which).glob("fold_*"), None)) is not None:
+            config_file = fold.parent.absolute() / "config.yaml"
+            raise UserError(
+                f"resume={which}: {config_file} is missing, which says what the run is.", remedies=[GOOD_COPY]
+            )
         if folder is None:
-            remedies = [f"the runs there are: ls {runs.absolute()}", "another folder: run.dir=<folder>"]
+            remedies = [runs_there(runs, which), "another folder: run.dir=<folder>"]
             raise UserError(f"resume={which}: there is no such run in {runs.absolute()}.", remedies=remedies)
         _refuse_finished(folder)
-        if not folder.tracking.is_file():
+        if not folder.has_begun():
             what = f"resume={which}: the run ended before its first fold: nothing to go on."
             raise UserError(what, remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH])
         return folder
     folders = runs_in(runs)
-    unfinished = [folder for folder in folders if folder.tracking.is_file() and not folder.report.is_file()]
+    unfinished = [folder for folder in folders if folder.has_begun() and not folder.report.is_file()]
     if not unfinished:
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
         raise UserError(
@@ -185,10 +187,13 @@ def _refuse_finished(folder: RunFolder) -> None:
         )
 
 
-def _tracking_uri(recorded: str, config: RunConfig, typed: Collection[str]) -> str:
+def _tracking_uri(folder: RunFolder, config: RunConfig, typed: Collection[str]) -> str:
     """Where the run is tracked. A password was not written down, so the address that is given now may have it."""
     given = config.tracking.uri
-    return given if "tracking.uri" in typed or mask_secrets(given) == recorded else recorded
+    if "tracking.uri" in typed:
+        return given
+    recorded = tracked_at(folder, "tracking.uri")
+    return given if mask_secrets(given) == recorded else recorded
 
 
 def _then_now(what: str, then: Any, now: Any) -> str | None:

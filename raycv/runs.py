@@ -1,5 +1,6 @@
 """Which run, which fold: from what the user names to checkpoint folders. Imports nothing heavy."""
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import yaml
 from raycv.checkpoint import MANIFEST, read_info
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, shown
-from raycv.paths import RunFolder, read_record, resume_command
+from raycv.paths import GOOD_COPY, RunFolder, read_record, resume_command, write_json
 from raycv.records import FoldResult
 from raycv.report import best_fold
 
@@ -27,6 +28,7 @@ ENSEMBLE: Literal["ensemble"] = "ensemble"
 LATEST = "latest"
 LOCAL_URI = "sqlite:///mlflow.db"
 AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
+MOST_NAMES = 5
 QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 
 
@@ -106,6 +108,15 @@ def runs_in(runs: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in made]
 
 
+def runs_there(runs: Path, meant: str) -> str:
+    """What to do when there is no run named `meant` in the folder `runs`."""
+    names = [folder.root.name for folder in reversed(runs_in(runs))]
+    if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
+        return f"did you mean {near[0]}?"
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"the runs there are, the newest first: {', '.join(names[:MOST_NAMES])}{rest}" if names else QUICKSTART
+
+
 def make_newest(folder: RunFolder) -> None:
     """Sees to it that `latest` means the run in `folder`, also when the clock was set back since another was made."""
     others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
@@ -156,38 +167,63 @@ def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
 
 def recorded_config(folder: RunFolder) -> RunConfig:
     """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
+    remedies = [GOOD_COPY, AFRESH]
     try:
         return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=[AFRESH]) from error
+        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=[AFRESH]) from error
+        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=remedies) from error
     except FaultsError as error:
-        raise UserError(f"{folder.config} is no config of this raycv.\n{error.what}", remedies=[AFRESH]) from error
+        what = f"{folder.config} is damaged, or of another version of raycv.\n{error.what}"
+        raise UserError(what, remedies=remedies) from error
 
 
 def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["Tracker", str]:
     """The store at `uri`, the value of `key`, and the id there of the parent of the run in `folder`.
 
-    A store that is `given`, not read from the folder, and lacks the run gets it from the folder: the other may be lost.
+    A store that is `given`, not read from the folder, and lacks the run gets it from the folder: the other may be lost,
+    or the file that says which run it is there. The folder then names the store that was given.
     Raises: UserError if the store cannot be used, or lacks the run and was not given.
     """
     from raycv.tracking import Tracker
 
-    parent_id = str(read_record(folder.tracking, "parent_run_id")["parent_run_id"])
-    again = f"or give another, new or old, and what the run's folder has is logged there: {key}=sqlite:///new.db"
+    try:
+        tracked = read_record(folder.tracking, "uri", "parent_run_id")
+    except UserError:
+        if not given:
+            raise
+        tracked = {}
+    parent_id = str(tracked.get("parent_run_id"))
     try:
         tracker = Tracker(uri) if given else open_tracker(uri)
-        if tracker.has(parent_id):
+        if tracked and tracker.has(parent_id):
+            if given and tracked["uri"] != tracker.shown_uri:
+                write_json(folder.tracking, tracked | {"uri": tracker.shown_uri})
             return tracker, parent_id
     except UserError as error:
-        raise UserError(error.what, remedies=[*error.remedies, again]) from error
+        raise UserError(error.what, remedies=[*error.remedies, _another_store(key)]) from error
     if not given:
-        remedies = ["give the store that has it, by the same key", again]
+        remedies = ["give the store that has it, by the same key", _another_store(key)]
         raise UserError(f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", remedies=remedies)
     logger.warning("MLflow at %s does not have this run: it is logged there from its folder", tracker.shown_uri)
     config = recorded_config(folder)
     return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
+
+
+def tracked_at(folder: RunFolder, key: str) -> str:
+    """The address of the store that has the run in `folder`; `key`: by which another could be given.
+
+    Raises: UserError if the folder does not say.
+    """
+    try:
+        return str(read_record(folder.tracking, "uri", "parent_run_id")["uri"])
+    except UserError as error:
+        raise UserError(error.what, remedies=[*error.remedies, _another_store(key)]) from error
+
+
+def _another_store(key: str) -> str:
+    return f"or give another, new or old, and what the run's folder has is logged there: {key}=sqlite:///new.db"
 
 
 def check_password(uri: str) -> None:
@@ -275,7 +311,7 @@ def _tracked_at(folder: RunFolder) -> tuple[str | None, str | None]:
 
 def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
     """The checkpoints that a run logged to MLflow; those that are not files here are fetched once."""
-    remedies = ["the newest run: run=latest", f"the runs there are: ls {runs}", "another folder: dir=<folder>"]
+    remedies = ["the newest run: run=latest", runs_there(runs, run), "another folder: dir=<folder>"]
     try:
         tracker = open_tracker(uri)
         asked = tracker.run(run)

@@ -1,5 +1,6 @@
 """Which file of the data folders is which table: told by the columns; names only help to explain what is missing."""
 
+import difflib
 import os
 import re
 from dataclasses import dataclass, field
@@ -125,6 +126,14 @@ def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
     return [_either(names) for names in COLUMNS[table] if not set(names) & set(columns)]
 
 
+def _misspelt(table: str, columns: tuple[str, ...]) -> str:
+    """What the columns that `table` lacks may be called in `columns`, for a message."""
+    lacking = [names[0] for names in COLUMNS[table] if not set(names) & set(columns)]
+    free = [name for name in columns if name not in _KNOWN_COLUMNS or name in ("criterion", "post")]
+    near = {name: difflib.get_close_matches(name, free, n=1, cutoff=0.7) for name in lacking}
+    return "".join(f"; is {named(found[0])} the {name}?" for name, found in near.items() if found)
+
+
 def text_column(table: str, columns: tuple[str, ...]) -> list[str]:
     """The columns that may hold the text of `table` (posts or criteria); more than one is a fault."""
     return [name for name in COLUMNS[table][1] if name in columns]
@@ -168,9 +177,11 @@ def _folder_problem(path: Path, error: OSError) -> str:
     if parent is None:
         return "it does not exist"
     try:
-        names = sorted(entry.name for entry in parent.iterdir())
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         return "it does not exist"
+    if near := difflib.get_close_matches(path.name, names, n=1):
+        return f"it does not exist; did you mean {parent / near[0]}?"
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return f"it does not exist; {parent} holds: {', '.join(names[:_MOST_NAMES]) + rest or 'nothing'}"
 
@@ -241,8 +252,9 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
+        meant = _misspelt(table, file.columns)
         found, separator = _column_list(file.columns), separator_of(file.columns)
         if separator:
             faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
         else:
-            faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}", "line 1")
+            faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}{meant}", "line 1")

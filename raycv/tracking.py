@@ -149,9 +149,9 @@ class Tracker:
             self.log_dataset(parent_id, Path(config.data.dir).absolute().name, config.data.dir, stats["data_hash"])
             tracked = {"uri": self.shown_uri, "experiment_id": experiment_id, "parent_run_id": parent_id}
             write_json(folder.tracking, tracked)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(UserError):
-                self.finish(parent_id, "FAILED")
+                self.finish(parent_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         return parent_id
 

@@ -311,7 +311,7 @@ def test_malformed_value_is_named_with_its_key_and_what_is_expected(override: st
     section, _, leaf = key.partition(".")
     meaning = RunConfig.model_fields[section].annotation.model_fields[leaf].description
     meaning = re.sub(r" \(FR-\d+\)", "", meaning)
-    assert fault.endswith(f"({meaning})")
+    assert fault.endswith(f"(the key means: {meaning})")
 
 
 # Alike on the command line and in a file: what a person would write, and nothing that a machine would guess.

@@ -56,13 +56,14 @@ def test_a_fold_from_start_to_end_says_each_thing_once() -> None:
         view.update(0, {"state": DONE})
 
     lines = plain.lines()
-    assert lines[0] == "fold 0: starting"
+    assert lines[0] == "fold 0: starting its processes"
     assert lines[-1] == "fold 0: done"
-    assert lines[1] == (
+    assert lines[1] == "fold 0: loading the model"
+    assert lines[2] == (
         "fold 0: epoch 1/3: train loss 0.7000, val loss 0.6000, F1 0.100 at threshold 0.35, ROC-AUC 0.800 (60 s)"
     )
-    assert [line.split(":")[1] for line in lines[1:-1]] == [" epoch 1/3", " epoch 2/3", " epoch 3/3"]
-    assert len(lines) == 5
+    assert [line.split(":")[1] for line in lines[2:-1]] == [" epoch 1/3", " epoch 2/3", " epoch 3/3"]
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize("end", [DONE, FAILED])
@@ -76,7 +77,7 @@ def test_late_post_does_not_reopen_a_finished_fold(end: str) -> None:
     view.update(0, {"state": STARTING})
 
     assert plain.lines().count(f"fold 0: {end}") == 1
-    assert plain.lines().count("fold 0: starting") == 1
+    assert plain.lines().count("fold 0: starting its processes") == 1
     # The last epoch's numbers may come after the end; they are not lost.
     assert sum("epoch 2/3" in line for line in plain.lines()) == 1
     assert re.match(rf" *0 +{end} ", rows(view)[2])
@@ -101,7 +102,7 @@ def test_fold_that_ends_without_an_epoch() -> None:
     plain = Plain()
     plain.view.update(1, {"state": STARTING})
     plain.view.update(1, {"state": FAILED})
-    assert plain.lines() == ["fold 1: starting", "fold 1: failed"]
+    assert plain.lines() == ["fold 1: starting its processes", "fold 1: failed"]
 
 
 def test_long_lines_are_not_wrapped_and_nothing_is_markup() -> None:

@@ -33,7 +33,7 @@ from raycv.base import _sha256 as base_sha256
 from raycv.base import fetch_base
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
-from raycv.driver import _base, _data
+from raycv.driver import _base, _data, _earlier_store, cross_validate
 from raycv.errors import FaultsError, RunFailedError, UserError, counted
 from raycv.loading import load_config, load_tokenizer
 from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
@@ -683,18 +683,50 @@ def test_what_cannot_go_on_is_said(left):
         return str(caught.value)
 
     assert "there is no such run" in said("other")
-    with FileLock(left.lock):
-        assert "Run mine is under way: another process holds" in said("latest")
     for fold in range(2):
         write_json(left.fold(fold).result, {})
     write_json(left.report, {})
     assert "the run is finished" in said("mine")
     assert "there is no unfinished run" in said("latest")
     left.report.unlink()
-    left.config.write_text("cv: [")
-    assert "config.yaml is damaged" in said("mine")
+    record = left.tracking.read_text()
     left.tracking.unlink()
+    for which in ("mine", "latest"):
+        assert "tracking.json cannot be read" in said(which)
+        assert "what the run's folder has is logged there: tracking.uri=" in said(which)
+    left.tracking.write_text(record)
+    left.config.write_text("cv: [")
+    assert re.search(r"config.yaml is damaged(.|\n)*put a good copy in its place", said("mine"))
+    left.config.unlink()
+    assert "runs/mine/config.yaml is missing" in said("mine")
+    left.config.write_text("")
+    left.tracking.unlink()
+    for fold in range(2):
+        shutil.rmtree(left.fold(fold).root)
     assert "nothing to go on" in said("mine")
+
+
+def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
+    config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
+    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds"):
+        cross_validate(config)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.long
+def test_the_store_that_is_given_anew_is_the_runs_from_then_on(left, tmp_path):
+    """A copy of its database, or, where nothing says which run it is there, one that gets it from the folder."""
+    stores = [f"sqlite:///{tmp_path / name}.db" for name in ("first", "second")]
+    artifacts = f"tracking.artifacts={tmp_path / 'artifacts'}"
+    left.tracking.unlink()
+    left.fold(0).root.mkdir()
+    for uri in stores:
+        tracker, parent_id = _earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
+        assert tracker.run(parent_id).info.run_name == "mine"
+        assert read_json(left.tracking)["uri"] == uri
+        assert read_json(left.tracking)["parent_run_id"] == parent_id
+        shutil.copy(tmp_path / "first.db", tmp_path / "second.db")
+    assert _earlier_store(go_on(left), ())[1] == parent_id
 
 
 OF_NO_KIND = '{"packages": [], "base_model": 5, "git": "x", "uri": 1, "folds": 2, "rows": [1]}'
@@ -715,6 +747,7 @@ def test_a_damaged_file_of_the_run_is_named(left, name, content):
 
     with pytest.raises(UserError) as caught:
         go_on()
+    assert "put" in str(caught.value)
     assert name in str(caught.value) or "data, posts: null then" in str(caught.value)
 
 
