@@ -117,6 +117,10 @@ MORE_DATA: dict[str, tuple[Edit, list[str]]] = {
     "Windows-1252 quotes": (replaced(P, b"Grey", b"\x93Grey\x94"), ["posts.csv, line 2: the byte 0x93 is not UTF-8"]),
     "UTF-8 longer than it may be": (replaced(P, b"Grey", b"Gr\xc0\xafey"), ["posts.csv, line 2: the byte 0xc0"]),
     "half a surrogate pair": (replaced(P, b"Grey", b"Gr\xed\xa0\x80ey"), ["posts.csv, line 2: the byte 0xed"]),
+    "columns that are misspelt": (
+        replaced(G, b"criterion_id,label", b"criterion,lable"),
+        ["line 1: `criterion_id`, `label` missing", "is 'criterion' the criterion_id?; is 'lable' the label?"],
+    ),
     "a byte order mark twice": (
         lambda files: files.update({P: b"\xef\xbb\xbf" * 2 + files[P]}),
         ["posts.csv, line 1: `post_id` missing", "name the columns"],
@@ -249,6 +253,7 @@ PLACES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "a folder that links to itself": (moved("data"), ["data: looked for the folder"]),
     "a folder that is not there": (moved("nowhere"), ["data: looked for the folder", "does not exist"]),
+    "a folder of another name": (moved("dota"), ["does not exist; did you mean ", "/dota?"]),
     "an empty folder": (lambda data: [path.unlink() for path in data.iterdir()], ["no table `posts`"]),
     "a gigabyte in one field": (sparse(P, b'post_id,post\np1,"x'), ["posts.csv, line 2", "1,000,000 characters"]),
     "a gigabyte of nothing": (sparse(G, b""), ["groundtruth.csv, line 1: not UTF-8 text"]),
