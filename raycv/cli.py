@@ -16,7 +16,7 @@ from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate,
 from raycv.errors import UserError, counted, printable, shown
 from raycv.paths import bundled
 from raycv.retry import mask_secrets
-from raycv.utils import seldom_collecting, stop_like_ctrl_c
+from raycv.utils import seldom_collecting
 
 S = TypeVar("S", bound=Section)
 
@@ -38,7 +38,6 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     anything else.
     """
     sys.excepthook = _show_traceback
-    stop_like_ctrl_c()
     try:
         config = _composed(name, schema)
         if config is not None:

@@ -185,27 +185,17 @@ def test_a_model_that_is_not_there_is_refused_with_a_remedy(run, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("name", "offered"),
-    [("toi", "did you mean toy?"), ("latset", "did you mean latest?"), ("x", "the runs there are, the newest first: toy")],
+    [
+        ("toi", "did you mean toy?"),
+        ("latset", "did you mean latest?"),
+        ("x", "the runs there are, the newest first: toy"),
+    ],
 )
 def test_where_there_is_no_run_of_a_name_those_that_there_are_are_offered(run, tmp_path, monkeypatch, name, offered):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
         choose(name, "best", run.parent, None)
     assert offered in refused.value.remedies
-
-
-def test_sigterm_ends_a_command_like_ctrl_c(tmp_path):
-    """Here while it waits for the post."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "raycv.infer", "post_file=-", "server=none"],
-        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        # More than a pipe holds: it is written when the command reads.
-        process.stdin.write("x" * 200_000)
-        process.stdin.flush()
-        process.terminate()
-        assert process.stderr.read() == "\nraycv.infer: interrupted\n"
-    assert process.returncode == 130
 
 
 def test_without_a_finished_run_the_quickstart_is_named(tmp_path):
