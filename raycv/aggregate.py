@@ -3,7 +3,7 @@
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -15,10 +15,7 @@ from raycv.live import say
 from raycv.paths import RunFolder, read_json, read_record, resume_command, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize, summary_table
-from raycv.runs import LOCAL_URI, find_run, folds_of, open_tracker, runs_there, tracked_at, tracked_run
-
-if TYPE_CHECKING:
-    from raycv.tracking import Tracker
+from raycv.runs import LOCAL_URI, find_run, folds_of, mlflow_run, recorded_uri, runs_there, tracked_run
 
 
 def aggregate(config: AggregateConfig) -> None:
@@ -47,7 +44,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
         raise UserError(error.what, remedies=remedies) from error
     report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder))
     write_json(folder.report, report)
-    uri = config.tracking_uri or tracked_at(folder, "tracking_uri")
+    uri = config.tracking_uri or recorded_uri(folder, "tracking_uri")
     tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     tracker.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
@@ -62,7 +59,12 @@ def _again(folder: RunFolder) -> str:
 
 
 def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
-    tracker, name = _parent(config)
+    runs = Path(config.dir)
+    tracker, parent = mlflow_run(config.run, runs, config.tracking_uri or LOCAL_URI)
+    name = parent.data.tags.get("raycv.run")
+    if name is None:
+        what = f"run={config.run} is an MLflow run, but not the parent of a cross-validation."
+        raise UserError(what, remedies=runs_there(runs, config.run))
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         results = []
@@ -77,25 +79,6 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
         write_json(folder.report, report)
         tracker.log_report(config.run, report, folder.report)
     return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"
-
-
-def _parent(config: AggregateConfig) -> tuple["Tracker", str]:
-    """The store that has the MLflow parent run `config.run`, and the run's name."""
-    remedies = ["the newest run: run=latest", runs_there(Path(config.dir), config.run), "another folder: dir=<folder>"]
-    what = f"run={config.run} is neither a run in {Path(config.dir).absolute()} nor an MLflow run"
-    try:
-        tracker = open_tracker(config.tracking_uri or LOCAL_URI)
-    except UserError as error:
-        raise UserError(f"{what}: {error.what}", remedies=[*remedies, *error.remedies]) from error
-    try:
-        tags = tracker.run(config.run).data.tags
-    except UserError as error:
-        raise UserError(f"{what}: {error.what}", remedies=remedies) from error
-    if "raycv.run" not in tags:
-        raise UserError(
-            f"run={config.run} is an MLflow run, but not the parent of a cross-validation.", remedies=remedies
-        )
-    return tracker, str(tags["raycv.run"])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from raycv.errors import FaultsError, UserError, counted
 from raycv.paths import GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command, sha256_of
 from raycv.records import Dataset
 from raycv.retry import mask_secrets
-from raycv.runs import AFRESH, LATEST, find_run, recorded_config, runs_in, runs_there, tracked_at
+from raycv.runs import AFRESH, LATEST, find_run, recorded_config, recorded_uri, runs_in, runs_there
 from raycv.splits import Split, splits_record
 from raycv.utils import code_state, package_version
 
@@ -161,8 +161,8 @@ def _find(runs: Path, which: str) -> RunFolder:
                 f"resume={which}: {config_file} is missing, which says what the run is.", remedies=[GOOD_COPY]
             )
         if folder is None:
-            remedies = [runs_there(runs, which), "another folder: run.dir=<folder>"]
-            raise UserError(f"resume={which}: there is no such run in {runs.absolute()}.", remedies=remedies)
+            what = f"resume={which}: there is no such run in {runs.absolute()}."
+            raise UserError(what, remedies=runs_there(runs, which, "run.dir"))
         _refuse_finished(folder)
         if not folder.has_begun():
             what = f"resume={which}: the run ended before its first fold: nothing to go on."
@@ -192,7 +192,7 @@ def _tracking_uri(folder: RunFolder, config: RunConfig, typed: Collection[str]) 
     given = config.tracking.uri
     if "tracking.uri" in typed:
         return given
-    recorded = tracked_at(folder, "tracking.uri")
+    recorded = recorded_uri(folder, "tracking.uri")
     return given if mask_secrets(given) == recorded else recorded
 
 

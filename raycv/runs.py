@@ -108,13 +108,33 @@ def runs_in(runs: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in made]
 
 
-def runs_there(runs: Path, meant: str) -> str:
-    """What to do when there is no run named `meant` in the folder `runs`."""
+def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
+    """What to do when there is no run named `meant` in the folder `runs`, which `folder_key` sets."""
     names = [folder.root.name for folder in reversed(runs_in(runs))]
-    if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
-        return f"did you mean {near[0]}?"
     rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"the runs there are, the newest first: {', '.join(names[:MOST_NAMES])}{rest}" if names else QUICKSTART
+    if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
+        there = f"did you mean {near[0]}?"
+    elif names:
+        there = f"the runs there are ({LATEST} is the newest): {', '.join(names[:MOST_NAMES])}{rest}"
+    else:
+        there = QUICKSTART
+    return [there, f"another folder: {folder_key}=<folder>"]
+
+
+def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
+    """The store at `uri` and its run with the id `run`, which is no run in the folder `runs`.
+
+    Raises: UserError if there is none.
+    """
+    what = f"run={run} is neither a run in {runs.absolute()} nor an MLflow run"
+    try:
+        tracker = open_tracker(uri)
+    except UserError as error:
+        raise UserError(f"{what}: {error.what}", remedies=[*runs_there(runs, run), *error.remedies]) from error
+    try:
+        return tracker, tracker.run(run)
+    except UserError as error:
+        raise UserError(f"{what}: {error.what}", remedies=runs_there(runs, run)) from error
 
 
 def make_newest(folder: RunFolder) -> None:
@@ -211,7 +231,7 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
     return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
 
 
-def tracked_at(folder: RunFolder, key: str) -> str:
+def recorded_uri(folder: RunFolder, key: str) -> str:
     """The address of the store that has the run in `folder`; `key`: by which another could be given.
 
     Raises: UserError if the folder does not say.
@@ -311,21 +331,14 @@ def _tracked_at(folder: RunFolder) -> tuple[str | None, str | None]:
 
 def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
     """The checkpoints that a run logged to MLflow; those that are not files here are fetched once."""
-    remedies = ["the newest run: run=latest", runs_there(runs, run), "another folder: dir=<folder>"]
-    try:
-        tracker = open_tracker(uri)
-        asked = tracker.run(run)
-    except UserError as error:
-        raise UserError(
-            f"run={run} is neither a run in {runs.absolute()} nor an MLflow run: {error.what}", remedies=remedies
-        ) from error
+    tracker, asked = mlflow_run(run, runs, uri)
     children, number = tracker.children(run), tracker.fold_of(asked)
     if number is not None:
         children = {number: asked}
     finished = {k: child for k, child in children.items() if child.info.status == "FINISHED"}
     if not finished:
         what = f"run={run} is an MLflow run, but neither a finished cross-validation nor a fold of one."
-        raise UserError(what, remedies=remedies)
+        raise UserError(what, remedies=runs_there(runs, run))
     taken = _taken(run, fold, finished, asked.data.metrics)
     places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
     name, parent_id = read_info(places[0]).run, run if number is None else tracker.parent_of(asked)

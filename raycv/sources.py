@@ -129,7 +129,7 @@ def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
 def _misspelt(table: str, columns: tuple[str, ...]) -> str:
     """What the columns that `table` lacks may be called in `columns`, for a message."""
     lacking = [names[0] for names in COLUMNS[table] if not set(names) & set(columns)]
-    free = [name for name in columns if name not in _KNOWN_COLUMNS or name in ("criterion", "post")]
+    free = [name for name in columns if not any(name in names for names in COLUMNS[table])]
     near = {name: difflib.get_close_matches(name, free, n=1, cutoff=0.7) for name in lacking}
     return "".join(f"; is {named(found[0])} the {name}?" for name, found in near.items() if found)
 

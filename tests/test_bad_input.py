@@ -457,7 +457,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a fold by name": ("infer", ["post=a", "fold=first"], ["fold: ", "received 'first'"]),
     "an output of no kind": ("infer", ["post=a", "output=xml"], ["output=xml: must be text or json"]),
     "rows without a number": ("infer", ["post=a", "infer.batch_size=0"], ["infer.batch_size: ", "received 0 "]),
-    "no run": ("infer", ["post=a", "run=nothing"], ["run=nothing is neither a run in", "run=latest"]),
+    "no run": ("infer", ["post=a", "run=nothing"], ["run=nothing is neither a run in", "experiment=quickstart"]),
     "a run that climbs": ("infer", ["post=a", "run=../../etc"], ["run=../../etc is neither a run"]),
     "not one run": ("infer", ["post=a"], ["There is no run in", "experiment=quickstart"]),
     "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["There is no run in"]),

@@ -188,7 +188,7 @@ def test_a_model_that_is_not_there_is_refused_with_a_remedy(run, tmp_path, monke
     [
         ("toi", "did you mean toy?"),
         ("latset", "did you mean latest?"),
-        ("x", "the runs there are, the newest first: toy"),
+        ("x", "the runs there are (latest is the newest): toy"),
     ],
 )
 def test_where_there_is_no_run_of_a_name_those_that_there_are_are_offered(run, tmp_path, monkeypatch, name, offered):
