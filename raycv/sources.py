@@ -173,6 +173,8 @@ def _folder_problem(path: Path, error: OSError) -> str:
         return "a file; give the folder that holds it"
     if not isinstance(error, FileNotFoundError):
         return str(error.strerror)
+    if path.is_symlink():
+        return "a symbolic link that cannot be followed: there is nothing where it leads"
     parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
     if parent is None:
         return "it does not exist"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 
 # Before any import of ray: tests start their own local cluster, never join one that happens to run here.
 os.environ.pop("RAY_ADDRESS", None)
@@ -18,6 +19,9 @@ from hypothesis import settings
 # pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
+
+# A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
