@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 LOCK := requirements.lock
 AUDIT := .venv/.audit
+# What starts no Ray shares the cores; each Ray takes them all.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: install quickstart test test-slow test-faults check format lock audit licenses
 
@@ -22,7 +24,8 @@ quickstart: install
 	$(BIN)/python -m raycv.run experiment=quickstart cv.folds=5
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not ray"
+	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and (core or not faults)"
@@ -35,7 +38,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n logical --dist loadfile -m "not slow and not ray and not long"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not ray and not long"
 
 format: install
 	$(BIN)/ruff format .
