@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 DropoutPath = Literal["lora_path", "peft"]
@@ -42,6 +43,18 @@ class Parts(NamedTuple):
     """[out, r]"""
     magnitude: torch.Tensor
     """[out]"""
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# A fused optimizer, as AdamW(fused=True), does not count up the versions of the tensors that it updates.
+register_optimizer_step_post_hook(_count_step)
 
 
 class Norms:
@@ -104,13 +117,13 @@ class FactoredDoraLinear(PeftLoraLinear):
         return Parts(weight, base.bias, a.weight, b.weight, magnitude.weight)
 
     def row_norm(self, adapter: str) -> torch.Tensor:
-        """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change.
+        """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change, or an optimizer steps.
 
-        Changes that autograd does not see (`tensor.data.mul_`) are not seen here either.
+        Other changes that autograd does not see (`tensor.data.mul_`) are not seen here either.
         """
         weight, _, a, b, _ = self.parts(adapter)
         scaling = self.scaling[adapter]
-        key = _state(weight, a, b, scaling)
+        key = _state(weight, a, b, scaling, _optimizer_steps)
         kept = self._norms.rows.get(adapter)
         if kept is not None and key is not None and kept[0] == key:
             return kept[1]

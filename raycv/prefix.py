@@ -158,3 +158,15 @@ def attention_window(config: Any) -> int | None:
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
     return min((window for window in windows if window), default=None)
+
+
+def steady_positions(config: Any) -> int | None:
+    """Tokens up to which a token's rotary embedding is its own; beyond, it depends on the longest prompt of the batch.
+
+    None: it always is.
+    """
+    rope = getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope"):
+        return None
+    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return trained or config.max_position_embeddings

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from raycv.encoding import EncodedPairs
+from raycv.memory import is_out_of_memory
 from raycv.parallel import Workers
-from raycv.prefix import attention_window, can_pack, common_prefix, grouped, pack, packed_logits
+from raycv.prefix import attention_window, can_pack, common_prefix, grouped, pack, packed_logits, steady_positions
 
 Batch = list[np.ndarray]
 """Rows [n] of each group of a batch; a plain batch is one list of rows."""
@@ -97,12 +98,18 @@ class RowScorer:
         A model that is not causal (BERT) reads the prompt's end when it computes its beginning.
         """
         classifier = self._classifier()
+        name = type(classifier).__name__
         if not can_pack(classifier):
-            return f"{type(classifier).__name__} has no causal backbone that takes a mask of its own"
+            return f"{name} has no causal backbone that takes a mask of its own"
         longest_row = longest_row or int(self.encoded.lengths.max())
         window = attention_window(classifier.config)
         if window is not None and window < longest_row:
-            return f"the attention of {type(classifier).__name__} sees {window} tokens, and prompts have {longest_row}"
+            return f"the attention of {name} sees {window} tokens, and prompts have {longest_row}"
+        steady = steady_positions(classifier.config)
+        if steady is not None and steady < longest_row:
+            return (
+                f"beyond {steady} tokens {name} embeds positions by the longest prompt, and prompts have {longest_row}"
+            )
         counts = np.bincount(self.group_of_row)
         if counts.max() < 2:
             return "no post has two criteria"
@@ -112,8 +119,15 @@ class RowScorer:
         training = self.model.training
         self.model.eval()
         plain = torch.cat([self.logits([rows[i : i + 1]], share=False) for i in range(len(rows))])
-        packed = self.logits([rows], share=True)
-        self.model.train(training)
+        try:
+            packed = self.logits([rows], share=True)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            # As Jamba's and MiniMax's other layers than attention.
+            return f"{name} does not take a mask of its own: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            self.model.train(training)
         with self.autocast():
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         share = TOLERANCE.get(dtype or next(self.model.parameters()).dtype, ROUGH_TOLERANCE)
@@ -121,7 +135,7 @@ class RowScorer:
         # Written so that a NaN fails too.
         if worst <= share * float(plain.abs().max()):
             return None
-        return f"{type(classifier).__name__} is not causal: its logits differ by {worst:.2g} with a shared prefix"
+        return f"{name} is not causal: its logits differ by {worst:.2g} with a shared prefix"
 
     def _plain(self, rows: np.ndarray) -> torch.Tensor:
         # Columns that are padding for every row are never computed: with padding on the right they change nothing.

@@ -177,6 +177,19 @@ def test_the_norm_is_computed_once_per_optimizer_step_and_that_of_the_base_once(
     assert len(norms) == 5
 
 
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {}])
+def test_the_cached_norm_follows_every_optimizer(kind):
+    """A fused one leaves the tensors' versions as they are."""
+    theirs, ours = pair(16, 12)
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1, **kind)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    for _ in range(2):
+        ours(x).square().sum().backward()
+        optimizer.step()
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
 def test_the_cached_norm_follows_every_kind_of_change():
     theirs, ours = pair(16, 12)
     x = torch.randn(2, 16, dtype=torch.float64)

@@ -266,6 +266,39 @@ def test_a_short_attention_window_is_not_shared(tmp_path, window, shares):
         assert f"sees 8 tokens, and prompts have {toy.encoded.lengths.max()}" in trouble
 
 
+@pytest.mark.parametrize(("trained", "shares"), [(8, False), (4096, True)])
+def test_positions_that_depend_on_the_batch_are_not_shared(tmp_path, trained, shares):
+    """Beyond its first length, dynamic scaling turns with the longest prompt that is computed at once."""
+    files = toy_base(tmp_path)
+    config = json.loads((files.path / "config.json").read_text())
+    config |= {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": trained}
+    (files.path / "config.json").write_text(json.dumps(config))
+    toy = Toy(fetch_base(str(files.path), None), prompt=prompt_config(max_length=24))
+    trouble = scorer(toy, disturbed(toy)).check_sharing()
+    assert (trouble is None) == shares
+    if not shares:
+        assert "beyond 8 tokens LlamaForSequenceClassification embeds positions by the longest prompt" in trouble
+
+
+def test_layers_that_take_no_mask_of_ours_are_not_shared(base, monkeypatch):
+    """As those of Jamba that are no attention. Out of memory is told from that."""
+    toy = Toy(base)
+    model = disturbed(toy)
+    backbone, real = model.get_base_model().model, model.get_base_model().model.forward
+    error = RuntimeError("Expected 2D or 3D input to conv1d")
+
+    def picky(input_ids=None, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise error
+        return real(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", picky)
+    assert "does not take a mask of its own: RuntimeError: Expected 2D" in scorer(toy, model).check_sharing()
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer(toy, model).check_sharing()
+
+
 def test_the_check_looks_at_the_longest_post_and_at_two_rows_of_it(base):
     toy = Toy(base)
     compute = scorer(toy, disturbed(toy))
