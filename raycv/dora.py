@@ -186,8 +186,8 @@ def factored_norm(
     a, b = a.to(square_norm.dtype), b.to(square_norm.dtype)
     cross = torch.cat([chunk @ a.T for chunk in _chunks(weight)])
     square = square_norm + 2 * scaling * (b * cross).sum(dim=1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
-    # Rounding may take a row that A and B cancel below zero.
-    return square.clamp_min(0).sqrt()
+    # Rounding may take a row that A and B cancel below zero; and one of zeros shall be scaled to zeros, not to 0/0.
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:

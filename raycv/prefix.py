@@ -29,15 +29,16 @@ class PackedRows:
     mask: torch.Tensor
     """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
     ends: torch.Tensor
-    """int64 [R, 2]: batch index and position of each row's last token, in the order the rows came in"""
+    """int64 [R, 2]: batch index and position at which each row's logits are read, in the order the rows came in"""
 
 
 def pack(groups: Sequence[Sequence[np.ndarray]], pad_id: int, device: torch.device) -> PackedRows:
     """Packs `groups` of token sequences (each int [n], without padding); a group shares its longest common prefix.
 
-    Every suffix keeps at least one token, since a row's logits are read at its own last token.
+    Every suffix keeps at least one token, since a row's logits are read at its own last token. As in Hugging Face's
+    heads that is the last other than `pad_id`, which a text too may hold: a tokenizer may pad with <unk> or </s>.
     """
-    packed = [_pack_group(group) for group in groups]
+    packed = [_pack_group(group, pad_id) for group in groups]
     width = max(len(ids) for ids, _, _, _ in packed)
     shape = (len(packed), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -57,15 +58,17 @@ def pack(groups: Sequence[Sequence[np.ndarray]], pad_id: int, device: torch.devi
     )
 
 
-def _pack_group(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, positions, segments [n] of one group, and the index of each row's last token."""
+def _pack_group(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, positions, segments [n] of one group, and the index of each row's last token other than `pad_id`."""
     shared = common_prefix(rows)
     suffixes = [row[shared:] for row in rows]
     sizes = [len(suffix) for suffix in suffixes]
     ids = np.concatenate([rows[0][:shared], *suffixes])
     positions = np.concatenate([np.arange(shared), *(np.arange(shared, shared + size) for size in sizes)])
     segments = np.repeat(np.arange(len(rows) + 1), [shared, *sizes])
-    return ids, positions, segments, shared + np.cumsum(sizes) - 1
+    last = np.array([np.flatnonzero(row != pad_id).max(initial=0) for row in rows])
+    starts = shared + np.cumsum(sizes) - sizes
+    return ids, positions, segments, np.where(last < shared, last, starts + last - shared)
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> int:

@@ -1,6 +1,7 @@
 """Shared prefixes: the logits and gradients of the plain path, on every mixture, and a way out where they are not."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,19 @@ def test_logits_are_those_of_the_plain_path(base, dtype, tolerance, mode, words)
     rows = np.arange(len(toy.encoded.lengths))
     plain, shared = both(toy, model, rows)
     torch.testing.assert_close(shared, plain, rtol=0, atol=tolerance)
+    assert plain.std() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["none", "head_tail", "sliding"])
+def test_a_text_may_hold_the_token_that_pads(base, mode):
+    """Here <unk>. Hugging Face's head reads the last other one: in a prompt cut within the post, one of the prefix."""
+    dataset = toy_dataset()
+    unknown = {post: " ".join(["w1"] * index + ["weird"] * 40) for index, post in enumerate(dataset.posts)}
+    toy = Toy(base, replace(dataset, posts=unknown), prompt_config(max_length=24, long_post=mode))
+    rows = np.arange(len(toy.encoded.lengths))
+    assert (toy.encoded.input_ids[rows, toy.encoded.lengths - 1] == toy.encoded.pad_id).any() == (mode == "none")
+    plain, shared = both(toy, disturbed(toy), rows)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
     assert plain.std() > 1e-3
 
 
