@@ -134,6 +134,8 @@ def main() -> None:
     arguments.add_argument("--folds", type=int, help="only so many of its folds [all]")
     add_one_core(arguments)
     options = arguments.parse_args()
+    if options.run and not RunFolder(options.run).config.is_file():
+        arguments.error(f"--run {options.run}: no folder of a run: it has no config.yaml")
     if options.run and options.out is None:
         # Yours are not the figures of the README.
         options.out = Path("drift.json")

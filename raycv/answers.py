@@ -18,6 +18,8 @@ SCORE_DECIMALS = 6
 
 CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
 """What ids look like: A.4, z.9, PHQ-9, A.1.2, 4."""
+CODES = re.compile(rf"{CODE.pattern}(?:\s*,\s*{CODE.pattern})+", re.IGNORECASE)
+"""Several, of which each is asked for on its own."""
 NAME = re.compile(r"[a-z]+(?:_[a-z]+)+", re.IGNORECASE)
 """What symptom names look like: SLEEP_ISSUES."""
 
@@ -148,7 +150,7 @@ def _asked_by(question: Question, criteria: Mapping[str, Criterion]) -> list[Cri
 def is_own_words(criterion: str) -> bool:
     """Whether `criterion` looks like a description, not like an id or a symptom name."""
     name = criterion.strip()
-    return not (criterion_code(name) or CODE.fullmatch(name) or NAME.fullmatch(name))
+    return not (criterion_code(name) or CODE.fullmatch(name) or CODES.fullmatch(name) or NAME.fullmatch(name))
 
 
 def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
@@ -167,13 +169,30 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
     for criterion in criteria.values():
         if name.casefold() in (criterion.criterion_id.casefold(), (criterion.symptom or "").casefold()):
             return criterion
-    if not is_own_words(asked):
+    near = _near_name(name, criteria)
+    if near or not is_own_words(asked):
         ids = [f"{key} ({criterion.symptom})" if criterion.symptom else key for key, criterion in criteria.items()]
         raise UserError(
             f"criterion={name}: the run has no such criterion.",
-            remedies=[f"choose one of its ids or names: {', '.join(ids)}", "or describe it in your own words"],
+            remedies=[
+                *([f"did you mean {near}?"] if near else []),
+                f"choose one of its ids or names: {', '.join(ids)}",
+                "or describe it in your own words; leave criterion out to ask for each of them",
+            ],
         )
     return Criterion("", asked)
+
+
+def _near_name(name: str, criteria: Mapping[str, Criterion]) -> str | None:
+    """The symptom name that a word in capitals stands for, begun or misspelt."""
+    if not re.fullmatch("[A-Z]{4,}", name):
+        return None
+    # Here, since the client of a scorer would pay for it at each start.
+    import difflib
+
+    names = [criterion.symptom for criterion in criteria.values() if criterion.symptom]
+    begun = [each for each in names if each.startswith(name)]
+    return next(iter(begun or difflib.get_close_matches(name, names, n=1, cutoff=0.75)), None)
 
 
 def as_json(answers: Sequence[Answer], *, single: bool) -> str:
@@ -187,7 +206,7 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
     model = first["model"]
     fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
     name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
-    threshold = _shown_threshold(first["threshold"])
+    threshold = shown_threshold(first["threshold"])
     if single:
         key = first["criterion_id"]
         lines = [
@@ -208,7 +227,7 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
     return "\n".join(lines) + "\n"
 
 
-def _shown_threshold(threshold: float) -> str:
+def shown_threshold(threshold: float) -> str:
     """Two decimals, which tuned ones have; a mean of several has more."""
     return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:.{SCORE_DECIMALS}f}".rstrip("0")
 

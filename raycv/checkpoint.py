@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -57,6 +57,8 @@ class CheckpointInfo:
     fold: Annotated[int, Field(ge=0)]
     epoch: int
     precision: Literal["fp32", "bf16"]
+    base_sums: dict[str, str] = field(default_factory=dict)
+    """of the base model's files, as BaseFiles.sums; earlier versions kept none"""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""

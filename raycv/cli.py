@@ -38,6 +38,9 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     anything else.
     """
     sys.excepthook = _show_traceback
+    if sys.stderr is None:
+        # It was closed: the next file that is opened would get its number, and what libraries write to it.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         config = _composed(name, schema)
         if config is not None:
@@ -47,7 +50,7 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     except UserError as error:
         raise _refused(name, error) from None
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nraycv.{name}: interrupted\n")
+        _say(f"\nraycv.{name}: interrupted\n")
         raise SystemExit(130) from None
 
 
@@ -84,28 +87,32 @@ def _composed(name: str, schema: type[S]) -> S | None:
         sys.argv[1:] = [*(part for part in for_hydra if part not in overrides), *SILENT_HYDRA, *overrides]
         with contextlib.redirect_stderr(said):
             hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
-        sys.stderr.write(said.getvalue())
+        _say(said.getvalue())
     except UserError:
         raise
     except SystemExit as stop:
         if not stop.code:
             raise
         # Of argparse, with its usage; it repeats what was typed, so a password is masked like in every other message.
-        raise _unread(name, said.getvalue().strip().rpartition("error: ")[2], typed) from None
+        raise _unread(name, schema, said.getvalue().strip().rpartition("error: ")[2], typed) from None
     except Exception as error:
         # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
-        raise _unread(name, error, typed) from error
+        raise _unread(name, schema, error, typed) from error
     if faults:
         raise faults[0]
     return configs[0] if configs else None
 
 
-def _unread(name: str, why: object, typed: list[str]) -> UserError:
+def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> UserError:
     remedies = [
         "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
         f"python -m raycv.{name} --help shows what it takes",
     ]
     what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
+    if verbatim_keys(schema):
+        # Behind a mistyped key there may be a text, which is not repeated; the reason quotes it too.
+        keys = [part.partition("=")[0] for part in typed if re.match(r"[\w./@~+:-]{1,40}=", part)]
+        what = f"The command line cannot be read; its keys: {shown(' '.join(keys), most=300)}"
     return UserError(what, remedies=remedies)
 
 
@@ -193,8 +200,19 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _say(text: str) -> None:
+    """To standard error. That nobody takes it, as on a full disk, is no reason to fail."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(AttributeError, OSError):
+            # What is left in the buffer would be written once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def _refused(name: str, error: UserError) -> SystemExit:
-    sys.stderr.write(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
+    _say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
     return SystemExit(error.exit_code)
 
 

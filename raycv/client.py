@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -109,8 +109,8 @@ class Announcement(BaseModel):
     pid: Annotated[int, Field(ge=1, lt=2**31)]
     host: str
     instance: str
-    stamps: list[list[int]]
-    """of the checkpoints' files, before they were loaded"""
+    stamps: dict[str, list[int]]
+    """of the files that it answers from, before they were loaded"""
     tracking_uri: str | None
     """where it logs, without a password; None: nowhere"""
     experiment: str
@@ -139,14 +139,13 @@ class RefusedError(UserError):
         super().__init__(what, remedies=remedies)
 
 
-def stamps_of(checkpoints: Sequence[Path]) -> list[list[int]]:
-    """What no copy over a checkpoint's files leaves as it was: the time of change, the size, the number.
+def stamps_of(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What no copy over a file leaves as it was: the time of change, the size, the number.
 
     Raises: OSError if a file cannot be read.
     """
-    files = [[folder / MANIFEST, *sorted(folder.glob("adapter_model.*"))] for folder in checkpoints]
-    stats = [[path.stat() for path in each] for each in files]
-    return [[value for one in each for value in (one.st_ctime_ns, one.st_size, one.st_ino)] for each in stats]
+    stats = {str(path): path.stat() for path in files}
+    return {name: [one.st_ctime_ns, one.st_size, one.st_ino] for name, one in stats.items()}
 
 
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
@@ -253,6 +252,8 @@ class Connection:
             text = response.read()
         except ConnectionRefusedError:
             raise
+        except TimeoutError as error:
+            raise Unavailable("it takes too long; it may be busy, or starting again") from error
         except (OSError, HTTPException, UnicodeError) as error:
             raise Unavailable(type(error).__name__) from error
         try:
@@ -412,7 +413,8 @@ def _serves(record: Announcement, checkpoints: Sequence[Path], tracked: str | No
     """
     model = record.model
     try:
-        unchanged = stamps_of(checkpoints) == record.stamps
+        own = all(str(folder / MANIFEST) in record.stamps for folder in checkpoints)
+        unchanged = own and stamps_of(map(Path, record.stamps)) == record.stamps
     except OSError:
         return False
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision

@@ -524,7 +524,9 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
         # A union reports a fault a member: one line, all that it expects.
         if _expectation(fault) not in expected.setdefault(key, []):
             expected[key].append(_expectation(fault))
-        received.setdefault(key, "nothing" if fault["type"] == "missing" else _shown(fault["input"]))
+        # A token may be what is wrong with it, and is not repeated.
+        value = "one that is not shown" if key.endswith(".token") else _shown(fault["input"])
+        received.setdefault(key, "nothing" if fault["type"] == "missing" else value)
     wrong = [
         f"{key}: {', or '.join(parts)}; received {received[key]}"
         + (f" (the key means: {known[key]})" if known.get(key) else "")

@@ -256,7 +256,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             listener.on_event(f"Warning: {COLLAPSED}")
     if not rank:
         states.check_writer()
-        _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, outcome.best, precision))
+        _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, base, outcome.best, precision))
     worker = {
         "host": socket.gethostname(),
         "device": describe_device(device),
@@ -270,7 +270,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
 
 
-def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: "Precision") -> "CheckpointInfo":
+def _checkpoint_info(
+    task: FoldTask, fold: int, base: "BaseFiles", best: "EpochResult", precision: "Precision"
+) -> "CheckpointInfo":
     from raycv.checkpoint import CheckpointInfo
 
     return CheckpointInfo(
@@ -285,6 +287,7 @@ def _checkpoint_info(task: FoldTask, fold: int, best: "EpochResult", precision: 
         fold=fold,
         epoch=best.epoch,
         precision=precision,
+        base_sums=base.sums(),
     )
 
 

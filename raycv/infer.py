@@ -19,6 +19,7 @@ from raycv.config import InferConfig
 from raycv.errors import UserError
 from raycv.faults import FIELD_LIMIT
 from raycv.inference_log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
+from raycv.labels import is_blank
 from raycv.loaded import load_answerer, read_criteria
 from raycv.records import Criterion
 from raycv.runs import Chosen, choose
@@ -41,6 +42,9 @@ def infer(config: InferConfig) -> None:
     if config.input is not None:
         score_many(config)
         return
+    if config.engine == "ray":
+        remedies = ["leave it out", "or give a file: input=pairs.csv output=scores.csv"]
+        raise UserError("engine=ray is for a file of posts, and there is no input.", remedies=remedies)
     question = read_question(config)
     reply = ask(config, [question], logger.warning)
     if reply is not None:
@@ -113,10 +117,13 @@ def _read_post(file: str) -> str:
         raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
     try:
         # Without the end of its last line, which editors and echo add: the post is the text, as in post=.
-        return re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
+        post = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         remedies = ["save it as UTF-8"]
         raise UserError(f"post_file={file} is not UTF-8 (byte {error.start}).", remedies=remedies) from error
+    if is_blank(post):
+        raise UserError(f"post_file={file}: the post is empty.", remedies=["give a file that holds the text of a post"])
+    return post
 
 
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:

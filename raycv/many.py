@@ -16,12 +16,13 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from raycv import __version__
-from raycv.answers import Prediction, Predicts
+from raycv.answers import Prediction, Predicts, shown_threshold
 from raycv.base import fetch_trained_base
 from raycv.checkpoint import MANIFEST, read_info
 from raycv.config import InferConfig, InferenceConfig
 from raycv.data import criteria_hash
 from raycv.errors import UserError, counted
+from raycv.faults import listed
 from raycv.live import duration, say
 from raycv.pairs import AskedPair, BadRow, Chunk, PairSource, open_source, pair_file
 from raycv.records import Criterion
@@ -79,6 +80,9 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     console = Console(stderr=True)
     source = open_source(Path(str(config.input)), criteria, config.criterion)
     output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen, config.base))
+    if source.layout.others and source.layout.criterion is None and source.asked is None:
+        unread = listed(list(source.layout.others))
+        say(console, f"no column criterion, so each post is asked for every criterion; not read: {unread}")
     with output.opened():
         begun = output.progress
         if begun.records and not begun.finished:
@@ -87,9 +91,18 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
             if not begun.finished:
                 _score(source, engine, output, console)
         except KeyboardInterrupt:
-            done = counted(output.progress.records, "record")
-            say(console, f"{done} are scored and kept; the same command continues after them")
+            records = output.progress.records
+            kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
+            say(console, kept if records else "stopped before the first records were scored")
             raise
+        if (
+            not begun.finished
+            and {**output.progress.identity, **_identity_of_input(source)} != output.progress.identity
+        ):
+            raise UserError(
+                f"input={source.path} changed while it was scored: the scores may be of both its states.",
+                remedies=["run the same command again: it says what to delete to start anew"],
+            )
         output.finish()
     say(console, summary(output))
     return output.progress
@@ -110,14 +123,9 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
     Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it. `base`: where
     the base model lies now, if not where training found it. Raises: UserError if it is not there.
     """
-    stat = source.path.stat()
-    with source.path.open("rb") as file:
-        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
     asked = source.asked.text if source.asked else ""
     return {
-        "the size of the input": stat.st_size,
-        "the time of the input": stat.st_mtime_ns,
-        "the beginning of the input": head,
+        **_identity_of_input(source),
         "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
         # One for all of them.
         "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
@@ -125,6 +133,17 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
         "the version of raycv": __version__,
+    }
+
+
+def _identity_of_input(source: PairSource) -> dict[str, Any]:
+    stat = source.path.stat()
+    with source.path.open("rb") as file:
+        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
+    return {
+        "the size of the input": stat.st_size,
+        "the time of the input": stat.st_mtime_ns,
+        "the beginning of the input": head,
     }
 
 
@@ -228,7 +247,7 @@ class ProgressView:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= PLAIN_SECONDS:
             self._printed = now
-            share = chunk.position / self._total
+            share = min(chunk.position / self._total, 1)
             say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs}" + (left and f", {left}"))
 
     def _left(self, position: int) -> str:
@@ -238,7 +257,7 @@ class ProgressView:
             return ""
         start, began = self._first
         pace = (time.monotonic() - began) / max(position - start, 1)
-        return f"about {duration(pace * (self._total - position))} left"
+        return f"about {duration(pace * max(self._total - position, 0))} left"
 
 
 def summary(output: ScoreFile) -> str:
@@ -246,7 +265,7 @@ def summary(output: ScoreFile) -> str:
     progress = output.progress
     lines = [
         f"{counted(progress.pairs, 'pair')} scored, {progress.matched:,} matched (probability of "
-        f"{progress.threshold:.2f} or more): {output.output}"
+        f"{shown_threshold(progress.threshold or 0)} or more): {output.output}"
     ]
     if progress.truncated:
         lines.append(f"{counted(progress.truncated, 'pair')}: the post was shortened to fit the prompt")

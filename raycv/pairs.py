@@ -8,14 +8,14 @@ import json
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raycv.answers import find_criterion
 from raycv.errors import UserError, counted
-from raycv.faults import FIELD_LIMIT, listed, named
+from raycv.faults import FIELD_LIMIT, Kind, listed, named
 from raycv.labels import id_fault, is_blank
 from raycv.records import Criterion
 from raycv.tables import LINE_LIMIT, UnreadableError, check_file, field_limit, is_unicode, opened, separator_of
@@ -112,6 +112,7 @@ class _Lines:
         self._file = file
         self._again: deque[str] = deque()
         self._taken: list[str] = []
+        self._read_again = 0
         self.number = 0
         self.cut = False
         """whether a line of the record was longer than any may be, and was cut"""
@@ -156,8 +157,16 @@ class _Lines:
     def back_to_second(self) -> None:
         """An unclosed quote swallows what follows: only the line on which it stands is given up."""
         again = self._taken[1:]
+        self._read_again += len(again)
+        if self._read_again > READ_AGAIN + 10 * self.number:
+            detail = "up to here one quote after the other is opened and never closed"
+            raise UnreadableError(Kind.QUOTING, detail, f"line {self.number - len(again)}")
         self._again.extendleft(reversed(again))
         self.number -= len(again)
+
+
+READ_AGAIN = 1_000_000
+"""Lines: each of many broken records may reach to the end of the file, and is read again from its second line."""
 
 
 class CsvFile(PairFile):
@@ -351,6 +360,8 @@ class Layout:
     post: str
     criterion: str | None
     ids: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """columns that are not read"""
 
     @property
     def wanted(self) -> list[str]:
@@ -372,8 +383,10 @@ def find_layout(path: Path, columns: Sequence[str]) -> Layout:
         have = f"its columns are {listed(list(columns))}" if columns else "it is empty"
         if separator := separator_of(columns):
             have += f", separated by {separator} and not by commas"
-        raise UserError(f"{path} has no column post or text: {have}.", remedies=[_COLUMNS_REMEDY])
-    return Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
+        remedy = "save it with commas" if separator else _COLUMNS_REMEDY
+        raise UserError(f"{path} has no column post or text: {have}.", remedies=[remedy])
+    layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
+    return replace(layout, others=tuple(name for name in columns if name not in layout.wanted))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from raycv.answers import SCORE_DECIMALS, ModelIdentity, Prediction
-from raycv.base import fetch_trained_base
+from raycv.base import BaseFiles, fetch_trained_base
 from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
 from raycv.encoding import EncodedPairs, PromptEncoder
 from raycv.errors import UserError
+from raycv.faults import listed
 from raycv.int8 import check_int8, to_int8
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
@@ -64,6 +65,7 @@ class Predictor:
         wide = self.info.precision if self.precision == "int8" else self.precision
         self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
         files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
+        _check_base(files, self.info, base, tell)
         tokenizer = load_tokenizer(files)
         if base is not None:
             _check_words(tokenizer, checkpoints[0], base)
@@ -213,6 +215,27 @@ class Predictor:
         if trouble is not None:
             tell(f"every pair is computed on its own: {trouble}")
         return trouble is None
+
+
+def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell: Callable[[str], None]) -> None:
+    """Raises: UserError if the base model is not the one of training, and none was `given`: that one may be converted.
+
+    `tell` gets what is said of one that was.
+    """
+    now = files.sums()
+    other = [name for name, known in info.base_sums.items() if now.get(name) != known]
+    if not other:
+        return
+    if given is not None:
+        tell(f"base={given} is not, file by file, the model that was trained on ({listed(other)}): scores may be off")
+        return
+    raise UserError(
+        f"The base model in {files.path} is not the one that was trained on: {listed(other)} changed.",
+        remedies=[
+            "put the files of training back, or name the folder that has them: base=<folder>",
+            f"if these are to answer all the same: base={files.path}",
+        ],
+    )
 
 
 def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:

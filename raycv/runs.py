@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from raycv.checkpoint import MANIFEST, read_info
+from raycv.checkpoint import DAMAGED, MANIFEST, read_info
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, shown
-from raycv.paths import GOOD_COPY, RunFolder, read_record, resume_command, write_json
+from raycv.paths import GOOD_COPY, RunFolder, read_record, resume_command, sha256_of, write_json
 from raycv.records import FoldResult
 from raycv.report import best_fold
 
@@ -66,6 +66,8 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
             f"run={run} is neither a run's folder nor a checkpoint: it has no config.yaml and no {MANIFEST}.",
             remedies=["name a folder like runs/<name>, or runs/<name>/fold_<k>/checkpoint"],
         )
+    if path.name != run:
+        raise UserError(f"run={run}: there is no such folder.", remedies=runs_there(runs, path.name))
     return _from_mlflow(run, fold, runs, tracking_uri or LOCAL_URI)
 
 
@@ -311,9 +313,21 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
     if fold == "best":
         fold = best_fold([FoldResult.read(folder.fold(number).result) for number in finished])
     taken = finished if fold == ENSEMBLE else [fold]
+    for number in taken:
+        _check_manifest(folder, number)
     checkpoints = tuple(folder.fold(number).checkpoint for number in taken)
     uri, parent_id = _tracked_at(folder)
     return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id)
+
+
+def _check_manifest(folder: RunFolder, fold: int) -> None:
+    """Raises: UserError if the checkpoint's `raycv.json`, which has the sums of its weights, is not the fold's."""
+    files = folder.fold(fold)
+    manifest = files.checkpoint / MANIFEST
+    known = FoldResult.read(files.result).sha256.get(manifest.relative_to(files.root).as_posix())
+    if known is not None and manifest.is_file() and sha256_of(manifest) != known:
+        what = f"{manifest} is damaged: it does not have the checksum that {files.result.name} has of it."
+        raise UserError(what, remedies=DAMAGED)
 
 
 def _listed(folds: Sequence[int]) -> str:

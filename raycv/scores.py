@@ -7,6 +7,7 @@ cut back. All of them can be read by the user alone, and none holds text.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -196,11 +197,12 @@ class ScoreFile:
         return f"delete {self._state} and {self._sink.path.name} beside it"
 
     def _found(self) -> Progress:
-        try:
-            return Progress(**read_json(self._state))
-        except TypeError as error:
-            remedies = [f"to start anew, {self._anew}"]
-            raise UserError(f"{self._state} is of another version of raycv.", remedies=remedies) from error
+        values = read_json(self._state)
+        remedies = [f"to start anew, {self._anew}"]
+        if not isinstance(values, dict) or values.pop(SUM, None) != _sum(values):
+            what = f"{self._state} is damaged, or of another version of raycv."
+            raise UserError(what, remedies=remedies)
+        return Progress(**values)
 
     def _continued(self, found: Progress) -> Progress:
         """`found`, if its scores depend on what this run's would."""
@@ -242,7 +244,8 @@ class ScoreFile:
             self._save(after)
 
     def _save(self, progress: Progress) -> None:
-        write_text(self._state, json.dumps(asdict(progress), indent=2) + "\n", private=True)
+        values = asdict(progress)
+        write_text(self._state, json.dumps({**values, SUM: _sum(values)}, indent=2) + "\n", private=True)
         self.progress = progress
 
     def finish(self) -> None:
@@ -270,6 +273,14 @@ class ScoreFile:
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
+
+
+SUM = "sha256"
+"""Of the state itself: what is continued from a damaged one would lack rows, or have some twice."""
+
+
+def _sum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 ERRORS_HEADER = b"row,line,reason\n"

@@ -5,19 +5,20 @@ import os
 import secrets
 import socket
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from raycv.base import absolute_name
+from raycv.base import absolute_name, fetch_trained_base, is_folder
+from raycv.checkpoint import MANIFEST, read_info
 from raycv.cli import run_command
 from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
 from raycv.errors import UserError
 from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.loaded import read_criteria
-from raycv.paths import absolute_folder, absolute_uri, write_json
+from raycv.paths import absolute_folder, absolute_uri, resolve, write_json
 from raycv.retry import mask_secrets
 from raycv.runs import choose, with_fold_id
 from raycv.utils import ignore_stops
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from raycv.scorer import Setup
 
 HEALTH_ATTEMPTS = 20
+WATCH_SECONDS = 5
+SILENT = 2
+"""Looks in a row without an answer that are told."""
 LOOK_SECONDS = 5
 """For MLflow to say what it calls the fold."""
 
@@ -48,20 +52,32 @@ def run_server(config: ServeConfig) -> None:
     store = store_of(config.tracking.uri, chosen.tracking_uri)
     own_threads = limits.max_replicas == 1 and limits.cpus_per_replica == "auto" and THREADS not in os.environ
     setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8), own_threads)
-    stamps = stamps_of(chosen.checkpoints)
+    stamps = stamps_of(files_of(chosen.checkpoints, criteria_dir, config.base))
     file = discovery_file(Path(config.dir), limits.port)
     say(f"loading run {chosen.run}, fold {chosen.fold}")
     try:
         with running(setup):
             try:
-                announce(announcement(setup, stamps), file, limits)
-                threading.Event().wait()
+                announced = announcement(setup, stamps)
+                announce(announced, file, limits)
+                watch(announced)
             finally:
                 ignore_stops()
                 file.unlink(missing_ok=True)
                 say("stopping")
     except KeyboardInterrupt:
         say("stopped")
+
+
+def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:
+    """The files that answers depend on; those of a base model on the hub never change, as its commit is known."""
+    info = read_info(checkpoints[0])
+    files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
+    files += [file for file in Path(resolve(criteria_dir or info.criteria_dir)).iterdir() if file.is_file()]
+    if is_folder(resolve(base or info.base_model)):
+        found = fetch_trained_base(info.base_model, info.base_revision, base)
+        files += [found.path / name for name in found.files]
+    return files
 
 
 def listening(config: ServerConfig, token: str | None) -> ServerConfig:
@@ -98,7 +114,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def announcement(setup: "Setup", stamps: list[list[int]]) -> Announcement:
+def announcement(setup: "Setup", stamps: dict[str, list[int]]) -> Announcement:
     """What a client must know of the scorer, which is asked for its model. Raises: UserError if it does not answer."""
     config = setup.config.serve
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
@@ -137,7 +153,26 @@ def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
         say(f"other machines can reach it at serve.host={limits.host}, port {limits.port}")
     if limits.token:
         say("whoever asks must bring the token: Authorization: Bearer <token>")
-    say("raycv.infer finds it by itself; Ctrl-C stops it")
+    say("raycv.infer finds it by itself; Ctrl-C (or SIGTERM) stops it")
+
+
+def watch(record: Announcement, seconds: float = WATCH_SECONDS) -> NoReturn:
+    """Looks every `seconds` whether the scorer answers, and says so when that changes: Ray starts again what died."""
+    silent = 0
+    while True:
+        time.sleep(seconds)
+        try:
+            with Connection(record.url, record.token) as connection:
+                connection.get("/health")
+        except (Unavailable, ConnectionRefusedError):
+            silent += 1
+            # Once may be a busy moment.
+            if silent == SILENT:
+                say("it does not answer: busy, or a process of it died (of memory?), which Ray then starts again")
+            continue
+        if silent >= SILENT:
+            say("it answers again")
+        silent = 0
 
 
 def say(text: str) -> None:

@@ -462,7 +462,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "an output of no kind": ("infer", ["post=a", "output=xml"], ["output=xml: must be text or json"]),
     "rows without a number": ("infer", ["post=a", "infer.batch_size=0"], ["infer.batch_size: ", "received 0 "]),
     "no run": ("infer", ["post=a", "run=nothing"], ["run=nothing is neither a run in", "experiment=quickstart"]),
-    "a run that climbs": ("infer", ["post=a", "run=../../etc"], ["run=../../etc is neither a run"]),
+    "a run that climbs": ("infer", ["post=a", "run=../../etc"], ["run=../../etc: there is no such folder"]),
     "not one run": ("infer", ["post=a"], ["There is no run in", "experiment=quickstart"]),
     "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["There is no run in"]),
     "a table and a post": ("infer", ["input=a.csv", "post=b", "output=s.csv"], ["input and post are both given"]),

@@ -7,20 +7,23 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from commands import users_environment
 
+from raycv import client
 from raycv.answers import Question
 from raycv.checkpoint import MANIFEST
 from raycv.cli import compose
-from raycv.client import ask, checked_address, checked_token, discovery_file, stamps_of
+from raycv.client import Announcement, ask, checked_address, checked_token, discovery_file, stamps_of
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
 from raycv.paths import absolute_uri, write_json
 from raycv.runs import LOCAL_URI, choose
+from raycv.serve import watch
 
 QUESTION = Question("I lie awake", "A.4")
 ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "truncated": False}
@@ -33,13 +36,15 @@ class FakeScorer(ThreadingHTTPServer):
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.status, self.instance, self.asked = model, 200, "one", []
+        self.unwell = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.reply(200, {"instance": self.server.instance, "model": self.server.model})
+        status = 500 if self.server.unwell else 200
+        self.reply(status, {"instance": self.server.instance, "model": self.server.model})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -85,7 +90,7 @@ def announce(scorer, runs: Path, **changes) -> Path:
     record = {"url": scorer.url, "token": "secret", "pid": os.getpid(), "host": socket.gethostname()}
     record |= {"instance": "one", "tracking_uri": absolute_uri(LOCAL_URI), "experiment": "raycv-inference"}
     file = discovery_file(runs, scorer.server_address[1])
-    record |= {"stamps": stamps_of([scorer.checkpoint]), "model": scorer.model}
+    record |= {"stamps": stamps_of([scorer.checkpoint / MANIFEST]), "model": scorer.model}
     write_json(file, {**record, **changes}, private=True)
     return file
 
@@ -116,7 +121,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({}, {"base": "elsewhere/base"}),
         ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}),
         ({"host": "another-machine"}, {}),
-        ({"stamps": [[1, 2, 3]]}, {}),
+        ({"stamps": {"/etc/hostname": [1, 2, 3]}}, {}),
         ({"instance": "two"}, {}),
         ({"tracking_uri": None}, {}),
         ({"model": {"checkpoints": ["/other"]}}, {}),
@@ -205,6 +210,17 @@ def test_files_copied_over_the_checkpoints_are_noticed(scorer, checkpoint, tmp_p
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
 
 
+def test_a_base_or_criteria_that_changed_are_noticed(scorer, checkpoint, tmp_path):
+    criteria = tmp_path / "criteria.csv"
+    criteria.write_text("criterion_id,criterion\nA.4,one\n")
+    announce(scorer, tmp_path, stamps=stamps_of([checkpoint / MANIFEST, criteria]))
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is not None
+    criteria.write_text("criterion_id,criterion\nA.4,two\n")
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    announce(scorer, tmp_path, stamps=stamps_of([criteria]))
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+
+
 def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, tmp_path):
     announce(scorer, tmp_path)
     for scorer.status in (413, 422):
@@ -289,6 +305,37 @@ def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monk
     with pytest.raises(UserError, match="not run="):
         ask(config(other, tmp_path, server=scorer.url), [QUESTION], lambda text: None)
     assert len(scorer.asked) == 3
+
+
+def test_the_server_says_when_it_stops_answering_and_when_it_answers_again(scorer, tmp_path, capsys):
+    """Real sockets; a process of the scorer that died is one that does not listen."""
+    record = Announcement.model_validate_json(announce(scorer, tmp_path).read_text())
+    threading.Thread(target=watch, args=(record, 0.05), daemon=True).start()
+
+    def says(text):
+        for _ in range(100):
+            said.append(capsys.readouterr().out)
+            if text in "".join(said):
+                return
+            time.sleep(0.05)
+        raise AssertionError(said)
+
+    said: list[str] = []
+    time.sleep(0.3)
+    assert capsys.readouterr().out == ""
+    scorer.unwell = True
+    says("it does not answer")
+    scorer.unwell = False
+    says("it answers again")
+    assert "".join(said).count("\n") == 2
+
+
+def test_an_answer_that_takes_too_long_is_told_as_that(monkeypatch):
+    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match="takes too long; it may be busy"):
+            ask(validate(InferConfig, compose("infer", []) | {"server": url}), [Question("p", "c")], print)
 
 
 def test_a_token_is_never_repeated():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -166,11 +167,45 @@ def test_the_best_fold_of_the_newest_finished_run_answers_unless_told(run):
     assert choose(str(folder), "best", runs, None).checkpoints == (folder,)
 
 
+def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp_path):
+    copy = RunFolder(shutil.copytree(run, tmp_path / "toy"))
+    for fold in (0, 1):
+        result = copy.fold(fold).result
+        write_json(result, read_json(result) | {"sha256": copy.fold(fold).sums()})
+    choose("toy", "ensemble", tmp_path, None)
+    shutil.rmtree(copy.fold(1).checkpoint)
+    shutil.copytree(copy.fold(0).checkpoint, copy.fold(1).checkpoint)
+    choose("toy", 0, tmp_path, None)
+    for fold in (1, "ensemble"):
+        with pytest.raises(UserError, match=r"fold_1/checkpoint/raycv.json is damaged: it does not have the checksum"):
+            choose("toy", fold, tmp_path, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["2>&-", "2>/dev/full"])
+def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
+    words = [f"run={run}", f"dir={run.parent}", "server=none", "post=w0", "criterion=C0", "output=json"]
+    command = f"{shlex.join([sys.executable, '-m', 'raycv.infer', *words])} {place}"
+    done = subprocess.run(command, shell=True, cwd=run.parent.parent, stdout=subprocess.PIPE, timeout=120)
+    assert json.loads(done.stdout)["criterion_id"] == "C0"
+    assert done.returncode == 0
+    refused = subprocess.run(command.replace("=C0", "=Z.9"), shell=True, cwd=run.parent, stdout=subprocess.PIPE)
+    assert (refused.returncode, refused.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("typed", ["/post={}", "9post={}", "~post={}", "post@x={} [a", "hydra.post='{} [x"])
+def test_a_text_behind_a_mistyped_key_is_not_repeated(run, monkeypatch, capsysbinary, typed):
+    code, printed = run_here(monkeypatch, capsysbinary, typed.format(f"{CANARY} it's"), "server=none")
+    assert code == 2
+    assert b"canary" not in printed.out + printed.err
+
+
 @pytest.mark.parametrize(
     ("name", "fold", "said"),
     [
         ("toy", 7, "it has fold 0 to 1"),
         ("nothing", "best", "neither a run in"),
+        ("nowhere/toi", "best", "run=nowhere/toi: there is no such folder"),
         ("{run}/fold_0", "best", "neither a run's folder nor a checkpoint"),
         ("{run}/fold_0/checkpoint", 1, "is the checkpoint of fold 0 alone"),
         ("{run}/fold_0/checkpoint", "ensemble", "is the checkpoint of fold 0 alone"),
@@ -243,11 +278,38 @@ def test_a_name_is_none_of_a_criterion_that_does_not_bear_it():
 
 @pytest.mark.parametrize(
     "asked",
-    ["A.4", "SLEEP_ISSUES", "B12", "NO_SUCH_NAME", "z.9", "a.99", "no_such_name", "A.1.2", "PHQ-9", "4", " b_3 "],
+    [
+        "A.4",
+        "SLEEP_ISSUES",
+        "B12",
+        "NO_SUCH_NAME",
+        "z.9",
+        "a.99",
+        "no_such_name",
+        "A.1.2",
+        "PHQ-9",
+        "4",
+        " b_3 ",
+        "A.1,X9",
+        "A.1, A.4",
+    ],
 )
 def test_an_unknown_id_is_refused_and_the_known_ones_are_named(asked):
     with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1 \(DEPRESSED_MOOD\), X9"):
         find_criterion(asked, CRITERIA)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("ANHEDONI", "ANHEDONIA"), ("SLEEP", "SLEEP_ISSUES"), ("DEPRESED_MOOD", None), ("PTSD", "")]
+)
+def test_a_word_in_capitals_that_is_nearly_a_name_is_not_taken_for_a_text(asked, meant):
+    names = ("DEPRESSED_MOOD", "SLEEP_ISSUES", "ANHEDONIA")
+    criteria = {f"A.{number}": Criterion(f"A.{number}", "text", name) for number, name in enumerate(names)}
+    if meant == "":
+        assert find_criterion(asked, criteria).text == asked
+        return
+    with pytest.raises(UserError, match=f"did you mean {meant}?" if meant else "no such criterion"):
+        find_criterion(asked, criteria)
 
 
 class Fixed:
@@ -500,7 +562,7 @@ def test_a_lone_dash_is_standard_input(run, monkeypatch, capsysbinary):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         code, printed = run_here(monkeypatch, capsysbinary, dash, f"run={run}", f"dir={run.parent}")
         assert code == 2
-        assert b"The post is empty" in printed.err
+        assert b"post_file=-: the post is empty" in printed.err
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"parent_run_id": "x"}'])

@@ -134,9 +134,11 @@ def test_every_format_in_and_out_gives_the_same(checkpoint, tmp_path, capfd):
     assert CANARY not in everything_written(places) + "".join(capfd.readouterr())
 
 
-def test_without_a_criterion_column_each_post_is_asked_for_all_or_for_the_given_one(checkpoint, tmp_path):
+def test_without_a_criterion_column_each_post_is_asked_for_all_or_for_the_given_one(checkpoint, tmp_path, capfd):
     source = write_csv(tmp_path / "posts.csv", "id,post,upvotes", [[7, post, 1] for post in posts(3)])
     score(checkpoint, source, tmp_path / "all.csv")
+    said = "no column criterion, so each post is asked for every criterion; not read: 'upvotes'"
+    assert said in " ".join(capfd.readouterr().err.split())
     found = read_csv(tmp_path / "all.csv")
     assert [(row["row"], row["id"], row["criterion_id"]) for row in found] == [
         (str(row), "7", criterion) for row in (1, 2, 3) for criterion in ("C0", "C1", "C2")
@@ -419,6 +421,7 @@ def test_what_cannot_be_used_is_refused(checkpoint, tmp_path, monkeypatch, conte
         score(checkpoint, Path("in.csv"), Path("out.csv"), *overrides)
     assert said in caught.value.what
     assert caught.value.remedies
+    assert (caught.value.remedies == ["save it with commas"]) == ("not by commas" in said)
     assert not Path("out.csv").exists()
     assert {path.name for path in Path().iterdir()} <= {"in.csv", "out.csv.errors.csv"}
 
@@ -588,6 +591,47 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is there already"):
         score(checkpoint, source, output)
     assert len(read_csv(output)) == 27
+
+
+@pytest.mark.parametrize(
+    "change", [{"identity": 5}, {"records": "x"}, {"records": 10**9}, {"part_bytes": 10}, {"sha256": ""}]
+)
+def test_a_damaged_state_is_not_continued(checkpoint, tmp_path, monkeypatch, change):
+    """It would leave rows out, or write some twice."""
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, tmp_path / "out.csv")
+    state = tmp_path / "out.csv.state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    with pytest.raises(UserError, match=r"state\.json is damaged.*\n.*to start anew, delete"):
+        score(checkpoint, source, tmp_path / "out.csv")
+
+
+def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    output = tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", lambda *_: os.utime(source, (1, 1)))
+        with pytest.raises(UserError, match="changed while it was scored"):
+            score(checkpoint, source, output)
+    assert not output.exists()
+    with pytest.raises(UserError, match=r"(?s)the time of the input changed.*to start anew, delete"):
+        score(checkpoint, source, output)
+
+
+def test_quotes_that_are_never_closed_one_after_the_other_end_the_reading(checkpoint, tmp_path, monkeypatch):
+    """Each would be looked for up to the end of the file: hours, for a large one."""
+    monkeypatch.setattr(pairs_module, "READ_AGAIN", 100)
+    source = tmp_path / "in.csv"
+    source.write_text("post,id\n" + "w1,2\n" * 50 + '6\'2","w2 and w3\n' * 200)
+    with pytest.raises(UserError, match=r"in.csv, line \d\d: up to here one quote after the other is opened and never"):
+        score(checkpoint, source, tmp_path / "out.csv", "criterion=C0")
+    source.write_text("post,id\n" + "w1,2\n" * 50 + '6\'2","w2 and w3\n')
+    score(checkpoint, source, tmp_path / "few.csv", "criterion=C0")
+    assert len(read_csv(tmp_path / "few.csv")) == 50
 
 
 def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoint, tmp_path, monkeypatch):

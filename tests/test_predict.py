@@ -1,5 +1,6 @@
 """A checkpoint's scores at inference are those of training, in every long-post mode and for any mixture of pairs."""
 
+import shutil
 import weakref
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,7 @@ from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_da
 
 import raycv.int8
 import raycv.predict
+from raycv.base import fetch_base
 from raycv.checkpoint import save_checkpoint
 from raycv.config import InferenceConfig
 from raycv.errors import UserError
@@ -51,6 +53,28 @@ class Trained:
         """The same checkpoint with another manifest."""
         save_checkpoint(folder, self.toy.model(), self.toy.tokenizer, replace(self.info, **changes))
         return folder
+
+
+def test_another_base_than_that_of_training_is_refused_and_one_that_is_given_is_told(trained, tmp_path):
+    """Its weights changed where they lay, or the base of another model: labels would flip without a word."""
+    fold = trained("none", 0)
+    config = InferenceConfig(precision="fp32", batch_size=4)
+    base = shutil.copytree(fold.toy.base.path, tmp_path / "base")
+    sums = fetch_base(str(base), None).sums()
+    checkpoint = fold.rewritten(tmp_path / "checkpoint", base_model=str(base), base_sums=sums)
+    told: list[str] = []
+    Predictor([checkpoint], config, told.append)
+    assert told == []
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"not the one that was trained on: 'model.safetensors' changed") as caught:
+        Predictor([checkpoint], config, told.append)
+    assert f"base={base}" in caught.value.remedies[1]
+    Predictor([checkpoint], config, told.append, str(base))
+    assert told == [
+        f"base={base} is not, file by file, the model that was trained on ('model.safetensors'): scores may be off"
+    ]
 
 
 @pytest.fixture(scope="module")

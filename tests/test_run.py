@@ -260,6 +260,8 @@ def test_config_environment_and_statistics_are_recorded(run):
     assert config["model"]["name"] == "raycv://models/tiny_llama"
     assert config["run"]["name"] == run.name
     environment = json.loads((run / "environment.json").read_text())
+    manifest = json.loads((run / "fold_0" / "checkpoint" / "raycv.json").read_text())
+    assert manifest["base_sums"] == environment["base_model"]["sha256"]
     assert {"ray", "torch", "transformers", "peft", "mlflow"} <= set(environment["packages"])
     assert environment["seeds"] == {"cv": 42, "train": 42}
     assert environment["base_model"]["weight_format"] == "safetensors"

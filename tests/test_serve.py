@@ -21,7 +21,7 @@ from raycv.config import ServeConfig, ServerConfig, validate
 from raycv.errors import UserError
 from raycv.retry import mask_secrets
 from raycv.runs import Chosen
-from raycv.serve import is_loopback, listening
+from raycv.serve import files_of, is_loopback, listening
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
@@ -374,6 +374,16 @@ def test_a_replica_that_no_node_can_hold_is_refused(given):
 
     with pytest.raises(UserError, match=r"no node has them \(8 CPUs, 1 GPUs at most"):
         _resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
+
+
+def test_answers_depend_on_checkpoint_criteria_and_base(tmp_path):
+    toy = Toy(toy_base(tmp_path))
+    checkpoint = toy.save_with_criteria(tmp_path, toy.model())
+    files = {path.relative_to(tmp_path).as_posix() for path in files_of([checkpoint], None, None)}
+    base = toy.base.path.relative_to(tmp_path).as_posix()
+    wanted = {"checkpoint/raycv.json", "checkpoint/adapter_model.safetensors", "criteria/criteria.csv"}
+    assert wanted | {f"{base}/{name}" for name in toy.base.files} == files
+    assert f"{base}/model.safetensors" in files
 
 
 def test_where_it_may_listen(monkeypatch):
