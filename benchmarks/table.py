@@ -186,7 +186,10 @@ def overhead(result: Json) -> list[str]:
         ("checkpoint", lambda row: seconds(row["phase_checkpoint"])),
         ("until the run knows", lambda row: seconds(row["phase_reports"])),
     ]
-    return [*lines, "", "Where the seconds of one fold go:", "", *table(phases, timed)]
+    head = (
+        "Where the seconds of one fold go (the loop with what precedes its first epoch, which is not `inside` above):"
+    )
+    return [*lines, "", head, "", *table(phases, timed)]
 
 
 def scale(result: Json) -> list[str]:
