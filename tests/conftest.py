@@ -20,8 +20,9 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
-# A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
+# A shell's background job ignores Ctrl-C, one under nohup SIGHUP, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish():
