@@ -185,6 +185,7 @@ def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp
 @pytest.mark.parametrize("place", ["2>&-", "2>/dev/full"])
 def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
     words = [f"run={run}", f"dir={run.parent}", "server=none", "post=w0", "criterion=C0", "output=json"]
+    words.append("tracking.experiment=unheard")
     command = f"{shlex.join([sys.executable, '-m', 'raycv.infer', *words])} {place}"
     done = subprocess.run(command, shell=True, cwd=run.parent.parent, stdout=subprocess.PIPE, timeout=120)
     assert json.loads(done.stdout)["criterion_id"] == "C0"
