@@ -16,7 +16,7 @@ from raycv.config import Section, as_yaml, fields, meaning, text_keys, validate,
 from raycv.errors import UserError, counted, printable, shown
 from raycv.paths import bundled
 from raycv.retry import mask_secrets
-from raycv.utils import seldom_collecting
+from raycv.utils import discard, seldom_collecting
 
 S = TypeVar("S", bound=Section)
 
@@ -206,9 +206,7 @@ def _say(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        with contextlib.suppress(AttributeError, OSError):
-            # What is left in the buffer would be written once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        discard(sys.stderr)
 
 
 def _refused(name: str, error: UserError) -> SystemExit:

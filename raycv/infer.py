@@ -23,6 +23,7 @@ from raycv.labels import is_blank
 from raycv.loaded import load_answerer, read_criteria
 from raycv.records import Criterion
 from raycv.runs import Chosen, choose
+from raycv.utils import discard
 
 logger = logging.getLogger("raycv.infer")
 
@@ -135,9 +136,7 @@ def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: I
         sys.stdout.buffer.write(text.encode("utf-8"))
         sys.stdout.flush()
     except OSError as error:
-        with contextlib.suppress(AttributeError, OSError):
-            # What is left in the buffer would be written, and complained of, once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         what = f"The answer cannot be written to standard output: {error.strerror}."
         raise UserError(what, remedies=["see what takes it: the command behind |, or the file and its disk"]) from error
 

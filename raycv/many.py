@@ -95,10 +95,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
             kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
             say(console, kept if records else "stopped before the first records were scored")
             raise
-        if (
-            not begun.finished
-            and {**output.progress.identity, **_identity_of_input(source)} != output.progress.identity
-        ):
+        if not begun.finished and not _identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
                 remedies=["run the same command again: it says what to delete to start anew"],

@@ -321,7 +321,10 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
 
 
 def _check_manifest(folder: RunFolder, fold: int) -> None:
-    """Raises: UserError if the checkpoint's `raycv.json`, which has the sums of its weights, is not the fold's."""
+    """Raises: UserError if the checkpoint's `raycv.json`, which has the sums of its weights, is not the fold's.
+
+    FoldResult.of would sum the weights too, which whoever loads them does.
+    """
     files = folder.fold(fold)
     manifest = files.checkpoint / MANIFEST
     known = FoldResult.read(files.result).sha256.get(manifest.relative_to(files.root).as_posix())
