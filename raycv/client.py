@@ -350,40 +350,49 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     found = [(file, record) for file in files if (record := _read(file)) is not None]
     if not found:
         return None
-    same = _with_model(found, config)
+    same, tracked = _with_model(found, config)
     if not same and (config.run, config.fold) == (LATEST, "best"):
         # Who did not say which model would wonder why it takes so long.
         others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
         tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
+    reasons = []
     for file, record in same:
-        here = "computing in this process"
+        why = _difference(record, tracked, config)
         try:
-            with Connection(record.url, record.token) as connection:
-                # The port may be another program's by now, which is to get no post.
-                if connection.health().instance != record.instance:
-                    raise Unavailable("another program answers on its port")
-                return _ask(connection, config, questions, tell)
+            if why is None:
+                return _ask_announced(record, config, questions, tell)
         except ConnectionRefusedError:
             file.unlink(missing_ok=True)
-            tell(f"the scorer at {record.url} is gone: {here}")
+            why = "is gone"
         except Unavailable as error:
-            tell(f"the scorer at {record.url} cannot answer ({error}): {here}")
+            why = f"cannot answer ({error})"
         except RefusedError as error:
             if error.status not in TOO_LARGE:
                 raise
-            tell(f"the question is larger than the scorer at {record.url} takes: {here}")
+            why = "takes no question as large as this"
+        reasons.append(f"the scorer at {record.url} {why}")
+    if reasons:
+        tell(f"{'; '.join(reasons)}: computing in this process")
     return None
 
 
-def _with_model(found: Sequence[tuple[Path, Announcement]], config: InferConfig) -> list[tuple[Path, Announcement]]:
-    """Those of `found` that would give the very answer that this process would."""
+def _ask_announced(record: Announcement, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
+    with Connection(record.url, record.token) as connection:
+        # The port may be another program's by now, which is to get no post.
+        if connection.health().instance != record.instance:
+            raise Unavailable("another program answers on its port")
+        return _ask(connection, config, questions, tell)
+
+
+def _with_model(
+    found: Sequence[tuple[Path, Announcement]], config: InferConfig
+) -> tuple[list[tuple[Path, Announcement]], str | None]:
+    """Those of `found` that have the checkpoints that this process would load, and where their run was tracked."""
     tracked = [each for each in found if _is_tracked_as(config, each[1].model)]
     if tracked:
-        store = _store(config) or LOCAL_URI
-        return [each for each in tracked if _serves(each[1], list(map(Path, each[1].model.checkpoints)), store, config)]
+        return tracked, _store(config) or LOCAL_URI
     chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
-    same = [each for each in found if _same_files(chosen, each[1].model)]
-    return [each for each in same if _serves(each[1], chosen.checkpoints, chosen.tracking_uri, config)]
+    return [each for each in found if _same_files(chosen, each[1].model)], chosen.tracking_uri
 
 
 def _read(file: Path) -> Announcement | None:
@@ -406,26 +415,32 @@ def _read(file: Path) -> Announcement | None:
     return record
 
 
-def _serves(record: Announcement, checkpoints: Sequence[Path], tracked: str | None, config: InferConfig) -> bool:
-    """Whether the scorer, which has `checkpoints`, has them as they are now, and precision, criteria, base and store.
+def _difference(record: Announcement, tracked: str | None, config: InferConfig) -> str | None:
+    """Why the scorer, which has the right checkpoints, would answer otherwise than this process; None if it would not.
 
     `tracked`: where their run was.
     """
     model = record.model
-    try:
-        own = all(str(folder / MANIFEST) in record.stamps for folder in checkpoints)
-        unchanged = own and stamps_of(map(Path, record.stamps)) == record.stamps
-    except OSError:
-        return False
+    if not all(str(Path(folder, MANIFEST)) in record.stamps for folder in model.checkpoints):
+        return "does not say which files it answers from"
+    for file, stamp in record.stamps.items():
+        try:
+            if stamps_of([Path(file)])[file] == stamp:
+                continue
+        except OSError:
+            pass
+        return f"started before {file} changed"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
+    if asked != model.precision:
+        return f"computes in {model.precision}, and asked for is {asked}"
+    if (config.criteria_dir and absolute_folder(config.criteria_dir)) != model.criteria_dir:
+        return "has other criteria (criteria_dir)"
+    if config.base is not None and absolute_name(config.base) != (model.base_given or model.base):
+        return "has its base model from elsewhere (base)"
     store = store_of(config.tracking.uri, tracked)
-    same_log = store is None or (
-        mask_secrets(absolute_uri(store)) == record.tracking_uri and config.tracking.experiment == record.experiment
-    )
-    return (
-        unchanged
-        and asked == model.precision
-        and (config.criteria_dir and absolute_folder(config.criteria_dir)) == model.criteria_dir
-        and (config.base is None or absolute_name(config.base) == (model.base_given or model.base))
-        and same_log
-    )
+    if store is not None and (mask_secrets(absolute_uri(store)), config.tracking.experiment) != (
+        record.tracking_uri,
+        record.experiment,
+    ):
+        return "logs elsewhere (tracking.uri, tracking.experiment)"
+    return None

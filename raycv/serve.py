@@ -15,6 +15,7 @@ from raycv.checkpoint import MANIFEST, read_info
 from raycv.cli import run_command
 from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
+from raycv.data import criteria_file
 from raycv.errors import UserError
 from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.loaded import read_criteria
@@ -73,7 +74,7 @@ def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | 
     """The files that answers depend on; those of a base model on the hub never change, as its commit is known."""
     info = read_info(checkpoints[0])
     files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
-    files += [file for file in Path(resolve(criteria_dir or info.criteria_dir)).iterdir() if file.is_file()]
+    files.append(criteria_file(Path(resolve(criteria_dir or info.criteria_dir))))
     if is_folder(resolve(base or info.base_model)):
         found = fetch_trained_base(info.base_model, info.base_revision, base)
         files += [found.path / name for name in found.files]

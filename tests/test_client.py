@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from raycv import client
 from raycv.answers import Question
 from raycv.checkpoint import MANIFEST
 from raycv.cli import compose
-from raycv.client import Announcement, ask, checked_address, checked_token, discovery_file, stamps_of
+from raycv.client import PATTERN, Announcement, ask, checked_address, checked_token, discovery_file, stamps_of
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
 from raycv.paths import absolute_uri, write_json
@@ -113,27 +114,32 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("announced", "asked"),
+    ("announced", "asked", "why"),
     [
-        ({}, {"server": "none"}),
-        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}),
-        ({}, {"criteria_dir": "elsewhere"}),
-        ({}, {"base": "elsewhere/base"}),
-        ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}),
-        ({"host": "another-machine"}, {}),
-        ({"stamps": {"/etc/hostname": [1, 2, 3]}}, {}),
-        ({"instance": "two"}, {}),
-        ({"tracking_uri": None}, {}),
-        ({"model": {"checkpoints": ["/other"]}}, {}),
+        ({}, {"server": "none"}, None),
+        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, and asked for is bf16"),
+        ({}, {"criteria_dir": "elsewhere"}, "other criteria"),
+        ({}, {"base": "elsewhere/base"}, "its base model from elsewhere"),
+        ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}, "logs elsewhere"),
+        ({"host": "another-machine"}, {}, None),
+        ({"stamps": {"/etc/hostname": [1, 2, 3]}}, {}, "does not say which files"),
+        ({"instance": "two"}, {}, "another program answers"),
+        ({"tracking_uri": None}, {}, "logs elsewhere"),
+        ({"model": {"checkpoints": ["/other"]}}, {}, None),
         # Whoever asks for nothing special gets what this process would compute in.
-        ({"model": {"precision": "int8"}}, {}),
+        ({"model": {"precision": "int8"}}, {}, "computes in int8, and asked for is fp32"),
     ],
 )
-def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked):
+def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked, why):
     file = announce(scorer, tmp_path, **announced | {"model": scorer.model | announced.get("model", {})})
-    assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], lambda text: None) is None
+    told = []
+    assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], told.append) is None
     assert scorer.asked == []
     assert file.exists()
+    if why is None:
+        assert told == []
+    else:
+        assert re.fullmatch(f"the scorer at {scorer.url} .*{why}.*: computing in this process", told[0])
 
 
 def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, checkpoint, tmp_path):
@@ -216,7 +222,9 @@ def test_a_base_or_criteria_that_changed_are_noticed(scorer, checkpoint, tmp_pat
     announce(scorer, tmp_path, stamps=stamps_of([checkpoint / MANIFEST, criteria]))
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is not None
     criteria.write_text("criterion_id,criterion\nA.4,two\n")
-    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    told = []
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+    assert told == [f"the scorer at {scorer.url} started before {criteria} changed: computing in this process"]
     announce(scorer, tmp_path, stamps=stamps_of([criteria]))
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
 
@@ -226,7 +234,7 @@ def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, t
     for scorer.status in (413, 422):
         told = []
         assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
-        assert "larger than the scorer" in told[0]
+        assert "takes no question as large as this" in told[0]
         with pytest.raises(UserError, match="no such criterion"):
             ask(config(checkpoint, tmp_path, server=scorer.url), [QUESTION], told.append)
 
@@ -267,6 +275,17 @@ def test_a_dead_scorers_file_is_removed(scorer, checkpoint, tmp_path):
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
     assert not file.exists()
     assert "is gone" in told[0]
+
+
+def test_a_scorer_that_cannot_answer_is_told_of_only_where_no_other_does(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path).rename(tmp_path / PATTERN.replace("*", "2"))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    gone = announce(scorer, tmp_path, url=url).rename(tmp_path / PATTERN.replace("*", "1"))
+    told = []
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append).answers == [[ANSWER]]
+    assert not gone.exists()
+    assert told == ["careful"]
 
 
 def test_an_overloaded_scorer_is_left_alone_unless_it_was_named(scorer, checkpoint, tmp_path):

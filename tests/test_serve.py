@@ -379,6 +379,9 @@ def test_a_replica_that_no_node_can_hold_is_refused(given):
 def test_answers_depend_on_checkpoint_criteria_and_base(tmp_path):
     toy = Toy(toy_base(tmp_path))
     checkpoint = toy.save_with_criteria(tmp_path, toy.model())
+    # What lies beside the criteria may change with every answer.
+    for beside in ("mlflow.db", "serve.log", "posts.csv"):
+        (tmp_path / "criteria" / beside).write_text("post_id,post\n1,I sleep well\n")
     files = {path.relative_to(tmp_path).as_posix() for path in files_of([checkpoint], None, None)}
     base = toy.base.path.relative_to(tmp_path).as_posix()
     wanted = {"checkpoint/raycv.json", "checkpoint/adapter_model.safetensors", "criteria/criteria.csv"}
