@@ -412,7 +412,7 @@ class ServerConfig(Section):
     )
     max_queued: Positive = Field(description="requests of a replica at most, in work and waiting; more are told 503")
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
-        description="how long a request that is not alone waits for more to be computed with"
+        description="how long a request that is not alone waits for more to compute with; among 8 or more: twice that"
     )
     max_pairs: Positive = Field(description="pairs of one request, each of the run's criteria counted")
     max_post_characters: Positive = Field(description="characters of a post or a criterion")

@@ -29,6 +29,8 @@ APP = "raycv"
 THREADS = "OMP_NUM_THREADS"
 DEPLOYMENT = "scorer"
 REQUESTS_OF_A_BATCH = 64
+CROWD = 8
+"""Requests at once, from which a batch waits longer."""
 OPEN_SECONDS = 30.0
 FLUSH_SECONDS = 10.0
 
@@ -134,9 +136,7 @@ class Scorer:
     @serve.batch(max_batch_size=REQUESTS_OF_A_BATCH, batch_wait_timeout_s=0.0)
     async def _batched(self, requests: list[list[Question]]) -> list[list[list[Answer]] | UserError]:
         answers = await self._computed(requests)
-        # Who asks alone is answered at once. Where several ask, the next batch waits for more of them: it takes little
-        # longer than a pair, and threads that compute keep the interpreter from those that take requests in.
-        wait = self._limits.batch_wait_ms / 1000 if self._waiting > 1 else 0.0
+        wait = _wait_seconds(self._waiting, self._limits.batch_wait_ms)
         self._batched.set_batch_wait_timeout_s(wait)  # type: ignore[attr-defined]
         return answers
 
@@ -237,6 +237,15 @@ def _application(setup: Setup, cpus: float, gpus: float, quiet: LoggingConfig) -
         **scale,
     )
     return deployment.bind(setup)  # type: ignore[attr-defined]
+
+
+def _wait_seconds(waiting: int, batch_wait_ms: float) -> float:
+    """How long the next batch waits for more requests, where `waiting` are under way.
+
+    Who asks alone is answered at once. A batch takes little longer than a pair, and threads that compute keep the
+    interpreter from those that take requests in: so it waits where several ask, and for a crowd twice as long.
+    """
+    return (0 if waiting <= 1 else 1 if waiting < CROWD else 2) * batch_wait_ms / 1000
 
 
 def _refuse_second_serve() -> None:

@@ -368,6 +368,13 @@ def test_what_a_replica_gets(given, nodes, resources):
     assert _resources(ServerConfig(**SERVER | given), nodes) == resources
 
 
+@pytest.mark.parametrize(("waiting", "seconds"), [(0, 0), (1, 0), (2, 0.02), (7, 0.02), (8, 0.04), (64, 0.04)])
+def test_how_long_a_batch_waits_for_more(waiting, seconds):
+    from raycv.scorer import _wait_seconds
+
+    assert _wait_seconds(waiting, 20.0) == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize("given", [{"cpus_per_replica": 9.0}, {"gpus_per_replica": 2.0}])
 def test_a_replica_that_no_node_can_hold_is_refused(given):
     from raycv.scorer import _resources
