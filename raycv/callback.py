@@ -73,10 +73,7 @@ class FoldRuns(MLflowLoggerCallback):
         self._try(self._finish, trial, trial.config[self.fold_key])
 
     def _start(self, trial: Any, fold: int) -> None:
-        run_id = self.tracker.start_child(self.parent_id, fold, self.params)
-        # Of a fold that goes on, the last epoch may be trained once more.
-        self._logged[trial] = self.tracker.logged_epochs(run_id)
-        self._trial_runs[trial] = run_id
+        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
 
     def _epoch(self, trial: Any, fold: int, result: dict[str, Any]) -> None:
         self._pending.setdefault(trial, []).append(result)
@@ -89,9 +86,17 @@ class FoldRuns(MLflowLoggerCallback):
         if trial not in self._trial_runs:
             self._start(trial, fold)
         run_id, pending = self._trial_runs[trial], self._pending.get(trial, [])
+        if trial not in self._logged:
+            # Of a fold that goes on, the last epoch may be trained once more.
+            self._logged[trial] = self.tracker.logged_epochs(run_id)
         while pending:
             if pending[0][EPOCH_KEY] not in self._logged[trial]:
-                self.tracker.log_epoch(run_id, pending[0])
+                try:
+                    self.tracker.log_epoch(run_id, pending[0])
+                except UserError:
+                    # The store may have it, and only the answer is lost: it is asked before the next attempt.
+                    del self._logged[trial]
+                    raise
                 # Of a fold that is tried again after the death of a process, too.
                 self._logged[trial].add(pending[0][EPOCH_KEY])
             pending.pop(0)

@@ -28,12 +28,12 @@ from raycv.cli import compose
 from raycv.config import STORES, RunConfig, TrackingConfig, as_yaml, validate
 from raycv.driver import _ended
 from raycv.errors import UserError
-from raycv.metrics import METRICS
+from raycv.metrics import METRICS, VAL_LOSS
 from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import FoldResult
 from raycv.report import summarize
 from raycv.resume import sole_process
-from raycv.retry import mask_secrets
+from raycv.retry import ATTEMPTS, mask_secrets
 from raycv.tracking import EPOCH_METRICS, Tracker, check_store, flat_params
 
 
@@ -408,7 +408,7 @@ def answering(answer):
         def do(self):
             answer(self, self.rfile.read(int(self.headers["Content-Length"] or 0)))
 
-        do_GET = do_POST = do  # noqa: N815  # the names that http.server looks for
+        do_GET = do_POST = do_PUT = do  # noqa: N815  # the names that http.server looks for
 
         def log_message(self, *_):
             """Quiet."""
@@ -434,8 +434,8 @@ def test_a_server_that_wants_a_password_says_how_to_give_one(tmp_path, caplog, s
     assert "attempt" not in caplog.text
 
 
-def losing_one_answer(url):
-    """A server that hands on to the one at `url`, and hangs up once a run is made instead of saying so."""
+def losing_answers(url, path, part, times):
+    """A server that hands on to the one at `url`, but hangs up on answers to requests at `path` that hold `part`."""
     lost = []
 
     def hand_on(handler, body):
@@ -445,7 +445,7 @@ def losing_one_answer(url):
         except urllib.error.HTTPError as error:
             got = error
         answer = got.read()
-        if handler.path.endswith("/runs/create") and not lost:
+        if handler.path.endswith(path) and part in body and len(lost) < times:
             lost.append(answer)
             handler.close_connection = True
             return
@@ -458,9 +458,36 @@ def losing_one_answer(url):
 
 
 @pytest.mark.slow
+def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_path, caplog):
+    """As of a server that dies when it has written, and comes back."""
+
+    class Trial:
+        config = {"fold": 0}  # noqa: RUF012
+
+    url, _ = server
+    folder, trial = finished_run(tmp_path / "runs" / "mine"), Trial()
+    with losing_answers(url, "/runs/log-batch", VAL_LOSS.encode(), ATTEMPTS) as bad_line:
+        settings = config(bad_line, tmp_path)
+        tracker = Tracker(bad_line)
+        parent_id = tracker.start_parent(tracker.open_experiment(settings), folder.root.name, {})
+        runs = FoldRuns(settings, parent_id, folder, {}, "fold")
+        runs.setup()
+        runs.log_trial_start(trial)
+        for epoch in fold_result(0).history:
+            runs.log_trial_result(int(epoch["epoch"]), trial, epoch)
+        runs.log_trial_end(trial)
+        runs.close()
+        assert "not logged for now" in caplog.text
+        child = tracker.children(parent_id)[0]
+        points = tracker._client.get_metric_history(child.info.run_id, VAL_LOSS)
+    assert child.info.status == "FINISHED"
+    assert [(point.step, point.value) for point in points] == [(1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.slow
 def test_an_http_server_and_its_death(server, tmp_path, caplog):
     url, process = server
-    with losing_one_answer(url) as bad_line:
+    with losing_answers(url, "/runs/create", b"", 1) as bad_line:
         tracker = Tracker(bad_line)
         experiment_id = tracker.open_experiment(config(bad_line, tmp_path, "bad line"))
         made = tracker.start_parent(experiment_id, "one", {})
