@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -140,12 +140,14 @@ class RefusedError(UserError):
 
 
 def stamps_of(files: Iterable[Path]) -> dict[str, list[int]]:
-    """What no copy over a file leaves as it was: the time of change, the size, the number.
+    """What no copy over a file leaves as it was, by its path. Raises: OSError if a file cannot be read."""
+    return {str(path): _stamp(path) for path in files}
 
-    Raises: OSError if a file cannot be read.
-    """
-    stats = {str(path): path.stat() for path in files}
-    return {name: [one.st_ctime_ns, one.st_size, one.st_ino] for name, one in stats.items()}
+
+def _stamp(path: Path) -> list[int]:
+    """The time of change, the size, the number."""
+    status = path.stat()
+    return [status.st_ctime_ns, status.st_size, status.st_ino]
 
 
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
@@ -388,9 +390,9 @@ def _with_model(
     found: Sequence[tuple[Path, Announcement]], config: InferConfig
 ) -> tuple[list[tuple[Path, Announcement]], str | None]:
     """Those of `found` that have the checkpoints that this process would load, and where their run was tracked."""
-    tracked = [each for each in found if _is_tracked_as(config, each[1].model)]
-    if tracked:
-        return tracked, _store(config) or LOCAL_URI
+    named = [each for each in found if _is_tracked_as(config, each[1].model)]
+    if named:
+        return named, _store(config) or LOCAL_URI
     chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
     return [each for each in found if _same_files(chosen, each[1].model)], chosen.tracking_uri
 
@@ -423,13 +425,8 @@ def _difference(record: Announcement, tracked: str | None, config: InferConfig) 
     model = record.model
     if not all(str(Path(folder, MANIFEST)) in record.stamps for folder in model.checkpoints):
         return "does not say which files it answers from"
-    for file, stamp in record.stamps.items():
-        try:
-            if stamps_of([Path(file)])[file] == stamp:
-                continue
-        except OSError:
-            pass
-        return f"started before {file} changed"
+    if (changed := _first_changed(record.stamps)) is not None:
+        return f"started before {changed} changed"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
     if asked != model.precision:
         return f"computes in {model.precision}, and asked for is {asked}"
@@ -443,4 +440,16 @@ def _difference(record: Announcement, tracked: str | None, config: InferConfig) 
         record.experiment,
     ):
         return "logs elsewhere (tracking.uri, tracking.experiment)"
+    return None
+
+
+def _first_changed(stamps: Mapping[str, list[int]]) -> str | None:
+    """Of `stamps`, the first file that is not as it was, or cannot be read."""
+    for file, stamp in stamps.items():
+        try:
+            same = _stamp(Path(file)) == stamp
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            return file
     return None

@@ -55,22 +55,13 @@ def load_dataset(posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", 
 
 def load_criteria(folder: Path) -> dict[str, Criterion]:
     """The criteria in `folder` that hold text, sorted by id. Raises: FaultsError naming every fault of the file."""
-    path, faults = criteria_file(folder), Faults()
-    criteria = read_texts(path, CRITERIA, faults)
+    faults = Faults()
+    criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults)
     if criteria is not None and criteria.whole and not criteria.kept():
         faults.add(Kind.NO_CRITERIA, criteria.path, "holds no criterion with text")
     faults.raise_any(f"The criteria in {folder} cannot be used")
     assert criteria is not None
     return {key: Criterion(key, criteria.texts[key], criteria.symptom_of(key)) for key in criteria.kept()}
-
-
-def criteria_file(folder: Path) -> Path:
-    """The file in `folder` that holds the criteria. Raises: FaultsError if there is none, or more than one."""
-    faults = Faults()
-    found = find_criteria(Path(folder), faults)
-    faults.raise_any(f"The criteria in {folder} cannot be used")
-    assert found is not None
-    return found
 
 
 # --- The grid --------------------------------------------------------------------------------------------------------

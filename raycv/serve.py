@@ -15,13 +15,14 @@ from raycv.checkpoint import MANIFEST, read_info
 from raycv.cli import run_command
 from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
-from raycv.data import criteria_file
 from raycv.errors import UserError
+from raycv.faults import Faults
 from raycv.inference_log import NOT_TRACKED, store_of
 from raycv.loaded import read_criteria
 from raycv.paths import absolute_folder, absolute_uri, resolve, write_json
 from raycv.retry import mask_secrets
 from raycv.runs import choose, with_fold_id
+from raycv.sources import find_criteria
 from raycv.utils import ignore_stops
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | 
     """The files that answers depend on; those of a base model on the hub never change, as its commit is known."""
     info = read_info(checkpoints[0])
     files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
-    files.append(criteria_file(Path(resolve(criteria_dir or info.criteria_dir))))
+    # That there are some was seen when they were read. What lies beside them may change with every answer.
+    criteria = find_criteria(Path(resolve(criteria_dir or info.criteria_dir)), Faults())
+    files += [criteria] if criteria else []
     if is_folder(resolve(base or info.base_model)):
         found = fetch_trained_base(info.base_model, info.base_revision, base)
         files += [found.path / name for name in found.files]
