@@ -21,6 +21,9 @@ from raycv.utils import describe_device, describe_environment
 
 logger = logging.getLogger(__name__)
 
+ON_A_GPU = "_gpu"
+"""Ends the name of a result of a benchmark that has one of a CPU too."""
+
 Variants = Mapping[str, Callable[[], object]]
 Clock = Callable[[], float]
 
@@ -160,7 +163,7 @@ class Result:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.value: dict[str, Any] = {
             "benchmark": name,
-            "command": f"python -m benchmarks.{name}{_options(arguments)}",
+            "command": f"python -m benchmarks.{name.removesuffix(ON_A_GPU)}{_options(arguments)}",
             "small": arguments.small,
             "settings": {"repeats": arguments.repeats, **settings},
             "environment": {**describe_environment(), "device": describe_device(device)},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Bar, Result, interleaved, parser, spread
+from benchmarks.harness import ON_A_GPU, Bar, Result, interleaved, parser, spread
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, base_weights, default_dtype
 
 MICRO_BATCHES = 4
@@ -132,7 +132,8 @@ def main() -> None:
     rates = {name: gemm_gflops(dtype, shape, device) for name, dtype in DTYPES.items()}
     main_dtype = max(rates, key=lambda name: rates[name])
     result = Result(
-        "layer", options, **vars(shape), micro_batches=MICRO_BATCHES, dropout=0.05, gradient_checkpointing=True,
+        f"layer{ON_A_GPU if device.type == 'cuda' else ''}", options, **vars(shape), micro_batches=MICRO_BATCHES,
+        dropout=0.05, gradient_checkpointing=True,
         gemm_gflops=rates, main_dtype=main_dtype,
         titles={name: adapter.title for name, adapter in ADAPTERS.items()} | {COMPILED: "DoRA, raycv, compiled"},
     )  # fmt: skip

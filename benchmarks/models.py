@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from raycv.dora import start_at_the_base, use_factored
+from raycv.norm import fuse_norms
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers that get adapters, those of raycv's default config."""
@@ -64,6 +65,7 @@ class Adapter:
             r=8, lora_alpha=16, lora_dropout=dropout, use_dora=self.dora, target_modules=PROJECTIONS,
             modules_to_save=["score"] if hasattr(model, "score") else None,
         )  # fmt: skip
+        fuse_norms(model, fused=self.factored)
         if self.factored:
             use_factored(config)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=self.float32)

@@ -16,7 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
-    "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu",
+    "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu", "layer_gpu",
     "latency_cli", "load", "latency", "drift", "int8",
 )  # fmt: skip
 ONE_AFTER_ANOTHER = ("latency_cli", "load")
@@ -67,8 +67,9 @@ def _grown(result: Json, row: Json, key: str) -> str:
 def layer(result: Json) -> list[str]:
     """One layer: time, FLOPs and memory."""
     titles = result["settings"]["titles"]
+    place = " on a GPU" if result["benchmark"].endswith("_gpu") else ""
     intro = (
-        "**One decoder layer of Llama-7B**, forward and backward under gradient checkpointing; seconds of a "
+        f"**One decoder layer of Llama-7B{place}**, forward and backward under gradient checkpointing; seconds of a "
         f"micro-batch, {result['settings']['micro_batches']} of them an optimizer step; N: the layer's base weights."
     )
     columns: list[Column] = [
@@ -263,6 +264,7 @@ def gpu(result: Json) -> list[str]:
         ("adapter", lambda row: titles[row["adapter"]]),
         ("checkpointing", lambda row: "on" if row["checkpointing"] else "off"),
         ("batching", lambda row: row["batching"]),
+        ("micro-batch", lambda row: str(row["micro_batch"])),
         ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
         ("FLOPs / (N·token) that it needs", lambda row: str(row["flops_per_n_token"])),
         ("these, of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
@@ -341,9 +343,9 @@ def int8(result: Json) -> list[str]:
 
 
 RENDERERS: dict[str, Callable[[Json], list[str]]] = {
-    "layer": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching, "overhead": overhead,
-    "scale": scale, "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift, "latency": latency,
-    "int8": int8,
+    "layer": layer, "layer_gpu": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching,
+    "overhead": overhead, "scale": scale, "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift,
+    "latency": latency, "int8": int8,
 }  # fmt: skip
 
 

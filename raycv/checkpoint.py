@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from raycv.paths import read_json, sha256_of, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
 from raycv.retry import cause_of
+from raycv.utils import package_version
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +67,7 @@ class CheckpointInfo:
             **asdict(self),
             "template": TEMPLATE,
             "labels": {str(label): name for label, name in enumerate(LABELS)},
-            "versions": {name: metadata.version(name) for name in VERSIONED},
+            "versions": {name: package_version(name) for name in VERSIONED},
         }
 
 

@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -26,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 DropoutPath = Literal["lora_path", "peft"]
 
-CHUNK_ELEMENTS = 1 << 22
-"""Weights that are turned to float32 at a time while a norm is computed: 16 MB, not a copy of the layer."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Weights that are turned to float32 at a time while a norm is computed: 16 MB, or 256 MB of a GPU, whose launches
+would take longer than its work."""
 
 
 class Parts(NamedTuple):
@@ -43,6 +45,83 @@ class Parts(NamedTuple):
     """[out, r]"""
     magnitude: torch.Tensor
     """[out]"""
+
+
+class Ready(NamedTuple):
+    """What a forward takes of a layer's parameters; from `rounded_gamma` on in the type of the activations."""
+
+    norm: torch.Tensor
+    """[out], float32 at least: ||W + s B A||"""
+    gamma: torch.Tensor
+    """[out], likewise: m / norm"""
+    rounded_gamma: torch.Tensor
+    """[out]"""
+    excess: torch.Tensor
+    """[out]: gamma - 1"""
+    a: torch.Tensor
+    """[r, in]"""
+    up: torch.Tensor
+    """[out, r]: s gamma B"""
+
+
+class _Product(torch.autograd.Function):
+    """gamma * (W x + s B A x'), where x' is x after dropout, and its gradients with the norm as a constant.
+
+    By hand, since each pass over the activations and, on a GPU, each kernel's launch counts: autograd would make a
+    graph of the small tensors too, and add up the two parts of the gradient of W x in two more passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        low: torch.Tensor,
+        magnitude: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weight: torch.Tensor,
+        ready: Ready,
+        scaling: float,
+        dropped: bool,
+    ) -> torch.Tensor:
+        """`x` and `low`: [..., in], x and x'; `dropped`: gamma - 1 scales W x' and not W x, as PEFT has it."""
+        low = low.reshape(-1, low.shape[-1])
+        through_base = functional.linear(x.reshape(-1, x.shape[-1]), weight)
+        scaled = functional.linear(low, weight) if dropped else through_base
+        # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
+        # activations need not be turned to float32 and back.
+        apart = dropped or x.dtype.itemsize < 4
+        out = torch.addcmul(through_base, scaled, ready.excess) if apart else through_base * ready.rounded_gamma
+        hidden = functional.linear(low, ready.a)
+        out.addmm_(hidden, ready.up.T)
+        ctx.save_for_backward(low, scaled, hidden, b, weight, *ready)
+        ctx.scaling, ctx.dropped, ctx.apart = scaling, dropped, apart
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`grad`: [..., out]."""
+        low, scaled, hidden, b, weight, *rest = ctx.saved_tensors
+        ready = Ready(*rest)
+        shape, exact = grad.shape[:-1], ready.norm.dtype
+        grad = grad.reshape(-1, grad.shape[-1])
+        of_up = (grad.T @ hidden).to(exact)
+        of_gamma = (grad * scaled).sum(dim=0, dtype=exact) + ctx.scaling * (of_up * b).sum(dim=1)
+        of_b = (ctx.scaling * ready.gamma)[:, None] * of_up
+        of_hidden = grad @ ready.up
+        of_a = of_hidden.T @ low
+        of_low = of_hidden @ ready.a
+        if ctx.dropped:
+            of_low = torch.addmm(of_low, grad * ready.excess, weight)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.apart and not ctx.dropped:
+                grad = torch.addcmul(grad, grad, ready.excess)
+            elif not ctx.dropped:
+                grad = grad * ready.rounded_gamma
+            of_x = (grad @ weight).reshape(*shape, -1)
+        return of_x, of_low.reshape(*shape, -1), of_gamma / ready.norm, of_a, of_b, None, None, None, None
 
 
 _optimizer_steps = 0
@@ -63,6 +142,8 @@ class Norms:
     def __init__(self) -> None:
         self.rows: dict[str, tuple[object, torch.Tensor]] = {}
         """||W + s B A|| of each adapter"""
+        self.ready: dict[tuple[str, torch.dtype], tuple[object, Ready]] = {}
+        """what a forward in a type takes of the parameters"""
         self.base: tuple[object, torch.Tensor] | None = None
         """||W||^2"""
 
@@ -89,22 +170,21 @@ class FactoredDoraLinear(PeftLoraLinear):
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         parts, dropout = self.parts(adapter), self.lora_dropout[adapter]
-        gamma = parts.magnitude / self.row_norm(adapter)
-        low_input = dropout(x)
-        through_base = functional.linear(x, parts.weight)
+        dtype = _computed_in(x)
+        x = x.to(dtype)
         dropped = self.training and not isinstance(dropout, nn.Identity) and self.dropout_path == "peft"
-        if dropped or through_base.dtype.itemsize < 4:
-            # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
-            # activations need not be turned to float32 and back.
-            scaled = functional.linear(low_input, parts.weight) if dropped else through_base
-            out = torch.addcmul(through_base, scaled, (gamma - 1).to(through_base.dtype))
-        else:
-            out = through_base * gamma.to(through_base.dtype)
-        hidden = functional.linear(low_input, parts.a.to(low_input.dtype))
-        up = (self.scaling[adapter] * gamma)[:, None] * parts.b
-        # One pass over the activations less than a sum of products.
-        rows = torch.addmm(out.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.to(hidden.dtype).T)
-        out = rows.reshape(out.shape)
+        ready = self._ready(adapter, parts, dtype)
+        out = _Product.apply(
+            x,
+            dropout(x),
+            parts.magnitude,
+            parts.a,
+            parts.b,
+            parts.weight.to(dtype),
+            ready,
+            self.scaling[adapter],
+            dropped,
+        )
         return out if parts.bias is None else out + parts.bias.to(out.dtype)
 
     def parts(self, adapter: str) -> Parts:
@@ -115,6 +195,22 @@ class FactoredDoraLinear(PeftLoraLinear):
         magnitude: Any = self.lora_magnitude_vector[adapter]
         weight = base.weight.T if self.fan_in_fan_out else base.weight
         return Parts(weight, base.bias, a.weight, b.weight, magnitude.weight)
+
+    def _ready(self, adapter: str, parts: Parts, dtype: torch.dtype) -> Ready:
+        """What the forward takes of the parameters, made once per change of them: once per optimizer step."""
+        weight, _, a, b, magnitude = parts
+        scaling = self.scaling[adapter]
+        key = _state(weight, a, b, magnitude, scaling, _optimizer_steps)
+        kept = self._norms.ready.get((adapter, dtype))
+        if kept is not None and key is not None and kept[0] == key:
+            return kept[1]
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+            norm = self.row_norm(adapter)
+            gamma = magnitude / norm
+            up = (scaling * gamma)[:, None] * b
+            ready = Ready(norm, gamma, gamma.to(dtype), (gamma - 1).to(dtype), a.to(dtype), up.to(dtype))
+        self._norms.ready[adapter, dtype] = (key, ready)
+        return ready
 
     def row_norm(self, adapter: str) -> torch.Tensor:
         """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change, or an optimizer steps.
@@ -169,6 +265,14 @@ def _state(*values: torch.Tensor | float) -> object:
     )
 
 
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    """The type that a product of `x` is computed in: autocast's, where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Computes in the tensors' own types; a device that knows no autocast (meta) needs nothing."""
     if not torch.amp.is_autocast_available(device.type):
@@ -192,7 +296,8 @@ def factored_norm(
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Groups of rows of `weight` in float32 (float64 stays)."""
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    elements = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cpu"])
+    rows = max(1, elements // weight.shape[1])
     dtype = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, weight.shape[0], rows):
         yield weight[start : start + rows].to(dtype)

@@ -127,6 +127,8 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from raycv.norm import fuse_norms
+
     config = load_config(files)
     config.num_labels = len(LABELS)
     config.id2label = dict(enumerate(LABELS))
@@ -151,6 +153,7 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
         )
     lacking = _check_loaded(model, found, files)
     _renew_head(model, lacking, seed)
+    fuse_norms(model)
     return model.eval()
 
 

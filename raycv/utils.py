@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TextIO
 
+from raycv import __version__
 from raycv.errors import counted
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def describe_device(device: Any) -> str:
 
 def package_version(name: str) -> str | None:
     """The installed version of a package; None if it is not installed."""
+    if name == "raycv":  # also from a checkout that nobody installed, beside installed dependencies
+        return __version__
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -298,7 +298,7 @@ class Results(TorchDispatchMode):
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_nothing_of_the_size_of_the_weights_is_made(monkeypatch, conv1d):
     """Neither a dense B A nor a copy of W or of its gradient: with W in several parts, none is as large as it."""
-    monkeypatch.setattr(dora, "CHUNK_ELEMENTS", 4 * 48)
+    monkeypatch.setitem(dora.CHUNK_ELEMENTS, "cpu", 4 * 48)
     _, ours = pair(48, 32, dtype=torch.float32, conv1d=conv1d)
     weight = factored_layers(ours)[0].get_base_layer().weight
     made = []
@@ -441,3 +441,22 @@ def test_floating_point_operations_on_base_weights(factored, path, expected):
         model(x).sum().backward()
     per_weight = counter.get_total_flops() / (tokens * inp * out)
     assert expected <= per_weight < expected * 1.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_in_bf16_outputs_and_gradients_are_as_near_to_float64_as_pefts():
+    theirs, ours = pair(256, 192, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(40, 256).bfloat16()
+    y, gradients = outputs_and_gradients(copy.deepcopy(theirs).double(), x.double())
+    exact = {"y": y, **gradients}
+
+    def errors(model):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y, gradients = outputs_and_gradients(model.cuda(), x.cuda())
+        found = {"y": y, **gradients}
+        return {name: float((found[name].cpu().double() - exact[name]).norm() / exact[name].norm()) for name in exact}
+
+    pefts = errors(theirs)
+    for name, error in errors(ours).items():
+        assert error < max(1.5 * pefts[name], 0.01), name
