@@ -25,7 +25,12 @@ NAMES = (
 SPREAD = {"median", "min", "max", "n"}
 
 
-MISSED: set[tuple[str, str]] = set()
+MISSED: set[tuple[str, str]] = {
+    ("gpu", "share of the 6N roofline, DoRA of raycv, checkpointing on, micro-batches of 8"),
+    ("gpu", "times the time of PEFT's LoRA, checkpointing on, micro-batches of 8"),
+    ("gpu", "times faster than the better PEFT DoRA, checkpointing on, micro-batches of 8"),
+    ("gpu", "share of the 6N roofline, DoRA of raycv, checkpointing on, micro-batches of 32"),
+}
 """Claims of full results that miss their bar, each a name and a claim: the README says so."""
 
 
@@ -475,7 +480,7 @@ def test_readme_holds_what_the_results_give():
 
 def test_results_are_of_full_runs_that_meet_their_bars_and_name_no_place():
     paths = sorted(table.RESULTS.glob("*.json"))
-    assert {path.stem for path in paths} >= set(NAMES)
+    assert {path.stem for path in paths} >= {*NAMES, "layer_gpu"}
     missed = set()
     for path in paths:
         text = path.read_text(encoding="utf-8")

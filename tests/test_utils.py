@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
 import raycv
-from raycv.utils import describe_environment, pin_kernels, seldom_collecting, set_seed
+from raycv import __version__
+from raycv.utils import describe_environment, package_version, pin_kernels, seldom_collecting, set_seed
 
 
 def test_the_commit_is_that_of_raycvs_own_checkout_and_of_no_other(tmp_path):
@@ -81,3 +83,14 @@ def test_garbage_is_looked_for_as_before_whatever_happens_within():
         assert gc.get_threshold()[0] > before[0]
         raise KeyError
     assert gc.get_threshold() == before
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    """Beside dependencies that are: a fold would fail when it writes its first checkpoint."""
+
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert package_version("raycv") == __version__
+    assert package_version("torch") is None
