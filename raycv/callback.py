@@ -14,7 +14,7 @@ from raycv.metrics import EPOCH_KEY, VAL_LOSS
 from raycv.paths import RunFolder, absolute_uri
 from raycv.records import FoldResult
 from raycv.retry import mask_secrets
-from raycv.tracking import Tracker
+from raycv.tracking import Tracker, now_ms
 
 AWAY_SECONDS = 10.0
 """Before a store that could not be reached is asked again for the sake of an epoch."""
@@ -43,7 +43,7 @@ class FoldRuns(MLflowLoggerCallback):
         super().setup(*args, **kwargs)
         self.tracker = Tracker(self.tracking.uri)
         self._logged: dict[Any, set[int]] = {}
-        self._pending: dict[Any, list[dict[str, Any]]] = {}
+        self._pending: dict[Any, list[tuple[dict[str, Any], int]]] = {}
         self._away_until = 0.0
         # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
         # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
@@ -67,7 +67,8 @@ class FoldRuns(MLflowLoggerCallback):
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         if VAL_LOSS in result:
-            self._try(self._epoch, trial, trial.config[self.fold_key], dict(result))
+            # Its moment stays the same in every attempt: a database then keeps one of two that both arrive.
+            self._try(self._epoch, trial, trial.config[self.fold_key], dict(result), now_ms())
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         self._try(self._finish, trial, trial.config[self.fold_key])
@@ -75,8 +76,8 @@ class FoldRuns(MLflowLoggerCallback):
     def _start(self, trial: Any, fold: int) -> None:
         self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
 
-    def _epoch(self, trial: Any, fold: int, result: dict[str, Any]) -> None:
-        self._pending.setdefault(trial, []).append(result)
+    def _epoch(self, trial: Any, fold: int, result: dict[str, Any], moment: int) -> None:
+        self._pending.setdefault(trial, []).append((result, moment))
         # A store that is away is not asked at every epoch: the attempts of many would hold up the run's end.
         if time.monotonic() >= self._away_until:
             self._catch_up(trial, fold)
@@ -90,15 +91,16 @@ class FoldRuns(MLflowLoggerCallback):
             # Of a fold that goes on, the last epoch may be trained once more.
             self._logged[trial] = self.tracker.logged_epochs(run_id)
         while pending:
-            if pending[0][EPOCH_KEY] not in self._logged[trial]:
+            result, moment = pending[0]
+            if result[EPOCH_KEY] not in self._logged[trial]:
                 try:
-                    self.tracker.log_epoch(run_id, pending[0])
+                    self.tracker.log_epoch(run_id, result, moment)
                 except UserError:
                     # The store may have it, and only the answer is lost: it is asked before the next attempt.
                     del self._logged[trial]
                     raise
                 # Of a fold that is tried again after the death of a process, too.
-                self._logged[trial].add(pending[0][EPOCH_KEY])
+                self._logged[trial].add(result[EPOCH_KEY])
             pending.pop(0)
         return str(run_id)
 

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -256,7 +258,8 @@ class Connection:
             raise
         except TimeoutError as error:
             raise Unavailable("it takes too long; it may be busy, or starting again") from error
-        except (OSError, HTTPException, UnicodeError) as error:
+        except (OSError, HTTPException, ValueError, OverflowError) as error:
+            # The last two: http.client's, over lengths that are none.
             raise Unavailable(type(error).__name__) from error
         try:
             answer = json.loads(text)
@@ -344,8 +347,11 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
 
 
 def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
+    given = Path(config.run).absolute()
+    # A run that was given by its place, or a checkpoint of it, lies where its scorer may have announced itself.
+    folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
     try:
-        files = sorted(Path(config.dir).absolute().glob(PATTERN))
+        files = [file for folder in folders for file in sorted(folder.glob(PATTERN))]
     except OSError:
         # Who then looks for the run in there says so.
         return None
@@ -353,8 +359,8 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     if not found:
         return None
     same, tracked = _with_model(found, config)
-    if not same and (config.run, config.fold) == (LATEST, "best"):
-        # Who did not say which model would wonder why it takes so long.
+    if not same:
+        # Who started a scorer would wonder why it takes so long.
         others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
         tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
     reasons = []
@@ -364,7 +370,7 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
             if why is None:
                 return _ask_announced(record, config, questions, tell)
         except ConnectionRefusedError:
-            file.unlink(missing_ok=True)
+            _remove(file)
             why = "is gone"
         except Unavailable as error:
             why = f"cannot answer ({error})"
@@ -402,19 +408,26 @@ def _read(file: Path) -> Announcement | None:
     try:
         status = file.stat()
         # Someone else's file could send posts anywhere.
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
             return None
         record = Announcement.model_validate_json(file.read_text(encoding="utf-8"))
         checked_address(record.url)
+        checked_token(record.token)
         if record.host != socket.gethostname():
             return None
         os.kill(record.pid, 0)
     except ProcessLookupError:
-        file.unlink(missing_ok=True)
+        _remove(file)
         return None
     except (OSError, ValueError, UserError):
         return None
     return record
+
+
+def _remove(file: Path) -> None:
+    """Of a scorer that is gone; in a folder that others share it may have to stay."""
+    with suppress(OSError):
+        file.unlink()
 
 
 def _difference(record: Announcement, tracked: str | None, config: InferConfig) -> str | None:
@@ -423,10 +436,10 @@ def _difference(record: Announcement, tracked: str | None, config: InferConfig) 
     `tracked`: where their run was.
     """
     model = record.model
-    if not all(str(Path(folder, MANIFEST)) in record.stamps for folder in model.checkpoints):
+    if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
         return "does not say which files it answers from"
-    if (changed := _first_changed(record.stamps)) is not None:
-        return f"started before {changed} changed"
+    if (changed := first_changed(record.stamps)) is not None:
+        return f"started before {changed} changed, and has to be started again"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
     if asked != model.precision:
         return f"computes in {model.precision}, and asked for is {asked}"
@@ -443,7 +456,7 @@ def _difference(record: Announcement, tracked: str | None, config: InferConfig) 
     return None
 
 
-def _first_changed(stamps: Mapping[str, list[int]]) -> str | None:
+def first_changed(stamps: Mapping[str, list[int]]) -> str | None:
     """Of `stamps`, the first file that is not as it was, or cannot be read."""
     for file, stamp in stamps.items():
         try:

@@ -84,7 +84,10 @@ class _Product(torch.autograd.Function):
         scaling: float,
         dropped: bool,
     ) -> torch.Tensor:
-        """`x` and `low`: [..., in], x and x'; `dropped`: gamma - 1 scales W x' and not W x, as PEFT has it."""
+        """`x` and `low`: [..., in], x and x'; `dropped`: gamma - 1 scales W x' and not W x, as PEFT has it.
+
+        Returns [n, out], a row for each of the n vectors in `x`.
+        """
         low = low.reshape(-1, low.shape[-1])
         through_base = functional.linear(x.reshape(-1, x.shape[-1]), weight)
         scaled = functional.linear(low, weight) if dropped else through_base
@@ -95,17 +98,16 @@ class _Product(torch.autograd.Function):
         hidden = functional.linear(low, ready.a)
         out.addmm_(hidden, ready.up.T)
         ctx.save_for_backward(low, scaled, hidden, b, weight, *ready)
-        ctx.scaling, ctx.dropped, ctx.apart = scaling, dropped, apart
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        ctx.scaling, ctx.dropped, ctx.apart, ctx.shape = scaling, dropped, apart, x.shape
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """`grad`: [..., out]."""
+        """`grad`: [n, out]."""
         low, scaled, hidden, b, weight, *rest = ctx.saved_tensors
         ready = Ready(*rest)
-        shape, exact = grad.shape[:-1], ready.norm.dtype
-        grad = grad.reshape(-1, grad.shape[-1])
+        exact = ready.norm.dtype
         of_up = (grad.T @ hidden).to(exact)
         of_gamma = (grad * scaled).sum(dim=0, dtype=exact) + ctx.scaling * (of_up * b).sum(dim=1)
         of_b = (ctx.scaling * ready.gamma)[:, None] * of_up
@@ -120,8 +122,8 @@ class _Product(torch.autograd.Function):
                 grad = torch.addcmul(grad, grad, ready.excess)
             elif not ctx.dropped:
                 grad = grad * ready.rounded_gamma
-            of_x = (grad @ weight).reshape(*shape, -1)
-        return of_x, of_low.reshape(*shape, -1), of_gamma / ready.norm, of_a, of_b, None, None, None, None
+            of_x = (grad @ weight).reshape(ctx.shape)
+        return of_x, of_low.reshape(ctx.shape), of_gamma / ready.norm, of_a, of_b, None, None, None, None
 
 
 _optimizer_steps = 0
@@ -174,7 +176,7 @@ class FactoredDoraLinear(PeftLoraLinear):
         x = x.to(dtype)
         dropped = self.training and not isinstance(dropout, nn.Identity) and self.dropout_path == "peft"
         ready = self._ready(adapter, parts, dtype)
-        out = _Product.apply(
+        rows = _Product.apply(
             x,
             dropout(x),
             parts.magnitude,
@@ -185,6 +187,8 @@ class FactoredDoraLinear(PeftLoraLinear):
             self.scaling[adapter],
             dropped,
         )
+        # Not within the product: what that returns as a view could not be changed in place, as OLMo changes it.
+        out = rows.reshape(*x.shape[:-1], rows.shape[-1])
         return out if parts.bias is None else out + parts.bias.to(out.dtype)
 
     def parts(self, adapter: str) -> Parts:

@@ -14,16 +14,16 @@ from raycv.dora import without_autocast
 class FusedRMSNorm(LlamaRMSNorm):
     """The same norm. It rounds once, after the weights, and transformers' rounds before them too."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden`: [..., size]; on a CPU, and in another type than the weights', as transformers computes it."""
-        if not hidden.is_cuda or hidden.dtype != self.weight.dtype:
-            return super().forward(hidden)
-        return self.fused(hidden)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states`: [..., size]; on a CPU, or in another type than the weights', by transformers."""
+        if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return self.fused(hidden_states)
 
-    def fused(self, hidden: torch.Tensor) -> torch.Tensor:
+    def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The one kernel; any device has it."""
-        with without_autocast(hidden.device):
-            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+        with without_autocast(hidden_states.device):
+            return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def fuse_norms(model: nn.Module, *, fused: bool = True) -> None:

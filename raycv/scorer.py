@@ -5,10 +5,11 @@ import io
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 
 from raycv.answers import Answer, Answerer, Question, asked_for
 from raycv.api import Overloaded, TooManyPairsError, build_api
+from raycv.client import first_changed
 from raycv.config import ServeConfig, ServerConfig
 from raycv.cv import ray_cluster
 from raycv.errors import UserError, counted
@@ -48,6 +50,10 @@ class Setup:
     """MLflow address; None: nothing is logged"""
     instance: str
     """names this start of the scorer: who finds its file knows by it that nobody else answers on its port"""
+    host: str = ""
+    """the machine of the process that was started"""
+    stamps: dict[str, list[int]] = field(default_factory=dict)
+    """of the files on it that answers come from, before they were loaded"""
     own_threads: bool = False
     """it computes in as many threads as a process of raycv.infer would, not in as many as Ray counts cores"""
 
@@ -110,8 +116,15 @@ class Scorer:
             self._log(questions, outcome, time.monotonic() - started)
         self._counts["requests"] += 1
         self._counts["pairs"] += sum(map(len, outcome))
-        warnings = self._warnings + (self._writer.warnings() if log and self._writer else [])
+        warnings = self._warnings + self._changed() + (self._writer.warnings() if log and self._writer else [])
         return {"answers": outcome, "criteria": self._symptoms, "model": self._model, "warnings": warnings}
+
+    def _changed(self) -> list[str]:
+        """What to warn of: who names the scorer's address is not told by its announcement, as raycv.infer is."""
+        if self._setup.host != socket.gethostname():  # a replica elsewhere sees other files
+            return []
+        changed = first_changed(self._setup.stamps)
+        return [f"{changed} changed since the scorer started: start it again"] if changed else []
 
     def health(self) -> dict[str, Any]:
         """Of this replica: which model, since when, how much it did."""

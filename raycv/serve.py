@@ -53,14 +53,22 @@ def run_server(config: ServeConfig) -> None:
     chosen = with_fold_id(chosen, LOOK_SECONDS)
     store = store_of(config.tracking.uri, chosen.tracking_uri)
     own_threads = limits.max_replicas == 1 and limits.cpus_per_replica == "auto" and THREADS not in os.environ
-    setup = Setup(config, chosen, criteria_dir, store and absolute_uri(store), secrets.token_hex(8), own_threads)
-    stamps = stamps_of(files_of(chosen.checkpoints, criteria_dir, config.base))
+    setup = Setup(
+        config=config,
+        chosen=chosen,
+        criteria_dir=criteria_dir,
+        store=store and absolute_uri(store),
+        instance=secrets.token_hex(8),
+        host=socket.gethostname(),
+        stamps=stamps_of(files_of(chosen.checkpoints, criteria_dir, config.base)),
+        own_threads=own_threads,
+    )
     file = discovery_file(Path(config.dir), limits.port)
     say(f"loading run {chosen.run}, fold {chosen.fold}")
     try:
         with running(setup):
             try:
-                announced = announcement(setup, stamps)
+                announced = announcement(setup)
                 announce(announced, file, limits)
                 watch(announced)
             finally:
@@ -118,7 +126,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def announcement(setup: "Setup", stamps: dict[str, list[int]]) -> Announcement:
+def announcement(setup: "Setup") -> Announcement:
     """What a client must know of the scorer, which is asked for its model. Raises: UserError if it does not answer."""
     config = setup.config.serve
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
@@ -138,9 +146,9 @@ def announcement(setup: "Setup", stamps: dict[str, list[int]]) -> Announcement:
         url=url,
         token=config.token,
         pid=os.getpid(),
-        host=socket.gethostname(),
+        host=setup.host,
         instance=setup.instance,
-        stamps=stamps,
+        stamps=setup.stamps,
         tracking_uri=setup.store and mask_secrets(setup.store),
         experiment=setup.config.tracking.experiment,
         model=health.model,
@@ -157,7 +165,7 @@ def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
         say(f"other machines can reach it at serve.host={limits.host}, port {limits.port}")
     if limits.token:
         say("whoever asks must bring the token: Authorization: Bearer <token>")
-    say("raycv.infer finds it by itself; Ctrl-C (or SIGTERM) stops it")
+    say(f"raycv.infer finds it by itself with dir={file.parent}; Ctrl-C (or SIGTERM) stops it")
 
 
 def watch(record: Announcement, seconds: float = WATCH_SECONDS) -> NoReturn:

@@ -211,9 +211,9 @@ class Tracker:
         self._log_params(run_id, params)
         return run_id
 
-    def log_epoch(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """The metrics that a person asked for, at the loop's own epoch number."""
-        self.log_metrics(run_id, {key: metrics[key] for key in EPOCH_METRICS}, step=int(metrics["epoch"]))
+    def log_epoch(self, run_id: str, metrics: Mapping[str, float], moment: int | None = None) -> None:
+        """The metrics that a person asked for, at the loop's own epoch number. `moment`: in ms; None: now."""
+        self.log_metrics(run_id, {key: metrics[key] for key in EPOCH_METRICS}, int(metrics["epoch"]), moment)
 
     def logged_epochs(self, run_id: str) -> set[int]:
         """The epochs that a child run has."""
@@ -282,13 +282,13 @@ class Tracker:
         info = self.run(run_id).info
         if info.status == status:
             return
-        ended = max(int(time.time() * 1000), info.start_time)
+        ended = max(now_ms(), info.start_time)
         self._call("end a run", self._client.set_terminated, run_id, status, end_time=ended)
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """All of `metrics` in one request."""
-        now = int(time.time() * 1000)
-        batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, moment: int | None = None) -> None:
+        """All of `metrics` in one request, as of `moment` in ms, or now."""
+        moment = now_ms() if moment is None else moment
+        batch = [Metric(key, float(value), moment, step) for key, value in metrics.items()]
         self._call("log metrics", self._client.log_batch, run_id, metrics=batch)
 
     def _log_summary(self, run_id: str, numbers: Mapping[str, float]) -> None:
@@ -445,6 +445,11 @@ def _within(seconds: int | None) -> Iterator[None]:
         yield
     finally:
         os.environ[TIMEOUT] = usual
+
+
+def now_ms() -> int:
+    """The time as MLflow writes it."""
+    return int(time.time() * 1000)
 
 
 def check_store(config: TrackingConfig) -> None:

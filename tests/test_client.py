@@ -19,7 +19,17 @@ from raycv import client
 from raycv.answers import Question
 from raycv.checkpoint import MANIFEST
 from raycv.cli import compose
-from raycv.client import PATTERN, Announcement, ask, checked_address, checked_token, discovery_file, stamps_of
+from raycv.client import (
+    PATTERN,
+    Announcement,
+    Connection,
+    Unavailable,
+    ask,
+    checked_address,
+    checked_token,
+    discovery_file,
+    stamps_of,
+)
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
 from raycv.paths import absolute_uri, write_json
@@ -88,7 +98,7 @@ def scorer(checkpoint, tmp_path):
 
 
 def announce(scorer, runs: Path, **changes) -> Path:
-    record = {"url": scorer.url, "token": "secret", "pid": os.getpid(), "host": socket.gethostname()}
+    record = {"url": scorer.url, "token": "secret-of-the-scorer", "pid": os.getpid(), "host": socket.gethostname()}
     record |= {"instance": "one", "tracking_uri": absolute_uri(LOCAL_URI), "experiment": "raycv-inference"}
     file = discovery_file(runs, scorer.server_address[1])
     record |= {"stamps": stamps_of([scorer.checkpoint / MANIFEST]), "model": scorer.model}
@@ -109,7 +119,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     assert reply.criteria["A.4"].symptom == "SLEEP_ISSUES"
     assert told == ["careful"]
     expected = {"pairs": [{"post": "I lie awake", "criterion": "A.4"}], "log": True, "alone": True}
-    assert scorer.asked == [(expected, "Bearer secret")]
+    assert scorer.asked == [(expected, "Bearer secret-of-the-scorer")]
 
 
 @pytest.mark.long
@@ -125,7 +135,8 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({"stamps": {"/etc/hostname": [1, 2, 3]}}, {}, "does not say which files"),
         ({"instance": "two"}, {}, "another program answers"),
         ({"tracking_uri": None}, {}, "logs elsewhere"),
-        ({"model": {"checkpoints": ["/other"]}}, {}, None),
+        ({"model": {"checkpoints": ["/other"]}}, {}, "no scorer has what answers here"),
+        ({"model": {"checkpoints": []}}, {}, "no scorer has what answers here"),
         # Whoever asks for nothing special gets what this process would compute in.
         ({"model": {"precision": "int8"}}, {}, "computes in int8, and asked for is fp32"),
     ],
@@ -139,7 +150,8 @@ def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, a
     if why is None:
         assert told == []
     else:
-        assert re.fullmatch(f"the scorer at {scorer.url} .*{why}.*: computing in this process", told[0])
+        assert re.fullmatch(f".*{why}.*: computing in this process", told[0])
+        assert scorer.url in told[0]
 
 
 def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, checkpoint, tmp_path):
@@ -148,10 +160,25 @@ def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, c
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
     file.chmod(0o600)
     whole = json.loads(file.read_text())
-    for damaged in ([], {**whole, "pid": 10**23}, {**whole, "url": "http://exa mple:80"}, {"pid": os.getpid()}):
+    for damaged in (
+        [],
+        {**whole, "pid": 10**23},
+        {**whole, "token": "secret-of-the\nscorer"},
+        {**whole, "url": "http://exa mple:80"},
+        {"pid": os.getpid()},
+    ):
         file.write_text(json.dumps(damaged))
         assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    file.unlink()
+    os.mkfifo(file, 0o600)  # would be waited for
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
     assert scorer.asked == []
+
+
+def test_a_scorer_beside_a_run_that_is_given_by_its_place_is_found(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    elsewhere = config(checkpoint, tmp_path / "elsewhere")
+    assert ask(elsewhere, [QUESTION], lambda text: None) is not None
 
 
 TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}
@@ -224,7 +251,8 @@ def test_a_base_or_criteria_that_changed_are_noticed(scorer, checkpoint, tmp_pat
     criteria.write_text("criterion_id,criterion\nA.4,two\n")
     told = []
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
-    assert told == [f"the scorer at {scorer.url} started before {criteria} changed: computing in this process"]
+    why = f"started before {criteria} changed, and has to be started again"
+    assert told == [f"the scorer at {scorer.url} {why}: computing in this process"]
     announce(scorer, tmp_path, stamps=stamps_of([criteria]))
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
 
@@ -275,6 +303,43 @@ def test_a_dead_scorers_file_is_removed(scorer, checkpoint, tmp_path):
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
     assert not file.exists()
     assert "is gone" in told[0]
+
+
+def test_a_dead_scorers_file_may_have_to_stay(scorer, checkpoint, tmp_path, monkeypatch):
+    """In a folder that others share."""
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    announce(scorer, tmp_path, pid=ended.pid)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999999\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n",
+    ],
+)
+def test_lengths_that_are_none_are_no_answer(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def reply():
+            peer, _ = listening.accept()
+            peer.recv(10_000)
+            peer.sendall(answer)
+            peer.close()
+
+        threading.Thread(target=reply, daemon=True).start()
+        with (
+            Connection(f"http://127.0.0.1:{listening.getsockname()[1]}", None) as connection,
+            pytest.raises(Unavailable),
+        ):
+            connection.health()
 
 
 def test_a_scorer_that_cannot_answer_is_told_of_only_where_no_other_does(scorer, checkpoint, tmp_path):

@@ -95,6 +95,17 @@ def test_inputs_of_any_shape(shape):
     y = ours(x)
     assert y.shape == (*shape[:-1], 12)
     torch.testing.assert_close(y, theirs(x).reshape(y.shape), rtol=1e-12, atol=1e-12)
+    _, ours_gradients = outputs_and_gradients(ours, x)
+    _, theirs_gradients = outputs_and_gradients(theirs, x[None])
+    for name, gradient in ours_gradients.items():
+        torch.testing.assert_close(gradient, theirs_gradients[name].reshape(gradient.shape), rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_may_be_changed_in_place():
+    """As OLMo clamps its queries, keys and values."""
+    _, ours = pair(16, 12, bias=False)
+    y = ours(torch.randn(2, 16, dtype=torch.float64)).clamp_(-1, 1)
+    y.sum().backward()
 
 
 @CONV1D

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import sqlite3
 import time
 from contextlib import closing
@@ -20,6 +21,7 @@ from raycv import inference_log
 from raycv.answers import Question, as_json, as_text
 from raycv.api import Overloaded, TooManyPairsError, build_api
 from raycv.cli import compose
+from raycv.client import stamps_of
 from raycv.config import InferConfig, ServeConfig, validate
 from raycv.errors import UserError
 from raycv.inference_log import InferenceWriter, record_answers
@@ -102,6 +104,22 @@ def test_what_is_computed_alone_has_the_bytes_of_a_process_whatever_is_asked_bes
             )
         assert together != expected
         assert "not worded as those that the model was trained with" in got[0]["warnings"][0]
+
+
+def test_whoever_names_the_scorer_is_warned_of_files_that_changed(replica, monkeypatch, tmp_path):
+    scorer, _, _, loop = replica
+    file = tmp_path / "criteria.csv"
+    file.write_text("before")
+    stamped = replace(scorer._setup, host=socket.gethostname(), stamps=stamps_of([file]))
+    monkeypatch.setattr(scorer, "_setup", stamped)
+    (got,) = ask(scorer, loop, [Question("w0", "C0")])
+    assert got["warnings"] == []
+    file.write_text("changed")
+    (got,) = ask(scorer, loop, [Question("w0", "C0")])
+    assert got["warnings"] == [f"{file} changed since the scorer started: start it again"]
+    monkeypatch.setattr(scorer, "_setup", replace(stamped, host="another-machine"))
+    (got,) = ask(scorer, loop, [Question("w0", "C0")])
+    assert got["warnings"] == [], "whose files are others"
 
 
 def symptoms(got):

@@ -457,6 +457,17 @@ def losing_answers(url, path, part, times):
     return answering(hand_on)
 
 
+def test_an_epoch_that_arrives_twice_is_one_point(tmp_path):
+    """Of an attempt that a server finished after it was given up, and of the next."""
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    tracker = Tracker(settings.uri)
+    parent_id = tracker.start_parent(tracker.open_experiment(settings), "mine", {})
+    epoch = fold_result(0).history[0]
+    for _ in range(2):
+        tracker.log_epoch(parent_id, epoch, 1_700_000_000_000)
+    assert len(tracker._client.get_metric_history(parent_id, VAL_LOSS)) == 1
+
+
 @pytest.mark.slow
 def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_path, caplog):
     """As of a server that dies when it has written, and comes back."""
