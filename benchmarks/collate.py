@@ -1,7 +1,7 @@
 """Tokens that a model computes over real tokens, by the way that pairs become batches; no model is run.
 
-The full-size synthetic set, one epoch in steps of 32 pairs and micro-batches of 8. What raycv computes is counted at
-the model's input, not derived.
+The full-size synthetic set, one epoch in steps of 32 pairs. What raycv computes is counted at the model's input, not
+derived.
 """
 
 from contextlib import nullcontext
@@ -14,10 +14,12 @@ import torch
 from benchmarks.corpus import TOKENIZER, encode, synthetic
 from benchmarks.harness import Bar, Result, parser
 from raycv.encoding import EncodedPairs
-from raycv.prefix import common_prefix
-from raycv.scoring import RowScorer
+from raycv.packing import common_prefix
+from raycv.scoring import Layout, RowScorer
 
 EFFECTIVE, MICRO = 32, 8
+DYNAMIC = "shuffled, each micro-batch padded to its longest"
+SORTED = "shuffled, packing=false: steps sorted by length"
 QUANTILES = 16
 """Posts whose lengths stand for all, for `benchmarks.gpu`."""
 
@@ -39,13 +41,13 @@ class CountingModel:
         return states
 
 
-def raycv_tokens(encoded: EncodedPairs, steps: list[np.ndarray], *, share: bool) -> int:
-    """What RowScorer computes for `steps` (rows of each)."""
+def raycv_tokens(encoded: EncodedPairs, steps: list[np.ndarray], size: int, layout: Layout) -> int:
+    """What RowScorer computes for `steps` (rows of each) in micro-batches of `size`."""
     model = CountingModel()
     scorer = RowScorer(model, encoded, torch.device("cpu"), nullcontext)
     for step in steps:
-        for batch in scorer.batches(scorer.sorted(step, share=share), MICRO, share=share):
-            scorer.logits(batch, share=share)
+        for batch in scorer.batches(scorer.sorted(step, layout), size, layout):
+            scorer.logits(batch)
     return model.tokens
 
 
@@ -62,24 +64,40 @@ def main() -> None:
     generator = np.random.default_rng(0)
     shuffled = generator.permutation(len(lengths))
     grouped = np.argsort(generator.permutation(len(dataset.posts))[encoded.post_of_pair], kind="stable")
-    tokens = {
-        "pad_to_512": encoded.input_ids.size,
-        "dynamic": sum(int(lengths[rows].max()) * len(rows) for rows in in_steps(shuffled, MICRO)),
-        "shuffled": raycv_tokens(encoded, in_steps(shuffled, EFFECTIVE), share=False),
-        "post_grouped": raycv_tokens(encoded, in_steps(grouped, EFFECTIVE), share=True),
-    }
+    steps, grouped_steps = in_steps(shuffled, EFFECTIVE), in_steps(grouped, EFFECTIVE)
+    tokens: dict[tuple[str, int], int] = {}
+    for size in (MICRO, EFFECTIVE):
+        tokens |= {
+            ("padded to 512", size): encoded.input_ids.size,
+            (DYNAMIC, size): sum(int(lengths[rows].max()) * len(rows) for rows in in_steps(shuffled, size)),
+            (SORTED, size): raycv_tokens(encoded, steps, size, "padded"),
+            ("shuffled", size): raycv_tokens(encoded, steps, size, "packed"),
+            ("post_grouped", size): raycv_tokens(encoded, grouped_steps, size, "shared"),
+        }
     real = int(lengths.sum())
     prefixes = np.sort(
         [common_prefix(encoded.input_ids[encoded.post_of_pair == post]) for post in range(len(dataset.posts))]
     )
     quantiles = prefixes[((np.arange(QUANTILES) + 0.5) / QUANTILES * len(prefixes)).astype(int)]
-    rows = [{"batching": name, "tokens": count, "ratio": count / real} for name, count in tokens.items()]
+    rows = [
+        {"batching": name, "micro_batch": size, "tokens": count, "ratio": count / real}
+        for (name, size), count in tokens.items()
+    ]
     result = Result(
         "collate", options, tokenizer=TOKENIZER, posts=len(dataset.posts), pairs=len(lengths),
-        effective_batch=EFFECTIVE, micro_batch=MICRO, real_tokens=real, tokens_mean=float(lengths.mean()),
+        effective_batch=EFFECTIVE, real_tokens=real, tokens_mean=float(lengths.mean()),
         suffix_mean=float(lengths.mean() - prefixes.mean()), prefix_quantiles=quantiles.tolist(),
     )  # fmt: skip
-    result.add(*rows, bars=[Bar("tokens computed over real tokens, shuffled", tokens["shuffled"] / real, 1.2, True)])
+    bars = [
+        Bar(
+            f"tokens computed over real tokens, shuffled, micro-batches of {size}",
+            tokens["shuffled", size] / real,
+            1.2,
+            True,
+        )
+        for size in (MICRO, EFFECTIVE)
+    ]
+    result.add(*rows, bars=bars)
     result.report()
 
 

@@ -24,7 +24,7 @@ from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weight
 from raycv.encoding import EncodedPairs
 from raycv.memory import is_out_of_memory
 from raycv.paths import read_json
-from raycv.scoring import RowScorer
+from raycv.scoring import Layout, RowScorer
 from raycv.utils import set_seed
 
 CRITERIA, EFFECTIVE = 9, 32
@@ -113,10 +113,10 @@ class Work:
 
     def __init__(self, model: Any, scorer: RowScorer, case: Case) -> None:
         self.model, self.scorer = model, scorer
-        self._share = case.batching == "post_grouped"
+        self._layout: Layout = "shared" if case.batching == "post_grouped" else "packed"
         self._micro_batch = case.micro_batch
         rows = np.arange(len(scorer.encoded.lengths))
-        order = rows if self._share else np.random.default_rng(0).permutation(rows)
+        order = rows if self._layout == "shared" else np.random.default_rng(0).permutation(rows)
         self.steps = [order[start : start + EFFECTIVE] for start in range(0, len(rows) - EFFECTIVE + 1, EFFECTIVE)]
         self._labels = torch.from_numpy(scorer.encoded.labels).to(scorer.device)
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -125,20 +125,20 @@ class Work:
         """That many optimizer steps, all by default."""
         self.model.train()
         for step in self.steps[:steps]:
-            rows = self.scorer.sorted(step, share=self._share)
-            for batch in self.scorer.batches(rows, self._micro_batch, share=self._share):
-                logits = self.scorer.logits(batch, share=self._share)
-                labels = self._labels[torch.from_numpy(np.concatenate(batch)).to(logits.device)]
+            rows = self.scorer.sorted(step, self._layout)
+            for batch in self.scorer.batches(rows, self._micro_batch, self._layout):
+                logits = self.scorer.logits(batch)
+                labels = self._labels[torch.from_numpy(batch.rows).to(logits.device)]
                 (functional.cross_entropy(logits, labels, reduction="sum") / len(step)).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def score(self, rows: np.ndarray, *, share: bool) -> None:
+    def score(self, rows: np.ndarray, layout: Layout) -> None:
         """Logits of `rows`, to the host."""
         self.model.eval()
-        for batch in self.scorer.batches(rows, len(rows), share=share):
-            self.scorer.logits(batch, share=share).cpu()
+        for batch in self.scorer.batches(rows, len(rows), layout):
+            self.scorer.logits(batch).cpu()
 
 
 def training(setting: Setting, case: Case) -> dict[str, float]:
@@ -209,9 +209,9 @@ def latency(setting: Setting, adapter: str) -> list[dict[str, Any]]:
         )
         rows = np.arange(CRITERIA) + median_post * CRITERIA
         calls = {
-            "one pair": partial(work.score, rows[:1], share=False),
-            "a post, nine pairs": partial(work.score, rows, share=False),
-            "a post, nine pairs, shared": partial(work.score, rows, share=True),
+            "one pair": partial(work.score, rows[:1], layout="padded"),
+            "a post, nine pairs": partial(work.score, rows, layout="padded"),
+            "a post, nine pairs, shared": partial(work.score, rows, layout="shared"),
         }
         seconds = interleaved(calls, LATENCIES, device=setting.device)
         tokens = int(setting.encoded.lengths[rows[0]])
@@ -256,7 +256,7 @@ def measure(result: Result, setting: Setting, options: argparse.Namespace) -> No
     deadline = time.monotonic() + options.seconds
     peak = setting.peak_tflops(256 if options.small else 8192)
     with setting.adapted(Case("dora_raycv", checkpointing=False)) as work:
-        result.add(peak_tflops=peak, sharing=work.scorer.check_sharing() or "logits equal those of the plain path")
+        result.add(peak_tflops=peak, packing=work.scorer.check_packing() or "logits equal those of the plain path")
     skipped: list[str] = []
     rounds: dict[Case, list[dict[str, float]]] = {case: [] for case in HELD + OTHERS}
 

@@ -109,8 +109,7 @@ def answer(model: Any, encoded: EncodedPairs) -> torch.Tensor:
     """Logits of all rows, the post computed once."""
     scorer = RowScorer(model, encoded, CPU, partial(torch.autocast, "cpu", dtype=torch.bfloat16))
     rows = np.arange(len(encoded.lengths))
-    share = len(rows) > 1
-    return torch.cat([scorer.logits(batch, share=share) for batch in scorer.batches(rows, len(rows), share=share)])
+    return torch.cat([scorer.logits(batch) for batch in scorer.batches(rows, len(rows), "shared")])
 
 
 def projections(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

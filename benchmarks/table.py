@@ -114,6 +114,7 @@ def collate(result: Json) -> list[str]:
     intro = f"**Tokens computed over real tokens**, one epoch of {result['settings']['pairs']:,} pairs."
     columns: list[Column] = [
         ("batches", lambda row: row["batching"]),
+        ("micro-batch", lambda row: str(row["micro_batch"])),
         ("tokens", lambda row: f"{row['tokens']:,}"),
         ("ratio", lambda row: f"{row['ratio']:.2f}"),
     ]

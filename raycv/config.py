@@ -165,14 +165,14 @@ class TrainConfig(Section):
     epochs: Positive = Field(description="at most so many epochs (FR-007)")
     patience: Positive = Field(description="stop after so many epochs without a better validation F1 (FR-007)")
     batch_size: Positive = Field(
-        description="pairs in one micro-batch at the start; halved on out-of-memory; where posts are shared, as many "
-        "posts as take the memory of so many pairs (FR-007)"
+        description="pairs in one micro-batch at the start; halved on out-of-memory; packed, as many as take the "
+        "memory of so many of the step's longest (FR-007)"
     )
     effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
-    eval_batch_size: Positive = Field(description="rows in one validation batch; halved on out-of-memory")
-    share_prefix: bool = Field(
-        description="compute a post once for all its criteria, in validation and in post-grouped training; the same "
-        "logits, but for dropout's draws in training"
+    eval_batch_size: Positive = Field(description="the same of a validation batch; halved on out-of-memory")
+    packing: bool = Field(
+        description="prompts one after another in lines instead of padding, and, in validation and post-grouped "
+        "training, a post once for all its criteria; the same logits and gradients, but for dropout's draws"
     )
     batching: Literal["shuffled", "post_grouped"] = Field(
         description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
@@ -332,7 +332,9 @@ class InferenceConfig(Section):
     precision: Precision = Field(
         description="auto: as it was trained where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
     )
-    batch_size: Positive = Field(description="rows computed at once; where posts are shared, what takes as much memory")
+    batch_size: Positive = Field(
+        description="prompts computed at once; packed, as many as take the memory of so many long ones"
+    )
 
 
 class InferTrackingConfig(Section):

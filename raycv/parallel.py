@@ -1,6 +1,6 @@
 """The workers that train one fold together, data-parallel. Knows torch.distributed; fold.py starts them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -33,13 +33,14 @@ class Workers:
         whole[self.rank] = tensor.to(device)
         return self.sum(whole).to("cpu", tensor.dtype)
 
-    def join(self, mine: Sequence[torch.Tensor], part: np.ndarray, rows: int, device: torch.device) -> torch.Tensor:
-        """The logits [rows, 2] of all workers from this one's, which in turn are those of the rows `part` [m]."""
+    def join(self, mine: torch.Tensor | None, part: np.ndarray, rows: int, device: torch.device) -> torch.Tensor:
+        """The logits [rows, 2] of all workers from this one's, those of the rows `part` [m]; None: it had no row."""
         if self.size == 1:
-            return torch.cat(list(mine))
-        whole = torch.zeros(rows, 2, device=device, dtype=mine[0].dtype if mine else torch.float32)
-        if mine:
-            whole[torch.from_numpy(part).to(device)] = torch.cat(list(mine))
+            assert mine is not None
+            return mine
+        whole = torch.zeros(rows, 2, device=device, dtype=torch.float32 if mine is None else mine.dtype)
+        if mine is not None:
+            whole[torch.from_numpy(part).to(device)] = mine
         return self.sum(whole)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:

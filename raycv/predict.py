@@ -21,7 +21,7 @@ from raycv.int8 import check_int8, to_int8
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.memory import MicroBatch
 from raycv.prompts import FittedPost, render
-from raycv.scoring import RowScorer
+from raycv.scoring import Layout, RowScorer, in_order
 from raycv.utils import pin_kernels
 
 CHUNK_PAIRS = 2304
@@ -75,9 +75,9 @@ class Predictor:
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
-        self._share = self._check_sharing(tell)
+        self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
         if self.precision == "int8":
-            # After the check: a step of int8 would hide whether the plain and the shared logits agree.
+            # After the check: a step of int8 would hide whether the plain and the packed logits agree.
             self.model, self.adapters = to_int8(self.model), []
 
     @property
@@ -167,7 +167,7 @@ class Predictor:
     def _scores(self, encoded: EncodedPairs) -> np.ndarray:
         """float64 [P]: the probability of each pair, the maximum over its windows, the mean over the folds."""
         scorer = RowScorer(self.model, encoded, self.device, self._autocast)
-        rows = scorer.sorted(np.arange(len(encoded.lengths)), share=self._share)
+        rows = scorer.sorted(np.arange(len(encoded.lengths)), self._layout)
         probabilities = []
         for _ in self._as_each_fold():
             logits = self._logits(scorer, rows).double()
@@ -191,14 +191,20 @@ class Predictor:
 
     def _logits(self, scorer: RowScorer, rows: np.ndarray) -> torch.Tensor:
         """Logits [R, 2] of sorted `rows`, in batches that fit the memory."""
-        done: list[torch.Tensor] = []
+        computed: list[np.ndarray] = []
+        logits: list[torch.Tensor] = []
 
         def work(size: int) -> torch.Tensor:
-            for batch in scorer.batches(rows, size, share=self._share):
-                done.append(scorer.logits(batch, share=self._share).cpu())
-            return torch.cat(done)
+            for batch in scorer.batches(rows, size, self._layout):
+                computed.append(batch.rows)
+                logits.append(scorer.logits(batch).cpu())
+            return in_order(rows, computed, logits)
 
-        return self._batch.run(work, done.clear)
+        def reset() -> None:
+            computed.clear()
+            logits.clear()
+
+        return self._batch.run(work, reset)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._dtype != torch.bfloat16:
@@ -206,10 +212,10 @@ class Predictor:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @torch.inference_mode()
-    def _check_sharing(self, tell: Callable[[str], None]) -> bool:
-        """Whether a post may be computed once for several criteria: seen from the logits of a short one."""
+    def _may_pack(self, tell: Callable[[str], None]) -> bool:
+        """Whether pairs may be packed, a post computed once for several criteria: seen from a short one's logits."""
         encoded, _ = self._encode([("a post", "one"), ("a post", "another")])
-        trouble = RowScorer(self.model, encoded, self.device, self._autocast).check_sharing(
+        trouble = RowScorer(self.model, encoded, self.device, self._autocast).check_packing(
             self.encoder.rules.max_length
         )
         if trouble is not None:

@@ -1,26 +1,61 @@
-"""Token rows -> logits: batches of like length, plain or with a post's prefix computed once for all its criteria."""
+"""Token rows -> logits, in one of three layouts that give the same: padded, packed, or packed with posts shared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from raycv.encoding import EncodedPairs
 from raycv.memory import is_out_of_memory
+from raycv.packing import (
+    FILL,
+    Group,
+    Lines,
+    attention_window,
+    can_pack,
+    common_prefix,
+    groups_of,
+    in_lines,
+    pack,
+    packed_logits,
+    steady_positions,
+)
 from raycv.parallel import Workers
-from raycv.prefix import attention_window, can_pack, common_prefix, grouped, pack, packed_logits, steady_positions
 
-Batch = list[np.ndarray]
-"""Rows [n] of each group of a batch; a plain batch is one list of rows."""
+Layout = Literal["padded", "packed", "shared"]
+"""padded: a line for each row, as long as the longest of the batch; packed: rows one after another in lines; shared:
+packed, and a post computed once for all its criteria that are in the batch."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far packed logits may be off the plain ones before sharing is taken to be wrong for a model, as a share of the
+"""How far packed logits may be off the plain ones before packing is taken to be wrong for a model, as a share of the
 largest: those of a fresh head are small."""
 ROUGH_TOLERANCE = 0.1
 """The same for 16-bit types: rounding gives 0.03, another attention 0.3 or more."""
+
+
+class Batch(NamedTuple):
+    """Rows that are computed at once."""
+
+    rows: np.ndarray
+    """int [n], in the order of their logits"""
+    lines: Lines | None = None
+    """the same rows by line and group; None: padded"""
+
+    @classmethod
+    def packed(cls, lines: Lines) -> "Batch":
+        """The batch of `lines`."""
+        return cls(np.concatenate([group.rows for line in lines for group in line]), lines)
+
+
+def in_order(rows: np.ndarray, batches: Sequence[np.ndarray], logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits [n, 2] of `rows` [n] from those of `batches`, which hold the same rows in another order."""
+    place = np.empty(len(rows), dtype=np.int64)
+    place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate(batches), kind="stable")
+    joined = torch.cat(list(logits))
+    return joined[torch.from_numpy(place).to(joined.device)]
 
 
 class RowScorer:
@@ -42,33 +77,45 @@ class RowScorer:
         np.maximum.at(longest, self.group_of_row, encoded.lengths)
         self._longest_of_group = longest[self.group_of_row]
 
-    def sorted(self, rows: np.ndarray, *, share: bool) -> np.ndarray:
-        """`rows` longest first, so that batches hold little padding; with `share`, those of a post side by side."""
-        if not share:
+    def sorted(self, rows: np.ndarray, layout: Layout) -> np.ndarray:
+        """`rows` longest first, so that batches hold little padding; to be shared, those of a post side by side."""
+        if layout != "shared":
             return rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
         return rows[np.lexsort((rows, self.group_of_row[rows], -self._longest_of_group[rows]))]
 
-    def part(self, rows: np.ndarray, workers: Workers, *, share: bool) -> np.ndarray:
-        """Positions in sorted `rows` [n] that are this worker's: rows, or with `share` whole posts, dealt in turn."""
-        if not share:
+    def part(self, rows: np.ndarray, workers: Workers, layout: Layout) -> np.ndarray:
+        """Positions in sorted `rows` [n] that are this worker's: rows, or to be shared whole posts, dealt in turn."""
+        if layout != "shared":
             return np.arange(workers.rank, len(rows), workers.size)
         groups = self.group_of_row[rows]
         place = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
         return np.flatnonzero(place % workers.size == workers.rank)
 
-    def batches(self, rows: np.ndarray, size: int, *, share: bool) -> Iterator[Batch]:
-        """Sorted `rows` in batches of at most `size`; with `share`, of at most as many positions as those would take.
+    def batches(self, rows: np.ndarray, size: int, layout: Layout) -> Iterator[Batch]:
+        """Sorted `rows` in batches: padded, of `size` rows, else of at most as many positions as the longest so many.
 
-        A post with all its criteria is little more than one row, so a count of rows would split posts (and compute
-        them twice) where memory has room for several.
+        Several short rows fill a line, and a post with all its criteria is little more than one row, so a count of rows
+        would leave memory unused, and split posts (which computes them twice).
         """
         if not len(rows):  # a worker without a part of a small step
             return
-        if share:
-            budget = size * int(self.encoded.lengths[rows].max())
-            yield from grouped(rows, self.group_of_row, self.encoded.lengths, self._prefix_of_group, budget)
+        lengths = self.encoded.lengths
+        if layout == "padded":
+            yield from (Batch(rows[start : start + size]) for start in range(0, len(rows), size))
+            return
+        budget = size * int(lengths[rows].max())
+        if layout == "packed":
+            groups = [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
         else:
-            yield from ([rows[start : start + size]] for start in range(0, len(rows), size))
+            groups = list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
+        for lines in in_lines(groups, budget, FILL.get(self.device.type, FILL["cpu"])):
+            yield Batch.packed(lines)
+
+    def positions(self, batch: Batch) -> int:
+        """Tokens that `batch` computes, padding included."""
+        if batch.lines is None:
+            return len(batch.rows) * int(self.encoded.lengths[batch.rows].max())
+        return len(batch.lines) * max(sum(group.positions for group in line) for line in batch.lines)
 
     @cached_property
     def _prefix_of_group(self) -> np.ndarray:
@@ -83,15 +130,15 @@ class RowScorer:
         """The tokens of each of `rows`, without padding."""
         return [self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows]
 
-    def logits(self, batch: Batch, *, share: bool) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """float32 logits [n, 2] of the rows of `batch`, in their order."""
         with self.autocast():
-            logits = self._packed(batch) if share else self._plain(np.concatenate(batch))
+            logits = self._plain(batch.rows) if batch.lines is None else self._packed(batch.lines)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.no_grad()
-    def check_sharing(self, longest_row: int | None = None) -> str | None:
-        """None if sharing prefixes is right for this model, else why not: seen from the logits of a post, not believed.
+    def check_packing(self, longest_row: int | None = None) -> str | None:
+        """None if packing is right for this model, else why not: seen from the logits of a post, not believed.
 
         `longest_row`: tokens of the longest row there will be, if it is not among these.
 
@@ -110,17 +157,17 @@ class RowScorer:
             return (
                 f"beyond {steady} tokens {name} embeds positions by the longest prompt, and prompts have {longest_row}"
             )
-        counts = np.bincount(self.group_of_row)
-        if counts.max() < 2:
-            return "no post has two criteria"
-        # The longest post with two criteria shows most, and two rows of it hardly take memory.
-        longest = np.where(counts[self.group_of_row] > 1, self.encoded.lengths, -1).argmax()
+        # The longest post with two criteria shows most, and a few rows of it hardly take memory.
+        several = np.bincount(self.group_of_row)[self.group_of_row] > 1
+        longest = np.where(several | ~several.any(), self.encoded.lengths, -1).argmax()
         rows = np.flatnonzero(self.group_of_row == self.group_of_row[longest])[[0, -1]]
+        # Two that share a prefix, and one after them that shares nothing.
+        lines = [[Group(each, int(self.encoded.lengths[each].sum())) for each in (rows, rows[:1])]]
         training = self.model.training
         self.model.eval()
-        plain = torch.cat([self.logits([rows[i : i + 1]], share=False) for i in range(len(rows))])
+        plain = torch.cat([self.logits(Batch(rows[[i]])) for i in (0, 1, 0)])
         try:
-            packed = self.logits([rows], share=True)
+            packed = self.logits(Batch.packed(lines))
         except (RuntimeError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -135,7 +182,7 @@ class RowScorer:
         # Written so that a NaN fails too.
         if worst <= share * float(plain.abs().max()):
             return None
-        return f"{name} is not causal: its logits differ by {worst:.2g} with a shared prefix"
+        return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"
 
     def _plain(self, rows: np.ndarray) -> torch.Tensor:
         # Columns that are padding for every row are never computed: with padding on the right they change nothing.
@@ -145,9 +192,9 @@ class RowScorer:
         mask = (torch.arange(width, device=self.device)[None, :] < lengths[:, None]).long()
         return self.model(input_ids=input_ids, attention_mask=mask).logits
 
-    def _packed(self, batch: Batch) -> torch.Tensor:
-        packed = pack([self._tokens(rows) for rows in batch], self.encoded.pad_id, self.device)
-        return packed_logits(self._classifier(), packed)
+    def _packed(self, lines: Lines) -> torch.Tensor:
+        tokens = [[self._tokens(group.rows) for group in line] for line in lines]
+        return packed_logits(self._classifier(), pack(tokens, self.encoded.pad_id, self.device))
 
     def _classifier(self) -> Any:
         """The Hugging Face model under PEFT's wrapper; the adapters sit in its layers."""

@@ -28,7 +28,7 @@ from raycv.progress import (
     workers_tensors,
 )
 from raycv.sampling import class_weights, epoch_order
-from raycv.scoring import RowScorer
+from raycv.scoring import Batch, Layout, RowScorer, in_order
 from raycv.state import TrainState
 from raycv.utils import describe_device, random_state, set_random_state
 
@@ -96,7 +96,7 @@ class FoldTrainer:
             False: MicroBatch(config.eval_batch_size, lambda text: self._tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
-        self.share = self._sharing()
+        self.layout = self._layouts()
 
     def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray, state: TrainState | None = None) -> TrainResult:
         """Trains on `train_pairs` until `val_pairs` show no better F1 for `patience` epochs (FR-005, FR-007).
@@ -127,7 +127,7 @@ class FoldTrainer:
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
         # Sorted over the whole fold: hardly any padding, and memory runs out at the start if it does.
-        rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=self.share[False])
+        rows = self.scorer.sorted(self.encoded.rows_of(pairs), self.layout[False])
         order = self.encoded.pair_of_row[rows]
         order = order[np.sort(np.unique(order, return_index=True)[1])]
         step = EVAL_STEP_PAIRS
@@ -202,40 +202,44 @@ class FoldTrainer:
     def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
         """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
 
-        The rows are sorted, so that a micro-batch holds rows of like length and little padding; the step's gradient is
-        a sum over its pairs and stays what it was. Returns the summed loss, the rows so sorted, their logits.
+        The rows are packed, or sorted, so that a micro-batch holds little padding; the step's gradient is a sum over
+        its pairs and stays what it was. Returns the summed loss, the rows sorted, their logits.
 
         On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
         counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
 
         Of several workers each computes its part of the rows, and all return the whole step's loss and logits.
         """
-        share = self.share[training]
-        rows = self.scorer.sorted(self.encoded.rows_of(pairs), share=share)
-        part = self.scorer.part(rows, self.workers, share=share)
+        layout = self.layout[training]
+        rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
+        part = self.scorer.part(rows, self.workers, layout)
         before = random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
+        computed: list[np.ndarray] = []
         logits: list[torch.Tensor] = []
 
         def work(size: int) -> torch.Tensor:
-            for batch in self.scorer.batches(rows[part], size, share=share):
-                batch_logits = self.scorer.logits(batch, share=share)
-                loss = self._loss(np.concatenate(batch), batch_logits)
+            for batch in self.scorer.batches(rows[part], size, layout):
+                batch_logits = self.scorer.logits(batch)
+                loss = self._loss(batch.rows, batch_logits)
                 if training:
                     self.accelerator.backward(loss / len(pairs))
                 losses.append(loss.detach())
+                computed.append(batch.rows)
                 logits.append(batch_logits.detach())
             return torch.stack(losses).sum() if losses else torch.zeros((), device=self.accelerator.device)
 
         def reset() -> None:
             losses.clear()
+            computed.clear()
             logits.clear()
             set_random_state(before, self.accelerator.device)
             if training:
                 self.optimizer.zero_grad(set_to_none=True)
 
         total = self.workers.sum(self.micro_batch[training].run(work, reset))
-        whole = self.workers.join(logits, part, len(rows), self.accelerator.device)
+        mine = in_order(rows[part], computed, logits) if logits else None
+        whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
         return float(total), rows, whole.cpu()
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
@@ -245,30 +249,34 @@ class FoldTrainer:
         weights = torch.from_numpy((1 / self._rows_per_pair[pairs]).astype(np.float32)).to(logits.device)
         return (cross_entropy(logits, labels) * self.class_weights[labels] * weights).sum()
 
-    def _sharing(self) -> dict[bool, bool]:
-        """Whether prefixes are shared, in training (True) and in validation (False)."""
-        if not self.config.share_prefix:
-            return {True: False, False: False}
-        trouble = self.scorer.check_sharing()
+    def _layouts(self) -> dict[bool, Layout]:
+        """How batches are laid out in training (True) and in validation (False)."""
+        if not self.config.packing:
+            return {True: "padded", False: "padded"}
+        trouble = self.scorer.check_packing()
         # All as one: workers that divide a step in two ways would leave rows out and compute others twice.
         if self.workers.any(trouble is not None, self.accelerator.device):
             trouble = trouble or "another worker of the fold found that it must be"
             self._tell(f"every prompt is computed on its own: {trouble}")
-        return {True: trouble is None and self.config.batching == "post_grouped", False: trouble is None}
+            return {True: "padded", False: "padded"}
+        # Nothing is shared in a shuffled step, though two of its pairs may be of one post: each draws its own dropout.
+        return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
+
+    def _heaviest(self, train_pairs: np.ndarray) -> Batch:
+        """A micro-batch of as many positions as any that training may come to."""
+        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), self.layout[True])
+        batches = self.scorer.batches(rows, self.config.batch_size, self.layout[True])
+        return max(batches, key=self.scorer.positions)
 
     def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:
         """Lets `auto` try the heaviest micro-batch of the fold; weights and random state stay as they are."""
-        share = self.share[True]
-        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), share=share)
-        heaviest = next(iter(self.scorer.batches(rows, self.config.batch_size, share=share)))
+        heaviest = self._heaviest(train_pairs)
         before = random_state(self.accelerator.device)
 
         def backward() -> None:
             self.model.train()
             try:
-                self.accelerator.backward(
-                    self._loss(np.concatenate(heaviest), self.scorer.logits(heaviest, share=share))
-                )
+                self.accelerator.backward(self._loss(heaviest.rows, self.scorer.logits(heaviest)))
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
                 set_random_state(before, self.accelerator.device)

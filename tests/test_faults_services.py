@@ -70,7 +70,7 @@ def write_task(folder, texts, labels, model_changes=lambda model: None):
     model.save_pretrained(base)
     return [
         *("experiment=quickstart", f"data.dir={folder}", f"data.criteria_dir={folder}", f"model.name={base}"),
-        *("cv.folds=2", "prompt.max_length=48", "dora.r=4", "train.share_prefix=false", f"train.seed={SEED}"),
+        *("cv.folds=2", "prompt.max_length=48", "dora.r=4", "train.packing=false", f"train.seed={SEED}"),
         *("train.batch_size=4", "train.effective_batch_size=4", "train.gradient_checkpointing=off", "run.name=mine"),
     ]
 
@@ -134,7 +134,7 @@ def as_starved(folder):
     train, val = np.arange(40), np.arange(40, 48)
 
     def loop(model, listener):
-        settings = train_config(epochs=1, patience=1, share_prefix=False)
+        settings = train_config(epochs=1, patience=1, packing=False)
         return FoldTrainer(model, toy.encoded, settings, "fp32", listener)
 
     model = toy.model()
@@ -692,7 +692,7 @@ def test_a_training_loss_that_is_no_number_says_its_step(tmp_path):
     """The embedding of one token is damaged: the step that meets it first is named."""
     toy, train = Toy(toy_base(tmp_path)), np.arange(30)
     model = toy.model()
-    loop = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), "fp32", Recorder())
+    loop = FoldTrainer(model, toy.encoded, train_config(packing=False), "fp32", Recorder())
     order = epoch_order(loop.config, toy.encoded, train, 1)
     steps = [set(toy.encoded.input_ids[step].ravel().tolist()) for step in np.array_split(order, [8, 16, 24])]
     token = (steps[1] - steps[0]).pop()

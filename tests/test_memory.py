@@ -23,7 +23,7 @@ def toy(tmp_path_factory):
 
 def fitted(toy, asked, share=1.0, model=None, **changes):
     model, recorder = model or toy.model(dropout=0.2), Recorder()
-    config = train_config(gradient_checkpointing=asked, epochs=1, share_prefix=False, **changes)
+    config = train_config(gradient_checkpointing=asked, epochs=1, packing=False, **changes)
     loop = FoldTrainer(model, toy.encoded, config, "fp32", recorder, share)
     return loop, loop.fit(TRAIN, VAL), recorder, state(model)
 

@@ -39,7 +39,7 @@ def train(folder: Path, case: str, rank: int = 0) -> dict[str, Any]:
     loop = FoldTrainer(model, toy.encoded, config, "bf16" if bf16 else "fp32", Recorder())
     result = loop.fit(TRAIN, VAL)
     return {
-        "share": sorted(loop.share.items()),
+        "layout": sorted(loop.layout.items()),
         "losses": [(epoch.train_loss, epoch.val_loss) for epoch in result.epochs],
         "metrics": [epoch.metrics for epoch in result.epochs],
         "scores": result.val_scores.tolist(),
@@ -47,13 +47,13 @@ def train(folder: Path, case: str, rank: int = 0) -> dict[str, Any]:
     }
 
 
-def share_where_one_worker_must_not(folder: Path, rank: int) -> dict[str, Any]:
+def pack_where_one_worker_must_not(folder: Path, rank: int) -> dict[str, Any]:
     toy, recorder = Toy(toy_base(folder / "one must not")), Recorder()
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(RowScorer, "check_sharing", lambda scorer: "it seems so here")
-        loop = FoldTrainer(toy.model(), toy.encoded, train_config(share_prefix=True), "fp32", recorder)
-    return {"share": sorted(loop.share.items()), "events": recorder.events}
+            patch.setattr(RowScorer, "check_packing", lambda scorer: "it seems so here")
+        loop = FoldTrainer(toy.model(), toy.encoded, train_config(packing=True), "fp32", recorder)
+    return {"layout": sorted(loop.layout.items()), "events": recorder.events}
 
 
 def work(rank: int, folder: Path) -> None:
@@ -63,7 +63,7 @@ def work(rank: int, folder: Path) -> None:
     for case in CASES:
         made[case] = train(folder / str(rank), case, rank)
         AcceleratorState._reset_state(reset_partial_state=True)  # as conftest.py does between tests
-    made["one must not"] = share_where_one_worker_must_not(folder / str(rank), rank)
+    made["one must not"] = pack_where_one_worker_must_not(folder / str(rank), rank)
     (folder / f"{rank}.json").write_text(json.dumps(made))
     torch.distributed.destroy_process_group()
 
@@ -90,8 +90,9 @@ def test_two_workers_train_what_one_trains(tmp_path: Path, two: list[dict[str, A
     """To rounding; with dropout, whose draws are others, to its noise. Both end with the same weights, bit for bit."""
     alone = json.loads(json.dumps(train(tmp_path, case)))
     first, second = (made[case] for made in two)
+    layout = "shared" if "batching" in CASES[case] else "packed"
     assert first == second
-    assert first["share"] == alone["share"] == [[False, True], [True, "batching" in CASES[case]]]
+    assert first["layout"] == alone["layout"] == [[False, "shared"], [True, layout]]
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=close)
     np.testing.assert_allclose(first["scores"], alone["scores"], atol=close)
     np.testing.assert_allclose(first["weights"], alone["weights"], rtol=10 * close)
@@ -101,9 +102,9 @@ def test_two_workers_train_what_one_trains(tmp_path: Path, two: list[dict[str, A
 
 
 @pytest.mark.slow
-def test_no_worker_shares_prefixes_where_one_must_not(two: list[dict[str, Any]]) -> None:
+def test_no_worker_packs_where_one_must_not(two: list[dict[str, Any]]) -> None:
     """Each looks for itself, and in bf16 the look is rough: rows divided in two ways would be lost and doubled."""
-    assert [made["one must not"]["share"] for made in two] == [[[False, False], [True, False]]] * 2
+    assert [made["one must not"]["layout"] for made in two] == [[[False, "padded"], [True, "padded"]]] * 2
     (first,), (second,) = (made["one must not"]["events"] for made in two)
     assert first == "every prompt is computed on its own: another worker of the fold found that it must be"
     assert second == "every prompt is computed on its own: it seems so here"

@@ -84,7 +84,7 @@ class Saver(Recorder):
 CASES = {
     "warm-up and weighted loss": {"warmup_steps": 3, "schedule": "linear", "imbalance": "weighted_loss"},
     "weighted sampling": {"imbalance": "weighted_sampling", "schedule": "cosine"},
-    "post-grouped and shared": {"batching": "post_grouped", "share_prefix": True, "gradient_checkpointing": "on"},
+    "post-grouped and shared": {"batching": "post_grouped", "packing": True, "gradient_checkpointing": "on"},
     "early stopping": {"epochs": 4, "patience": 1, "lr": 1e-12},
     "out of memory": {},
     "checkpointing by need": {"gradient_checkpointing": "auto"},
@@ -101,7 +101,7 @@ def fit(toy, case, listener, state=None, rank=0, **changes):
         model = Greedy(model, limit=2, after=2 if state is None else 0)
     if case == "checkpointing by need":
         model = Tight(model, after=3 if state is None else 0)
-    config = train_config(**({"share_prefix": False, "checkpoint_minutes": 1e-9} | CASES[case] | changes))
+    config = train_config(**({"packing": False, "checkpoint_minutes": 1e-9} | CASES[case] | changes))
     trainer = FoldTrainer(model, toy.encoded, config, "fp32", listener)
     result = trainer.fit(TRAIN, VAL, state)
     return result, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -630,7 +630,7 @@ def remedies_of_training(toy):
     for model, precision in ((Greedy(toy.model(), limit=0), "fp32"), (broken, "bf16")):
         # One a process in production.
         AcceleratorState._reset_state(reset_partial_state=True)
-        loop = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), precision, Recorder())
+        loop = FoldTrainer(model, toy.encoded, train_config(packing=False), precision, Recorder())
         with pytest.raises(UserError) as caught:
             loop.fit(TRAIN, VAL)
         yield from caught.value.remedies

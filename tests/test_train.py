@@ -14,6 +14,7 @@ from raycv import train
 from raycv.errors import UserError
 from raycv.metrics import METRICS, binary_metrics, tune_threshold
 from raycv.sampling import epoch_order
+from raycv.scoring import Batch
 from raycv.train import FoldTrainer, cross_entropy
 
 TRAIN = np.arange(30)
@@ -27,7 +28,7 @@ def toy(tmp_path_factory):
 
 def trainer(toy, model=None, recorder=None, precision="fp32", **changes):
     model = model if model is not None else toy.model()
-    changes = {"share_prefix": False} | changes  # test_prefix.py has the other way
+    changes = {"packing": False} | changes  # test_packing.py has the other way
     return FoldTrainer(model, toy.encoded, train_config(**changes), precision, recorder or Recorder())
 
 
@@ -211,12 +212,13 @@ def test_class_weights_come_from_the_training_fold(toy):
     np.testing.assert_allclose(loop.class_weights.numpy(), len(TRAIN) / (2 * counts), rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_the_loss_and_its_gradient_are_those_of_weighted_cross_entropy(toy, share):
+@pytest.mark.parametrize("batching", ["shuffled", "post_grouped"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_weighted_cross_entropy(toy, packed, batching):
     """The default: each pair counts by its class's weight, and the step is divided by its pairs, not by the weights."""
     model = toy.model().double()
-    loop = trainer(toy, model, imbalance="weighted_loss", batching="post_grouped", share_prefix=share, batch_size=4)
-    assert loop.share[True] == share
+    loop = trainer(toy, model, imbalance="weighted_loss", batching=batching, packing=packed, batch_size=4)
+    assert (loop.layout[True] != "padded") == packed
     loop._prepare(TRAIN)
     weights = torch.tensor([0.5, 3.0])
     loop.class_weights = weights
@@ -224,7 +226,7 @@ def test_the_loss_and_its_gradient_are_those_of_weighted_cross_entropy(toy, shar
     labels = torch.from_numpy(toy.encoded.labels[pairs])
     assert set(labels.tolist()) == {0, 1}
     model.train()
-    logits = loop.scorer.logits([pairs], share=False)
+    logits = loop.scorer.logits(Batch(pairs))
     expected = functional.cross_entropy(logits, labels, weight=weights.to(logits.dtype), reduction="sum")
     (expected / len(pairs)).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -299,7 +301,7 @@ def test_sliding_takes_the_maximum_and_counts_a_pair_once(tmp_path):
     for pair, score in zip(VAL, scores, strict=True):
         rows = np.flatnonzero(sliding.encoded.pair_of_row == pair)
         with torch.no_grad():
-            logits = loop.scorer.logits([rows], share=False)
+            logits = loop.scorer.logits(Batch(rows))
         assert score == pytest.approx(float(torch.softmax(logits, -1)[:, 1].max()), abs=1e-6)
         # A mean over the windows of a pair, then a mean over pairs.
         expected += float(functional.cross_entropy(logits, torch.full((len(rows),), int(labels[pair]))))

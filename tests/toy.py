@@ -67,7 +67,7 @@ def train_config(**changes: object) -> TrainConfig:
         "batch_size": 8,
         "effective_batch_size": 8,
         "eval_batch_size": 4,
-        "share_prefix": True,
+        "packing": True,
         "batching": "shuffled",
         "lr": 1e-2,
         "weight_decay": 0.0,

@@ -1,4 +1,4 @@
-"""Shared prefixes: the logits and gradients of the plain path, on every mixture, and a way out where they are not."""
+"""Packed prompts and shared prefixes: the logits and gradients of padded ones, on every mixture, and a way out."""
 
 import json
 from dataclasses import replace
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_bert
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
@@ -16,13 +18,14 @@ from raycv.base import fetch_base
 from raycv.encoding import encode_dataset, prompt_encoder
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head
-from raycv.prefix import common_prefix, grouped, pack
+from raycv.packing import Group, common_prefix, groups_of, in_lines, pack
 from raycv.sampling import epoch_order
-from raycv.scoring import RowScorer
+from raycv.scoring import RowScorer, in_order
 from raycv.train import FoldTrainer
 
 CPU = torch.device("cpu")
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
+LAYOUT = {"shuffled": "packed", "post_grouped": "shared"}
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +50,19 @@ def scorer(toy, model):
     return RowScorer(model, toy.encoded, CPU, contextlib.nullcontext)
 
 
-def both(toy, model, rows, size=36):
-    compute = scorer(toy, model)
+def logits_of(compute, rows, size, layout):
     with torch.no_grad():
-        plain = {int(r): v for b in compute.batches(rows, size, share=False) for r, v in logits_of(compute, b, False)}
-        shared_rows = compute.sorted(rows, share=True)
-        shared = {
-            int(r): v for b in compute.batches(shared_rows, size, share=True) for r, v in logits_of(compute, b, True)
-        }
-    assert plain.keys() == shared.keys() == {int(row) for row in rows}
-    order = sorted(plain)
-    return torch.stack([plain[row] for row in order]), torch.stack([shared[row] for row in order])
+        batches = list(compute.batches(compute.sorted(rows, layout), size, layout))
+        return in_order(rows, [batch.rows for batch in batches], [compute.logits(batch) for batch in batches])
 
 
-def logits_of(compute, batch, share):
-    return zip(np.concatenate(batch), compute.logits(batch, share=share), strict=True)
+def check_layouts(toy, model, rows, tolerance, size=36):
+    """Packed and shared logits of `rows` are the padded ones."""
+    compute = scorer(toy, model)
+    padded = logits_of(compute, rows, size, "padded")
+    assert padded.std() > 1e-3
+    for layout in ("packed", "shared"):
+        torch.testing.assert_close(logits_of(compute, rows, size, layout), padded, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
@@ -73,9 +74,7 @@ def test_logits_are_those_of_the_plain_path(base, dtype, tolerance, mode, words)
     if dtype == "float64":
         model = model.double()
     rows = np.arange(len(toy.encoded.lengths))
-    plain, shared = both(toy, model, rows)
-    torch.testing.assert_close(shared, plain, rtol=0, atol=tolerance)
-    assert plain.std() > 1e-3
+    check_layouts(toy, model, rows, tolerance)
 
 
 @pytest.mark.parametrize("mode", ["none", "head_tail", "sliding"])
@@ -86,17 +85,14 @@ def test_a_text_may_hold_the_token_that_pads(base, mode):
     toy = Toy(base, replace(dataset, posts=unknown), prompt_config(max_length=24, long_post=mode))
     rows = np.arange(len(toy.encoded.lengths))
     assert (toy.encoded.input_ids[rows, toy.encoded.lengths - 1] == toy.encoded.pad_id).any() == (mode == "none")
-    plain, shared = both(toy, disturbed(toy), rows)
-    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
-    assert plain.std() > 1e-3
+    check_layouts(toy, disturbed(toy), rows, 1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 100])
 def test_any_mixture_of_posts_and_criteria_and_batch_sizes(base, size):
     toy = Toy(base)
     rows = np.random.default_rng(size).permutation(48)[:29]
-    plain, shared = both(toy, disturbed(toy), rows, size)
-    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+    check_layouts(toy, disturbed(toy), rows, 1e-5, size)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +108,14 @@ def nine(base):
 @pytest.mark.parametrize("size", [1, 3, 50])
 def test_posts_with_one_to_nine_criteria(nine, size):
     toy, rows = nine
-    plain, shared = both(toy, disturbed(toy).double(), np.random.default_rng(0).permutation(rows), size)
-    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-10)
+    check_layouts(toy, disturbed(toy).double(), np.random.default_rng(0).permutation(rows), 1e-10, size)
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_gradients_over_one_to_nine_criteria_are_those_without_sharing_in_float64(nine, checkpointing, monkeypatch):
+@pytest.mark.parametrize("batching", ["shuffled", "post_grouped"])
+def test_gradients_over_one_to_nine_criteria_are_those_of_padding_in_float64(
+    nine, batching, checkpointing, monkeypatch
+):
     # Head and norms compute in float32 whatever they are given, and that would hide all below 1e-6.
     monkeypatch.setattr(Float32Head, "forward", nn.Linear.forward)
     monkeypatch.setattr(
@@ -127,10 +125,10 @@ def test_gradients_over_one_to_nine_criteria_are_those_without_sharing_in_float6
     )
     toy, rows = nine
     gradients = []
-    for share in (True, False):
-        config = train_config(batching="post_grouped", share_prefix=share, gradient_checkpointing=checkpointing)
+    for packing in (True, False):
+        config = train_config(batching=batching, packing=packing, gradient_checkpointing=checkpointing)
         loop = FoldTrainer(disturbed(toy).double(), toy.encoded, config, "fp32", Recorder())
-        assert loop.share[True] == share
+        assert loop.layout[True] == (LAYOUT[batching] if packing else "padded")
         loop.class_weights = loop.class_weights.double()
         loop.model.train()
         loop._step(rows, training=True)
@@ -146,60 +144,139 @@ def test_each_row_keeps_a_token_of_its_own():
     assert common_prefix([one, one]) == 2
     assert common_prefix([one]) == 2
     assert common_prefix([np.array([4]), np.array([4])]) == 0
-    packed = pack([[one, two], [np.array([9])]], pad_id=0, device=CPU)
-    assert packed.input_ids.tolist() == [[5, 6, 7, 6], [9, 0, 0, 0]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 1], [0, 0, 0, 0]]
-    assert packed.ends.tolist() == [[0, 2], [0, 3], [1, 0]]
-    assert packed.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+
+
+def test_a_line_holds_groups_that_do_not_see_each_other():
+    one, two, three = np.array([5, 6, 7]), np.array([5, 6]), np.array([8, 9])
+    packed = pack([[[one, two], [three]], [[three]]], pad_id=0, device=CPU)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 6, 8, 9], [8, 9, 0, 0, 0, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
+    assert packed.ends.tolist() == [[0, 2], [0, 3], [0, 5], [1, 1]]
+    assert packed.mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
+    ]  # fmt: skip
+    assert packed.mask.any(dim=-1).all(), "a query that sees nothing would be NaN, padding too"
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        # Groups of 16, 14 and 20: the third would leave a sixth of the batch as padding.
-        (100, [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8, 9]]]),
-        (32, [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8, 9]]]),
-        (20, [[[0, 1, 2]], [[3, 4]], [[5, 6, 7, 8, 9]]]),
-        (16, [[[0, 1, 2]], [[3, 4]], [[5, 6, 7]], [[8, 9]]]),
-        (12, [[[0]], [[1]], [[2]], [[3]], [[4]], [[5]], [[6]], [[7]], [[8]], [[9]]]),
+        (20, [([0, 1, 2], 16), ([3, 4], 14), ([5, 6, 7, 8, 9], 20)]),
+        (16, [([0, 1, 2], 16), ([3, 4], 14), ([5, 6, 7], 16), ([8, 9], 14)]),
+        (12, [([row], 12) for row in range(10)]),
     ],
 )
 def test_groups_stay_whole_where_they_fit(budget, expected):
     group_of_row = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
-    lengths = np.full(10, 12)
-    prefixes = np.array([10, 10, 10])
-    batches = grouped(np.arange(10), group_of_row, lengths, prefixes, budget)
-    assert [[part.tolist() for part in batch] for batch in batches] == expected
+    lengths, prefixes = np.full(10, 12), np.array([10, 10, 10])
+    groups = groups_of(np.arange(10), group_of_row, lengths, prefixes, budget)
+    assert [(group.rows.tolist(), group.positions) for group in groups] == expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "budget", "fill", "expected"),
+    [
+        ([9, 5, 4, 3, 1], 18, 0, [[[9], [5, 4]], [[3], [1]]]),
+        ([9, 8, 1, 1], 18, 0, [[[9], [8, 1]], [[1]]]),
+        # The fuller line takes what fits both.
+        ([9, 6, 5, 3], 27, 0, [[[9], [6, 3], [5]]]),
+        # 23 of 27 positions are less than nine tenths, and 18 of 18 are not.
+        ([9, 6, 5, 3], 27, 0.9, [[[9], [6, 3]], [[5]]]),
+        ([9, 2], 99, 0.9, [[[9]], [[2]]]),
+        ([3, 3, 3], 7, 0.9, [[[3], [3]], [[3]]]),
+        ([], 7, 0.9, []),
+    ],
+)
+def test_lines_are_filled_with_the_largest_that_fit(sizes, budget, fill, expected):
+    groups = [Group(np.array([index]), size) for index, size in enumerate(sizes)]
+    batches = list(in_lines(groups, budget, fill))
+    assert [[[group.positions for group in line] for line in batch] for batch in batches] == expected
+    rows = [int(group.rows[0]) for batch in batches for line in batch for group in line]
+    assert sorted(rows) == list(range(len(sizes)))
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    st.integers(40, 400),
+    st.sampled_from([0, 0.5, 0.9, 1]),
+)
+def test_every_group_is_in_one_line_and_no_batch_passes_the_budget(sizes, budget, fill):
+    groups = [Group(np.array([index]), size) for index, size in enumerate(sizes)]
+    seen = []
+    for batch in in_lines(groups, budget, fill):
+        used = [sum(group.positions for group in line) for line in batch]
+        assert all(used)
+        assert len(used) * max(used) <= budget
+        assert sum(used) >= fill * len(used) * max(used)
+        seen += [int(group.rows[0]) for line in batch for group in line]
+    assert sorted(seen) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_a_shared_batch_computes_no_more_positions_than_a_plain_one_may(base, size):
+def test_a_batch_computes_no_more_positions_than_so_many_of_the_longest(base, size, layout):
     toy = Toy(base, toy_dataset(words=25))
-    compute = scorer(toy, None)
-    rows = compute.sorted(np.random.default_rng(size).permutation(48)[:40], share=True)
-    batches = list(compute.batches(rows, size, share=True))
-    assert np.concatenate([part for batch in batches for part in batch]).tolist() == rows.tolist()
+    computed = []
+    model = toy.model()
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].numel()))
+    compute = scorer(toy, model)
+    rows = compute.sorted(np.random.default_rng(size).permutation(48)[:40], layout)
+    batches = list(compute.batches(rows, size, layout))
+    assert sorted(np.concatenate([batch.rows for batch in batches])) == sorted(rows)
     for batch in batches:
-        groups = [[toy.encoded.input_ids[row, : toy.encoded.lengths[row]] for row in part] for part in batch]
-        assert pack(groups, 0, CPU).input_ids.numel() <= size * toy.encoded.lengths[rows].max()
+        compute.logits(batch)
+        assert computed[-1] <= compute.positions(batch) <= size * toy.encoded.lengths[rows].max()
+        assert layout == "shared" or computed[-1] == compute.positions(batch)
+
+
+def test_logits_come_back_in_the_order_of_the_rows():
+    """A row may be there twice: weighted sampling draws with replacement."""
+    rows = np.array([7, 3, 7, 1])
+    logits = [torch.tensor([[1.0, 1], [7, 7]]), torch.tensor([[7.0, 7], [3, 3]])]
+    back = in_order(rows, [np.array([1, 7]), np.array([7, 3])], logits)
+    assert back[:, 0].tolist() == rows.tolist()
 
 
 def test_fewer_tokens_are_computed(base):
     toy = Toy(base, toy_dataset(words=25))
     groups = [[toy.encoded.input_ids[row, : toy.encoded.lengths[row]] for row in range(3)]]
-    packed = pack(groups, 0, CPU)
+    packed = pack([groups], 0, CPU)
     assert packed.input_ids.shape[1] < 0.75 * sum(len(row) for row in groups[0])
 
 
-def test_gradients_of_a_post_grouped_step_are_those_without_sharing(base):
+@pytest.mark.parametrize("imbalance", ["weighted_loss", "weighted_sampling"])
+@pytest.mark.parametrize("long_post", ["head_tail", "sliding"])
+def test_gradients_of_a_shuffled_step_are_those_of_padding(base, imbalance, long_post):
+    """Windows of long posts and pairs that are drawn twice included."""
+    toy = Toy(base, toy_dataset(words=30), prompt_config(max_length=24, long_post=long_post))
+    config = train_config(imbalance=imbalance)
+    pairs = epoch_order(config, toy.encoded, TRAIN, epoch=1)[:17]
+    assert (len(set(pairs.tolist())) < len(pairs)) == (imbalance == "weighted_sampling")
+    steps = []
+    for packing in (True, False):
+        model = disturbed(toy)
+        loop = FoldTrainer(model, toy.encoded, config.model_copy(update={"packing": packing}), "fp32", Recorder())
+        loop.model.train()
+        loss, rows, logits = loop._step(pairs, training=True)
+        assert len(loop.scorer.encoded.rows_of(pairs)) == len(rows) == len(logits)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        steps.append((loss, rows.tolist(), logits, gradients))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-6)
+    assert steps[0][1] == steps[1][1]
+    torch.testing.assert_close(steps[0][2], steps[1][2], rtol=0, atol=1e-5)
+    for name, gradient in steps[0][3].items():
+        torch.testing.assert_close(gradient, steps[1][3][name], rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_a_post_grouped_step_are_those_of_padding(base):
     toy = Toy(base)
     gradients, losses = [], []
-    for share in (True, False):
+    for packing in (True, False):
         model = disturbed(toy)
         loop = FoldTrainer(
-            model, toy.encoded, train_config(batching="post_grouped", share_prefix=share), "fp32", Recorder()
+            model, toy.encoded, train_config(batching="post_grouped", packing=packing), "fp32", Recorder()
         )
-        assert loop.share == {True: share, False: share}
         loop.model.train()
         losses.append(loop._step(TRAIN[3:17], training=True)[0])
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -220,12 +297,12 @@ def test_post_grouped_order_keeps_posts_together_and_shuffles_them(base):
     assert loop.fit(TRAIN, VAL).epochs[0].train_loss > 0
 
 
-def test_validation_shares_by_default_and_scores_alike(base):
+def test_training_packs_and_validation_shares_by_default_and_scores_alike(base):
     toy = Toy(base)
     model = disturbed(toy)
     shared = FoldTrainer(model, toy.encoded, train_config(), "fp32", Recorder())
-    plain = FoldTrainer(model, toy.encoded, train_config(share_prefix=False), "fp32", Recorder())
-    assert shared.share == {True: False, False: True}
+    plain = FoldTrainer(model, toy.encoded, train_config(packing=False), "fp32", Recorder())
+    assert shared.layout == {True: "packed", False: "shared"}
     np.testing.assert_allclose(shared.scores(VAL)[0], plain.scores(VAL)[0], atol=1e-6)
     assert shared.scores(VAL)[1] == pytest.approx(plain.scores(VAL)[1], rel=1e-5)
 
@@ -239,7 +316,7 @@ def test_a_model_that_is_not_causal_falls_back_and_says_so(tmp_path):
     model = load_classifier(files, tokenizer, torch.float32, seed=1)
     recorder = Recorder()
     loop = FoldTrainer(model, encoded, train_config(), "fp32", recorder)
-    assert loop.share == {True: False, False: False}
+    assert loop.layout == {True: "padded", False: "padded"}
     assert "every prompt is computed on its own: BertForSequenceClassification" in recorder.events[0]
 
 
@@ -252,7 +329,7 @@ def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch, size):
         for name, parameter in model.named_parameters():
             if "score.modules_to_save" in name:
                 parameter.mul_(size)
-    assert scorer(toy, model).check_sharing() is None
+    assert scorer(toy, model).check_packing() is None
     backbone = model.get_base_model().model
     real = backbone.forward
 
@@ -263,7 +340,7 @@ def test_a_llama_that_looks_both_ways_is_found_out(base, monkeypatch, size):
         return real(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(backbone, "forward", both_ways)
-    assert "is not causal: its logits differ by" in scorer(toy, model).check_sharing()
+    assert "is not causal: its logits differ by" in scorer(toy, model).check_packing()
 
 
 @pytest.mark.parametrize(("window", "shares"), [(8, False), (4096, True), (None, True)])
@@ -274,7 +351,7 @@ def test_a_short_attention_window_is_not_shared(tmp_path, window, shares):
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     (files.path / "config.json").write_text(json.dumps(config))
     toy = Toy(fetch_base(str(files.path), None))
-    trouble = scorer(toy, disturbed(toy)).check_sharing()
+    trouble = scorer(toy, disturbed(toy)).check_packing()
     assert (trouble is None) == shares
     if not shares:
         assert f"sees 8 tokens, and prompts have {toy.encoded.lengths.max()}" in trouble
@@ -288,7 +365,7 @@ def test_positions_that_depend_on_the_batch_are_not_shared(tmp_path, trained, sh
     config |= {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": trained}
     (files.path / "config.json").write_text(json.dumps(config))
     toy = Toy(fetch_base(str(files.path), None), prompt=prompt_config(max_length=24))
-    trouble = scorer(toy, disturbed(toy)).check_sharing()
+    trouble = scorer(toy, disturbed(toy)).check_packing()
     assert (trouble is None) == shares
     if not shares:
         assert "beyond 8 tokens LlamaForSequenceClassification embeds positions by the longest prompt" in trouble
@@ -307,10 +384,10 @@ def test_layers_that_take_no_mask_of_ours_are_not_shared(base, monkeypatch):
         return real(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(backbone, "forward", picky)
-    assert "does not take a mask of its own: RuntimeError: Expected 2D" in scorer(toy, model).check_sharing()
+    assert "does not take a mask of its own: RuntimeError: Expected 2D" in scorer(toy, model).check_packing()
     error = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError):
-        scorer(toy, model).check_sharing()
+        scorer(toy, model).check_packing()
 
 
 def test_the_check_looks_at_the_longest_post_and_at_two_rows_of_it(base):
@@ -318,11 +395,48 @@ def test_the_check_looks_at_the_longest_post_and_at_two_rows_of_it(base):
     compute = scorer(toy, disturbed(toy))
     seen = []
 
-    def logits(batch, share):
-        seen.append(np.concatenate(batch))
-        return RowScorer.logits(compute, batch, share=share)
+    def logits(batch):
+        seen.append(batch)
+        return RowScorer.logits(compute, batch)
 
     compute.logits = logits
-    assert compute.check_sharing() is None
-    assert [len(rows) for rows in seen] == [1, 1, 2]
-    assert toy.encoded.lengths[seen[2]].max() == toy.encoded.lengths.max()
+    assert compute.check_packing() is None
+    assert [len(batch.rows) for batch in seen] == [1, 1, 1, 3]
+    (line,) = seen[-1].lines
+    assert [len(group.rows) for group in line] == [2, 1]
+    assert toy.encoded.lengths[seen[-1].rows].max() == toy.encoded.lengths.max()
+
+
+def test_posts_with_one_criterion_are_packed_too(base):
+    toy = Toy(base, toy_dataset(criteria=1))
+    assert np.bincount(toy.encoded.post_of_pair).max() == 1
+    loop = FoldTrainer(disturbed(toy), toy.encoded, train_config(), "fp32", Recorder())
+    assert loop.layout == {True: "packed", False: "shared"}
+    check_layouts(toy, disturbed(toy), np.arange(len(toy.encoded.labels)), 1e-5)
+
+
+def test_positions_that_go_on_within_a_line_are_found_out(base, monkeypatch):
+    """As of a model that takes no positions: right for a padded row, wrong for the second one of a line."""
+    toy = Toy(base)
+    model = disturbed(toy)
+    backbone = model.get_base_model().model
+    real = backbone.forward
+    monkeypatch.setattr(
+        backbone, "forward", lambda *args, position_ids=None, **kwargs: real(*args, position_ids=None, **kwargs)
+    )
+    assert "its logits differ by" in scorer(toy, model).check_packing()
+
+
+def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base):
+    toy = Toy(base, toy_dataset(words=25))
+    for batching in ("shuffled", "post_grouped"):
+        config = train_config(batching=batching, batch_size=4)
+        loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
+        heaviest = loop.scorer.positions(loop._heaviest(TRAIN))
+        size = config.effective_batch_size
+        for epoch in range(20):
+            order = epoch_order(config, toy.encoded, TRAIN, epoch)
+            for start in range(0, len(order), size):
+                rows = loop.scorer.sorted(order[start : start + size], loop.layout[True])
+                for batch in loop.scorer.batches(rows, config.batch_size, loop.layout[True]):
+                    assert loop.scorer.positions(batch) <= heaviest

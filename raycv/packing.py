@@ -1,26 +1,39 @@
-"""Prompts that share a prefix, computed once: a post's nine pairs in one row `[prefix | suffix 1 | ... | suffix 9]`.
+"""Prompts one after another in lines, without padding, and what those of a post share computed once.
 
-A causal model's states over a common prefix are the same for every continuation. A suffix attends to the prefix and to
-itself, and its positions restart at the prefix's end, so the logits are those of the plain rows.
+A line is `[group | group | ...]`, and a group, the prompts of one post, is `[prefix | suffix 1 | ... | suffix 9]`. A
+causal model's states over a common prefix are the same for every continuation. A suffix attends to its group's prefix
+and to itself, its positions restart at the prefix's end, and a group's at 0, so the logits are those of the plain rows.
 """
 
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-PREFIX, PADDING = 0, -1
-"""Segment numbers; suffixes count from 1."""
+FILL = {"cpu": 0.9, "cuda": 0.0}
+"""A batch computes at most the rest as padding. On a GPU one more batch costs more than padding does: each takes the
+host as long to launch, however small it is (`benchmarks.gpu`)."""
 
-FILL = 0.9
-"""A batch of groups computes at most the rest as padding: a step of training holds few posts, of unlike lengths."""
+
+class Group(NamedTuple):
+    """Rows that share a prefix: of one post, or a single one."""
+
+    rows: np.ndarray
+    """int [n]"""
+    positions: int
+    """tokens that are computed, at most"""
+
+
+Lines = list[list[Group]]
+"""The groups of each line of a batch."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """B groups of rows in one batch; R rows in all."""
+    """B lines of groups of rows in one batch; R rows in all."""
 
     input_ids: torch.Tensor
     """int64 [B, L]"""
@@ -32,34 +45,45 @@ class PackedRows:
     """int64 [R, 2]: batch index and position at which each row's logits are read, in the order the rows came in"""
 
 
-def pack(groups: Sequence[Sequence[np.ndarray]], pad_id: int, device: torch.device) -> PackedRows:
-    """Packs `groups` of token sequences (each int [n], without padding); a group shares its longest common prefix.
+def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: torch.device) -> PackedRows:
+    """Packs `lines` of groups of token sequences (each int [n], no padding); a group shares its longest common prefix.
 
     Every suffix keeps at least one token, since a row's logits are read at its own last token. As in Hugging Face's
     heads that is the last other than `pad_id`, which a text too may hold: a tokenizer may pad with <unk> or </s>.
     """
-    packed = [_pack_group(group, pad_id) for group in groups]
-    width = max(len(ids) for ids, _, _, _ in packed)
+    packed = [[_pack_group(group, pad_id) for group in line] for line in lines]
+    width = max(sum(len(ids) for ids, _, _, _ in line) for line in packed)
     shape = (len(packed), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    segments = np.full(shape, PADDING, dtype=np.int64)
+    # Of each position the number of its segment, and of the prefix that it sees; padding is a segment of its own, for
+    # a query that attends to nothing would be NaN.
+    segments, prefixes = np.zeros((2, *shape), dtype=np.int64)
     ends = []
-    for index, (ids, position, segment, last) in enumerate(packed):
-        input_ids[index, : len(ids)] = ids
-        positions[index, : len(ids)] = position
-        segments[index, : len(ids)] = segment
-        ends += [(index, end) for end in last]
+    for index, line in enumerate(packed):
+        start = segment = 0
+        for ids, position, own_segments, last in line:
+            place = index, slice(start, start + len(ids))
+            input_ids[place] = ids
+            positions[place] = position
+            prefixes[place] = segment + 1
+            segments[place] = segment + 1 + own_segments
+            ends += [(index, start + end) for end in last]
+            start += len(ids)
+            segment += 1 + len(last)
     return PackedRows(
         input_ids=torch.from_numpy(input_ids).to(device),
         position_ids=torch.from_numpy(positions).to(device),
-        mask=_mask(torch.from_numpy(segments).to(device)),
+        mask=_mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device)),
         ends=torch.tensor(ends, device=device),
     )
 
 
 def _pack_group(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, positions, segments [n] of one group, and the index of each row's last token other than `pad_id`."""
+    """Token ids, positions, segments [n] of one group, and the index of each row's last token other than `pad_id`.
+
+    The prefix is segment 0, and suffixes count from 1.
+    """
     shared = common_prefix(rows)
     suffixes = [row[shared:] for row in rows]
     sizes = [len(suffix) for suffix in suffixes]
@@ -81,57 +105,61 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
     return int(differs.argmax()) if differs.any() else most
 
 
-def _mask(segments: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, L, L] from segment numbers [B, L]."""
+def _mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, L, L] from the number of each position's segment and of the prefix that it sees, both [B, L]."""
     length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    attends = causal & ((key == PREFIX) | (key == query))
-    # A query that attends to nothing would be NaN: padding attends to itself.
-    attends |= torch.eye(length, dtype=torch.bool, device=segments.device)
-    return attends[:, None]
+    key = segments[:, None, :]
+    return (causal & ((key == segments[:, :, None]) | (key == prefixes[:, :, None])))[:, None]
 
 
-def grouped(
+def groups_of(
     rows: np.ndarray, group_of_row: np.ndarray, lengths: np.ndarray, prefix_of_group: np.ndarray, budget: int
-) -> Iterator[list[np.ndarray]]:
-    """`rows` (those of a group adjacent) in batches of whole groups of like size, at most `budget` positions each.
+) -> Iterator[Group]:
+    """The groups of `rows` (those of a group adjacent), of at most `budget` positions each.
 
     Args:
         rows: indices [n] into `group_of_row` and `lengths`.
         lengths: tokens of each row [R].
         prefix_of_group: tokens that the rows of each group share [G].
         budget: at least the longest row; a group that takes more is split, each part computing the prefix again.
-
-    Yields, per batch, the rows of each group.
     """
     borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
-    batch: list[np.ndarray] = []
-    used = width = 0
     for group in np.split(rows, borders):
         prefix = int(prefix_of_group[group_of_row[group[0]]])
-        for part, positions in _parts(group, prefix, lengths[group] - prefix, budget):
-            # A batch is as wide as its widest group.
-            width = max(width, positions)
-            computed = (len(batch) + 1) * width
-            if batch and (computed > budget or used + positions < FILL * computed):
-                yield batch
-                batch, used, width = [], 0, positions
-            batch.append(part)
-            used += positions
-    if batch:
-        yield batch
+        start, positions = 0, prefix
+        for index, size in enumerate((lengths[group] - prefix).tolist()):
+            if index > start and positions + size > budget:
+                yield Group(group[start:index], positions)
+                start, positions = index, prefix
+            positions += size
+        yield Group(group[start:], positions)
 
 
-def _parts(group: np.ndarray, prefix: int, own: np.ndarray, budget: int) -> Iterator[tuple[np.ndarray, int]]:
-    """`group` in as few parts as take at most `budget` positions each, and the positions of each part."""
-    start, positions = 0, prefix
-    for index, size in enumerate(own.tolist()):
-        if index > start and positions + size > budget:
-            yield group[start:index], positions
-            start, positions = index, prefix
-        positions += size
-    yield group[start:], positions
+def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Lines]:
+    """`groups` in batches of filled lines, of at most `budget` positions each, which the largest must not pass.
+
+    Best fit, largest first: a batch has lines of the size of the largest group that is left, as many as `budget`
+    allows, and each group after it goes where least room remains. The emptiest lines are left to the next batch where
+    less than `fill` of the positions would be used.
+    """
+    # Ascending, and of equal ones the first last: taken from the end.
+    left = sorted((group.positions, -index) for index, group in enumerate(groups))
+    while left:
+        width = left[-1][0]
+        rooms = [width] * (budget // width)
+        lines: list[list[tuple[int, int]]] = [[] for _ in rooms]
+        while fitting := bisect_right(left, (max(rooms), 0)):
+            group = left.pop(fitting - 1)
+            room, line = min((room, line) for line, room in enumerate(rooms) if room >= group[0])
+            rooms[line] = room - group[0]
+            lines[line].append(group)
+        # Fullest first, and the first of the equal ones.
+        used = sorted((room, line) for line, room in enumerate(rooms) if lines[line])
+        while sum(width - room for room, _ in used) < fill * width * len(used):
+            for group in lines[used.pop()[1]]:
+                insort(left, group)
+        yield [[groups[-index] for _, index in lines[line]] for _, line in used]
 
 
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
