@@ -43,6 +43,7 @@ class Case:
     checkpointing: bool
     batching: str = "shuffled"
     micro_batch: int = 8
+    packing: bool = True
 
 
 HELD = (
@@ -57,6 +58,8 @@ OTHERS = (
     Case("dora_raycv", True, "post_grouped"),
     Case("dora_raycv", False),
     Case("dora_raycv", False, "post_grouped"),
+    Case("dora_raycv", True, packing=False),
+    Case("dora_raycv", True, micro_batch=EFFECTIVE, packing=False),
     Case("dora_peft", True),
 )
 """Once each, and last: PEFT's default takes longest."""
@@ -113,10 +116,11 @@ class Work:
 
     def __init__(self, model: Any, scorer: RowScorer, case: Case) -> None:
         self.model, self.scorer = model, scorer
-        self._layout: Layout = "shared" if case.batching == "post_grouped" else "packed"
+        grouped = case.batching == "post_grouped"
+        self._layout: Layout = "padded" if not case.packing else "shared" if grouped else "packed"
         self._micro_batch = case.micro_batch
         rows = np.arange(len(scorer.encoded.lengths))
-        order = rows if self._layout == "shared" else np.random.default_rng(0).permutation(rows)
+        order = rows if grouped else np.random.default_rng(0).permutation(rows)
         self.steps = [order[start : start + EFFECTIVE] for start in range(0, len(rows) - EFFECTIVE + 1, EFFECTIVE)]
         self._labels = torch.from_numpy(scorer.encoded.labels).to(scorer.device)
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -178,7 +182,7 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
         found = {
             row["adapter"]: row
             for row in rows
-            if row["checkpointing"] and row["batching"] == "shuffled" and row["micro_batch"] == size
+            if row["checkpointing"] and row["packing"] and row["batching"] == "shuffled" and row["micro_batch"] == size
         }
         ours, lora = found.get("dora_raycv"), found.get("lora")
         peft = [found[name] for name in ("dora_peft", "dora_peft_bf16") if name in found]

@@ -265,6 +265,7 @@ def gpu(result: Json) -> list[str]:
         ("adapter", lambda row: titles[row["adapter"]]),
         ("checkpointing", lambda row: "on" if row["checkpointing"] else "off"),
         ("batching", lambda row: row["batching"]),
+        ("packed", lambda row: "yes" if row["packing"] else "no"),
         ("micro-batch", lambda row: str(row["micro_batch"])),
         ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
         ("FLOPs / (N·token) that it needs", lambda row: str(row["flops_per_n_token"])),

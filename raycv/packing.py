@@ -5,7 +5,7 @@ causal model's states over a common prefix are the same for every continuation. 
 and to itself, its positions restart at the prefix's end, and a group's at 0, so the logits are those of the plain rows.
 """
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -147,15 +147,15 @@ def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Line
     left = sorted((group.positions, -index) for index, group in enumerate(groups))
     while left:
         width = left[-1][0]
-        rooms = [width] * (budget // width)
+        # Ascending too: what is left of each line.
+        rooms = [(width, line) for line in range(budget // width)]
         lines: list[list[tuple[int, int]]] = [[] for _ in rooms]
-        while fitting := bisect_right(left, (max(rooms), 0)):
+        while fitting := bisect_right(left, (rooms[-1][0], 0)):
             group = left.pop(fitting - 1)
-            room, line = min((room, line) for line, room in enumerate(rooms) if room >= group[0])
-            rooms[line] = room - group[0]
+            room, line = rooms.pop(bisect_left(rooms, (group[0], 0)))
+            insort(rooms, (room - group[0], line))
             lines[line].append(group)
-        # Fullest first, and the first of the equal ones.
-        used = sorted((room, line) for line, room in enumerate(rooms) if lines[line])
+        used = [(room, line) for room, line in rooms if lines[line]]
         while sum(width - room for room, _ in used) < fill * width * len(used):
             for group in lines[used.pop()[1]]:
                 insort(left, group)

@@ -263,9 +263,10 @@ class FoldTrainer:
         return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
 
     def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """A micro-batch of as many positions as any that training may come to."""
-        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), self.layout[True])
-        batches = self.scorer.batches(rows, self.config.batch_size, self.layout[True])
+        """A micro-batch of as many positions as any that training may come to: one of the longest rows."""
+        size, layout = self.config.batch_size, self.layout[True]
+        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), layout)[: 64 * size]
+        batches = self.scorer.batches(rows, size, layout)
         return max(batches, key=self.scorer.positions)
 
     def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:

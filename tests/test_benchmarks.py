@@ -346,7 +346,7 @@ def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == []
     result = json.loads(out.read_text(encoding="utf-8"))
     training = [row for row in result["rows"] if row["part"] == "training"]
-    assert len(training) == 9
+    assert len(training) == 11
     assert result["skipped"] == []
     assert result["packing"].startswith("logits equal")
     assert [(bar["claim"].split(",")[0], bar["claim"].rpartition(" ")[2]) for bar in result["bars"]] == [
@@ -356,12 +356,15 @@ def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     ]  # fmt: skip
     assert {row["checkpointing"]: row["flops_per_n_token"] for row in training} == {True: 6, False: 4}
     computed = {
-        (row["adapter"], row["batching"], row["micro_batch"]): row["computed_tokens"]
+        (row["adapter"], row["batching"], row["micro_batch"], row["packing"]): row["computed_tokens"]
         for row in training
         if row["checkpointing"]
     }
-    assert computed["dora_raycv", "post_grouped", 8] < computed["dora_raycv", "shuffled", 8]
-    assert computed["dora_raycv", "shuffled", 8] == computed["lora", "shuffled", 8]
+    assert computed["dora_raycv", "post_grouped", 8, True] < computed["dora_raycv", "shuffled", 8, True]
+    assert computed["dora_raycv", "shuffled", 8, True] == computed["lora", "shuffled", 8, True]
+    for size, padded in ((8, 1.05), (32, 1.5)):
+        one, other = (computed["dora_raycv", "shuffled", size, packing] for packing in (True, False))
+        assert other > padded * one
     assert {row["adapter"] for row in result["rows"] if row["part"] == "latency"} == {
         row["adapter"] for row in training
     }
