@@ -191,20 +191,14 @@ class Predictor:
 
     def _logits(self, scorer: RowScorer, rows: np.ndarray) -> torch.Tensor:
         """Logits [R, 2] of sorted `rows`, in batches that fit the memory."""
-        computed: list[np.ndarray] = []
-        logits: list[torch.Tensor] = []
+        done: list[tuple[np.ndarray, torch.Tensor]] = []
 
         def work(size: int) -> torch.Tensor:
             for batch in scorer.batches(rows, size, self._layout):
-                computed.append(batch.rows)
-                logits.append(scorer.logits(batch).cpu())
-            return in_order(rows, computed, logits)
+                done.append((batch.rows, scorer.logits(batch).cpu()))
+            return in_order(rows, done)
 
-        def reset() -> None:
-            computed.clear()
-            logits.clear()
-
-        return self._batch.run(work, reset)
+        return self._batch.run(work, done.clear)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._dtype != torch.bfloat16:

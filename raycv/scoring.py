@@ -50,11 +50,11 @@ class Batch(NamedTuple):
         return cls(np.concatenate([group.rows for line in lines for group in line]), lines)
 
 
-def in_order(rows: np.ndarray, batches: Sequence[np.ndarray], logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits [n, 2] of `rows` [n] from those of `batches`, which hold the same rows in another order."""
+def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
+    """Logits [n, 2] of `rows` [n] from the rows and logits of batches, which hold the same rows in another order."""
     place = np.empty(len(rows), dtype=np.int64)
-    place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate(batches), kind="stable")
-    joined = torch.cat(list(logits))
+    place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")
+    joined = torch.cat([logits for _, logits in done])
     return joined[torch.from_numpy(place).to(joined.device)]
 
 

@@ -215,30 +215,27 @@ class FoldTrainer:
         part = self.scorer.part(rows, self.workers, layout)
         before = random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
-        computed: list[np.ndarray] = []
-        logits: list[torch.Tensor] = []
+        done: list[tuple[np.ndarray, torch.Tensor]] = []
 
         def work(size: int) -> torch.Tensor:
             for batch in self.scorer.batches(rows[part], size, layout):
-                batch_logits = self.scorer.logits(batch)
-                loss = self._loss(batch.rows, batch_logits)
+                logits = self.scorer.logits(batch)
+                loss = self._loss(batch.rows, logits)
                 if training:
                     self.accelerator.backward(loss / len(pairs))
                 losses.append(loss.detach())
-                computed.append(batch.rows)
-                logits.append(batch_logits.detach())
+                done.append((batch.rows, logits.detach()))
             return torch.stack(losses).sum() if losses else torch.zeros((), device=self.accelerator.device)
 
         def reset() -> None:
             losses.clear()
-            computed.clear()
-            logits.clear()
+            done.clear()
             set_random_state(before, self.accelerator.device)
             if training:
                 self.optimizer.zero_grad(set_to_none=True)
 
         total = self.workers.sum(self.micro_batch[training].run(work, reset))
-        mine = in_order(rows[part], computed, logits) if logits else None
+        mine = in_order(rows[part], done) if done else None
         whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
         return float(total), rows, whole.cpu()
 

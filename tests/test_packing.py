@@ -53,7 +53,7 @@ def scorer(toy, model):
 def logits_of(compute, rows, size, layout):
     with torch.no_grad():
         batches = list(compute.batches(compute.sorted(rows, layout), size, layout))
-        return in_order(rows, [batch.rows for batch in batches], [compute.logits(batch) for batch in batches])
+        return in_order(rows, [(batch.rows, compute.logits(batch)) for batch in batches])
 
 
 def check_layouts(toy, model, rows, tolerance, size=36):
@@ -234,7 +234,7 @@ def test_logits_come_back_in_the_order_of_the_rows():
     """A row may be there twice: weighted sampling draws with replacement."""
     rows = np.array([7, 3, 7, 1])
     logits = [torch.tensor([[1.0, 1], [7, 7]]), torch.tensor([[7.0, 7], [3, 3]])]
-    back = in_order(rows, [np.array([1, 7]), np.array([7, 3])], logits)
+    back = in_order(rows, list(zip([np.array([1, 7]), np.array([7, 3])], logits, strict=True)))
     assert back[:, 0].tolist() == rows.tolist()
 
 
