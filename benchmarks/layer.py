@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import ON_A_GPU, Bar, Result, interleaved, parser, spread
-from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, base_weights, default_dtype
+from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, base_weights, default_dtype, flop_counter
 
 MICRO_BATCHES = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,7 +61,7 @@ class Step:
         if self._compiled:
             self()  # compiles
             return None
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             self(micro_batches=1)
         return counter.get_total_flops() / (base_weights(self.model) * self.tokens)
 

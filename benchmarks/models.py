@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from raycv.dora import start_at_the_base, use_factored
 from raycv.norm import fuse_norms
@@ -89,6 +90,15 @@ ADAPTERS = {
     "dora_peft_bf16": Adapter("DoRA, PEFT, bf16 adapters under autocast", float32=False),
     "dora_raycv": Adapter("DoRA, raycv", factored=True),
 }
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which by itself leaves out `addmm_`."""
+
+    def addmm(_: Any, a: tuple[int, int], b: tuple[int, int], **_others: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
 
 
 def base_weights(model: nn.Module) -> int:

@@ -48,82 +48,104 @@ class Parts(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What a forward takes of a layer's parameters; from `rounded_gamma` on in the type of the activations."""
+    """What a forward takes of a layer's parameters; from `gamma` on in the type of the activations."""
 
     norm: torch.Tensor
     """[out], float32 at least: ||W + s B A||"""
+    scaling: torch.Tensor
+    """[1], likewise: s"""
     gamma: torch.Tensor
-    """[out], likewise: m / norm"""
-    rounded_gamma: torch.Tensor
-    """[out]"""
+    """[out]: m / norm"""
     excess: torch.Tensor
-    """[out]: gamma - 1"""
+    """[out]: gamma - 1, rounded after the difference"""
     a: torch.Tensor
     """[r, in]"""
     up: torch.Tensor
-    """[out, r]: s gamma B"""
+    """[out, r]: s B"""
 
 
 class _Product(torch.autograd.Function):
     """gamma * (W x + s B A x'), where x' is x after dropout, and its gradients with the norm as a constant.
 
     By hand, since each pass over the activations and, on a GPU, each kernel's launch counts: autograd would make a
-    graph of the small tensors too, and add up the two parts of the gradient of W x in two more passes.
+    graph of the small tensors too, and add up the two parts of the gradient of x in two more passes.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        low: torch.Tensor,
         magnitude: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
         weight: torch.Tensor,
         ready: Ready,
-        scaling: float,
-        dropped: bool,
+        probability: float,
+        path: DropoutPath,
     ) -> torch.Tensor:
-        """`x` and `low`: [..., in], x and x'; `dropped`: gamma - 1 scales W x' and not W x, as PEFT has it.
+        """`x`: [..., in]; `probability`: of dropout; `path`: peft, where gamma - 1 scales W x' and not W x.
 
         Returns [n, out], a row for each of the n vectors in `x`.
         """
-        low = low.reshape(-1, low.shape[-1])
-        through_base = functional.linear(x.reshape(-1, x.shape[-1]), weight)
-        scaled = functional.linear(low, weight) if dropped else through_base
-        # y = Wx + (gamma - 1) Wx + gamma s B A x: in bf16 gamma itself would lose what gamma - 1 keeps, and the
-        # activations need not be turned to float32 and back.
-        apart = dropped or x.dtype.itemsize < 4
-        out = torch.addcmul(through_base, scaled, ready.excess) if apart else through_base * ready.rounded_gamma
+        rows = x.reshape(-1, x.shape[-1])
+        low, kept, scale = dropout(rows, probability, as_peft=path == "peft") if probability else (rows, None, 1.0)
         hidden = functional.linear(low, ready.a)
-        out.addmm_(hidden, ready.up.T)
-        ctx.save_for_backward(low, scaled, hidden, b, weight, *ready)
-        ctx.scaling, ctx.dropped, ctx.apart, ctx.shape = scaling, dropped, apart, x.shape
+        unscaled = functional.linear(rows, weight).addmm_(hidden, ready.up.T)
+        # gamma t = t + (gamma - 1) t: in bf16 gamma itself would lose what gamma - 1 keeps, and the activations need
+        # not be turned to float32 and back.
+        base_too = kept is not None and path == "peft"
+        apart = base_too or x.dtype.itemsize < 4
+        out = unscaled
+        if base_too:
+            unscaled = functional.linear(low, weight).addmm_(hidden, ready.up.T)
+        out = torch.addcmul(out, unscaled, ready.excess) if apart else unscaled * ready.gamma
+        ctx.save_for_backward(low, hidden, unscaled, kept)
+        # Not saved for backward, which costs checkpointing a hook for each of them twice: nothing changes them in
+        # between.
+        ctx.weight, ctx.ready = weight, ready
+        ctx.scale, ctx.base_too, ctx.apart, ctx.shape = scale, base_too, apart, x.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """`grad`: [n, out]."""
-        low, scaled, hidden, b, weight, *rest = ctx.saved_tensors
-        ready = Ready(*rest)
-        exact = ready.norm.dtype
-        of_up = (grad.T @ hidden).to(exact)
-        of_gamma = (grad * scaled).sum(dim=0, dtype=exact) + ctx.scaling * (of_up * b).sum(dim=1)
-        of_b = (ctx.scaling * ready.gamma)[:, None] * of_up
-        of_hidden = grad @ ready.up
+        low, hidden, unscaled, kept = ctx.saved_tensors
+        weight, ready = ctx.weight, ctx.ready
+        of_magnitude = (grad * unscaled).sum(dim=0, dtype=ready.norm.dtype) / ready.norm
+        scaled = torch.addcmul(grad, grad, ready.excess) if ctx.apart else grad * ready.gamma
+        of_b = (scaled.T @ hidden) * ready.scaling
+        of_hidden = scaled @ ready.up
         of_a = of_hidden.T @ low
-        of_low = of_hidden @ ready.a
-        if ctx.dropped:
-            of_low = torch.addmm(of_low, grad * ready.excess, weight)
         of_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.apart and not ctx.dropped:
-                grad = torch.addcmul(grad, grad, ready.excess)
-            elif not ctx.dropped:
-                grad = grad * ready.rounded_gamma
-            of_x = (grad @ weight).reshape(ctx.shape)
-        return of_x, of_low.reshape(ctx.shape), of_gamma / ready.norm, of_a, of_b, None, None, None, None
+            of_x = of_hidden @ ready.a
+            if ctx.base_too:
+                of_x.addmm_(grad * ready.excess, weight)
+            if kept is not None:
+                of_x = _where_kept(of_x, kept, ctx.scale)
+            of_x = of_x.addmm_(grad if ctx.base_too else scaled, weight).reshape(ctx.shape)
+        return of_x, of_magnitude, of_a, of_b, None, None, None, None
+
+
+def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`x` after dropout, where it was kept (bool), and what was kept is multiplied with.
+
+    On a CPU drawing the mask takes longer than all else: there 16 random bits are drawn for an element, and not 32 to
+    64 (`probability` is rounded to a multiple of 2^-16, and the scale follows); `as_peft`: the draws of PEFT's dropout.
+    """
+    if as_peft or x.device.type != "cpu":
+        return *torch.native_dropout(x, probability, True), 1 / (1 - probability) if probability < 1 else 0.0
+    dropped = min(round(probability * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
+    scale = 2**16 / (2**16 - dropped)
+    return _where_kept(x, kept, scale), kept, scale
+
+
+def _where_kept(x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+    """x * kept * scale, on a GPU by one kernel: it is the gradient of dropout, and what dropout returns."""
+    return torch.ops.aten.native_dropout_backward(x, kept, scale)
 
 
 _optimizer_steps = 0
@@ -171,21 +193,19 @@ class FactoredDoraLinear(PeftLoraLinear):
         adapter = self._plain_adapter(kwargs)
         if adapter is None:
             return super().forward(x, *args, **kwargs)
-        parts, dropout = self.parts(adapter), self.lora_dropout[adapter]
-        dtype = _computed_in(x)
-        x = x.to(dtype)
-        dropped = self.training and not isinstance(dropout, nn.Identity) and self.dropout_path == "peft"
+        parts, dtype = self.parts(adapter), _computed_in(x)
         ready = self._ready(adapter, parts, dtype)
+        module: Any = self.lora_dropout[adapter]
+        probability = module.p if self.training and isinstance(module, nn.Dropout) else 0.0
         rows = _Product.apply(
-            x,
-            dropout(x),
+            x.to(dtype),
             parts.magnitude,
             parts.a,
             parts.b,
             parts.weight.to(dtype),
             ready,
-            self.scaling[adapter],
-            dropped,
+            probability,
+            self.dropout_path,
         )
         # Not within the product: what that returns as a view could not be changed in place, as OLMo changes it.
         out = rows.reshape(*x.shape[:-1], rows.shape[-1])
@@ -211,8 +231,14 @@ class FactoredDoraLinear(PeftLoraLinear):
         with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
             norm = self.row_norm(adapter)
             gamma = magnitude / norm
-            up = (scaling * gamma)[:, None] * b
-            ready = Ready(norm, gamma, gamma.to(dtype), (gamma - 1).to(dtype), a.to(dtype), up.to(dtype))
+            ready = Ready(
+                norm=norm,
+                scaling=torch.full_like(norm[:1], scaling),
+                gamma=gamma.to(dtype),
+                excess=(gamma - 1).to(dtype),
+                a=a.to(dtype),
+                up=(scaling * b).to(dtype),
+            )
         self._norms.ready[adapter, dtype] = (key, ready)
         return ready
 

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from toy import LLAMA_MODULES
 from transformers.pytorch_utils import Conv1D
 
 import raycv.dora as dora
+from benchmarks.models import flop_counter
 from raycv.base import fetch_base
 from raycv.dora import factored_layers, factored_norm, start_at_the_base, use_factored
 from raycv.loading import load_classifier, load_tokenizer
@@ -126,7 +126,7 @@ def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased(conv1d):
     torch.manual_seed(9)
     y = ours.train()(x)
     torch.manual_seed(9)
-    dropped = torch.dropout(x, 0.4, True)
+    dropped, _, _ = dora.dropout(x, 0.4, as_peft=False)
     base = layer.get_base_layer()
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     weight = base.weight.T if conv1d else base.weight
@@ -134,6 +134,72 @@ def test_dropout_on_the_lora_path_is_torchtunes_formula_and_unbiased(conv1d):
     torch.testing.assert_close(y, gamma * (x @ weight.T + 2 * dropped @ a.T @ b.T) + base.bias)
     mean = torch.stack([ours(x) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, ours.eval()(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("probability", [1e-6, 0.05, 0.4, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_each_element_by_itself_with_its_mean(probability, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, dtype=dtype)
+    y, kept, scale = dora.dropout(x, probability, as_peft=False)
+    assert y.dtype == dtype
+    assert torch.equal(y != 0, kept)
+    assert torch.equal(y[kept], torch.full_like(y[kept], scale))
+    assert 1 / scale == pytest.approx(1 - probability, abs=2**-16)
+    share = kept.double().flatten()
+    assert float(share.mean()) == pytest.approx(1 / scale, abs=2e-3)
+    for step in range(1, 9):  # four elements come of one draw
+        assert float((share[step:] * share[:-step]).mean()) == pytest.approx(1 / scale**2, abs=2e-3)
+
+
+def test_dropout_as_pefts_is_pytorchs():
+    x = torch.randn(37, 11)
+    torch.manual_seed(1)
+    expected = torch.dropout(x, 0.3, True)
+    torch.manual_seed(1)
+    y, kept, scale = dora.dropout(x, 0.3, as_peft=True)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, x * kept * scale)
+
+
+def test_what_checkpointing_handles_is_activations_alone():
+    """A hook in Python is called for each saved tensor, when it is saved, made again and read."""
+    _, ours = pair(16, 12, dropout=0.1)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda it: it):
+        y = ours(torch.randn(6, 16, dtype=torch.float64, requires_grad=True))
+    assert saved == [(6, 16), (6, 4), (6, 12), (6, 16)]
+    y.sum().backward()
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed: on a GPU a kernel's launch each, and small batches wait for those."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def test_no_more_operators_than_pefts_lora():
+    def operators(config):
+        torch.manual_seed(0)
+        model = get_peft_model(One(16, 12, False, torch.bfloat16), config).train()
+        x = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
+
+        def micro_batch():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = model(x)
+            y.sum().backward()
+
+        micro_batch()  # the norm is there now, and so are the gradients
+        with Operators() as counted:
+            micro_batch()
+        return counted.count
+
+    plain = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["proj"])
+    assert 10 < operators(use_factored(lora(0.1))) <= operators(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -448,7 +514,7 @@ def test_floating_point_operations_on_base_weights(factored, path, expected):
         layer.dropout_path = path
     x = torch.randn(tokens, inp, requires_grad=True)
     model(x).sum().backward()  # the norm is there now
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(x).sum().backward()
     per_weight = counter.get_total_flops() / (tokens * inp * out)
     assert expected <= per_weight < expected * 1.1
