@@ -137,7 +137,7 @@ def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torc
     if as_peft or x.device.type != "cpu":
         return *torch.native_dropout(x, probability, True), 1 / (1 - probability) if probability < 1 else 0.0
     dropped = min(round(probability * 2**16), 2**16 - 1)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
     kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
     scale = 2**16 / (2**16 - dropped)
     return _where_kept(x, kept, scale), kept, scale
