@@ -147,9 +147,10 @@ def _interruptible() -> Iterator[None]:
         yield
         if asked:
             raise KeyboardInterrupt
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Of SIGTERM Ray sets a handler of its own on the way, which ends the process with its number.
         _end_ray()
-        raise
+        raise KeyboardInterrupt from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
@@ -444,6 +445,9 @@ def _while_the_cluster_is_there(root: RunFolder) -> Iterator[None]:
             if _answers(address):
                 answered = time.monotonic()
             if time.monotonic() - answered > GONE_SECONDS or not _answers(node):
+                # What stops the run may have been sent to all its processes: then Ray is gone because of it.
+                if over.wait(GONE_SECONDS / 10):
+                    return
                 gone.set()
                 # A run in the background may have SIGINT ignored.
                 _thread.interrupt_main(signal.SIGTERM)

@@ -173,14 +173,19 @@ def running(folder, *overrides):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("pause", [0.02, 0.3, 1.5, 3.0])
-def test_ctrl_c_while_ray_starts_is_heeded_and_leaves_no_process(tmp_path, pause):
+@pytest.mark.parametrize(
+    ("sent", "pause"), [*((signal.SIGINT, pause) for pause in (0.02, 0.3, 1.5, 3.0)), (signal.SIGTERM, 2.0)]
+)
+def test_ctrl_c_while_ray_starts_is_heeded_and_leaves_no_process(tmp_path, sent, pause):
     """Ray's start forks: what a signal raises there is lost, and a start that is broken off leaves processes."""
     mark = {"RAYCV_TEST": str(tmp_path)}
     with background(tmp_path, "experiment=quickstart", "cv.folds=2", "run.name=mine", **mark) as process:
         wait_until(lambda: "Starting Ray" in (tmp_path / "out").read_text(), process, tmp_path / "out")
         time.sleep(pause)
-        os.killpg(process.pid, signal.SIGINT)
+        if sent == signal.SIGINT:
+            os.killpg(process.pid, sent)
+        else:
+            process.send_signal(sent)
         assert process.wait(timeout=60) == 130
     said = (tmp_path / "out").read_text()
     assert "Traceback" not in said
@@ -222,6 +227,24 @@ def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path,
     said = (tmp_path / "out").read_text()
     assert "Interrupted: 0 of 2 folds are finished, and kept in" in said
     assert "Traceback" not in said
+    assert set(statuses(tmp_path).values()) == {"KILLED"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_schedulers_end_for_all_processes_is_no_cluster_that_is_gone(tmp_path):
+    """The driver is slow to hear of it, and finds Ray gone."""
+    with running(tmp_path, "train.epochs=60", "train.patience=60") as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGTERM)
+        psutil.wait_procs([each for each in family if "raylet" in each.name()], timeout=30)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 130, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "Interrupted: 0 of 2 folds are finished, and kept in" in said
+    assert "is gone" not in said
     assert set(statuses(tmp_path).values()) == {"KILLED"}
 
 
