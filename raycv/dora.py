@@ -87,21 +87,21 @@ class _Product(torch.autograd.Function):
 
         Returns [n, out], a row for each of the n vectors in `x`.
         """
-        rows = x.reshape(-1, x.shape[-1])
+        rows, cast = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
         low, kept, scale = dropout(rows, probability, as_peft=path == "peft") if probability else (rows, None, 1.0)
         hidden = functional.linear(low, ready.a)
-        unscaled = functional.linear(rows, weight).addmm_(hidden, ready.up.T)
+        unscaled = functional.linear(rows, cast).addmm_(hidden, ready.up.T)
         # gamma t = t + (gamma - 1) t: in bf16 gamma itself would lose what gamma - 1 keeps, and the activations need
         # not be turned to float32 and back.
         base_too = kept is not None and path == "peft"
         apart = base_too or x.dtype.itemsize < 4
         out = unscaled
         if base_too:
-            unscaled = functional.linear(low, weight).addmm_(hidden, ready.up.T)
+            unscaled = functional.linear(low, cast).addmm_(hidden, ready.up.T)
         out = torch.addcmul(out, unscaled, ready.excess) if apart else unscaled * ready.gamma
         ctx.save_for_backward(low, hidden, unscaled, kept)
         # Not saved for backward, which costs checkpointing a hook for each of them twice: nothing changes them in
-        # between.
+        # between. The weights as they are: a copy in the type of `x` would be kept for each layer.
         ctx.weight, ctx.ready = weight, ready
         ctx.scale, ctx.base_too, ctx.apart, ctx.shape = scale, base_too, apart, x.shape
         return out
@@ -110,8 +110,13 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """`grad`: [n, out]."""
+        with without_autocast(grad.device):
+            return _Product._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low, hidden, unscaled, kept = ctx.saved_tensors
-        weight, ready = ctx.weight, ctx.ready
+        weight, ready = ctx.weight.to(grad.dtype), ctx.ready
         of_magnitude = (grad * unscaled).sum(dim=0, dtype=ready.norm.dtype) / ready.norm
         scaled = torch.addcmul(grad, grad, ready.excess) if ctx.apart else grad * ready.gamma
         of_b = (scaled.T @ hidden) * ready.scaling
@@ -134,10 +139,10 @@ def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torc
     On a CPU drawing the mask takes longer than all else: there 16 random bits are drawn for an element, and not 32 to
     64 (`probability` is rounded to a multiple of 2^-16, and the scale follows); `as_peft`: the draws of PEFT's dropout.
     """
-    if as_peft or x.device.type != "cpu":
+    if as_peft or x.device.type != "cpu" or probability == 1:
         return *torch.native_dropout(x, probability, True), 1 / (1 - probability) if probability < 1 else 0.0
     dropped = min(round(probability * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), device=x.device).view(torch.int16)
     kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
     scale = 2**16 / (2**16 - dropped)
     return _where_kept(x, kept, scale), kept, scale
@@ -196,13 +201,13 @@ class FactoredDoraLinear(PeftLoraLinear):
         parts, dtype = self.parts(adapter), _computed_in(x)
         ready = self._ready(adapter, parts, dtype)
         module: Any = self.lora_dropout[adapter]
-        probability = module.p if self.training and isinstance(module, nn.Dropout) else 0.0
+        probability = module.p if module.training and isinstance(module, nn.Dropout) else 0.0
         rows = _Product.apply(
             x.to(dtype),
             parts.magnitude,
             parts.a,
             parts.b,
-            parts.weight.to(dtype),
+            parts.weight,
             ready,
             probability,
             self.dropout_path,
@@ -236,7 +241,7 @@ class FactoredDoraLinear(PeftLoraLinear):
                 scaling=torch.full_like(norm[:1], scaling),
                 gamma=gamma.to(dtype),
                 excess=(gamma - 1).to(dtype),
-                a=a.to(dtype),
+                a=a.to(dtype, copy=True),  # so that backward has what forward had, whatever becomes of A
                 up=(scaling * b).to(dtype),
             )
         self._norms.ready[adapter, dtype] = (key, ready)

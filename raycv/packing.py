@@ -18,6 +18,11 @@ FILL = {"cpu": 0.9, "cuda": 0.0}
 host as long to launch, however small it is (`benchmarks.gpu`)."""
 
 
+WIDEST = 1024
+"""Positions of a group above which it is split, unless they are less than two rows: attention over a line and its mask
+grow with the square of the line."""
+
+
 class Group(NamedTuple):
     """Rows that share a prefix: of one post, or a single one."""
 
@@ -124,6 +129,7 @@ def groups_of(
         prefix_of_group: tokens that the rows of each group share [G].
         budget: at least the longest row; a group that takes more is split, each part computing the prefix again.
     """
+    budget = min(budget, max(WIDEST, 2 * int(lengths[rows].max())))
     borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
     for group in np.split(rows, borders):
         prefix = int(prefix_of_group[group_of_row[group[0]]])
@@ -185,6 +191,7 @@ def can_pack(classifier: Any) -> bool:
 
 def attention_window(config: Any) -> int | None:
     """Tokens that a query of the model sees, if not all before it: a mask of our own would make it see them all."""
+    config = config.get_text_config()  # of a model for images too
     windows = [getattr(config, "attention_chunk_size", None)]
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
@@ -196,6 +203,7 @@ def steady_positions(config: Any) -> int | None:
 
     None: it always is.
     """
+    config = config.get_text_config()
     rope = getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope"):
         return None

@@ -111,12 +111,6 @@ class RowScorer:
         for lines in in_lines(groups, budget, FILL.get(self.device.type, FILL["cpu"])):
             yield Batch.packed(lines)
 
-    def positions(self, batch: Batch) -> int:
-        """Tokens that `batch` computes, padding included."""
-        if batch.lines is None:
-            return len(batch.rows) * int(self.encoded.lengths[batch.rows].max())
-        return len(batch.lines) * max(sum(group.positions for group in line) for line in batch.lines)
-
     @cached_property
     def _prefix_of_group(self) -> np.ndarray:
         """int64 [G]: tokens that all rows of a group share."""

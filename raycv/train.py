@@ -17,6 +17,7 @@ from raycv.errors import UserError
 from raycv.memory import REMEDIES, Checkpointing, MicroBatch, is_out_of_memory
 from raycv.metrics import binary_metrics, tune_threshold
 from raycv.model import Precision, trainable
+from raycv.packing import Group
 from raycv.parallel import Workers
 from raycv.progress import (
     WORKERS,
@@ -260,11 +261,12 @@ class FoldTrainer:
         return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
 
     def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """A micro-batch of as many positions as any that training may come to: one of the longest rows."""
-        size, layout = self.config.batch_size, self.layout[True]
-        rows = self.scorer.sorted(self.encoded.rows_of(train_pairs), layout)[: 64 * size]
-        batches = self.scorer.batches(rows, size, layout)
-        return max(batches, key=self.scorer.positions)
+        """A micro-batch of as many positions as any that training may come to: the longest row in each line."""
+        rows = self.encoded.rows_of(train_pairs)
+        size, longest = min(self.config.batch_size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
+        if self.layout[True] == "padded":
+            return Batch(np.repeat(longest, size))
+        return Batch.packed([[Group(longest, int(self.encoded.lengths[longest[0]]))]] * size)
 
     def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:
         """Lets `auto` try the heaviest micro-batch of the fold; weights and random state stay as they are."""

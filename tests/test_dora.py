@@ -1,6 +1,7 @@
 """The factored DoRA layer against PEFT's: outputs, gradients, checkpoints both ways, and what it never computes."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -152,6 +153,67 @@ def test_dropout_keeps_each_element_by_itself_with_its_mean(probability, dtype):
         assert float((share[step:] * share[:-step]).mean()) == pytest.approx(1 / scale**2, abs=2e-3)
 
 
+def test_dropout_of_all_leaves_nothing():
+    y, kept, _ = dora.dropout(torch.ones(300, 300), 1.0, as_peft=False)
+    assert not y.any()
+    assert not kept.any()
+
+
+def test_gradients_are_those_of_the_forward_whatever_happens_to_the_adapter_in_between():
+    """And whether backward is called under autocast or not."""
+    _, ours = pair(16, 12, dropout=0.3, dtype=torch.float32)
+    x = torch.randn(6, 16)
+    expected = outputs_and_gradients(ours, x)[1]
+    ours.zero_grad()
+    again = x.clone().requires_grad_(True)
+    torch.manual_seed(3)
+    y = ours(again)
+    (layer,) = factored_layers(ours)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2)
+        layer.lora_B["default"].weight.mul_(2)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (y * torch.randn_like(y)).sum().backward()
+    for name, gradient in (
+        {"x": again.grad} | {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    ).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_no_gradient_of_a_gradient():
+    _, ours = pair(16, 12)
+    x = torch.randn(6, 16, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_in_bf16_a_gamma_near_one_is_not_lost():
+    """bf16 has no number between 1 and 1.0078."""
+    _, ours = pair(256, 512, bias=False, dtype=torch.bfloat16)
+    (layer,) = factored_layers(ours)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    start_at_the_base(ours)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(1.003)
+    x = torch.randn(64, 256).bfloat16()
+    with torch.no_grad():
+        base, y = layer.get_base_layer()(x).double(), ours(x).double()
+    factor = float((y * base).sum() / base.square().sum())
+    assert factor == pytest.approx(1.003, abs=5e-4)
+
+
+def test_under_autocast_no_copy_of_a_float32_base_is_kept():
+    _, ours = pair(48, 32, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ours(torch.randn(3, 48, requires_grad=True))
+    kept = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (32, 48)]
+    assert [each.dtype for each in kept if each.dtype == torch.bfloat16] == []
+    y.sum().backward()
+
+
 def test_dropout_as_pefts_is_pytorchs():
     x = torch.randn(37, 11)
     torch.manual_seed(1)
@@ -279,6 +341,9 @@ def test_the_cached_norm_follows_every_kind_of_change():
     same()
     with torch.no_grad():
         layer.lora_B["default"].weight.mul_(1.5)
+    same()
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(1.5)
     same()
     layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone() + 0.1
     same()
@@ -487,6 +552,20 @@ def test_merging_and_disabling_are_pefts():
     before = ours(x)
     with ours.disable_adapter():
         torch.testing.assert_close(ours(x), ours.get_base_model().proj.base_layer(x))
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(x), before)
+    ours.unmerge_adapter()
+    for model in (theirs, ours):
+        torch.manual_seed(4)
+        model.add_adapter("other", model.peft_config["default"])
+        for name, parameter in model.named_parameters():
+            if "other" in name:
+                parameter.data = parameter.data + torch.rand_like(parameter)
+        model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert not torch.allclose(ours(x), before)
+    for model in (theirs, ours):
+        model.base_model.set_adapter("default")
     merged = ours.merge_and_unload()
     torch.testing.assert_close(merged(x), before)
     torch.testing.assert_close(merged(x), theirs(x))

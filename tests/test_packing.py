@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from transformers import Gemma3Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from raycv.base import fetch_base
 from raycv.encoding import encode_dataset, prompt_encoder
 from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head
-from raycv.packing import Group, common_prefix, groups_of, in_lines, pack
+from raycv.packing import Group, attention_window, common_prefix, groups_of, in_lines, pack, steady_positions
 from raycv.sampling import epoch_order
 from raycv.scoring import RowScorer, in_order
 from raycv.train import FoldTrainer
@@ -48,6 +49,13 @@ def scorer(toy, model):
     import contextlib
 
     return RowScorer(model, toy.encoded, CPU, contextlib.nullcontext)
+
+
+def positions(compute, batch):
+    """Tokens that `batch` computes at most, padding included."""
+    if batch.lines is None:
+        return len(batch.rows) * compute.encoded.lengths[batch.rows].max()
+    return len(batch.lines) * max(sum(group.positions for group in line) for line in batch.lines)
 
 
 def logits_of(compute, rows, size, layout):
@@ -226,8 +234,8 @@ def test_a_batch_computes_no_more_positions_than_so_many_of_the_longest(base, si
     assert sorted(np.concatenate([batch.rows for batch in batches])) == sorted(rows)
     for batch in batches:
         compute.logits(batch)
-        assert computed[-1] <= compute.positions(batch) <= size * toy.encoded.lengths[rows].max()
-        assert layout == "shared" or computed[-1] == compute.positions(batch)
+        assert computed[-1] <= positions(compute, batch) <= size * toy.encoded.lengths[rows].max()
+        assert layout == "shared" or computed[-1] == positions(compute, batch)
 
 
 def test_logits_come_back_in_the_order_of_the_rows():
@@ -427,16 +435,54 @@ def test_positions_that_go_on_within_a_line_are_found_out(base, monkeypatch):
     assert "its logits differ by" in scorer(toy, model).check_packing()
 
 
-def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base):
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("batching", ["shuffled", "post_grouped"])
+def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base, batching, packing):
+    """Two of the longest row fill a batch of two; two posts of them do not, and shorter ones fill it better."""
     toy = Toy(base, toy_dataset(words=25))
-    for batching in ("shuffled", "post_grouped"):
-        config = train_config(batching=batching, batch_size=4)
-        loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
-        heaviest = loop.scorer.positions(loop._heaviest(TRAIN))
-        size = config.effective_batch_size
-        for epoch in range(20):
-            order = epoch_order(config, toy.encoded, TRAIN, epoch)
-            for start in range(0, len(order), size):
-                rows = loop.scorer.sorted(order[start : start + size], loop.layout[True])
-                for batch in loop.scorer.batches(rows, config.batch_size, loop.layout[True]):
-                    assert loop.scorer.positions(batch) <= heaviest
+    config = train_config(batching=batching, batch_size=2, packing=packing)
+    loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
+    heaviest = positions(loop.scorer, loop._heaviest(TRAIN))
+    assert heaviest == 2 * toy.encoded.lengths[TRAIN].max()
+    loop._choose_checkpointing(TRAIN)
+    for epoch in range(20):
+        order = epoch_order(config, toy.encoded, TRAIN, epoch)
+        for start in range(0, len(order), config.effective_batch_size):
+            rows = loop.scorer.sorted(order[start : start + config.effective_batch_size], loop.layout[True])
+            for batch in loop.scorer.batches(rows, config.batch_size, loop.layout[True]):
+                assert positions(loop.scorer, batch) <= heaviest
+
+
+@pytest.mark.parametrize(("length", "widest"), [(295, 1024), (2000, 4000)])
+def test_a_post_under_hundreds_of_criteria_is_no_line_of_its_own(length, widest):
+    """Attention and its mask would grow with the square of it."""
+    rows = np.arange(400)
+    groups = list(groups_of(rows, np.zeros(400, int), np.full(400, length), np.array([length - 45]), 64 * length))
+    assert np.concatenate([group.rows for group in groups]).tolist() == rows.tolist()
+    assert widest - 45 < groups[0].positions <= widest
+    assert max(group.positions for group in groups) <= widest
+
+
+def test_windows_and_positions_of_a_model_for_images_are_those_of_its_text():
+    text = {"num_hidden_layers": 1, "sliding_window": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert attention_window(Gemma3Config(text_config=text)) == 8
+    assert steady_positions(Gemma3Config(text_config={**text, "max_position_embeddings": 64})) == 64
+
+
+def test_windows_and_positions_that_other_families_name_otherwise():
+    assert attention_window(LlamaConfig(attention_chunk_size=16)) == 16
+    scaled = LlamaConfig(max_position_embeddings=64)
+    assert steady_positions(scaled) is None
+    scaled.rope_scaling = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    assert steady_positions(scaled) == 32
+
+
+def test_the_check_is_made_without_dropout_and_leaves_the_model_training(base):
+    toy = Toy(base)
+    model = toy.model(dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    assert scorer(toy, model.train()).check_packing() is None
+    assert model.training
