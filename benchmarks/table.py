@@ -64,13 +64,19 @@ def _grown(result: Json, row: Json, key: str) -> str:
     return f"{value / before:.2f}x"
 
 
+def llama(result: Json) -> str:
+    """The model whose shapes were measured."""
+    return "a tiny Llama" if result["small"] else "Llama-7B"
+
+
 def layer(result: Json) -> list[str]:
     """One layer: time, FLOPs and memory."""
     titles = result["settings"]["titles"]
     place = " on a GPU" if result["benchmark"].endswith("_gpu") else ""
     intro = (
-        f"**One decoder layer of Llama-7B{place}**, forward and backward under gradient checkpointing; seconds of a "
-        f"micro-batch, {result['settings']['micro_batches']} of them an optimizer step; N: the layer's base weights."
+        f"**One decoder layer of {llama(result)}{place}**, forward and backward under gradient checkpointing; seconds "
+        f"of a micro-batch, {result['settings']['micro_batches']} of them an optimizer step; N: the layer's base "
+        "weights."
     )
     columns: list[Column] = [
         ("dtype", lambda row: row["dtype"]),
@@ -269,7 +275,7 @@ def gpu(result: Json) -> list[str]:
         ("micro-batch", lambda row: str(row["micro_batch"])),
         ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
         ("FLOPs / (N·token) that it needs", lambda row: str(row["flops_per_n_token"])),
-        ("these, of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
+        ("these, of all positions (padding too), of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
         ("peak memory, GB", lambda row: gigabytes(row, "peak_bytes")),
     ]
     latency: list[Column] = [
@@ -280,7 +286,8 @@ def gpu(result: Json) -> list[str]:
     parts = {part: [row for row in result["rows"] if row["part"] == part] for part in ("training", "latency")}
     device, peak = result["environment"]["device"], result["peak_tflops"]
     return [
-        f"**Llama-7B's shapes on {device}**, random weights; a large product of matrices runs at {peak:.0f} TFLOP/s.",
+        f"**{llama(result)}'s shapes on {device}**, random weights; a large product of matrices runs at "
+        f"{peak:.0f} TFLOP/s.",
         "",
         *table(training, parts["training"]),
         "",
@@ -405,7 +412,8 @@ def section(results: Path = RESULTS) -> str:
     found = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem in RENDERERS}
     lines = [
         "Times are medians, with the range where there are several; in rounds the variants took turns. The load is the "
-        "machine's mean over the minute before the benchmark.",
+        "machine's mean over the minute before the benchmark. A bar over rounds is the median of the rounds' ratios, "
+        "which may differ from the ratio of two medians.",
         "",
     ]
     for name in ORDER:

@@ -222,7 +222,8 @@ class TrainConfig(Section):
     def _whole_micro_batches(cls, value: int, info: ValidationInfo) -> int:
         batch_size = info.data.get("batch_size")
         if batch_size is not None and value % batch_size:
-            raise ValueError(f"must be a multiple of train.batch_size, which is {batch_size}")
+            fitting = ", ".join(str(size) for size in range(1, value + 1) if value % size == 0)
+            raise ValueError(f"must be a multiple of train.batch_size, which is {batch_size} (it may be: {fitting})")
         return value
 
 

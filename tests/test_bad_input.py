@@ -301,7 +301,10 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "batches that do not divide": (
         ["train.batch_size=5", "train.effective_batch_size=32"],
-        ["train.effective_batch_size: must be a multiple of train.batch_size, which is 5; received 32"],
+        [
+            "train.effective_batch_size: must be a multiple of train.batch_size, which is 5 (it may be: "
+            "1, 2, 4, 8, 16, 32); received 32"
+        ],
     ),
     "a store that is forgotten": (["tracking.uri=sqlite:///:memory:"], ["tracking.uri: keeps nothing in memory"]),
     "a store that MLflow does not know": (

@@ -361,7 +361,8 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
 
 def test_effective_batch_must_hold_whole_micro_batches() -> None:
     (fault,) = faults_of(values_under("train.batch_size=5"))
-    assert fault.startswith("train.effective_batch_size: must be a multiple of train.batch_size, which is 5; ")
+    assert fault.startswith("train.effective_batch_size: must be a multiple of train.batch_size, which is 5 ")
+    assert "(it may be: 1, 2, 4, 8, 16, 32); " in fault
     assert "received 32" in fault
 
 
