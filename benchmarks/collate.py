@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.corpus import TOKENIZER, encode, synthetic
-from benchmarks.harness import Bar, Result, parser
+from benchmarks.harness import Bar, Result, parser, tell
 from raycv.encoding import EncodedPairs
 from raycv.packing import common_prefix
 from raycv.scoring import Layout, RowScorer
@@ -67,6 +67,7 @@ def main() -> None:
     steps, grouped_steps = in_steps(shuffled, EFFECTIVE), in_steps(grouped, EFFECTIVE)
     tokens: dict[tuple[str, int], int] = {}
     for size in (MICRO, EFFECTIVE):
+        tell(f"{len(lengths):,} pairs, micro-batches of {size}")
         tokens |= {
             ("padded to 512", size): encoded.input_ids.size,
             (DYNAMIC, size): sum(int(lengths[rows].max()) * len(rows) for rows in in_steps(shuffled, size)),

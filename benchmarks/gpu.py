@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import RESULTS, Bar, Result, interleaved, parser, ratios, spread, timed
+from benchmarks.harness import RESULTS, Bar, Result, interleaved, parser, ratios, spread, tell, timed
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weights, classifier
 from raycv.encoding import EncodedPairs
 from raycv.memory import is_out_of_memory
@@ -237,6 +237,7 @@ def _peak(device: torch.device) -> int:
 
 def fits(part: str, work: Callable[[], object], device: torch.device, skipped: list[str]) -> bool:
     """Does `work`; whether the memory held it. What it did not hold is given back, and `part` named in `skipped`."""
+    tell(part)
     try:
         work()
         return True

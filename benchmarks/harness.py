@@ -104,12 +104,17 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for repeat in range(repeats):
-        logger.info("round %d of %d: %s", repeat + 1, repeats, ", ".join(names))
+        tell(f"round {repeat + 1} of {repeats}: {', '.join(names)}")
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(timed(variants[name], device, clock=clock))
         after_round(seconds)
     return seconds
+
+
+def tell(text: str) -> None:
+    """Says what is measured next."""
+    logger.info(text)
 
 
 def spread(values: list[float]) -> dict[str, float]:

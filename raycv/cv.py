@@ -148,7 +148,7 @@ def _interruptible() -> Iterator[None]:
         if asked:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, SystemExit) as error:
-        # Of SIGTERM Ray sets a handler of its own on the way, which ends the process with its number.
+        # For SIGTERM Ray sets handlers of its own on the way, which exit.
         _end_ray()
         raise KeyboardInterrupt from error
     finally:

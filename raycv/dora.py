@@ -139,9 +139,9 @@ def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torc
     On a CPU drawing the mask takes longer than all else: there 16 random bits are drawn for an element, and not 32 to
     64 (`probability` is rounded to a multiple of 2^-16, and the scale follows); `as_peft`: the draws of PEFT's dropout.
     """
-    if as_peft or x.device.type != "cpu" or probability == 1:
+    if as_peft or x.device.type != "cpu" or probability > 1 - 2**-16:
         return *torch.native_dropout(x, probability, True), 1 / (1 - probability) if probability < 1 else 0.0
-    dropped = min(round(probability * 2**16), 2**16 - 1)
+    dropped = round(probability * 2**16)
     bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), device=x.device).view(torch.int16)
     kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
     scale = 2**16 / (2**16 - dropped)

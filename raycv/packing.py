@@ -16,8 +16,6 @@ import torch
 FILL = {"cpu": 0.9, "cuda": 0.0}
 """A batch computes at most the rest as padding. On a GPU one more batch costs more than padding does: each takes the
 host as long to launch, however small it is (`benchmarks.gpu`)."""
-
-
 WIDEST = 1024
 """Positions of a group above which it is split, unless they are less than two rows: attention over a line and its mask
 grow with the square of the line."""
@@ -127,7 +125,8 @@ def groups_of(
         rows: indices [n] into `group_of_row` and `lengths`.
         lengths: tokens of each row [R].
         prefix_of_group: tokens that the rows of each group share [G].
-        budget: at least the longest row; a group that takes more is split, each part computing the prefix again.
+        budget: at least the longest row; a group that takes more, or passes WIDEST, is split, each part computing the
+            prefix again.
     """
     budget = min(budget, max(WIDEST, 2 * int(lengths[rows].max())))
     borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1

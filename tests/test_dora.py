@@ -153,6 +153,22 @@ def test_dropout_keeps_each_element_by_itself_with_its_mean(probability, dtype):
         assert float((share[step:] * share[:-step]).mean()) == pytest.approx(1 / scale**2, abs=2e-3)
 
 
+def test_dropout_alone_may_be_switched_off():
+    _, ours = pair(16, 12, dropout=0.4)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    expected = ours.eval()(x)
+    ours.train()
+    assert not torch.equal(ours(x), expected)
+    factored_layers(ours)[0].lora_dropout.eval()
+    assert torch.equal(ours(x), expected)
+
+
+def test_draws_are_made_where_the_activations_are():
+    with torch.device("meta"):
+        y, kept, _ = dora.dropout(torch.ones(6, 16, device="cpu"), 0.4, as_peft=False)
+    assert (y.device.type, kept.device.type) == ("cpu", "cpu")
+
+
 def test_dropout_of_all_leaves_nothing():
     y, kept, _ = dora.dropout(torch.ones(300, 300), 1.0, as_peft=False)
     assert not y.any()
