@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,6 +237,17 @@ def test_a_batch_computes_no_more_positions_than_so_many_of_the_longest(base, si
         compute.logits(batch)
         assert computed[-1] <= positions(compute, batch) <= size * toy.encoded.lengths[rows].max()
         assert layout == "shared" or computed[-1] == positions(compute, batch)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_of_no_rows_there_are_no_batches(base, layout):
+    """As of the second of two workers, in a last step of one row."""
+    toy = Toy(base)
+    compute = scorer(toy, toy.model())
+    rows = compute.sorted(np.array([5]), layout)
+    places = [SimpleNamespace(rank=rank, size=2) for rank in range(2)]
+    parts = [rows[compute.part(rows, place, layout)] for place in places]
+    assert [len(list(compute.batches(part, 4, layout))) for part in parts] == [1, 0]
 
 
 def test_logits_come_back_in_the_order_of_the_rows():
