@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +35,13 @@ _ENTRIES: tuple[tuple[WeightFormat, str, str], ...] = (
     ("pytorch_bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _INDEXES = frozenset(index for _, _, index in _ENTRIES)
-# Config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Never code.
-_SMALL = ("*.json", "*.model", "vocab*", "merges*.txt")
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's: where transformers finds it, it loads the base model that it names instead of the weights beside it."""
+RARE = ("bpe.codes", "dict.txt", "*.spm", "prophetnet.tokenizer")
+"""Vocabularies of a few tokenizers, which earlier versions did not record."""
+# Config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Never code, nor an adapter.
+_SMALL = ("*.json", "*.model", "vocab*", "merges*.txt", *RARE)
+_ADAPTER = "adapter_*"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GIT_LFS_POINTER = b"version https://git-lfs"
 WHOLE_BYTES, BLOCK_BYTES, SAMPLE_BYTES = 64 * 2**20, 2 * 2**20, 4096
@@ -56,7 +62,7 @@ class BaseFiles:
     """commit on the hub; None for a folder"""
     weight_format: WeightFormat
     files: Mapping[str, int]
-    """the files that are read: name -> bytes"""
+    """the files that may be read, and no others: name -> bytes"""
 
     def sums(self) -> dict[str, str]:
         """What tells the files from another model's: name -> SHA-256 (of samples, where a file is large)."""
@@ -152,7 +158,7 @@ def _inspect(name: str, folder: Path, revision: str | None) -> BaseFiles:
             f"{folder} is no model: it has no {CONFIG}; it holds {_listed(present)}.",
             remedies=[
                 "model.name wants a base model; a fold's checkpoint is an adapter, which belongs on top of one"
-                if "adapter_config.json" in present
+                if ADAPTER_CONFIG in present
                 else "set model.name to a folder written by save_pretrained or by `hf download`"
             ],
         )
@@ -166,6 +172,11 @@ def _inspect(name: str, folder: Path, revision: str | None) -> BaseFiles:
                 "copy or download the folder again",
                 "after a git clone without git-lfs: `git lfs install && git lfs pull` in that folder",
             ],
+        )
+    if ADAPTER_CONFIG in present and revision is None:
+        raise UserError(
+            f"{folder} holds a whole model and an adapter ({ADAPTER_CONFIG}): raycv trains on the whole model alone.",
+            remedies=_without_adapter(folder),
         )
     used = sorted({file for file in present if _is_small(file)} | {entry, *weights})
     return BaseFiles(name, folder, revision, weight_format, {file: (folder / file).stat().st_size for file in used})
@@ -203,8 +214,20 @@ def _weights(folder: Path, entry: str) -> list[str]:
     return shards
 
 
+def _without_adapter(folder: Path) -> list[str]:
+    """What to do with a folder that holds an adapter beside a whole model."""
+    here, aside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-adapter")))
+    return [
+        f"if the whole model is meant, move the adapter away: mkdir {aside} && mv {here}/{_ADAPTER} {aside}/",
+        "if the adapter is meant, merge it into its base and give that folder: PeftModel.from_pretrained(base, "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained(<new folder>)",
+    ]
+
+
 def _is_small(file: str) -> bool:
-    return file not in _INDEXES and any(fnmatch(file, pattern) for pattern in _SMALL)
+    if file in _INDEXES or fnmatch(file, _ADAPTER):
+        return False
+    return any(fnmatch(file, pattern) for pattern in _SMALL)
 
 
 def _is_pointer(path: Path) -> bool:
@@ -263,6 +286,8 @@ def _from_hub(name: str, revision: str | None, base_seconds: float) -> BaseFiles
                 *(cause_of(error.cause), found.revision, name),
             )
             return found
+        if ADAPTER_CONFIG in files and CONFIG in files:
+            logger.warning("%s also holds an adapter (%s): raycv loads the whole model alone", name, ADAPTER_CONFIG)
         found = _cached(name, commit, files) or _download(name, commit, files, base_seconds)
         if not is_commit:
             _remember(found.path, wanted, commit)

@@ -59,6 +59,8 @@ class CheckpointInfo:
     precision: Literal["fp32", "bf16"]
     base_sums: dict[str, str] = field(default_factory=dict)
     """of the base model's files, as BaseFiles.sums; earlier versions kept none"""
+    attention: str | None = None
+    """that training computed: sdpa or eager; earlier versions kept none"""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""

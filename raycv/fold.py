@@ -212,6 +212,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         import torch
         from ray.train.torch import get_device
 
+        from raycv.attention import attention_of
         from raycv.base import fetch_base
         from raycv.loading import load_classifier, load_tokenizer
         from raycv.model import add_dora, base_dtype, choose_precision, count_parameters
@@ -228,7 +229,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     base = fetch_base(task.base.name, task.base.revision)
     tokenizer = load_tokenizer(base)
     device = get_device()
-    model = load_classifier(base, tokenizer, base_dtype(precision), seed=config.train.seed, device=str(device))
+    told: list[str] = []
+    dtype = base_dtype(precision)
+    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=told.append)
     set_seed(config.train.seed)
     adapted = add_dora(model, config.model, config.dora)
     rank = ray.train.get_context().get_world_rank()
@@ -240,7 +243,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     if not rank:
         states.take()
     listener = _RayListener(task, fold, rank, states)
-    listener.on_event(f"{why}, on {describe_device(device)}")
+    listener.on_event(f"{why}, {attention_of(model)} attention, on {describe_device(device)}")
+    for text in told:
+        listener.on_event(text)
     share = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, share)
     state = states.newest(listener.on_event)
@@ -256,12 +261,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             listener.on_event(f"Warning: {COLLAPSED}")
     if not rank:
         states.check_writer()
-        _save_checkpoint(folder, adapted, tokenizer, _checkpoint_info(task, fold, base, outcome.best, precision))
+        info = _checkpoint_info(task, fold, base, outcome.best, precision, attention_of(model))
+        _save_checkpoint(folder, adapted, tokenizer, info)
     worker = {
         "host": socket.gethostname(),
         "device": describe_device(device),
         "precision": precision,
         "precision_reason": why,
+        "attention": attention_of(model),
         "workers": trainer.workers.size,
         "gradient_checkpointing": trainer.checkpointing.on,
         **count_parameters(adapted),
@@ -271,7 +278,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint_info(
-    task: FoldTask, fold: int, base: "BaseFiles", best: "EpochResult", precision: "Precision"
+    task: FoldTask, fold: int, base: "BaseFiles", best: "EpochResult", precision: "Precision", attention: str
 ) -> "CheckpointInfo":
     from raycv.checkpoint import CheckpointInfo
 
@@ -288,6 +295,7 @@ def _checkpoint_info(
         epoch=best.epoch,
         precision=precision,
         base_sums=base.sums(),
+        attention=attention,
     )
 
 

@@ -1,14 +1,17 @@
 """The base model's files -> tokenizer, config, classifier with a fresh head. Nothing of the model's own code is run."""
 
+import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from raycv.base import CONFIG, BaseFiles
-from raycv.errors import UserError
+from raycv.errors import UserError, shown
 from raycv.records import LABELS
 from raycv.retry import cause_of
 
@@ -26,21 +29,33 @@ POSITIONS_AFTER_PAD = (
 
 COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
 """Buffers that old files hold though the model computes them."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_config(files: BaseFiles) -> Any:
     """The model's transformers config. Raises: UserError if it is damaged or asks for code of its own."""
     from transformers import AutoConfig
 
-    with _loading("config", files):
-        return AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+    with _loading("config", files) as folder:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _rename(config, folder, files)
+    weights = getattr(config, "transformers_weights", None)
+    if weights is not None and weights not in files.files:
+        raise _outside(files, CONFIG, "transformers_weights", weights)
+    return config
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens that the model takes at once; None if it sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+        positions -= (config.pad_token_id or 0) + 1
+    return positions
 
 
 def check_max_length(config: Any, max_length: int) -> None:
     """Raises: UserError if the model has fewer positions than `max_length` tokens (FR-002)."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
-        positions -= (config.pad_token_id or 0) + 1
+    positions = positions_of(config)
     if positions is not None and max_length > positions:
         raise UserError(
             f"prompt.max_length={max_length}, but the base model has {positions} positions.",
@@ -56,20 +71,22 @@ def load_tokenizer(files: BaseFiles) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_vocabularies(files)
     load = partial(
         AutoTokenizer.from_pretrained,
-        files.path,
         trust_remote_code=False,
         local_files_only=True,
         padding_side="right",
         truncation_side="right",
     )
     try:
-        with _loading("tokenizer", files):
-            tokenizer = load(use_fast=True)
+        with _loading("tokenizer", files) as folder:
+            tokenizer = load(folder, use_fast=True)
+            _rename(tokenizer, folder, files)
     except UserError as error:
-        with _loading("tokenizer", files):
-            tokenizer = load(use_fast=False)
+        with _loading("tokenizer", files) as folder:
+            tokenizer = load(folder, use_fast=False)
+            _rename(tokenizer, folder, files)
         logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
     vocab_size = load_config(files).vocab_size
     _choose_pad_token(tokenizer, vocab_size)
@@ -79,6 +96,30 @@ def load_tokenizer(files: BaseFiles) -> Any:
             *(len(tokenizer) - vocab_size, files.name),
         )
     return tokenizer
+
+
+def _check_vocabularies(files: BaseFiles) -> None:
+    """Raises: UserError if the tokenizer's config names a vocabulary on this machine that is none of `files`."""
+    if TOKENIZER_CONFIG not in files.files:
+        return
+    try:
+        named = json.loads((files.path / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return
+    own = {os.path.realpath(files.path / file) for file in files.files}
+    for key, value in named.items() if isinstance(named, dict) else ():
+        # transformers looks for these two elsewhere, whatever stands here.
+        names_a_file = key.endswith("_file") and key not in ("special_tokens_map_file", "tokenizer_config_file")
+        if names_a_file and isinstance(value, str) and os.path.isfile(value) and os.path.realpath(value) not in own:
+            raise _outside(files, TOKENIZER_CONFIG, key, value)
+
+
+def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
+    """The error of a `key` in `file` that would let transformers read what raycv has not looked at."""
+    return UserError(
+        f"{files.path / file}: {key}={shown(value, 200)} names a file that is not one of the base model's own.",
+        remedies=[f"remove {key} from {file}, and put the file into {files.path} under its usual name"],
+    )
 
 
 def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
@@ -117,16 +158,34 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     config.pad_token_id = pad_id
 
 
-def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, seed: int, device: str = "cpu") -> Any:
+def load_classifier(
+    files: BaseFiles,
+    tokenizer: Any,
+    dtype: "torch.dtype",
+    *,
+    seed: int,
+    device: str = "cpu",
+    plain_attention: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Any:
     """The base as `AutoModelForSequenceClassification` with two labels and a fresh head (FR-001), in eval mode.
 
-    Weights are in `dtype` on `device`. The head depends on `seed` alone, not on format, dtype, device or the global
-    random state, which is left as it was (FR-009).
+    Args:
+        files: the base model's.
+        tokenizer: the base model's.
+        dtype: the type of the weights.
+        seed: what the head is drawn from. It does not depend on format, dtype, device or the global random state,
+            which is left as it was (FR-009).
+        device: where the weights lie.
+        plain_attention: computes attention by transformers' plain code, as training did, and not by PyTorch's kernel.
+        tell: gets what a user should know: why the attention is not PyTorch's kernel.
+
     Raises: UserError if the weights are damaged, unsafe, or not those of the config's architecture.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from raycv.attention import PLAIN, choose_attention, with_right_attention
     from raycv.norm import fuse_norms
 
     config = load_config(files)
@@ -135,12 +194,13 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
     config.label2id = {label: i for i, label in enumerate(LABELS)}
     config.use_cache = False
     set_pad_token(tokenizer, config)
-    config._attn_implementation = _attention(config)
+    chosen, why = choose_attention(config)
+    config._attn_implementation = PLAIN if plain_attention else chosen
     # Parts that the checkpoint lacks are drawn from the global generator. torch.manual_seed would also seed the GPUs'.
-    with torch.random.fork_rng(devices=[]), _loading("weights", files):
+    with torch.random.fork_rng(devices=[]), _loading("weights", files) as folder:
         torch.default_generator.manual_seed(seed)
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            files.path,
+            folder,
             config=config,
             dtype=dtype,
             device_map={"": device},
@@ -151,22 +211,16 @@ def load_classifier(files: BaseFiles, tokenizer: Any, dtype: "torch.dtype", *, s
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        for part in (model, model.config):
+            _rename(part, folder, files)
     lacking = _check_loaded(model, found, files)
     _renew_head(model, lacking, seed)
+    model, found_wrong = with_right_attention(model.eval(), tokenizer, positions_of(config))
+    for reason in filter(None, (why, found_wrong)):
+        logger.info("%s: %s", files.name, reason)
+        tell(reason)
     fuse_norms(model)
-    return model.eval()
-
-
-def _attention(config: Any) -> str:
-    """The attention that a model computes with, whatever is installed beside: PyTorch's own.
-
-    Kernels are pinned in one place (raycv.utils.pin_kernels). Families that have not got it compute theirs.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    classes: Any = AutoModelForSequenceClassification._model_mapping
-    known = type(config) in classes and classes[type(config)]._supports_sdpa
-    return "sdpa" if known else "eager"
+    return model
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:
@@ -229,8 +283,12 @@ def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
 
 
 @contextmanager
-def _loading(part: str, files: BaseFiles) -> Iterator[None]:
-    """Turns what transformers raises for unusable files into a UserError, and keeps its own warnings quiet."""
+def _loading(part: str, files: BaseFiles) -> Iterator[str]:
+    """Gives a folder of links to `files` and nothing else, for transformers reads whatever it finds beside them.
+
+    Such as an adapter, which would replace the model, or weights in another format, which would replace those that were
+    looked at. What transformers raises for unusable files becomes a UserError; its own warnings are kept quiet.
+    """
     import pickle
 
     import torch
@@ -239,8 +297,12 @@ def _loading(part: str, files: BaseFiles) -> Iterator[None]:
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    folder = ""
     try:
-        yield
+        with TemporaryDirectory(prefix="raycv-base-") as folder:
+            for file in files.files:
+                os.symlink(files.path / file, os.path.join(folder, file))
+            yield folder
     except (torch.OutOfMemoryError, UserError):
         raise
     except (
@@ -254,11 +316,20 @@ def _loading(part: str, files: BaseFiles) -> Iterator[None]:
         pickle.UnpicklingError,
         SafetensorError,
     ) as error:
+        cause = cause_of(error).replace(folder or str(files.path), str(files.path))
         raise UserError(
-            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause_of(error)}", remedies=_mended(files)
+            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause}", remedies=_mended(files)
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _rename(loaded: Any, folder: str, files: BaseFiles) -> None:
+    """Names the base model's own folder where `loaded` names the `folder` of links: a tokenizer copies files later."""
+    for values in (vars(loaded), getattr(loaded, "init_kwargs", {})):
+        for key, value in values.items():
+            if isinstance(value, str) and folder in value:
+                values[key] = value.replace(folder, str(files.path))
 
 
 def _mended(files: BaseFiles) -> list[str]:

@@ -183,9 +183,7 @@ def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
 
 def can_pack(classifier: Any) -> bool:
     """Whether `classifier` has the shape that `packed_logits` needs; that it is causal must be seen from its logits."""
-    shaped = hasattr(classifier, "model") and hasattr(classifier, "score")
-    # Other implementations would add a boolean mask to the scores, or ignore it.
-    return shaped and getattr(classifier.config, "_attn_implementation", None) == "sdpa"
+    return hasattr(classifier, "model") and hasattr(classifier, "score")
 
 
 def attention_window(config: Any) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from raycv.answers import SCORE_DECIMALS, ModelIdentity, Prediction
+from raycv.attention import KERNEL, PLAIN, attention_of
 from raycv.base import BaseFiles, fetch_trained_base
 from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
@@ -70,7 +71,16 @@ class Predictor:
         if base is not None:
             _check_words(tokenizer, checkpoints[0], base)
         self.encoder = PromptEncoder(tokenizer, self.info.rules)
-        classifier = load_classifier(files, tokenizer, self._dtype, seed=0, device=str(self.device))
+        classifier = load_classifier(
+            files,
+            tokenizer,
+            self._dtype,
+            seed=0,
+            device=str(self.device),
+            plain_attention=any(info.attention == PLAIN for info in infos),
+            tell=tell,
+        )
+        _check_attention(classifier, infos, tell)
         # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
@@ -236,6 +246,18 @@ def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell:
             f"if these are to answer all the same: base={files.path}",
         ],
     )
+
+
+def _check_attention(classifier: Any, infos: Sequence[CheckpointInfo], tell: Callable[[str], None]) -> None:
+    """Tells if a checkpoint was trained with another attention than `classifier` computes."""
+    now = attention_of(classifier)
+    # Earlier versions recorded none, and used the kernel wherever the family has it.
+    before = {info.attention or (KERNEL if classifier._supports_sdpa else PLAIN) for info in infos}
+    if before != {now}:
+        tell(
+            f"Warning: the checkpoint was trained with {KERNEL} attention and is computed with {now}: scores may be "
+            "off, so train it again"
+        )
 
 
 def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:

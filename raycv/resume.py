@@ -4,9 +4,11 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from raycv.base import RARE
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, counted
 from raycv.paths import GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command, sha256_of
@@ -47,7 +49,9 @@ class Earlier:
         then, now = base_of(self.folder), json.loads(json.dumps(facts))
         old, new = _base_files(then), _base_files(now)
         lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
-        lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in sorted(old | new)]
+        # A rare vocabulary that an earlier version did not record cannot be compared.
+        files = [file for file in sorted(old | new) if file in old or not any(fnmatch(file, rare) for rare in RARE)]
+        lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in files]
         self._refuse([line for line in lines if line])
 
     def warnings(self) -> list[str]:

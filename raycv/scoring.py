@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from raycv.attention import KERNEL, PLAIN, attention_of, far_apart
 from raycv.encoding import EncodedPairs
 from raycv.memory import is_out_of_memory
 from raycv.packing import (
@@ -28,12 +29,6 @@ from raycv.parallel import Workers
 Layout = Literal["padded", "packed", "shared"]
 """padded: a line for each row, as long as the longest of the batch; packed: rows one after another in lines; shared:
 packed, and a post computed once for all its criteria that are in the batch."""
-
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far packed logits may be off the plain ones before packing is taken to be wrong for a model, as a share of the
-largest: those of a fresh head are small."""
-ROUGH_TOLERANCE = 0.1
-"""The same for 16-bit types: rounding gives 0.03, another attention 0.3 or more."""
 
 
 class Batch(NamedTuple):
@@ -124,6 +119,16 @@ class RowScorer:
         """The tokens of each of `rows`, without padding."""
         return [self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows]
 
+    @property
+    def attention(self) -> str:
+        """The attention that the model computes: sdpa or eager."""
+        return attention_of(self._classifier())
+
+    @property
+    def earlier_attention(self) -> str:
+        """The attention that versions which recorded none computed: the kernel's wherever the family has it."""
+        return KERNEL if self._classifier()._supports_sdpa else PLAIN
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """float32 logits [n, 2] of the rows of `batch`, in their order."""
         with self.autocast():
@@ -142,6 +147,9 @@ class RowScorer:
         name = type(classifier).__name__
         if not can_pack(classifier):
             return f"{name} has no causal backbone that takes a mask of its own"
+        if attention_of(classifier) != KERNEL:
+            # Other implementations would add a boolean mask to the scores, or ignore it.
+            return f"the {attention_of(classifier)} attention of {name} takes no mask of its own"
         longest_row = longest_row or int(self.encoded.lengths.max())
         window = attention_window(classifier.config)
         if window is not None and window < longest_row:
@@ -171,10 +179,8 @@ class RowScorer:
             self.model.train(training)
         with self.autocast():
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
-        share = TOLERANCE.get(dtype or next(self.model.parameters()).dtype, ROUGH_TOLERANCE)
-        worst = float((plain - packed).abs().max())
-        # Written so that a NaN fails too.
-        if worst <= share * float(plain.abs().max()):
+        worst = far_apart(plain, packed, dtype or next(self.model.parameters()).dtype)
+        if worst is None:
             return None
         return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"
 

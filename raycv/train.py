@@ -338,6 +338,7 @@ class FoldTrainer:
         tensors |= training_tensors(self.model, self.optimizer)
         facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
         facts["device"] = describe_device(device)
+        facts["attention"] = self.scorer.attention
         self.listener.on_state(self.progress.to_state(facts, tensors))
         self._saved = time.monotonic()
 
@@ -348,6 +349,7 @@ class FoldTrainer:
                 f"The fold was trained in {state.facts['precision']}, and would go on in {self.precision} here.",
                 remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
             )
+        self._check_attention(state)
         self.progress = Progress.from_state(state)
         set_training_tensors(self.model, self.optimizer, state.tensors)
         self.schedule.load_state_dict(state.facts["schedule"])
@@ -363,6 +365,19 @@ class FoldTrainer:
         if then not in (None, now):
             # Another order of sums: other threads, or the kernels of another GPU.
             self._tell(f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits")
+
+    def _check_attention(self, state: TrainState) -> None:
+        """Raises: UserError if the fold was trained with another attention: its numbers would be of two functions."""
+        # Earlier versions recorded none, and used the kernel wherever the family has it.
+        then = state.facts.get("attention", self.scorer.earlier_attention)
+        if then != self.scorer.attention:
+            raise UserError(
+                f"The fold was trained with {then} attention, and would be computed with {self.scorer.attention} here.",
+                remedies=[
+                    "resume the run on the kind of device that it began on",
+                    "or start it afresh under another name: run.name=<new>",
+                ],
+            )
 
     def _tell(self, text: str) -> None:
         self.events.append(text)
