@@ -135,6 +135,31 @@ def tiny_llama(
     return path
 
 
+def tiny_gemma2(path: Path, tokenizer: Any = None, *, cap: float | None = 50.0) -> Path:
+    """Saves a seeded Gemma2ForCausalLM whose scores reach the `cap` of its attention, and `tokenizer`, to `path`."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    chosen = tokenizer or bpe_tokenizer(pad="[PAD]")
+    config = Gemma2Config(
+        vocab_size=len(chosen),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=cap,
+        initializer_range=1.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        Gemma2ForCausalLM(config).save_pretrained(path)
+    chosen.save_pretrained(path)
+    return path
+
+
 def tiny_bert(path: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
     """Saves a seeded BertForMaskedLM (so without a pooler) and a word-level tokenizer with [PAD] to `path`."""
     import torch

@@ -1,15 +1,19 @@
 """The base model: fetched from a hub that fails on demand, read from every real format, with a reproducible head."""
 
+import ctypes
 import json
 import logging
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +28,9 @@ from builders import (
     wordlevel_tokenizer,
 )
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
 
-from raycv.base import BaseFiles, absolute_name, fetch_base
+from raycv.base import BaseFiles, _is_small, absolute_name, fetch_base
 from raycv.errors import UserError
 from raycv.loading import check_max_length, load_classifier, load_config, load_tokenizer, set_pad_token
 
@@ -400,6 +405,25 @@ def test_the_password_of_a_mirror_is_not_shown(hub, monkeypatch):
         assert "http://***@127.0.0.1" in str(caught.value)
 
 
+ADAPTER = {"adapter_config.json": b'{"base_model_name_or_path": "org/other"}', "adapter_model.safetensors": b"x"}
+
+
+def test_an_adapter_in_a_repository_is_neither_fetched_nor_silent(hub, caplog):
+    commit = hub.add(NAME, REPO | ADAPTER)
+    for found in (fetch(), fetch(revision=commit)):
+        assert set(found.files) == WANTED
+        assert {path.name for path in found.path.iterdir()} == WANTED
+    assert hub.count("adapter") == 0
+    assert f"{NAME} also holds an adapter (adapter_config.json): raycv loads the whole model alone" in caplog.messages
+
+
+def test_rare_vocabularies_are_fetched_too(hub):
+    commit = hub.add(NAME, REPO)
+    fetch(revision=commit)
+    hub.add(NAME, REPO | {"bpe.codes": b"of PhoBERT"})
+    assert set(fetch().files) == WANTED | {"bpe.codes"}
+
+
 def test_the_xet_transport_is_not_used(hub):
     # It has its own long retries. Every large file of the server names a Xet address where nothing answers.
     hub.add(NAME, REPO)
@@ -554,6 +578,28 @@ def test_a_folder_that_is_no_model(tmp_path, files, text):
         fetch(str(folder(tmp_path / "m", files)))
 
 
+@pytest.mark.parametrize("folder_name", ["m", "it's a model"])
+def test_an_adapter_beside_a_whole_model_is_refused_until_it_is_moved(tmp_path, folder_name):
+    path = folder(tmp_path / folder_name, REPO | ADAPTER)
+    with pytest.raises(UserError, match=r"holds a whole model and an adapter \(adapter_config\.json\)") as caught:
+        fetch(str(path))
+    move, merge = caught.value.remedies
+    assert "merge_and_unload" in merge
+    subprocess.run(move.partition("move the adapter away: ")[2], shell=True, check=True)
+    assert set(fetch(str(path)).files) == WANTED
+    assert {file.name for file in (tmp_path / f"{folder_name}-adapter").iterdir()} == set(ADAPTER)
+
+
+@pytest.mark.long
+def test_every_vocabulary_that_a_tokenizer_reads_is_recorded():
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    classes = [tokenizer_class_from_name(name) for pair in TOKENIZER_MAPPING_NAMES.values() for name in pair if name]
+    names = {name for each in classes for name in (getattr(each, "vocab_files_names", None) or {}).values() if name}
+    assert {"tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "bpe.codes"} <= names
+    assert [name for name in sorted(names) if not _is_small(name)] == []
+
+
 def test_a_missing_folder_and_a_revision_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="There is no folder"):
         fetch(str(tmp_path / "typo"))
@@ -608,6 +654,158 @@ def test_every_format_gives_the_same_logits(tmp_path, reference, saved):
     assert ("shard" in saved) == (len(list(path.glob("*-of-*"))) > 1)
     assert fetch(str(path)).weight_format == ("pytorch_bin" if "weights" in saved else "safetensors")
     assert logits(path).equal(reference)
+
+
+class Opened:
+    """The names in a folder that this process opens while the block runs, by native code too: the kernel reports it."""
+
+    OPEN, NONBLOCKING = 0x20, 0o4000
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.names = path, set()
+
+    def __enter__(self) -> set[str]:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.queue = libc.inotify_init1(self.NONBLOCKING)
+        assert libc.inotify_add_watch(self.queue, os.fsencode(self.path), self.OPEN) >= 0, os.strerror(
+            ctypes.get_errno()
+        )
+        return self.names
+
+    def __exit__(self, *_: object) -> None:
+        with open(self.queue, "rb", buffering=0) as queue:
+            while events := queue.read(2**20):
+                while events:
+                    _, mask, _, size = struct.unpack_from("iIII", events)
+                    assert not mask & 0x4000, "the kernel dropped events"
+                    # Without a name: the folder itself.
+                    self.names.add(events[16 : 16 + size].rstrip(b"\0").decode())
+                    events = events[16 + size :]
+        self.names.discard("")
+
+
+def decoys(path: Path, adapted: Path) -> set[str]:
+    """Puts into `path` what transformers, PEFT and the Trainer leave beside a model: all of it of another model."""
+    import torch
+
+    before = set(os.listdir(path))
+    other = {key: torch.full_like(value, 7.0) for key, value in loaded(path).state_dict().items()}
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(adapted), "r": 4, "target_modules": ["q_proj"]}
+    texts = {
+        "adapter_config.json": json.dumps(adapter),
+        "chat_template.jinja": "{{ messages }}",
+        "modeling_llama.py": "raise SystemExit",
+        "README.md": "# a model",
+    }
+    for name, text in texts.items():
+        if name not in before:
+            (path / name).write_text(text)
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tf_model.h5", "flax_model.msgpack"):
+        if name not in before:
+            torch.save(other, path / name)
+    for name in ("adapter_model", "model.fp16", "consolidated"):
+        save_file(other, path / f"{name}.safetensors", metadata={"format": "pt"})
+    (path / "additional_chat_templates").mkdir()
+    return set(os.listdir(path)) - before
+
+
+@pytest.mark.parametrize("saved", FORMATS.values(), ids=FORMATS)
+def test_only_recorded_files_are_opened_and_the_backbone_is_theirs(tmp_path, llama, saved):
+    """Whatever is put beside them, an adapter of another base included, once they were looked at."""
+    import torch
+
+    path = tiny_llama(tmp_path / "base", seed=3, **saved)
+    files = fetch(str(path))
+    planted = decoys(path, llama)
+    assert {"adapter_config.json", "chat_template.jinja", "tf_model.h5"} <= planted
+    assert "pytorch_model.bin" in planted or files.files.keys() & {"pytorch_model.bin"}
+    with Opened(path) as opened:
+        tokenizer = load_tokenizer(files)
+        load_config(files)
+        model = load_classifier(files, tokenizer, torch.float32, seed=1)
+    weights = {name for name in files.files if name.endswith((".safetensors", ".bin"))}
+    # By Rust code both; so the watch would have seen the others.
+    assert weights | {"config.json", "tokenizer.json"} <= opened
+    assert opened <= files.files.keys()
+    expected = {}
+    for name in weights:
+        expected |= load_file(path / name) if name.endswith(".safetensors") else torch.load(path / name)
+    found = {key: value for key, value in model.state_dict().items() if not key.startswith("score.")}
+    assert len(found) == 2 * 9 + 2
+    assert all(value.equal(expected[key]) for key, value in found.items())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_the_watch_sees_what_transformers_alone_would_open(tmp_path, llama):
+    """The check of the check: an adapter's config replaces the model. Whether its weights fit does not matter here."""
+    from transformers import AutoModelForSequenceClassification
+
+    path = tiny_llama(tmp_path / "base", seed=3)
+    decoys(path, llama)
+    with Opened(path) as opened, suppress(RuntimeError, ValueError):
+        AutoModelForSequenceClassification.from_pretrained(path)
+    assert "adapter_config.json" in opened
+    assert "model.safetensors" not in opened
+
+
+def test_an_adapter_in_a_cached_snapshot_of_another_tool_is_not_attached(hub, llama):
+    import torch
+
+    hub.add(NAME, llama)
+    found = fetch()
+    (found.path / "adapter_config.json").write_bytes(ADAPTER["adapter_config.json"])
+    for files in (fetch(), fetch(revision=found.revision)):
+        assert files == found
+        model = load_classifier(files, load_tokenizer(files), torch.float32, seed=1)
+        assert model.state_dict().keys() == loaded(llama).state_dict().keys()
+
+
+def test_weights_that_the_config_names_are_refused(tmp_path, llama):
+    path = tiny_llama(tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    other = str(llama / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config | {"transformers_weights": other}))
+    with pytest.raises(
+        UserError, match=r"config\.json: transformers_weights=.* not one of the base model's own"
+    ) as caught:
+        loaded(path)
+    assert "remove transformers_weights from config.json" in caught.value.remedies[0]
+    (path / "config.json").write_text(json.dumps(config | {"transformers_weights": "model.safetensors"}))
+    loaded(path)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file"])
+def test_a_vocabulary_of_another_folder_is_refused(tmp_path, llama, key):
+    path = tiny_llama(tmp_path / "m")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+
+    def name(value: object) -> None:
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {key: value}))
+
+    name(str(llama / "tokenizer.json"))
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: {key}=.* not one of the base model's own"):
+        load_tokenizer(fetch(str(path)))
+    name(str(path / "tokenizer.json"))
+    load_tokenizer(fetch(str(path)))
+
+
+def test_what_is_loaded_names_the_folder_itself(tmp_path):
+    """A tokenizer copies its sentencepiece model when it is saved: the folder of links is gone by then."""
+    import torch
+
+    before = set(os.listdir(tempfile.gettempdir()))
+    path = sentencepiece_files(tiny_llama(tmp_path / "m", tokenizer=False, vocab=400))
+    files = fetch(str(path))
+    tokenizer = load_tokenizer(files)
+    model = load_classifier(files, tokenizer, torch.float32, seed=1)
+    assert tokenizer.name_or_path == model.name_or_path == model.config.name_or_path == str(path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (path / "tokenizer.model").read_bytes()
+    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("raycv-base-")]
+    (path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"cannot be loaded from {path}") as caught:
+        load_config(files)
+    assert "raycv-base-" not in str(caught.value)
 
 
 def test_fp16_shards_load_in_the_dtype_asked_for(tmp_path, reference):
@@ -703,8 +901,6 @@ def test_bert_loads_too(tmp_path):
 
 
 def test_a_checkpoint_without_some_weights_is_refused(tmp_path, llama):
-    from safetensors.torch import load_file, save_file
-
     path = tiny_llama(tmp_path)
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

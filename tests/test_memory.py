@@ -146,6 +146,7 @@ class Tight(nn.Module):
     def __init__(self, inner, after):
         super().__init__()
         self.inner, self.after, self.passes = inner, after, 0
+        self.get_base_model = inner.get_base_model
         self.gradient_checkpointing_enable = inner.gradient_checkpointing_enable
         self.gradient_checkpointing_disable = inner.gradient_checkpointing_disable
 

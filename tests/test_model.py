@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import transformers
-from builders import ARCHITECTURES, tiny_bert, tiny_llama, tiny_model
+from builders import ARCHITECTURES, tiny_bert, tiny_gemma2, tiny_llama, tiny_model
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLoraLinear
 from toy import LLAMA_MODULES
 from transformers import AutoModelForSequenceClassification
 
+from raycv.attention import _in_plain_code, attention_of, choose_attention, far_apart
 from raycv.base import fetch_base
 from raycv.config import DoraConfig, ModelConfig
 from raycv.dora import factored_layers
@@ -174,3 +175,171 @@ def test_attention_is_pytorchs_whatever_is_installed(tmp_path, monkeypatch, arch
     folder = tiny_model(tmp_path, architecture)
     monkeypatch.setattr(transformers.modeling_utils, "is_flash_attn_2_available", lambda: True)
     assert classifier(folder).config._attn_implementation == expected
+
+
+def told_of(folder, dtype=torch.float32, **options):
+    """The classifier of `folder`, and what its loading told."""
+    files, told = fetch_base(str(folder), None), []
+    return load_classifier(files, load_tokenizer(files), dtype, seed=1, tell=told.append, **options), told
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 43)[None]).logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_the_config_caps_are_capped(tmp_path, dtype):
+    """PyTorch's kernel drops the cap of Gemma 2: another function, in silence."""
+    model, told = told_of(tiny_gemma2(tmp_path), dtype)
+    assert attention_of(model) == "eager"
+    assert told == [
+        "attention is eager: attn_logit_softcapping=50 caps its scores, and PyTorch's kernel (sdpa) does not"
+    ]
+    capped = logits_of(model)
+    model.set_attn_implementation("sdpa")
+    assert far_apart(capped, logits_of(model), torch.float32)
+
+
+def test_a_cap_of_none_leaves_the_kernel(tmp_path):
+    model, told = told_of(tiny_gemma2(tmp_path, cap=None))
+    assert (attention_of(model), told) == ("sdpa", [])
+
+
+def test_caps_are_found_in_parts_of_a_config_and_under_other_names():
+    from transformers import Gemma2Config, LlamaConfig, T5GemmaConfig
+
+    assert choose_attention(LlamaConfig()) == ("sdpa", None)
+    for config in (Gemma2Config(), T5GemmaConfig(), LlamaConfig(attention_logit_cap=30.0)):
+        assert choose_attention(config)[0] == "eager"
+    for others in ({"final_logit_softcapping": 30.0}, {"attention_capacity": 2}, {"attn_logit_softcapping": None}):
+        assert choose_attention(LlamaConfig(**others)) == ("sdpa", None)
+
+
+@pytest.fixture
+def kernel():
+    """Puts another function in the place of transformers' sdpa, by its public interface, and takes it out again."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def replace(change):
+        AttentionInterface.register("sdpa", lambda *args, **kwargs: change(sdpa_attention_forward, *args, **kwargs))
+
+    yield replace
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
+def with_another_scale(real, module, query, key, value, mask, **options):
+    return real(module, query, key, value, mask, **options | {"scaling": 0.01})
+
+
+def with_sinks(real, module, query, key, value, mask, **options):
+    """Each head keeps a part of what it found, as where a learned sink takes the rest."""
+    parts = torch.linspace(0.1, 1.0, query.shape[1], dtype=query.dtype)
+    return real(module, query, key, value, mask, **options)[0] * parts[:, None], None
+
+
+def with_biases(real, module, query, key, value, mask, **options):
+    """Of the distance, as ALiBi's."""
+    places = torch.arange(key.shape[2])
+    biases = 8.0 * (places[None, :] - places[-query.shape[2] :, None])
+    seen = biases <= 0 if mask is None else mask
+    return real(module, query, key, value, torch.where(seen, biases, float("-inf")).to(query.dtype), **options)
+
+
+def without_padding(real, module, query, key, value, mask, **options):
+    """Wrong only where there is a mask."""
+    return real(module, query, key, value, None, **options | {"is_causal": mask is None})
+
+
+def both_ways(real, module, query, key, value, mask, **options):
+    """Wrong only where there is no mask."""
+    return real(module, query, key, value, mask, **options | {"is_causal": False})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [with_another_scale, with_sinks, with_biases, without_padding, both_ways])
+def test_a_kernel_that_computes_another_function_is_found_by_its_logits(tmp_path, kernel, wrong, dtype):
+    """No config tells: a model whose attention matters, with a kernel that is wrong in silence."""
+    folder = tiny_gemma2(tmp_path, cap=None)
+    right, told = told_of(folder, dtype)
+    assert (attention_of(right), told) == ("sdpa", [])
+    expected = logits_of(right)
+    kernel(wrong)
+    model, told = told_of(folder, dtype)
+    assert attention_of(model) == "eager"
+    assert len(told) == 1
+    assert told[0].startswith(
+        "Warning: attention is eager, which is slower: with PyTorch's kernel (sdpa) the logits of"
+    )
+    assert far_apart(expected, logits_of(model), dtype) is None
+    assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    # It trains and is saved like any other.
+    adapted = add_dora(model, config("all-linear"), DORA)
+    adapted(input_ids=torch.arange(3, 43)[None]).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(adapted))
+
+
+def test_a_window_that_the_kernel_forgets_is_found(tmp_path, kernel):
+    """The prompt that is compared is longer than a short window."""
+    folder = tiny_llama(tmp_path)
+    file = folder / "config.json"
+    windowed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **windowed, "initializer_range": 0.02}))
+    assert told_of(folder)[1] == []
+
+    def forgetful(real, module, query, key, value, mask, **options):
+        return real(module, query, key, value, None, **options | {"is_causal": True})
+
+    kernel(forgetful)
+    assert "the logits of MistralForSequenceClassification differ" in told_of(folder)[1][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.long
+def test_the_comparison_is_made_for_any_family_and_finds_nothing(tmp_path, monkeypatch, architecture, dtype):
+    """Those too that fix their attention when they are built (BERT), which the other model shares all tensors with."""
+    import raycv.attention
+
+    compared = []
+    monkeypatch.setattr(raycv.attention, "far_apart", lambda *args: compared.append(args) or far_apart(*args))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model, told = told_of(tiny_model(tmp_path, architecture), dtype)
+    assert torch.get_rng_state().equal(before)
+    assert told == []
+    assert len(compared) == (2 if attention_of(model) == "sdpa" else 0)
+
+
+def test_the_plain_model_holds_no_tensor_of_its_own(tmp_path):
+    model = classifier(tiny_model(tmp_path, "RobertaForMaskedLM"))
+    plain = _in_plain_code(model)
+    assert (attention_of(plain), attention_of(model)) == ("eager", "sdpa")
+    for kind in ("parameters", "buffers"):
+        own = {tensor.data_ptr() for tensor in getattr(model, kind)()}
+        assert {tensor.data_ptr() for tensor in getattr(plain, kind)()} <= own
+
+
+def test_a_family_that_cannot_be_compared_is_told_and_kept(tmp_path, kernel, monkeypatch):
+    import raycv.attention
+
+    def fails(model):
+        raise error
+
+    monkeypatch.setattr(raycv.attention, "_in_plain_code", fails)
+    error = ValueError("no eager here")
+    model, told = told_of(tiny_llama(tmp_path))
+    assert attention_of(model) == "sdpa"
+    assert told == [
+        "Warning: attention (sdpa) of LlamaForSequenceClassification was not compared with eager: "
+        "ValueError: no eager here"
+    ]
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        told_of(tmp_path)
+
+
+def test_plain_attention_that_is_asked_for_is_taken(tmp_path):
+    model, told = told_of(tiny_llama(tmp_path), plain_attention=True)
+    assert (attention_of(model), told) == ("eager", [])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import tiny_bert
+from builders import tiny_bert, tiny_gemma2
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,7 +22,7 @@ from raycv.loading import load_classifier, load_tokenizer
 from raycv.model import Float32Head
 from raycv.packing import Group, attention_window, common_prefix, groups_of, in_lines, pack, steady_positions
 from raycv.sampling import epoch_order
-from raycv.scoring import RowScorer, in_order
+from raycv.scoring import Batch, RowScorer, in_order
 from raycv.train import FoldTrainer
 
 CPU = torch.device("cpu")
@@ -498,3 +498,25 @@ def test_the_check_is_made_without_dropout_and_leaves_the_model_training(base):
                 parameter.normal_(std=0.3)
     assert scorer(toy, model.train()).check_packing() is None
     assert model.training
+
+
+def test_a_model_whose_attention_is_capped_is_padded_and_its_padding_changes_nothing(tmp_path):
+    """Gemma 2: PyTorch's kernel drops the cap, and the plain code takes no mask of a packed line."""
+    toy = Toy(toy_base(tmp_path, tiny_gemma2))
+    model, recorder = disturbed(toy), Recorder()
+    loop = FoldTrainer(model, toy.encoded, train_config(), "fp32", recorder)
+    assert loop.scorer.attention == "eager"
+    assert loop.layout == {True: "padded", False: "padded"}
+    assert recorder.events == [
+        "every prompt is computed on its own: the eager attention of Gemma2ForSequenceClassification takes no mask of "
+        "its own"
+    ]
+    rows = np.arange(len(toy.encoded.lengths))
+    assert len(set(toy.encoded.lengths.tolist())) > 1
+    with torch.no_grad():
+        model.eval()
+        together = loop.scorer.logits(Batch(rows))
+        alone = torch.cat([loop.scorer.logits(Batch(rows[[row]])) for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    result = loop.fit(TRAIN, VAL)
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import tiny_gemma2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.int8
 import raycv.predict
+from raycv.attention import attention_of
 from raycv.base import fetch_base
 from raycv.checkpoint import save_checkpoint
 from raycv.config import InferenceConfig
@@ -344,3 +346,46 @@ def test_a_probability_that_is_no_number_is_never_answered(trained):
             parameter.fill_(float("nan"))
     with pytest.raises(UserError, match="no number"):
         model.predict(trained().pairs()[:2])
+
+
+@pytest.mark.long
+def test_a_model_whose_attention_is_capped_scores_as_in_training_and_says_so(tmp_path):
+    toy = Toy(toy_base(tmp_path, tiny_gemma2))
+    model = toy.model(dropout=0.1)
+    expected = FoldTrainer(model, toy.encoded, train_config(epochs=1), "fp32", Recorder()).fit(TRAIN, VAL).val_scores
+    dataset = toy.dataset
+    pairs = [
+        (dataset.posts[pair.post_id], dataset.criteria[pair.criterion_id].text)
+        for pair in (dataset.pairs[index] for index in VAL)
+    ]
+    capped = "attention is eager: attn_logit_softcapping=50 caps its scores, and PyTorch's kernel (sdpa) does not"
+    alone = (
+        "every pair is computed on its own: the eager attention of Gemma2ForSequenceClassification takes no mask of "
+        "its own"
+    )
+    off = (
+        "Warning: the checkpoint was trained with sdpa attention and is computed with eager: scores may be off, so "
+        "train it again"
+    )
+    # The manifest of an earlier version names none.
+    for attention, more in (("eager", []), (None, [off])):
+        folder, told = tmp_path / str(attention), []
+        save_checkpoint(folder, model, toy.tokenizer, toy.info(attention=attention))
+        np.testing.assert_allclose(scores(predictor(folder, tell=told.append), pairs), expected, atol=1e-6)
+        assert told == [capped, *more, alone]
+
+
+def test_inference_computes_the_attention_of_training(trained, tmp_path):
+    """A kernel that was found wrong in training, with longer prompts or elsewhere, is not taken for right here."""
+    fold, told = trained(), []
+    plain = predictor(fold.rewritten(tmp_path / "eager", attention="eager"), tell=told.append)
+    assert attention_of(plain.model.get_base_model()) == "eager"
+    assert told == [
+        "every pair is computed on its own: the eager attention of LlamaForSequenceClassification takes no mask of its "
+        "own"
+    ]
+    for attention in ("sdpa", None):
+        told = []
+        kernel = predictor(fold.rewritten(tmp_path / str(attention), attention=attention), tell=told.append)
+        assert attention_of(kernel.model.get_base_model()) == "sdpa"
+        assert told == []

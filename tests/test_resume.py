@@ -223,6 +223,20 @@ def test_another_precision_is_refused(toy, tmp_path):
         fit(toy, case, Saver(), replace(state, facts=state.facts | {"precision": "bf16"}))
 
 
+def test_another_attention_is_refused(toy, tmp_path):
+    """A fold that began where the kernel was right, or before its attention was recorded, mixes no two functions."""
+    case, state, expected = half_a_fold(toy, tmp_path)
+    assert state.facts["attention"] == "sdpa"
+    with pytest.raises(UserError, match="was trained with eager attention, and would be computed with sdpa here"):
+        fit(toy, case, Saver(), replace(state, facts=state.facts | {"attention": "eager"}))
+    earlier = replace(state, facts={name: fact for name, fact in state.facts.items() if name != "attention"})
+    same(fit(toy, case, Saver(), earlier), expected)
+    plain = FoldTrainer(toy.model(), toy.encoded, train_config(packing=False), "fp32", Saver())
+    plain.model.get_base_model().set_attn_implementation("eager")
+    with pytest.raises(UserError, match="was trained with sdpa attention, and would be computed with eager here"):
+        plain.fit(TRAIN, VAL, earlier)
+
+
 def test_another_number_of_threads_is_told(toy, tmp_path):
     case, state, expected = half_a_fold(toy, tmp_path)
     before = torch.get_num_threads()
@@ -595,6 +609,31 @@ def test_another_base_of_the_same_size_is_refused(left, tmp_path, changed):
     assert re.fullmatch(rf"base model, {changed}: {len(content)} bytes, .* then, {len(content)} bytes, .* now", fault)
     (folder / "generation_config.json").unlink()
     with pytest.raises(FaultsError, match=r"base model, generation_config.json: \d+ bytes, .* then, null now"):
+        go_on(left).check_base(facts())
+
+
+@pytest.mark.long
+def test_a_rare_vocabulary_that_an_earlier_version_did_not_record_is_no_other_base(left, tmp_path):
+    folder = tiny_llama(tmp_path / "base")
+
+    def facts():
+        whole = fetch_base(str(folder), None)
+        return whole.describe(load_tokenizer(whole), load_config(whole))
+
+    def recorded(of_base):
+        write_json(left.environment, read_json(left.environment) | {"base_model": of_base})
+
+    recorded(facts())
+    (folder / "bpe.codes").write_text("of PhoBERT")
+    go_on(left).check_base(facts())
+    recorded(facts())
+    (folder / "bpe.codes").write_text("of another")
+    with pytest.raises(FaultsError, match=r"base model, bpe\.codes: \d+ bytes, .* then, \d+ bytes, .* now"):
+        go_on(left).check_base(facts())
+    # Any other new file may change the tokens.
+    (folder / "bpe.codes").write_text("of PhoBERT")
+    (folder / "added_tokens.json").write_text("{}")
+    with pytest.raises(FaultsError, match=r"base model, added_tokens\.json: null then"):
         go_on(left).check_base(facts())
 
 

@@ -46,6 +46,9 @@ class Greedy(nn.Module):
         super().__init__()
         self.inner, self.limit, self.after, self.calls, self.seen = inner, limit, after, 0, []
 
+    def get_base_model(self):
+        return self.inner.get_base_model()
+
     def forward(self, input_ids, attention_mask):
         self.calls += 1
         if self.training and self.calls > self.after and len(input_ids) > self.limit:

@@ -1,6 +1,6 @@
 """A toy task for the loop: posts of words, a criterion is matched when its word stands in the post."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,9 +83,9 @@ def train_config(**changes: object) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def toy_base(folder: Path) -> BaseFiles:
+def toy_base(folder: Path, build: Callable[..., Path] = tiny_llama) -> BaseFiles:
     words = [*FRAME, *WORDS, *(f"{word}," for word in WORDS)]
-    return fetch_base(str(tiny_llama(folder / "base", tokenizer=wordlevel_tokenizer(words))), None)
+    return fetch_base(str(build(folder / "base", tokenizer=wordlevel_tokenizer(words))), None)
 
 
 @dataclass
