@@ -7,6 +7,7 @@ the config shows the known cases, and one prompt's logits show the others.
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,7 +131,25 @@ def _rows(config: Any, tokenizer: Any, positions: int | None) -> list[torch.Tens
     length = min(length if length <= MOST_TOKENS else TOKENS, positions or MOST_TOKENS)
     text = " ".join([render("I cannot sleep and nothing is fun any more.", "Trouble sleeping.")] * length)
     sizes = [max(1, length * part // ROWS) for part in range(ROWS, 0, -1)]
-    return [torch.tensor(tokenizer(text, truncation=True, max_length=size)["input_ids"]) for size in sizes]
+    with _as_it_was(tokenizer):
+        return [torch.tensor(tokenizer(text, truncation=True, max_length=size)["input_ids"]) for size in sizes]
+
+
+@contextmanager
+def _as_it_was(tokenizer: Any) -> Iterator[None]:
+    """Undoes what a call leaves in a fast tokenizer, which would be saved with the checkpoint."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow tokenizer keeps nothing
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    yield
+    backend.no_truncation()
+    backend.no_padding()
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
+    if padding is not None:
+        backend.enable_padding(**padding)
 
 
 def _logits(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:

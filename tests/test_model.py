@@ -343,3 +343,16 @@ def test_a_family_that_cannot_be_compared_is_told_and_kept(tmp_path, kernel, mon
 def test_plain_attention_that_is_asked_for_is_taken(tmp_path):
     model, told = told_of(tiny_llama(tmp_path), plain_attention=True)
     assert (attention_of(model), told) == ("eager", [])
+
+
+@pytest.mark.parametrize("set_before", [False, True])
+def test_loading_leaves_the_tokenizer_as_it_was(tmp_path, set_before):
+    """A fast tokenizer keeps the truncation of its last call, and saves it: checkpoints would change."""
+    files = fetch_base(str(tiny_llama(tmp_path)), None)
+    tokenizer = load_tokenizer(files)
+    if set_before:
+        tokenizer.backend_tokenizer.enable_truncation(7, stride=2, strategy="only_first", direction="left")
+        tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token="<unk>", length=9)
+    before = tokenizer.backend_tokenizer.to_str()
+    load_classifier(files, tokenizer, torch.float32, seed=1)
+    assert tokenizer.backend_tokenizer.to_str() == before
