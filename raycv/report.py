@@ -21,11 +21,12 @@ def summarize(
     folds: int,
     data_stats: Mapping[str, Any] | None = None,
     finish: str | None = None,
+    finished: str | None = None,
 ) -> dict[str, Any]:
     """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
 
     `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of; `finish` is
-    what to type where folds are missing.
+    what to type where folds are missing; `finished` is when the run was complete, None if nobody recorded it.
     Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
     """
     present = {result.fold for result in results}
@@ -58,6 +59,7 @@ def summarize(
     warnings += [f"fold {fold}: {collapsed_because(reasons)}" for fold, reasons in collapsed.items()]
     return {
         "run": run,
+        "finished": finished,
         "control": bool(stats.get("labels_shuffled", False)),
         "folds": [asdict(result) for result in marked],
         "mean": {key: statistics.fmean(column) for key, column in values.items()},

@@ -52,6 +52,7 @@ from raycv.paths import (
 )
 from raycv.records import FoldResult
 from raycv.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, mask_secrets, without_statement
+from raycv.utils import recorded_moment
 
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -72,6 +73,7 @@ _hanging: dict[str, tuple[float, UserError]] = {}
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
 RUN_TAG = "raycv.run"
+FINISHED_TAG = "raycv.finished"
 COLLAPSED_TAG = "raycv.collapsed"
 REASONS_TAG = "raycv.collapsed_reasons"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
@@ -263,6 +265,8 @@ class Tracker:
             if fold in children and REASONS_TAG not in children[fold].data.tags:
                 self._mark_collapsed(children[fold].info.run_id, reasons)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        if report["finished"]:
+            tags[FINISHED_TAG] = report["finished"]
         if report["collapsed_folds"]:
             tags[COLLAPSED_TAG] = f"fold {', '.join(map(str, report['collapsed_folds']))}"
             tags[REASONS_TAG] = "\n".join(f"fold {fold}: {'; '.join(why)}" for fold, why in _collapsed(report))
@@ -338,6 +342,16 @@ class Tracker:
     def parent_of(self, run: Run) -> str | None:
         """The id of a child's parent run; None for any other run."""
         return run.data.tags.get(PARENT_TAG)
+
+    def finished_at(self, run: Run) -> str | None:
+        """When the cross-validation of a parent or a child run was complete; None if nobody recorded it."""
+        parent_id = self.parent_of(run)
+        try:
+            parent = run if parent_id is None else self.run(parent_id)
+        except UserError:
+            # A fold answers without its parent, which somebody may have deleted.
+            return None
+        return recorded_moment(parent.data.tags.get(FINISHED_TAG))
 
     def log_inference(
         self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
