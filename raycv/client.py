@@ -398,7 +398,7 @@ def _ask_announced(record: Announcement, config: InferConfig, questions: Sequenc
 def _with_model(
     found: Sequence[tuple[Path, Announcement]], config: InferConfig
 ) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
-    """Those of `found` that have the checkpoints that this process would load, which it chose without MLflow or not."""
+    """Those of `found` that have what this process would load, and what that is; None if an MLflow id names them."""
     named = [each for each in found if _is_tracked_as(config, each[1].model)]
     if named:
         return named, None
