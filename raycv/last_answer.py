@@ -1,6 +1,6 @@
 """Which run answered last from a folder of runs: `latest` moves when another run finishes, and a user must see that.
 
-The folder itself keeps it, in a small file without any text. Whatever is wrong with that file, no answer fails.
+A small file in that folder holds it, without any text. Whatever is wrong with the file, no answer fails.
 Imports nothing heavy.
 """
 
@@ -40,7 +40,7 @@ def warn_if_moved(runs: Path, model: Mapping[str, Any], tell: Callable[[str], No
 
 
 def remember(runs: Path, model: Mapping[str, Any]) -> None:
-    """Keeps in the folder `runs`, if it exists, that `model` answered."""
+    """Writes down in the folder `runs`, if it exists, that `model` answered."""
     answered = {"run": model["run"], "finished": model.get("finished")}
     # Most answers come from the same run, so we write only what changes: the folder may be slow or read-only.
     if os.path.isdir(runs) and _last(runs) != answered:

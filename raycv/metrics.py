@@ -29,6 +29,7 @@ Scores that all lie within one step (0.01) cannot deviate more, so at most one t
 alone would let a single odd pair hide that all others get the same score.
 """
 ROUNDING = 1e-9
+"""Two ways to compute the same F1 may differ in the last digits."""
 COLLAPSED = "the classifier has collapsed"
 
 
