@@ -15,7 +15,17 @@ from raycv.live import say
 from raycv.paths import RunFolder, read_json, read_record, resume_command, write_json
 from raycv.records import FoldResult
 from raycv.report import summarize, summary_table
-from raycv.runs import LOCAL_URI, find_run, folds_of, mlflow_run, recorded_uri, runs_there, tracked_run
+from raycv.runs import (
+    LOCAL_URI,
+    find_run,
+    finished_at,
+    folds_of,
+    mlflow_run,
+    recorded_uri,
+    runs_there,
+    tracked_run,
+)
+from raycv.utils import utc_now
 
 
 def aggregate(config: AggregateConfig) -> None:
@@ -42,7 +52,9 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     except UserError as error:
         remedies = ["put a good copy in its place: MLflow has one", f"or train that fold again: {_again(folder)}"]
         raise UserError(error.what, remedies=remedies) from error
-    report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder))
+    # The run finished when its first report was written. One of an earlier version does not say when that was.
+    finished = finished_at(folder) if folder.report.is_file() else utc_now()
+    report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder), finished)
     write_json(folder.report, report)
     uri = config.tracking_uri or recorded_uri(folder, "tracking_uri")
     tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
@@ -75,7 +87,7 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
             results.append(FoldResult.read(tracker.download(run.info.run_id, target.result.name, target.root)))
         stats = read_json(tracker.download(config.run, folder.data_stats.name, folder.root))
         folds = folds_of(tracker.download(config.run, folder.config.name, folder.root))
-        report = summarize(name, results, folds, stats)
+        report = summarize(name, results, folds, stats, finished=tracker.finished_at(parent))
         write_json(folder.report, report)
         tracker.log_report(config.run, report, folder.report)
     return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"

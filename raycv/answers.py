@@ -24,7 +24,7 @@ NAME = re.compile(r"[a-z]+(?:_[a-z]+)+", re.IGNORECASE)
 """What symptom names look like: SLEEP_ISSUES."""
 
 Answer = dict[str, Any]
-"""label, score, threshold, criterion_id, model {run, fold, base}, truncated: plain JSON values, no text."""
+"""label, score, threshold, criterion_id, model {run, fold, base, finished}, truncated: plain JSON values, no text."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ class Predicts(Protocol):
 class Answerer:
     """Turns questions into answers: finds the criteria they name, scores all pairs together, compares, labels."""
 
-    def __init__(self, predictor: Predicts, criteria: Mapping[str, Criterion]) -> None:
+    def __init__(self, predictor: Predicts, criteria: Mapping[str, Criterion], finished: str | None = None) -> None:
+        """`finished`: when the predictor's run was complete, if that is known."""
         self.predictor = predictor
         self.criteria = criteria
+        self.finished = finished
 
     def answer(self, questions: Sequence[Question]) -> list[list[Answer]]:
         """The answers to each question: one, or where no criterion is given one for each of the run's.
@@ -104,7 +106,7 @@ class Answerer:
             "score": rounded(prediction.score, threshold),
             "threshold": threshold,
             "criterion_id": criterion.criterion_id or None,
-            "model": asdict(self.predictor.identity),
+            "model": {**asdict(self.predictor.identity), "finished": self.finished},
             "truncated": prediction.truncated,
         }
 
@@ -203,8 +205,6 @@ def as_json(answers: Sequence[Answer], *, single: bool) -> str:
 def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, single: bool) -> str:
     """For people: two lines for a single pair, else a table; then which model answered."""
     first = answers[0]
-    model = first["model"]
-    fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
     name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
     threshold = shown_threshold(first["threshold"])
     if single:
@@ -220,11 +220,22 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
             shown = f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}"
             lines.append(f"{shown:<{width}}  {_shown_score(answer, threshold):>11}  {answer['label']}")
         lines.append(f"matched: a probability of {threshold} or more")
-    lines.append(f"model: run {model['run']}, {fold}; {model['base']}")
+    lines.append(model_line(first["model"]))
     cut = sum(answer["truncated"] for answer in answers)
     if cut:
         lines.append("the post was shortened to fit the prompt" + ("" if single else f" ({counted(cut, 'pair')})"))
     return "\n".join(lines) + "\n"
+
+
+def model_line(model: Mapping[str, Any]) -> str:
+    """Which model answered: run, fold, when the run finished, base."""
+    fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
+    return f"model: run {model['run']}, {fold}, {shown_finish(model.get('finished'))}; {model['base']}"
+
+
+def shown_finish(finished: str | None) -> str:
+    """When a run finished, for people."""
+    return f"finished {finished}" if finished else "finish time not recorded"
 
 
 def shown_threshold(threshold: float) -> str:

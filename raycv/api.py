@@ -65,7 +65,7 @@ class Score(BaseModel):
     score: float
     threshold: float
     criterion_id: str | None
-    model: dict[str, Any]
+    model: dict[str, Any] = Field(description="run, fold, base, and when the run finished (UTC; null: not recorded)")
     truncated: bool
 
 

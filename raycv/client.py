@@ -65,6 +65,8 @@ class ServedModel(BaseModel):
     """and of the fold"""
     base_given: str | None = None
     """where the base model lies, if not where training found it"""
+    finished: str | None = None
+    """when the run was complete, if that is known"""
 
 
 class Health(BaseModel):
@@ -80,6 +82,7 @@ class ServedIdentity(BaseModel):
     run: str
     fold: int | str
     base: str
+    finished: str | None = None
 
 
 class ServedAnswer(BaseModel):
@@ -358,14 +361,14 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     found = [(file, record) for file in files if (record := _read(file)) is not None]
     if not found:
         return None
-    same, tracked = _with_model(found, config)
+    same, chosen = _with_model(found, config)
     if not same:
         # Who started a scorer would wonder why it takes so long.
         others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
         tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
     reasons = []
     for file, record in same:
-        why = _difference(record, tracked, config)
+        why = _difference(record, chosen, config)
         try:
             if why is None:
                 return _ask_announced(record, config, questions, tell)
@@ -394,13 +397,13 @@ def _ask_announced(record: Announcement, config: InferConfig, questions: Sequenc
 
 def _with_model(
     found: Sequence[tuple[Path, Announcement]], config: InferConfig
-) -> tuple[list[tuple[Path, Announcement]], str | None]:
-    """Those of `found` that have the checkpoints that this process would load, and where their run was tracked."""
+) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
+    """Those of `found` that have what this process would load, and what that is; None if an MLflow id names them."""
     named = [each for each in found if _is_tracked_as(config, each[1].model)]
     if named:
-        return named, _store(config) or LOCAL_URI
+        return named, None
     chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
-    return [each for each in found if _same_files(chosen, each[1].model)], chosen.tracking_uri
+    return [each for each in found if _same_files(chosen, each[1].model)], chosen
 
 
 def _read(file: Path) -> Announcement | None:
@@ -430,12 +433,15 @@ def _remove(file: Path) -> None:
         file.unlink()
 
 
-def _difference(record: Announcement, tracked: str | None, config: InferConfig) -> str | None:
+def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig) -> str | None:
     """Why the scorer, which has the right checkpoints, would answer otherwise than this process; None if it would not.
 
-    `tracked`: where their run was.
+    `chosen`: what this process would load; None if MLflow's id names the scorer's run.
     """
     model = record.model
+    if chosen is not None and chosen.finished != model.finished:
+        return "does not know when its run finished, and has to be started again"
+    tracked = chosen.tracking_uri if chosen is not None else _store(config) or LOCAL_URI
     if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
         return "does not say which files it answers from"
     if (changed := first_changed(record.stamps)) is not None:

@@ -388,7 +388,9 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: PathText = Field(
+        description="folder that holds the runs; it remembers which one answered last (.last_answer.json)"
+    )
     criteria_dir: OtherCriteria
     base: OtherBase
     server: NonEmpty = Field(

@@ -41,7 +41,7 @@ from raycv.resume import Earlier, earlier_run, sole_process
 from raycv.retry import mask_secrets
 from raycv.runs import make_newest, tracked_run
 from raycv.splits import Split, make_splits, positives_table, splits_record
-from raycv.utils import describe_environment, ignore_stops
+from raycv.utils import describe_environment, ignore_stops, utc_now
 
 if TYPE_CHECKING:
     from raycv.base import BaseFiles
@@ -134,7 +134,8 @@ def _cross_validate(
             if earlier:
                 _reopen(tracker, parent_id, earlier, console)
             results = _folds(config, folder, prepared, placement, parent_id, console, logged)
-            report = summarize(folder.root.name, results, config.cv.folds, read_json(folder.data_stats))
+            stats = read_json(folder.data_stats)
+            report = summarize(folder.root.name, results, config.cv.folds, stats, finished=utc_now())
             write_json(folder.report, report)
             _conclude(console, config, folder, report, parent_id)
             # After the report: a store that hangs is waited for.

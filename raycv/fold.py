@@ -19,7 +19,7 @@ import ray.train
 
 from raycv.config import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
-from raycv.metrics import COLLAPSED, EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
+from raycv.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
 from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
@@ -254,11 +254,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         # The time that the fold took, not this process alone.
         started -= spent(state)
     outcome = trainer.fit(split.train_indices, split.val_indices, state)
-    matched = int(shared.encoded.labels[split.val_indices].sum())
-    if is_collapsed(outcome.best.metrics, matched, len(split.val_indices)):
-        outcome.events.append(COLLAPSED)
+    labels = shared.encoded.labels[split.val_indices]
+    collapsed = collapse_reasons(outcome.best.metrics, int(labels.sum()), len(labels), outcome.val_scores)
+    if collapsed:
+        outcome.events.append(collapsed_because(collapsed))
         if not rank:
-            listener.on_event(f"Warning: {COLLAPSED}")
+            listener.on_event(f"Warning: {collapsed_because(collapsed)}")
     if not rank:
         states.check_writer()
         info = _checkpoint_info(task, fold, base, outcome.best, precision, attention_of(model))
@@ -273,7 +274,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "gradient_checkpointing": trainer.checkpointing.on,
         **count_parameters(adapted),
     }
-    result = _fold_result(fold, split, shared.encoded.labels, outcome, time.monotonic() - started, worker)
+    seconds = time.monotonic() - started
+    result = _fold_result(fold, split, shared.encoded.labels, outcome, seconds, worker, collapsed)
     return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
 
 
@@ -325,7 +327,13 @@ def _memory_share(placement: Placement, device: Any) -> float:
 
 
 def _fold_result(
-    fold: int, split: "Split", labels: "np.ndarray", outcome: "TrainResult", seconds: float, worker: dict[str, Any]
+    fold: int,
+    split: "Split",
+    labels: "np.ndarray",
+    outcome: "TrainResult",
+    seconds: float,
+    worker: dict[str, Any],
+    collapsed: list[str],
 ) -> FoldResult:
     return FoldResult(
         fold=fold,
@@ -340,6 +348,7 @@ def _fold_result(
         history=[epoch_metrics(epoch) for epoch in outcome.epochs],
         events=outcome.events,
         worker=worker,
+        collapsed=collapsed,
     )
 
 

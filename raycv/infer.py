@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from raycv.answers import Answer, Question, as_json, as_text, is_own_words
+from raycv.answers import Answer, Question, as_json, as_text, is_own_words, model_line
 from raycv.base import absolute_name
 from raycv.checkpoint import read_info
 from raycv.cli import run_command
@@ -20,9 +21,10 @@ from raycv.errors import UserError
 from raycv.faults import FIELD_LIMIT
 from raycv.inference_log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
 from raycv.labels import is_blank
+from raycv.last_answer import remember, warn_if_moved
 from raycv.loaded import load_answerer, read_criteria
 from raycv.records import Criterion
-from raycv.runs import Chosen, choose
+from raycv.runs import LATEST, Chosen, choose
 from raycv.utils import discard
 
 logger = logging.getLogger("raycv.infer")
@@ -49,7 +51,7 @@ def infer(config: InferConfig) -> None:
     question = read_question(config)
     reply = ask(config, [question], logger.warning)
     if reply is not None:
-        show(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
+        answer(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
         return
     started = time.monotonic()
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
@@ -60,7 +62,7 @@ def infer(config: InferConfig) -> None:
     answers = answerer.answer([question])[0]
     seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
     try:
-        show(answers, answerer.criteria, config, single=question.criterion is not None)
+        answer(answers, answerer.criteria, config, single=question.criterion is not None)
     finally:
         computed_in = answerer.predictor.computed_in
         log(config, chosen, record_answers(chosen.checkpoints, [question], [answers], computed_in, seconds))
@@ -71,6 +73,9 @@ def score_many(config: InferConfig) -> None:
 
     Raises: UserError as `infer`, or if the input or the output cannot be used.
     """
+    from rich.console import Console
+
+    from raycv.live import say
     from raycv.many import Recipe, check_asked, facts, local_engine, score_file
 
     check_asked(config)
@@ -85,8 +90,13 @@ def score_many(config: InferConfig) -> None:
         engine = ray_engine(recipe)
     else:
         engine = local_engine(lambda: recipe.load(logger.warning))
+    info = read_info(chosen.checkpoints[0])
+    model = {"run": info.run, "fold": chosen.fold, "base": info.base_model, "finished": chosen.finished}
+    # Before hours of work, not after them.
+    tell_of_move(config, model)
     params, counts = facts(score_file(config, chosen, criteria, engine), config)
-    model = {"run": chosen.run, "fold": chosen.fold, "base": read_info(chosen.checkpoints[0]).base_model}
+    say(Console(stderr=True), model_line(model))
+    remember(Path(config.dir), model)
     entry = record(model, chosen.checkpoints, params, {**counts, "seconds": time.monotonic() - started})
     log(config, chosen, entry, patient=True)
 
@@ -125,6 +135,20 @@ def _read_post(file: str) -> str:
     if is_blank(post):
         raise UserError(f"post_file={file}: the post is empty.", remedies=["give a file that holds the text of a post"])
     return post
+
+
+def answer(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
+    """Shows the answers, and says on standard error where `latest` moved. Raises: UserError if nobody takes them."""
+    model = answers[0]["model"]
+    tell_of_move(config, model)
+    show(answers, criteria, config, single=single)
+    remember(Path(config.dir), model)
+
+
+def tell_of_move(config: InferConfig, model: Mapping[str, Any]) -> None:
+    """Says on standard error that `latest` is another run than the one that answered last; a named run is no news."""
+    if config.run == LATEST:
+        warn_if_moved(Path(config.dir), model, logger.warning)
 
 
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:

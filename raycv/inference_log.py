@@ -40,11 +40,17 @@ class Record:
 
 
 def record(
-    model: Mapping[str, str | int], checkpoints: Sequence[Path], params: Mapping[str, Any], metrics: Mapping[str, float]
+    model: Mapping[str, str | int | None],
+    checkpoints: Sequence[Path],
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
 ) -> Record:
-    """What is kept of whatever `model` (run, fold, base) answered: `params`, `metrics`, which model, and versions."""
+    """What is kept of whatever `model` answered: `params`, `metrics`, which model, and versions.
+
+    `model`: run, fold, base, and when the run finished, if that is known.
+    """
     params = {
-        **{f"model.{key}": value for key, value in model.items()},
+        **{f"model.{key}": value for key, value in model.items() if value is not None},
         "checkpoints": ", ".join(map(str, checkpoints)),
         **params,
         **{f"versions.{name}": version for name, version in _versions().items()},

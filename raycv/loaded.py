@@ -35,7 +35,7 @@ def load_answerer(
     # Here: a mistyped run, an empty post or an unknown criterion is told before torch is imported.
     from raycv.predict import Predictor
 
-    return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria)
+    return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria, chosen.finished)
 
 
 def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bool = True) -> dict[str, Criterion]:

@@ -1,6 +1,6 @@
 """Scores -> numbers: the decision threshold and the five metrics of the specification."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,20 +18,64 @@ THRESHOLD = "threshold"
 TRAIN_LOSS = "train_loss"
 VAL_LOSS = "val_loss"
 
-ONE_LABEL = 0.99
-"""Share of the pairs under one label from which on a classifier gives all of them the same."""
+NEARLY_ALL = 0.99
+"""Share of the pairs under one label that counts as one label for all, where the scores order nothing either."""
 CHANCE = 0.05
 """Distance of the ROC-AUC from 0.5 within which the scores order nothing."""
-COLLAPSED = "the classifier has collapsed: all pairs get one label, and its scores are chance (ROC-AUC near 0.5)"
+LEAST_SPREAD = 0.005
+"""Standard deviation below which scores hardly vary: half a step of the threshold.
+
+Scores that all lie within one step (0.01) cannot deviate more, so at most one threshold tells them apart. The range
+alone would let a single odd pair hide that all others get the same score.
+"""
+ROUNDING = 1e-9
+"""Two ways to compute the same F1 may differ in the last digits."""
+COLLAPSED = "the classifier has collapsed"
 
 
-def is_collapsed(metrics: Mapping[str, float], matched: int, pairs: int) -> bool:
-    """Whether `metrics`, on `pairs` of which `matched` are positive, are those of a classifier that tells nothing."""
-    missed = matched * (1 - metrics[RECALL])
-    false_alarms = pairs * (1 - metrics[ACCURACY]) - missed
+def collapse_reasons(
+    metrics: Mapping[str, float], matched: int, pairs: int, scores: "np.ndarray | None" = None
+) -> list[str]:
+    """Why a classifier tells nothing about its validation pairs; empty if it tells something.
+
+    Args:
+        metrics: The five metrics on `pairs` pairs, of which `matched` are positive.
+        matched: How many pairs are truly matched.
+        pairs: How many pairs there are.
+        scores: Their probabilities; without them nobody can tell whether they vary.
+
+    Returns:
+        A phrase with its numbers for each of the signs: one label for all, no gain over that label, equal scores.
+    """
+    reasons = []
+    missed = round(matched * (1 - metrics[RECALL]))
+    false_alarms = round(pairs * (1 - metrics[ACCURACY])) - missed
     called = matched - missed + false_alarms
-    one_label = max(called, pairs - called) >= ONE_LABEL * pairs
-    return one_label and abs(metrics[ROC_AUC] - 0.5) <= CHANCE
+    label, most = ("matched", called) if 2 * called >= pairs else ("unmatched", pairs - called)
+    if most == pairs:
+        reasons.append(f"all {pairs:,} pairs get the label {label}")
+    elif most >= NEARLY_ALL * pairs and abs(metrics[ROC_AUC] - 0.5) <= CHANCE:
+        auc = f"the ROC-AUC {metrics[ROC_AUC]:.3f} is near chance (0.5)"
+        reasons.append(f"{most:,} of {pairs:,} pairs get the label {label}, and {auc}")
+    floor = all_matched_f1(matched / pairs)
+    if metrics[F1] <= floor + ROUNDING:
+        reasons.append(f"F1 {metrics[F1]:.3f} is not above {floor:.3f}, which the label matched for all pairs gives")
+    if scores is not None and scores.std() < LEAST_SPREAD:
+        ends = f"from {scores.min():.4f} to {scores.max():.4f}"
+        deviation = f"their standard deviation {scores.std():.5f} is below {LEAST_SPREAD}"
+        reasons.append(f"the scores hardly vary ({ends}): {deviation}")
+    return reasons
+
+
+def collapsed_because(reasons: Sequence[str]) -> str:
+    """That a classifier has collapsed, and why."""
+    # Reports of earlier versions have no reasons.
+    return f"{COLLAPSED}: {'; '.join(reasons)}" if reasons else COLLAPSED
+
+
+def all_matched_f1(prevalence: float) -> float:
+    """The F1 of labelling every pair matched: precision is then the share of matched pairs, and recall is 1."""
+    return 2 * prevalence / (1 + prevalence)
 
 
 def tune_threshold(labels: "np.ndarray", scores: "np.ndarray") -> float:

@@ -183,7 +183,7 @@ class RunFolder:
         self.environment = root / "environment.json"
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
-        """Written last of all: its presence means that the run is complete."""
+        """Written last of all: its presence means that the run is complete. Its `finished` says since when."""
         self.lock = root / ".lock"
         """Held by the process that runs it; gone when it is complete."""
         self.ray = root / "ray"

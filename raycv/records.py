@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.errors import UserError
-from raycv.metrics import METRICS
+from raycv.metrics import METRICS, collapse_reasons
 from raycv.paths import RunFolder, read_json
 
 LABELS = ("unmatched", "matched")
@@ -71,6 +71,14 @@ class FoldResult:
     """where and how it trained: host, device, precision, parameters"""
     sha256: dict[str, str] = field(default_factory=dict)
     """of the fold's other files, by their path in its folder"""
+    collapsed: list[str] | None = None
+    """why the classifier counts as collapsed, empty if it does not; None: an earlier version recorded no reasons"""
+
+    def collapse(self) -> list[str]:
+        """Why the classifier counts as collapsed: as recorded, else as far as the metrics alone tell."""
+        if self.collapsed is not None:
+            return self.collapsed
+        return collapse_reasons(self.metrics, self.val_matched, self.val_pairs)
 
     @classmethod
     def read(cls, path: Path) -> "FoldResult":

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from raycv.errors import RunFailedError
-from raycv.metrics import COLLAPSED, F1, METRICS, ROC_AUC, THRESHOLD, is_collapsed
+from raycv.metrics import F1, METRICS, ROC_AUC, THRESHOLD, all_matched_f1, collapsed_because
 from raycv.records import FoldResult
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ def summarize(
     folds: int,
     data_stats: Mapping[str, Any] | None = None,
     finish: str | None = None,
+    finished: str | None = None,
 ) -> dict[str, Any]:
     """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
 
     `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of; `finish` is
-    what to type where folds are missing.
+    what to type where folds are missing; `finished` is when the run was complete, None if nobody recorded it.
     Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
     """
     present = {result.fold for result in results}
@@ -46,23 +47,30 @@ def summarize(
     values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
     pairs = sum(result.val_pairs for result in ordered)
     prevalence = sum(result.val_matched for result in ordered) / pairs
-    collapsed = [one.fold for one in ordered if is_collapsed(one.metrics, one.val_matched, one.val_pairs)]
+    unrecorded = [str(one.fold) for one in ordered if one.collapsed is None]
+    marked = [replace(one, collapsed=one.collapse()) for one in ordered]
+    collapsed = {one.fold: one.collapsed for one in marked if one.collapsed}
     warnings = list(stats.get("warnings", []))
-    if collapsed:
-        warnings.append(f"fold {', '.join(map(str, collapsed))}: {COLLAPSED}")
+    if unrecorded:
+        warnings.append(
+            f"fold {', '.join(unrecorded)}: an earlier version of raycv did not record whether the scores vary; "
+            "its labels and its F1 were checked"
+        )
+    warnings += [f"fold {fold}: {collapsed_because(reasons)}" for fold, reasons in collapsed.items()]
     return {
         "run": run,
+        "finished": finished,
         "control": bool(stats.get("labels_shuffled", False)),
-        "folds": [asdict(result) for result in ordered],
+        "folds": [asdict(result) for result in marked],
         "mean": {key: statistics.fmean(column) for key, column in values.items()},
         "std": {key: statistics.stdev(column) for key, column in values.items()},
         "std_kind": "sample standard deviation over the folds (ddof=1)",
         "best_fold": best_fold(ordered),
         "pairs": pairs,
         "prevalence": prevalence,
-        "floors": {"all_matched_f1": 2 * prevalence / (1 + prevalence), "all_unmatched_accuracy": 1 - prevalence},
+        "floors": {"all_matched_f1": all_matched_f1(prevalence), "all_unmatched_accuracy": 1 - prevalence},
         "threshold_note": "tuned on the fold that it is reported on, as specified: F1 is flattered a little",
-        "collapsed_folds": collapsed,
+        "collapsed_folds": list(collapsed),
         "warnings": warnings,
     }
 
@@ -100,10 +108,9 @@ def summary_table(report: dict[str, Any]) -> "Group":
         f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
         "dim",
     )
-    if not collapsed:
-        return Group(title, table, caption)
-    warning = f"! fold {', '.join(map(str, collapsed))}: {COLLAPSED}: no result."
-    return Group(title, table, caption, Text(warning, "yellow"))
+    marked = [fold for fold in report["folds"] if fold["fold"] in collapsed]
+    warnings = [f"! fold {fold['fold']}: {collapsed_because(fold.get('collapsed') or [])}" for fold in marked]
+    return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
 
 
 def _value(result: FoldResult, key: str) -> float:

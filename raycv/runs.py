@@ -17,6 +17,7 @@ from raycv.errors import FaultsError, UserError, shown
 from raycv.paths import GOOD_COPY, RunFolder, read_record, resume_command, sha256_of, write_json
 from raycv.records import FoldResult
 from raycv.report import best_fold
+from raycv.utils import recorded_moment
 
 if TYPE_CHECKING:
     from raycv.tracking import Tracker
@@ -47,6 +48,8 @@ class Chosen:
     """MLflow's id of the run, as far as it is known without asking"""
     fold_id: str | None = None
     """and of the fold"""
+    finished: str | None = None
+    """when the whole run was complete; None if it is not, or if nobody recorded it"""
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
@@ -156,6 +159,15 @@ def folds_of(config_file: Path) -> int:
         raise UserError(f"{config_file} cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
+
+
+def finished_at(folder: RunFolder) -> str | None:
+    """When the run in `folder` was complete; None if it is not, or if its report does not say."""
+    try:
+        return recorded_moment(read_record(folder.report).get("finished"))
+    except (UserError, OSError):
+        # A report that is missing or damaged keeps no checkpoint from answering.
+        return None
 
 
 def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
@@ -293,7 +305,9 @@ def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
     # The tracking store of the run that the folder lies in, if it still lies in one.
     run = RunFolder(folder.parent.parent)
     uri, parent_id = _tracked_at(run)
-    return Chosen(info.run, info.fold, (folder,), uri, info.fold, parent_id if info.run == run.root.name else None)
+    if info.run != run.root.name:
+        return Chosen(info.run, info.fold, (folder,), uri, info.fold)
+    return Chosen(info.run, info.fold, (folder,), uri, info.fold, parent_id, finished=finished_at(run))
 
 
 def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
@@ -317,7 +331,7 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
         _check_manifest(folder, number)
     checkpoints = tuple(folder.fold(number).checkpoint for number in taken)
     uri, parent_id = _tracked_at(folder)
-    return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id)
+    return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id, finished=finished_at(folder))
 
 
 def _check_manifest(folder: RunFolder, fold: int) -> None:
@@ -359,10 +373,11 @@ def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
     taken = _taken(run, fold, finished, asked.data.metrics)
     places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
     name, parent_id = read_info(places[0]).run, run if number is None else tracker.parent_of(asked)
+    moment = tracker.finished_at(asked)
     if fold == ENSEMBLE:
-        return Chosen(name, ENSEMBLE, places, uri, ENSEMBLE, parent_id)
+        return Chosen(name, ENSEMBLE, places, uri, ENSEMBLE, parent_id, finished=moment)
     fold_id = str(finished[taken[0]].info.run_id)
-    return Chosen(name, taken[0], places, uri, fold if number is None else number, parent_id, fold_id)
+    return Chosen(name, taken[0], places, uri, fold if number is None else number, parent_id, fold_id, moment)
 
 
 def _taken(run: str, fold: Fold, finished: dict[int, Any], metrics: dict[str, float]) -> list[int]:

@@ -181,6 +181,7 @@ class Scorer:
             "run": identity.run,
             "fold": identity.fold,
             "base": identity.base,
+            "finished": chosen.finished,
             "named": chosen.run,
             "fold_asked": chosen.fold_asked,
             "parent_id": chosen.parent_id,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from raycv.answers import shown_finish
 from raycv.base import absolute_name, fetch_trained_base, is_folder
 from raycv.checkpoint import MANIFEST, read_info
 from raycv.cli import run_command
@@ -159,7 +160,8 @@ def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
     """Writes the discovery file, for its owner's eyes, and says where the scorer is, and who can reach it."""
     write_json(file, record.model_dump(), private=True)
     model = record.model
-    say(f"run {model.named}, fold {model.fold}, {model.base}, {model.precision}")
+    finish = shown_finish(model.finished)
+    say(f"run {model.named}, fold {model.fold}, {finish}, {model.base}, {model.precision}")
     say(f"listening on {record.url}  (POST /score, GET /health; the page: {record.url}/docs)")
     if not is_loopback(limits.host):
         say(f"other machines can reach it at serve.host={limits.host}, port {limits.port}")

@@ -38,7 +38,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from raycv import __version__
 from raycv.config import RunConfig, TrackingConfig
 from raycv.errors import UserError, together
-from raycv.metrics import COLLAPSED, METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, is_collapsed
+from raycv.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapsed_because
 from raycv.paths import (
     SQLITE,
     FoldFolder,
@@ -52,6 +52,7 @@ from raycv.paths import (
 )
 from raycv.records import FoldResult
 from raycv.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, mask_secrets, without_statement
+from raycv.utils import recorded_moment
 
 # mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -72,7 +73,9 @@ _hanging: dict[str, tuple[float, UserError]] = {}
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
 RUN_TAG = "raycv.run"
+FINISHED_TAG = "raycv.finished"
 COLLAPSED_TAG = "raycv.collapsed"
+REASONS_TAG = "raycv.collapsed_reasons"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
 BEST_PREFIX = "best_"
@@ -229,8 +232,7 @@ class Tracker:
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
         self._log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
-        if is_collapsed(result.metrics, result.val_matched, result.val_pairs):
-            self._set_tags(run_id, {COLLAPSED_TAG: "true"})
+        self._mark_collapsed(run_id, result.collapse())
         self.log_files(run_id, [config, folder.result, folder.predictions])
         if folder.checkpoint.is_dir():
             self._call(
@@ -258,11 +260,23 @@ class Tracker:
             numbers[f"metric_std_{key}"] = report["std"][key]
         self._log_summary(parent_id, numbers)
         children = self.children(parent_id)
+        for fold, reasons in _collapsed(report):
+            # An earlier version may have logged this fold without its mark, or without the reasons.
+            if fold in children and REASONS_TAG not in children[fold].data.tags:
+                self._mark_collapsed(children[fold].info.run_id, reasons)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        if report["finished"]:
+            tags[FINISHED_TAG] = report["finished"]
         if report["collapsed_folds"]:
             tags[COLLAPSED_TAG] = f"fold {', '.join(map(str, report['collapsed_folds']))}"
+            tags[REASONS_TAG] = "\n".join(f"fold {fold}: {'; '.join(why)}" for fold, why in _collapsed(report))
         self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
         self.log_files(parent_id, [report_file])
+
+    def _mark_collapsed(self, run_id: str, reasons: Sequence[str]) -> None:
+        """Marks the child run of a fold; without reasons there is nothing to mark."""
+        if reasons:
+            self._set_tags(run_id, {COLLAPSED_TAG: "true", REASONS_TAG: "; ".join(reasons)})
 
     def finish_family(self, parent_id: str, status: str) -> None:
         """Ends the parent run, and its children that are still running, as FINISHED, FAILED or KILLED.
@@ -328,6 +342,16 @@ class Tracker:
     def parent_of(self, run: Run) -> str | None:
         """The id of a child's parent run; None for any other run."""
         return run.data.tags.get(PARENT_TAG)
+
+    def finished_at(self, run: Run) -> str | None:
+        """When the cross-validation of a parent or a child run was complete; None if nobody recorded it."""
+        parent_id = self.parent_of(run)
+        try:
+            parent = run if parent_id is None else self.run(parent_id)
+        except UserError:
+            # A fold answers without its parent, which somebody may have deleted.
+            return None
+        return recorded_moment(parent.data.tags.get(FINISHED_TAG))
 
     def log_inference(
         self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
@@ -556,12 +580,16 @@ def _may_pass(error: Exception) -> bool:
     return is_passing(error) or (isinstance(error, MlflowException) and "Max retries exceeded" in str(error))
 
 
+def _collapsed(report: Mapping[str, Any]) -> list[tuple[int, list[str]]]:
+    """The folds that have collapsed, with the reasons."""
+    return [(fold["fold"], fold["collapsed"]) for fold in report["folds"] if fold["collapsed"]]
+
+
 def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
     """The parent's description in the MLflow page: a table of the folds with a link to each."""
-    collapsed = report["collapsed_folds"]
     lines = [
         *(["**Control: the labels are permuted. These scores are no result.**", ""] if report["control"] else []),
-        *([f"**Fold {', '.join(map(str, collapsed))}: {COLLAPSED}.**", ""] if collapsed else []),
+        *(line for fold, why in _collapsed(report) for line in (f"**Fold {fold}: {collapsed_because(why)}.**", "")),
         f"Best fold: {report['best_fold']}",
         "",
         "| fold | " + " | ".join(METRICS) + " | threshold |",

@@ -4,10 +4,12 @@ import gc
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -42,6 +44,19 @@ def ignore_stops() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+
+
+def utc_now() -> str:
+    """The present moment for a record: ISO 8601, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def recorded_moment(value: object) -> str | None:
+    """`value` if it is a moment of a record, as `utc_now` makes them; None for anything else."""
+    return value if isinstance(value, str) and MOMENT.fullmatch(value) else None
 
 
 SELDOM = 20_000

@@ -32,10 +32,12 @@ from raycv.client import (
 )
 from raycv.config import InferConfig, validate
 from raycv.errors import UserError
+from raycv.infer import infer
 from raycv.paths import absolute_uri, write_json
 from raycv.runs import LOCAL_URI, choose
 from raycv.serve import watch
 
+MARCH = "2026-03-01T10:00:00Z"
 QUESTION = Question("I lie awake", "A.4")
 ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "truncated": False}
 ANSWER |= {"model": {"run": "some", "fold": 0, "base": "base"}}
@@ -211,17 +213,50 @@ def test_a_run_by_its_mlflow_id_is_found_without_mlflow(scorer, checkpoint, tmp_
 
 def test_the_command_asks_by_mlflow_id_and_loads_nothing_heavy(scorer, tmp_path):
     announce(scorer, tmp_path / "runs", model=scorer.model | TRACKED, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    scorer.answer["answers"] = [[ANSWER | {"model": ANSWER["model"] | {"finished": MARCH}}]]
     command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", "post=a", "run=" + "b" * 32, "criterion=A.4"]
     done = subprocess.run(command, cwd=tmp_path, env=users_environment(), capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
         b"matched  (probability 0.500, threshold 0.50)",
         b"criterion: A.4 SLEEP_ISSUES",
-        b"model: run some, fold 0; base",
+        b"model: run some, fold 0, finished 2026-03-01T10:00:00Z; base",
     ]
     loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
     assert b"raycv.client" in loaded
     assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
+    assert json.loads((tmp_path / "runs" / ".last_answer.json").read_text()) == {"run": "some", "finished": MARCH}
+
+
+def test_a_scorer_that_answers_from_another_run_than_the_last_is_named(scorer, tmp_path, caplog, capsysbinary):
+    """A scorer that is named answers `latest` from whatever it has."""
+
+    def answered(run, asked):
+        scorer.answer["answers"] = [[ANSWER | {"model": {"run": run, "fold": 0, "base": "base", "finished": MARCH}}]]
+        caplog.clear()
+        words = [f"server={scorer.url}", "post=a", "criterion=A.4", f"run={asked}", f"dir={tmp_path}"]
+        infer(validate(InferConfig, compose("infer", words)))
+        assert f"model: run {run}, fold 0, finished {MARCH}; base".encode() in capsysbinary.readouterr().out
+        return [record.message for record in caplog.records if record.name == "raycv.infer" and "latest" in record.msg]
+
+    assert answered("some", "latest") == []
+    assert answered("some", "latest") == []
+    assert answered("other", "latest") == [
+        f"run=latest is now run other (finished {MARCH}). The last answer here came from run some (finished {MARCH})."
+    ]
+    assert answered("other", "latest") == []
+    assert answered("some", "some") == []
+
+
+def test_a_scorer_that_started_before_its_run_finished_is_not_asked(scorer, checkpoint, tmp_path):
+    """Its answers would lack the finish time, so they would not be the bytes of this process."""
+    announce(scorer, tmp_path)
+    write_json(checkpoint.parent.parent / "report.json", {"finished": MARCH})
+    told = []
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+    assert "does not know when its run finished" in told[0]
+    announce(scorer, tmp_path, model=scorer.model | {"finished": MARCH})
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is not None
 
 
 def test_a_fold_that_was_named_is_not_taken_for_the_best_of_its_run(scorer, checkpoint, tmp_path, monkeypatch):

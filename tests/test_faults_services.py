@@ -35,7 +35,7 @@ from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_datase
 from raycv.encoding import EncodedPairs
 from raycv.errors import UserError
 from raycv.fold import _save_checkpoint
-from raycv.metrics import METRICS, binary_metrics, is_collapsed
+from raycv.metrics import METRICS
 from raycv.paths import FoldFolder, RunFolder, read_json, write_json
 from raycv.records import Pair
 from raycv.runs import find_run, make_newest
@@ -702,22 +702,6 @@ def test_a_training_loss_that_is_no_number_says_its_step(tmp_path):
         loop.fit(train, np.arange(30, 48))
 
 
-@pytest.mark.parametrize(
-    ("scores", "collapsed"),
-    [
-        (np.full(200, 0.5), True),
-        (np.random.default_rng(0).random(200) * 1e-3 + 0.5, True),
-        # One label for all, but the scores order the pairs; and chance, but both labels.
-        (np.linspace(0.5, 0.501, 200), False),
-        (np.random.default_rng(0).random(200), False),
-    ],
-)
-def test_what_counts_as_collapsed(scores, collapsed):
-    labels = (np.arange(200) >= 150).astype(int)
-    metrics = binary_metrics(labels, scores, 0.25)
-    assert is_collapsed(metrics, 50, 200) is collapsed
-
-
 # --- Clock -----------------------------------------------------------------------------------------------------------
 
 
@@ -873,10 +857,16 @@ def test_a_read_only_working_directory_no_home_and_a_collapsed_classifier(tmp_pa
     report = read_json(tmp_path / "runs" / "mine" / "report.json")
     assert [fold["metrics"]["roc_auc"] for fold in report["folds"]] == [0.5, 0.5]
     assert report["collapsed_folds"] == [0, 1]
-    assert "fold 0, 1: the classifier has collapsed" in report["warnings"][-1]
+    for fold, warning in enumerate(report["warnings"][-2:]):
+        assert re.match(
+            rf"fold {fold}: the classifier has collapsed: all \d+ pairs get the label matched; F1 ", warning
+        )
+        assert warning.endswith("; ".join(report["folds"][fold]["collapsed"]))
     assert all("the classifier has collapsed" in fold["events"][-1] for fold in report["folds"])
     assert re.search(r"fold [01]: Warning: the classifier has collapsed", done.stdout)
-    assert re.search(r"^! fold 0, 1: the classifier has collapsed", done.stdout, re.MULTILINE)
+    for fold in (0, 1):
+        assert re.search(rf"^! fold {fold}: the classifier has collapsed: all", done.stdout, re.MULTILINE)
+        assert len(read_json(tmp_path / "runs" / "mine" / f"fold_{fold}" / "result.json")["collapsed"]) == 3
     assert re.search(r"^ *[01] (\* )?! ", done.stdout, re.MULTILINE)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id])
@@ -884,4 +874,7 @@ def test_a_read_only_working_directory_no_home_and_a_collapsed_classifier(tmp_pa
         "mine": "fold 0, 1", "fold_0": "true", "fold_1": "true"
     }  # fmt: skip
     (parent,) = [one for one in runs if one.info.run_name == "mine"]
-    assert "**Fold 0, 1: the classifier has collapsed" in parent.data.tags["mlflow.note.content"]
+    for fold in (0, 1):
+        assert f"**Fold {fold}: the classifier has collapsed: all" in parent.data.tags["mlflow.note.content"]
+    for one in runs:
+        assert "pairs get the label matched; F1 " in one.data.tags["raycv.collapsed_reasons"]

@@ -33,16 +33,18 @@ from raycv.config import InferConfig, InferenceConfig, TrackingConfig
 from raycv.errors import UserError
 from raycv.infer import read_question, show
 from raycv.inference_log import Record, text_facts
+from raycv.last_answer import remember, warn_if_moved
 from raycv.loaded import load_answerer
 from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import Criterion, FoldResult
-from raycv.runs import choose, with_fold_id
+from raycv.runs import choose, make_newest, with_fold_id
 from raycv.scores import PairScore, ScoredChunk, ScoreFile
 from raycv.tracking import Tracker
 from raycv.train import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
 CANARY = "w3 w5 zebra-canary"
+MARCH, APRIL = "2026-03-01T10:00:00Z", "2026-04-01T10:00:00Z"
 
 
 def make_run(folder: Path, name: str = "toy", folds: int = 2) -> Path:
@@ -242,6 +244,133 @@ def test_without_a_finished_run_the_quickstart_is_named(tmp_path):
         choose("latest", "best", tmp_path, None)
 
 
+def renamed(run: Path, name: str, finished: str | None = None) -> Path:
+    """A copy of `run` beside nothing else than its like: the newest run there, under another name."""
+    copy = RunFolder(shutil.copytree(run, run.parent.parent / "moving" / name))
+    for manifest in copy.root.glob("fold_*/checkpoint/raycv.json"):
+        write_json(manifest, read_json(manifest) | {"run": name})
+    write_json(copy.report, {"finished": finished} if finished else {})
+    make_newest(copy)
+    return copy.root
+
+
+def test_a_finish_time_is_that_of_the_report_however_the_run_is_named(run, tmp_path):
+    folder = RunFolder(shutil.copytree(run, tmp_path / "toy"))
+    checkpoint = folder.fold(0).checkpoint
+
+    def finished() -> set[str | None]:
+        named = ("toy", str(folder.root), str(checkpoint), "latest")
+        return {choose(name, "best", tmp_path, None).finished for name in named}
+
+    assert finished() == {None}
+    write_json(folder.report, {"finished": MARCH})
+    assert finished() == {MARCH}
+    alone = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "fold_0" / "checkpoint")
+    write_json(tmp_path / "elsewhere" / "report.json", {"finished": APRIL})
+    assert choose(str(alone), "best", tmp_path, None).finished is None
+    # It is printed, and a file may hold anything.
+    for value in ("yesterday", "2026-03-01T10:00:00Z\x1b[2J", 5, [MARCH], None):
+        write_json(folder.report, {"finished": value})
+        assert finished() == {None}
+    for damaged in ("", "[]", "{", "[" * 100_000):
+        folder.report.write_text(damaged)
+        assert finished() == {None}
+    # An unfinished run has no report, and a fold of it may answer.
+    folder.report.unlink()
+    assert finished() == {None}
+
+
+def test_where_latest_is_another_run_than_the_one_that_answered_last_it_is_told(tmp_path):
+    told: list[str] = []
+
+    def answers(run: str, finished: str | None) -> list[str]:
+        told.clear()
+        model = {"run": run, "fold": 0, "base": "b", "finished": finished}
+        warn_if_moved(tmp_path, model, told.append)
+        remember(tmp_path, model)
+        return told
+
+    write_text(tmp_path / "a run" / "config.yaml", "")
+    assert answers("a run", MARCH) == []
+    before = (tmp_path / ".last_answer.json").stat().st_ino
+    assert answers("a run", MARCH) == []
+    assert (tmp_path / ".last_answer.json").stat().st_ino == before, "written although nothing changed"
+    assert answers("b", APRIL) == [
+        f"run=latest is now run b (finished {APRIL}). The last answer here came from run a run (finished {MARCH}). "
+        "To ask that run again: run='a run'"
+    ]
+    assert answers("b", APRIL) == []
+    # The old run is gone, another took its name; a time that was not recorded tells no two runs apart.
+    assert answers("b", MARCH) == [
+        f"run=latest is now run b (finished {MARCH}). The last answer here came from run b (finished {APRIL})."
+    ]
+    assert answers("b", None) == []
+    assert answers("b", APRIL) == []
+    assert read_json(tmp_path / ".last_answer.json") == {"run": "b", "finished": APRIL}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".last_answer.json", "a run"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"run": 5}', '{"finished": "x"}', "[" * 1500, "x" * 9000, b"\xff"])
+def test_a_damaged_note_of_the_last_answer_costs_nothing(tmp_path, content):
+    file = tmp_path / ".last_answer.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    model = {"run": "b", "finished": None}
+    warn_if_moved(tmp_path, model, pytest.fail)
+    remember(tmp_path, model)
+    assert read_json(file) == model
+
+
+def test_a_place_that_cannot_be_written_costs_nothing(tmp_path):
+    model, file = {"run": "b", "finished": None}, tmp_path / ".last_answer.json"
+    file.mkdir()
+    for place in (tmp_path, tmp_path / "none", Path("/proc/self"), tmp_path / ("n" * 300)):
+        warn_if_moved(place, model, pytest.fail)
+        remember(place, model)
+    assert list(tmp_path.iterdir()) == [file]
+    file.rmdir()
+    # Opened, a pipe would be waited for.
+    os.mkfifo(file)
+    warn_if_moved(tmp_path, model, pytest.fail)
+    remember(tmp_path, model)
+    assert read_json(file) == model
+
+
+@pytest.mark.long
+def test_the_command_says_where_latest_moved_and_names_its_run(run, monkeypatch, capsysbinary):
+    def asked(name: str, *more: str) -> tuple[dict, str]:
+        words = ["post=w0 w3", "criterion=C0", f"run={name}", f"dir={runs}", "tracking.uri=none", "output=json"]
+        code, printed = run_here(monkeypatch, capsysbinary, *words, *more)
+        assert code == 0, printed.err
+        return json.loads(printed.out)["model"], printed.err.decode()
+
+    runs = renamed(run, "first", MARCH).parent
+    for _ in range(2):
+        model, said = asked("latest")
+        assert (model["run"], model["fold"], model["finished"], said) == ("first", 1, MARCH, "")
+    renamed(run, "second", APRIL)
+    moved = (
+        f"WARNING: run=latest is now run second (finished {APRIL}). The last answer here came from run first "
+        f"(finished {MARCH}). To ask that run again: run=first\n"
+    )
+    model, said = asked("latest")
+    assert (model["run"], model["finished"], said) == ("second", APRIL, moved)
+    assert asked("latest")[1] == ""
+    # Who names a run knows which one answers.
+    model, said = asked("first")
+    assert (model["run"], said) == ("first", "")
+    # A file of pairs: told before the work, and the summary names the model.
+    pairs, scores = runs.parent / "pairs.csv", runs.parent / "scores.csv"
+    write_text(pairs, f"post,criterion\n{CANARY},C0\n")
+    given = [f"input={pairs}", f"output={scores}", f"dir={runs}", "tracking.uri=none"]
+    code, printed = run_here(monkeypatch, capsysbinary, *given)
+    assert code == 0, printed.err
+    said = printed.err.decode()
+    assert said.startswith(moved)
+    assert said.endswith(f"model: run second, fold 1, finished {APRIL}; {run.parent.parent / 'base'}\n")
+    assert "run=latest" not in run_here(monkeypatch, capsysbinary, *given)[1].err.decode()
+    assert "canary" not in (runs / ".last_answer.json").read_text()
+
+
 # --- Criteria and answers --------------------------------------------------------------------------------------------
 
 CRITERIA = {"A.1": Criterion("A.1", "low mood", "DEPRESSED_MOOD"), "X9": Criterion("X9", "other words")}
@@ -359,12 +488,14 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
 
 
 def test_what_people_read_of_one_pair_and_of_all():
-    long = Answerer(Fixed(), CRITERIA).answer([Question("long p", "A.1"), Question("long p"), Question("p", "free")])
+    long = Answerer(Fixed(), CRITERIA, MARCH).answer(
+        [Question("long p", "A.1"), Question("long p"), Question("p", "free")]
+    )
     one, table, free = (as_text(each, CRITERIA, single=len(each) == 1) for each in long)
     assert one.splitlines() == [
         "matched  (probability 0.500, threshold 0.50)",
         "criterion: A.1 DEPRESSED_MOOD",
-        "model: run r, fold 2; base",
+        "model: run r, fold 2, finished 2026-03-01T10:00:00Z; base",
         "the post was shortened to fit the prompt",
     ]
     assert table.splitlines() == [
@@ -372,10 +503,15 @@ def test_what_people_read_of_one_pair_and_of_all():
         "A.1 DEPRESSED_MOOD        0.500  matched",
         "X9                        0.499  unmatched",
         "matched: a probability of 0.50 or more",
-        "model: run r, fold 2; base",
+        "model: run r, fold 2, finished 2026-03-01T10:00:00Z; base",
         "the post was shortened to fit the prompt (2 pairs)",
     ]
-    assert free.splitlines()[1:] == ["criterion: as given", "model: run r, fold 2; base"]
+    assert free.splitlines()[1:] == ["criterion: as given", f"model: run r, fold 2, finished {MARCH}; base"]
+    # A run of an earlier version, or a scorer of one, does not say when.
+    ensemble = {"run": "r", "fold": "ensemble", "base": "base"}
+    for model in (ensemble, ensemble | {"finished": None}):
+        text = as_text([long[0][0] | {"model": model}], CRITERIA, single=True)
+        assert "model: run r, the mean of its folds, finish time not recorded; base\n" in text
 
 
 def test_answers_keep_the_order_of_questions_and_criteria():
@@ -391,7 +527,7 @@ def test_answers_keep_the_order_of_questions_and_criteria():
         "score": 0.5,
         "threshold": 0.5,
         "criterion_id": "A.1",
-        "model": {"run": "r", "fold": 2, "base": "base"},
+        "model": {"run": "r", "fold": 2, "base": "base", "finished": None},
         "truncated": True,
     }
     assert isinstance(json.loads(as_json(answers[0], single=False)), list)
@@ -606,11 +742,13 @@ def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
         tracker.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
         tracker.finish(ids[fold], "FINISHED")
     tracker.log_metrics(parent_id, {"best_fold": 1})
+    assert choose(parent_id, "best", tmp_path, uri).finished is None
+    tracker._set_tags(parent_id, {"raycv.finished": MARCH})
     for asked, fold, found in ((parent_id, "best", 1), (parent_id, 0, 0), (ids[0], "best", 0), (ids[1], 1, 1)):
         chosen = choose(asked, fold, tmp_path, uri)
         (place,) = chosen.checkpoints
         assert (chosen.run, chosen.fold, chosen.tracking_uri) == ("toy", found, uri)
-        assert (chosen.parent_id, chosen.fold_id) == (parent_id, ids[found])
+        assert (chosen.parent_id, chosen.fold_id, chosen.finished) == (parent_id, ids[found], MARCH)
         assert chosen.fold_asked == (fold if asked == parent_id else found)
         assert place.is_relative_to(tmp_path / "mlruns")
         assert read_json(place / "raycv.json")["fold"] == found
@@ -635,7 +773,7 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
     assert done.returncode == 0, done.stderr.decode()
     answer = json.loads(done.stdout)
     assert list(answer) == ["label", "score", "threshold", "criterion_id", "model", "truncated"]
-    assert answer["model"] == {"run": "toy", "fold": 1, "base": str(cwd / "base")}
+    assert answer["model"] == {"run": "toy", "fold": 1, "base": str(cwd / "base"), "finished": None}
     assert answer["label"] == ("matched" if answer["score"] >= answer["threshold"] else "unmatched")
     assert done.stdout.count(b"\n") == 1
     from mlflow import MlflowClient

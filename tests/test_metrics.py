@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from raycv.metrics import METRICS, binary_metrics, tune_threshold
+from raycv.metrics import METRICS, all_matched_f1, binary_metrics, collapse_reasons, tune_threshold
 
 THRESHOLDS = [step / 100 for step in range(101)]
 
@@ -160,3 +160,89 @@ def test_score_at_the_threshold_is_matched() -> None:
     assert binary_metrics(labels, scores, 0.29)["f1"] == 1.0
     assert binary_metrics(labels, scores, 0.28)["precision"] == 0.5
     assert binary_metrics(labels, scores, np.nextafter(0.29, 1))["recall"] == 0.0
+
+
+# --- A classifier that tells nothing ---------------------------------------------------------------------------------
+
+ONE_LABEL, FLOOR, SPREAD = "get the label", "is not above", "hardly vary"
+
+
+def signs(labels: np.ndarray, scores: np.ndarray, threshold: float) -> list[str]:
+    """Which of the three signs of a collapse are named."""
+    metrics = binary_metrics(labels, scores, threshold)
+    reasons = collapse_reasons(metrics, int(labels.sum()), len(labels), scores)
+    return [next(sign for sign in (ONE_LABEL, FLOOR, SPREAD) if sign in reason) for reason in reasons]
+
+
+def drawn_scores(pairs: int, matched: int, low: float, high: float, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and scores of which those of matched pairs lie `shift` of the way higher."""
+    labels = (np.arange(pairs) < matched).astype(int)
+    noise = np.random.default_rng(0).random(pairs)
+    return labels, low + (high - low) * (noise + shift * labels) / (1 + shift)
+
+
+def test_a_random_model_with_some_order_in_its_scores_is_marked() -> None:
+    """An untrained BERT: all 495 pairs matched, F1 0.173, ROC-AUC 0.58."""
+    labels, scores = drawn_scores(495, 47, 0.500, 0.503, 0.1)
+    metrics = binary_metrics(labels, scores, tune_threshold(labels, scores))
+    assert 0.55 < metrics["roc_auc"] < 0.65
+    assert metrics["f1"] == pytest.approx(f1_score(labels, np.ones(495)))
+    reasons = collapse_reasons(metrics, 47, 495, scores)
+    assert reasons == [
+        "all 495 pairs get the label matched",
+        "F1 0.173 is not above 0.173, which the label matched for all pairs gives",
+        f"the scores hardly vary (from {scores.min():.4f} to {scores.max():.4f}): "
+        f"their standard deviation {np.std(scores):.5f} is below 0.005",
+    ]
+    # Of an earlier version's fold there are the metrics alone.
+    assert collapse_reasons(metrics, 47, 495) == reasons[:2]
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold", "marks"),
+    [
+        (np.full(200, 0.5), 0.25, [ONE_LABEL, FLOOR, SPREAD]),
+        (np.random.default_rng(0).random(200) * 1e-3 + 0.5, 0.25, [ONE_LABEL, FLOOR, SPREAD]),
+        # One label for all is marked even where the scores order the pairs without a fault.
+        (np.linspace(0.5, 0.501, 200), 0.25, [ONE_LABEL, FLOOR, SPREAD]),
+        (np.linspace(0.1, 0.9, 200), 0.05, [ONE_LABEL, FLOOR]),
+        (np.linspace(0.1, 0.9, 200), 0.95, [ONE_LABEL, FLOOR]),
+        # Both labels, and F1 below the floor.
+        (np.linspace(0.9, 0.1, 200), 0.5, [FLOOR]),
+        # All but one under one label, by chance; the same scores in order.
+        (np.append(np.random.default_rng(0).random(199) / 2 + 0.5, 0.9)[::-1], 0.501, [ONE_LABEL, FLOOR]),
+        (np.linspace(0.1, 0.9, 200), 0.104, []),
+        # A threshold that tells the pairs apart does not make equal scores differ; one odd pair does not either.
+        (np.linspace(0.499, 0.5005, 200), 0.5, [SPREAD]),
+        (np.append(np.linspace(0.499, 0.5005, 199), 0.56), 0.5, [SPREAD]),
+        # Chance, but both labels; a good model.
+        (np.random.default_rng(1).random(200), 0.18, []),
+        (np.linspace(0.1, 0.9, 200), 0.7, []),
+    ],
+)
+def test_what_counts_as_collapsed(scores: np.ndarray, threshold: float, marks: list[str]) -> None:
+    assert signs((np.arange(200) >= 150).astype(int), scores, threshold) == marks
+
+
+def test_a_rare_class_that_is_found_is_no_collapse() -> None:
+    """Nearly all pairs get one label, rightly."""
+    labels = (np.arange(2000) < 3).astype(int)
+    assert signs(labels, np.where(labels == 1, 0.9, 0.1), 0.5) == []
+    # Hesitant scores of a good model vary more than useless ones.
+    assert signs(*drawn_scores(495, 47, 0.30, 0.36, 1.0), 0.33) == []
+
+
+@given(SCORED, st.sampled_from(THRESHOLDS))
+@settings(max_examples=50, deadline=None)
+@pytest.mark.long
+def test_the_marks_are_those_of_scikit_learn_and_numpy(rows: list[tuple[int, float]], threshold: float) -> None:
+    labels, scores = arrays([*rows, (0, 0.5)])
+    predicted = (scores >= threshold).astype(int)
+    floor = f1_score(labels, np.ones(len(labels)))
+    assert all_matched_f1(labels.mean()) == pytest.approx(floor)
+    expected = {
+        ONE_LABEL: len(set(predicted)) == 1,
+        FLOOR: f1_score(labels, predicted, zero_division=0) <= floor + 1e-9,
+        SPREAD: float(np.std(scores)) < 0.005,
+    }
+    assert signs(labels, scores, threshold) == [sign for sign, marked in expected.items() if marked]

@@ -197,7 +197,7 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
     assert sorted(path.name for path in used.work.iterdir()) == [
         "mlflow.db", "mlflow.db.lock", "mlruns", "runs", "s.parquet", "scores.csv", "scores.csv.errors.csv"
     ]  # fmt: skip
-    assert sorted(path.name for path in (used.work / "runs").iterdir()) == ["bad", "good"]
+    assert sorted(path.name for path in (used.work / "runs").iterdir()) == [".last_answer.json", "bad", "good"]
     assert not list(used.root.rglob("*escaped*"))
     assert not Path("/tmp/raycv-escaped").exists()
     ids = set(pd.read_csv(used.work / "runs/good/fold_0/predictions.csv")["post_id"])

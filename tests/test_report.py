@@ -32,6 +32,7 @@ def result(fold: int, **metrics: float) -> FoldResult:
         history=[{"epoch": 1, "train_loss": 0.7}],
         events=["stopped early"],
         worker={"host": "node", "device": "cpu"},
+        collapsed=[],
     )
 
 
@@ -117,6 +118,50 @@ def test_best_fold_by_f1_then_roc_auc_then_the_first() -> None:
     assert best((0.7, 0.8), (0.7, 0.9), (0.6, 1.0)) == 1
     assert best((0.7, 0.8), (0.7, 0.8), (0.7, 0.7)) == 0
     assert summarize("r", [result(0, f1=0.2), result(1, f1=0.9), result(2, f1=0.4)], 3)["best_fold"] == 1
+
+
+# --- A classifier that tells nothing ---------------------------------------------------------------------------------
+
+USELESS = {"precision": 22 / 201, "recall": 1.0, "f1": 44 / 223, "accuracy": 22 / 201, "roc_auc": 0.58}
+"""All 201 pairs of fold 1 labelled matched, which 22 are."""
+
+
+def test_a_collapsed_fold_is_marked_with_its_reasons() -> None:
+    reasons = ["all 201 pairs get the label matched", "the scores hardly vary"]
+    results = [RESULTS[0], replace(result(1, **USELESS), collapsed=reasons), *RESULTS[2:]]
+    report = summarize("r", results, 5, {"warnings": ["few posts"]})
+    assert report["collapsed_folds"] == [1]
+    assert [fold["collapsed"] for fold in report["folds"]] == [[], reasons, [], [], []]
+    said = "fold 1: the classifier has collapsed: all 201 pairs get the label matched; the scores hardly vary"
+    assert report["warnings"] == ["few posts", said]
+    table = drawn(report, width=120)
+    assert f"! {said}" in table
+    assert table.count("!") == 2  # the fold's mark and its explanation
+    # A report of an earlier version has the mark without reasons.
+    del report["folds"][1]["collapsed"]
+    assert "! fold 1: the classifier has collapsed\n" in drawn(report, width=120).replace(" \n", "\n")
+
+
+def test_a_fold_of_an_earlier_version_is_marked_as_far_as_its_metrics_tell(tmp_path: Any) -> None:
+    files = []
+    for one in (result(0, f1=0.9), result(1, **USELESS)):
+        values = asdict(one)
+        del values["collapsed"]
+        files.append(tmp_path / f"{one.fold}.json")
+        write_json(files[-1], values)
+    results = [FoldResult.read(file) for file in files]
+    assert [one.collapsed for one in results] == [None, None]
+    report = summarize("r", results, 2)
+    assert report["collapsed_folds"] == [1]
+    assert [fold["collapsed"] for fold in report["folds"]] == [
+        [],
+        [
+            "all 201 pairs get the label matched",
+            "F1 0.197 is not above 0.197, which the label matched for all pairs gives",
+        ],
+    ]
+    assert report["warnings"][0].startswith("fold 0, 1: an earlier version of raycv did not record")
+    assert json.loads(json.dumps(report)) == report
 
 
 # --- The table -------------------------------------------------------------------------------------------------------

@@ -818,7 +818,7 @@ def points(folder):
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {key: without_seconds(part) for key, part in value.items() if key != "seconds"}
+        return {key: without_seconds(part) for key, part in value.items() if key not in ("seconds", "finished")}
     return [without_seconds(part) for part in value] if isinstance(value, list) else value
 
 

@@ -161,6 +161,8 @@ def test_learning_is_visible(report):
     assert report["mean"]["roc_auc"] >= 0.80
     assert report["mean"]["f1"] >= max(0.50, 2 * floor)
     assert min(fold["metrics"]["roc_auc"] for fold in report["folds"]) >= 0.65
+    # No fold of a model that learns is marked as useless.
+    assert (report["collapsed_folds"], [fold["collapsed"] for fold in report["folds"]]) == ([], [[]] * FOLDS)
 
 
 def test_a_checkpoint_reproduces_its_scores_in_stock_peft(run, predictions):
@@ -246,6 +248,8 @@ def test_the_infer_command_answers_from_the_latest_run_and_from_mlflow(done, rep
         answer = json.loads(result.stdout)
         assert answer["score"] == pytest.approx(row["score"], abs=1e-5)
         assert (answer["model"]["fold"], answer["criterion_id"]) == (report["best_fold"], row["criterion_id"])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", answer["model"]["finished"])
+        assert answer["model"]["finished"] == report["finished"] == parent.data.tags["raycv.finished"]
 
 
 def test_files_with_scores_are_the_users_alone(run):

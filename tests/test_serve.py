@@ -19,12 +19,14 @@ from raycv.cli import compose
 from raycv.client import PATTERN, Connection
 from raycv.config import ServeConfig, ServerConfig, validate
 from raycv.errors import UserError
+from raycv.paths import write_json
 from raycv.retry import mask_secrets
 from raycv.runs import Chosen
 from raycv.serve import files_of, is_loopback, listening
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
+FINISHED = "2026-03-01T10:00:00Z"
 START_SECONDS = 300
 SERVER = {
     "host": "127.0.0.1",
@@ -49,9 +51,12 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def save_toy(folder: Path) -> Path:
-    """A checkpoint with three criteria; its scores mean nothing."""
-    toy = Toy(toy_base(folder))
-    return toy.save_with_criteria(folder, toy.model())
+    """A checkpoint, in a finished run, with three criteria; its scores mean nothing."""
+    fold = folder / "toy" / "fold_0"
+    fold.mkdir(parents=True)
+    write_json(folder / "toy" / "report.json", {"finished": FINISHED})
+    toy = Toy(toy_base(fold))
+    return toy.save_with_criteria(fold, toy.model())
 
 
 class Served:
@@ -128,6 +133,7 @@ def test_one_pair_many_pairs_and_every_criterion(served):
     ((answer,),) = one["answers"]
     assert set(answer) == {"label", "score", "threshold", "criterion_id", "model", "truncated"}
     assert answer["label"] == ("matched" if answer["score"] >= 0.5 else "unmatched")
+    assert answer["model"] == {"run": "toy", "fold": 0, "base": one["model"]["base"], "finished": FINISHED}
     pairs = [{"post": "w0 w1", "criterion": "C0"}, {"post": "w2"}, {"post": "w3", "criterion": "in my words"}]
     status, many = served.send("/score", {"pairs": pairs})
     assert status == 200
@@ -136,6 +142,8 @@ def test_one_pair_many_pairs_and_every_criterion(served):
     assert many["answers"][2][0]["criterion_id"] is None
     health = served.send("/health")[1]
     assert health["model"]["checkpoints"] == [str(served.checkpoint)]
+    assert (health["model"]["named"], health["model"]["fold"], health["model"]["finished"]) == ("toy", 0, FINISHED)
+    assert f"run toy, fold 0, finished {FINISHED}, " in served.log.read_text()
     assert health["requests"] >= 2
 
 
@@ -170,6 +178,7 @@ def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy
     alone = served.infer("post=w0 w4 w1", "server=none", "tracking.uri=none")
     assert (found.returncode, alone.returncode) == (0, 0), found.stderr[-3000:] + alone.stderr[-3000:]
     assert found.stdout == alone.stdout
+    assert {answer["model"]["finished"] for answer in json.loads(found.stdout)} == {FINISHED}
     loaded = {line.rpartition(b"|")[2].strip() for line in found.stderr.splitlines()}
     assert b"raycv.client" in loaded
     assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}

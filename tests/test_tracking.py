@@ -1,5 +1,6 @@
 """MLflow for real: SQLite in a folder, and an HTTP server that is killed."""
 
+import calendar
 import contextlib
 import logging
 import os
@@ -23,9 +24,10 @@ import pytest
 from commands import raycv
 from rich.console import Console
 
+from raycv.aggregate import aggregate
 from raycv.callback import FoldRuns
 from raycv.cli import compose
-from raycv.config import STORES, RunConfig, TrackingConfig, as_yaml, validate
+from raycv.config import STORES, AggregateConfig, RunConfig, TrackingConfig, as_yaml, validate
 from raycv.driver import _ended
 from raycv.errors import UserError
 from raycv.metrics import METRICS, VAL_LOSS
@@ -35,6 +37,7 @@ from raycv.report import summarize
 from raycv.resume import sole_process
 from raycv.retry import ATTEMPTS, mask_secrets
 from raycv.tracking import EPOCH_METRICS, Tracker, check_store, flat_params
+from raycv.utils import recorded_moment
 
 
 def config(uri, folder, experiment="raycv"):
@@ -48,7 +51,7 @@ def fold_result(fold, epochs=2):
         | {"micro_batch": 8, "seconds": 1.0}
         for e in range(1, epochs + 1)
     ]
-    return FoldResult(fold, 0.4, 1, epochs, metrics, 3.0, 80, 20, 2, history, [], {"device": "cpu"})
+    return FoldResult(fold, 0.4, 1, epochs, metrics, 3.0, 80, 20, 2, history, [], {"device": "cpu"}, collapsed=[])
 
 
 def finished_run(root, folds=2):
@@ -169,6 +172,60 @@ def test_parent_children_and_report(tracked):
     assert parent.data.metrics["metric_std_f1"] == pytest.approx(0.0707106781)
     assert child.info.run_id in parent.data.tags["mlflow.note.content"]
     assert len(parent.data.params["long"]) == 6000
+
+
+@pytest.mark.long
+def test_a_useless_fold_is_marked_on_child_and_parent_with_its_reasons(tracked):
+    """Fold 0 is of an earlier version, whose child in MLflow has no mark; fold 1 is marked as it is logged."""
+    tracker, parent_id, folder, _ = tracked
+    useless = {"metrics": {"precision": 0.1, "recall": 1.0, "f1": 2 / 11, "accuracy": 0.1, "roc_auc": 0.58}}
+    tracker.log_missing_folds(parent_id, folder, 1, {})
+    changed(folder.fold(0), **useless, collapsed=None)
+    changed(folder.fold(1), **useless, collapsed=["the scores hardly vary"])
+    tracker.log_missing_folds(parent_id, folder, 2, {})
+
+    def tags(fold):
+        found = tracker.children(parent_id)[fold].data.tags
+        return found.get("raycv.collapsed"), found.get("raycv.collapsed_reasons")
+
+    assert [tags(0), tags(1)] == [(None, None), ("true", "the scores hardly vary")]
+    report = summarize("mine", [FoldResult.read(folder.fold(fold).result) for fold in range(2)], 2)
+    tracker.log_report(parent_id, report, folder.report)
+    reasons = (
+        "all 20 pairs get the label matched; F1 0.182 is not above 0.182, which the label matched for all pairs gives"
+    )
+    assert [tags(0), tags(1)] == [("true", reasons), ("true", "the scores hardly vary")]
+    parent = tracker.run(parent_id).data.tags
+    assert parent["raycv.collapsed"] == "fold 0, 1"
+    assert parent["raycv.collapsed_reasons"] == f"fold 0: {reasons}\nfold 1: the scores hardly vary"
+    assert f"**Fold 0: the classifier has collapsed: {reasons}.**" in parent["mlflow.note.content"]
+
+
+@pytest.mark.long
+def test_the_summary_again_keeps_when_the_run_finished(tracked, capsys):
+    tracker, parent_id, folder, settings = tracked
+    write_json(folder.tracking, {"uri": f"{settings.uri}", "parent_run_id": parent_id})
+    write_json(folder.data_stats, {})
+    tracker.log_files(parent_id, [folder.config, folder.data_stats])
+
+    def again(run):
+        values = {"run": run, "dir": "runs", "tracking_uri": None if run == "mine" else settings.uri}
+        aggregate(validate(AggregateConfig, values))
+        return read_json(folder.report)["finished"], tracker.run(parent_id).data.tags.get("raycv.finished")
+
+    # A report of an earlier version does not say, and its run did not finish now.
+    write_json(folder.report, {"run": "mine"})
+    assert again("mine") == (None, None)
+    # The process of this run died before it wrote one.
+    folder.report.unlink()
+    first, tag = again("mine")
+    assert recorded_moment(first) == first == tag
+    assert abs(calendar.timegm(time.strptime(first, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 60
+    write_json(folder.report, read_json(folder.report) | {"finished": "2026-03-01T10:00:00Z"})
+    for run in ("mine", parent_id):
+        assert again(run) == ("2026-03-01T10:00:00Z", "2026-03-01T10:00:00Z")
+    got = tracker.download(parent_id, "report.json", folder.root / "copy")
+    assert read_json(got)["finished"] == "2026-03-01T10:00:00Z"
 
 
 @pytest.mark.long
