@@ -620,6 +620,20 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
         ["posts.csv, line 6: post_id is empty", "give every row a short id"],
     ),
     "text as post id": (
+def test_columns_that_look_like_one_that_is_read_are_mentioned(tmp_path: Path) -> None:
+    files = specification()
+    files[P] = table("post_id,post,posts,date,post_length", [(p, t, "x", "x", "x") for p, t in POSTS.items()])
+    files[C] = table("criterion_id,text,criteria,x_symptom", [(c, t, "x", "y") for c, t in CRITERIA.items()])
+    files[G] = files[G].replace(b"label\n", b"label,label_2,labels\n").replace(b"yes\n", b"yes,1,no\n")
+    files[G] = files[G].replace(b"no\n", b"no,1,no\n").replace(b"yes,1,no,1,no", b"yes,1,no")
+    found = [warning.rpartition("/")[2] for warning in load(tmp_path, files).warnings if "is not read" in warning]
+    assert found == [
+        "posts.csv: the column 'posts' is not read, since `post` is.",
+        "groundtruth.csv: the column 'labels' is not read, since `label` is.",
+        "criteria.csv: the column 'criteria' is not read, since `text` is.",
+    ]
+
+
         added(P, b'"' + TEXT * 9 + b'",p4\n'),
         ["posts.csv, line 6: post_id has 189 characters", "no id, perhaps a text", "give every row a short id"],
     ),
@@ -816,6 +830,10 @@ def test_malformed_releases_are_refused_with_place_value_and_remedy(tmp_path: Pa
     edit, fragments = MALFORMED_RELEASE[case]
     files = official()
     edit(files)
+    "optional column misspelt": (
+        replaced(C, b"criterion_id,criterion", b"criterion_id,criterion,Symptoms"),
+        ["criteria.csv, line 1: the column 'symptoms' is not read; did you mean `symptom`?", "put x_ before its name"],
+    ),
     message = refusal(write(tmp_path, files))
     for fragment in fragments:
         assert fragment in message, message
