@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from raycv.config import Fraction, NonEmpty
 from raycv.errors import UserError, shown
+from raycv.labels import Missing
 from raycv.paths import read_json, sha256_of, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
@@ -61,6 +62,8 @@ class CheckpointInfo:
     """of the base model's files, as BaseFiles.sums; earlier versions kept none"""
     attention: str | None = None
     """that training computed: sdpa or eager; earlier versions kept none"""
+    missing: Missing = "text"
+    """what NaN and the like were in the criteria's file; earlier versions kept them as text"""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""

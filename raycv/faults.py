@@ -41,6 +41,10 @@ class Kind(Enum):
     FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
     JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
     COLUMN = "columns that are missing", "name the columns in the first line as the message says"
+    NEAR_COLUMN = (
+        "columns that are nearly known",
+        "rename the column to the name that is meant; to leave it unread, put x_ before its name or remove it",
+    )
     SEPARATOR = (
         "tables that are separated by something else than commas",
         "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
@@ -59,7 +63,11 @@ class Kind(Enum):
     UNUSED_POST = "posts without any pair", _IDS
     UNUSED_CRITERION = "criteria without any pair", f"{_IDS}; data.criteria_dir says which criteria are used"
     NO_PAIR = "missing pairs", "add the missing rows: every post is judged by every criterion, label no included"
-    EMPTY = "empty texts", "fill them in or remove them; data.empty=drop leaves them out with their pairs"
+    EMPTY = (
+        "empty texts",
+        "fill them in or remove them; data.empty=drop leaves them out with their pairs; NaN, NULL and the like count as"
+        " empty, and data.missing=text keeps them as text",
+    )
     CLASSES = "data sets that cannot be learnt from", "give posts with text, and labels of both classes, yes and no"
 
     def __init__(self, many: str, *remedies: str) -> None:

@@ -298,6 +298,7 @@ def _checkpoint_info(
         precision=precision,
         base_sums=base.sums(),
         attention=attention,
+        missing=task.config.data.missing,
     )
 
 
