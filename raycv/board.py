@@ -23,7 +23,7 @@ class ProgressBoard:
         earlier = read_json(self._kept) if self._kept.is_file() else empty
         self._places: dict[int, str] = {int(fold): place for fold, place in earlier["places"].items()}
         self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier["attempts"].items()}
-        self._left_out: dict[str, str] = earlier["left_out"]
+        self._left_out: dict[str, tuple[str, list[str]]] = earlier["left_out"]
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -60,13 +60,13 @@ class ProgressBoard:
         self._keep()
         return place
 
-    def leave_out(self, node: str, why: str) -> None:
+    def leave_out(self, node: str, why: str, remedies: list[str]) -> None:
         """No fold of the run is to be trained on `node` (its id in Ray) any more."""
-        self._left_out[node] = why
+        self._left_out[node] = why, remedies
         self._keep()
 
-    def left_out(self) -> dict[str, str]:
-        """The nodes that are left out, each with the reason."""
+    def left_out(self) -> dict[str, tuple[str, list[str]]]:
+        """The nodes that are left out, each with the reason and what to do."""
         return self._left_out
 
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:

@@ -117,12 +117,11 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     error is then the death of this process, and that alone is tried again.
     """
     fold = trial[FOLD_KEY]
+    if RunFolder(Path(task.root)).fold(fold).result.is_file():
+        # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
+        return
     try:
-        # Ray Train, too, would make the folder that it does not find.
-        _share(task).check()
-        # A result is that of an attempt whose process died when all was done: finished folds are not given to Tune.
-        if not RunFolder(Path(task.root)).fold(fold).result.is_file():
-            _fit(task, fold)
+        _fit(task, fold)
     except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(task, fold, error)
 
@@ -133,7 +132,7 @@ def _fit(task: FoldTask, fold: int) -> None:
     Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
     in advance (a preemption) are its own to retry, without limit. A node that cannot train the fold is left out from
     then on, and another is tried: that costs no retry.
-    Raises: whatever the worker raised; RunFailedError if its processes died too often; NodeError if no node is left.
+    Raises: whatever the worker raised; RunFailedError if its processes died too often, or if no node is left.
     """
     with seldom_collecting():
         from raycv.ray_train import Trainer, unfit_node, what_died
@@ -144,9 +143,12 @@ def _fit(task: FoldTask, fold: int) -> None:
         _tried_again(task, fold, TRIAL_DIED, attempt)
     folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
     while True:
-        # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
+        # Ray Train would make the run's folder where this node does not see it.
+        _share(task).check()
+        # It would also go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(folder, ignore_errors=True)
         left_out = ray.get(task.board.left_out.remote())
+        _check_nodes_left(task, left_out)
         try:
             _keep_fold(task, fold, Trainer(task, fold, folder, left_out).fit())
             return
@@ -154,7 +156,7 @@ def _fit(task: FoldTask, fold: int) -> None:
             free_place(task.board, fold)
             unfit = unfit_node(error)
             if unfit is not None:
-                _try_elsewhere(task, fold, unfit)
+                _leave_out(task, fold, unfit)
                 continue
             died = what_died(error)
             if died is None:
@@ -163,26 +165,34 @@ def _fit(task: FoldTask, fold: int) -> None:
             _tried_again(task, fold, died, attempt, error)
 
 
-def _try_elsewhere(task: FoldTask, fold: int, unfit: NodeError) -> None:
-    """Leaves the node of `unfit` out for the rest of the run, and tells that another is tried.
+def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
+    """Leaves the node of `unfit` out for the rest of the run, and tells so.
 
-    Raises: NodeError if no other node can take the fold. A cluster that grows can always give one more: there it is
-    raised when more than `resources.retries` nodes are left out.
+    Raises: `unfit` if it is this process's own node: what it does not find, it cannot find after another training.
     """
-    ray.get(task.board.leave_out.remote(unfit.node, unfit.what))
-    left_out = ray.get(task.board.left_out.remote())
+    if unfit.node == ray.get_runtime_context().get_node_id():
+        raise unfit
+    ray.get(task.board.leave_out.remote(unfit.node, unfit.what, unfit.remedies))
+    task.board.tell.remote(fold, f"{unfit.what} This node is left out from now on.")
+
+
+def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str]]]) -> None:
+    """Raises: RunFailedError if no node but those of `left_out` can take a fold, instead of waiting for one for ever.
+
+    A cluster that grows can always give one more: there it is raised when more than `resources.retries` are left out.
+    """
     given = task.placement
     others = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
     if task.config.resources.autoscaling:
         over = len(left_out) > task.config.resources.retries
     else:
-        over = places(others, given.gpus, given.cpus, given.workers) == 0
-    # What this process does not find, it cannot find after another training either.
-    if over or unfit.node == ray.get_runtime_context().get_node_id():
-        earlier = [why for node, why in left_out.items() if node != unfit.node]
-        what = "\n".join([f"{unfit.what} No other node can take the fold.", *earlier])
-        raise NodeError(what, unfit.node, remedies=unfit.remedies) from unfit
-    task.board.tell.remote(fold, f"{unfit.what} The fold is tried on another node, and this one is left out.")
+        over = bool(left_out) and places(others, given.gpus, given.cpus, given.workers) == 0
+    if over:
+        remedies = [remedy for _, each in left_out.values() for remedy in each]
+        raise RunFailedError(
+            "\n".join(["No node is left that can take the fold:", *(why for why, _ in left_out.values())]),
+            remedies=list(dict.fromkeys(remedies)),
+        )
 
 
 def _share(task: FoldTask) -> Share:

@@ -15,7 +15,8 @@ from raycv.utils import VERSIONS, package_version
 SHARE_REMEDY = "put run.dir (and a local model.name) on storage that every node sees under the same path"
 CODE_REMEDY = (
     "give every node the driver's versions and the driver's raycv: pip install -r requirements.lock, then"
-    " pip install --no-deps . in the same checkout (ray job submit --working-dir . sends the checkout to all nodes)"
+    " pip install --no-deps . in the same checkout (ray job submit --working-dir . sends the checkout to all nodes),"
+    " and edit no file of raycv while a run is under way"
 )
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,19 @@ class Machine:
             f'{"".join(apart)}exec "$0" -m ray.scripts.scripts start --address={head} --node-ip-address={address} "$@"'
         )
         command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable]
+        self.address = address
         self.name = f"node {address} ("
         self.process = subprocess.Popen(
             [*command, "--num-cpus=1", "--object-store-memory=100000000", "--block"],
             **{"env": os.environ | environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
         )
+
+    def wait(self, cluster):
+        """Until it has joined."""
+        deadline = time.monotonic() + 120
+        while self.address not in {node["NodeManagerAddress"] for node in cluster.global_state.node_table()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def hide(self, folder):
         """Mounts an empty file system over `folder`, as this node alone sees it."""
@@ -131,7 +140,7 @@ class Machine:
 
 @pytest.fixture
 def machines():
-    """A head without cores. Yields its address, and what starts further machines."""
+    """A head without cores. Yields the cluster, and what starts further machines."""
     from ray.cluster_utils import Cluster
 
     try:
@@ -147,7 +156,7 @@ def machines():
             started.callback(machine.close)
             return machine
 
-        yield made.address, start
+        yield made, start
 
 
 TINY = (
@@ -165,8 +174,8 @@ TINY = (
 @pytest.mark.core
 def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_nothing(tmp_path, machines):
     """They come when the folds wait for a node; then a good one comes. At the next run's start all three are asked."""
-    head, start = machines
-    cluster = {"RAY_ADDRESS": head, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    made, start = machines
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
     shutil.copytree(ROOT / "raycv", tmp_path / "other" / "raycv", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "raycv" / "metrics.py").open("a") as file:
         file.write("# one line more\n")
@@ -176,7 +185,7 @@ def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_not
         wait_until(run.tracking.is_file, process, out)
         without = start("127.0.0.2", hidden=runs)
         other = start("127.0.0.3", PYTHONPATH=f"{tmp_path / 'other'}:{os.environ.get('PYTHONPATH', '')}")
-        wait_until(lambda: out.read_text().count("is tried on another node") == 2, process, out, 200)
+        wait_until(lambda: out.read_text().count("is left out from now on") == 2, process, out, 200)
         start("127.0.0.4")
         assert process.wait(timeout=300) == 0, out.read_text()
     said = " ".join(out.read_text().split())
@@ -203,13 +212,14 @@ def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_not
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothing_there(tmp_path, machines):
-    """There is no other node. The empty folder has the run's root made by somebody else: it is not taken for it."""
-    head, start = machines
+    """There is no other node: the other fold does not wait for one."""
+    made, start = machines
     only = start("127.0.0.2")
-    cluster = {"RAY_ADDRESS": head, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    only.wait(made)
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
     run, out = RunFolder(tmp_path / "runs" / "cut"), tmp_path / "out"
     states = "train.checkpoint_minutes=0.01"
-    with background(tmp_path, *TINY, "resources.autoscaling=true", states, "run.name=cut", **cluster) as process:
+    with background(tmp_path, *TINY, states, "run.name=cut", **cluster) as process:
         wait_until(lambda: list(run.fold(0).state.glob("0*")), process, out, 200)
         only.hide(run.root)
         assert process.wait(timeout=300) == 1, out.read_text()
@@ -217,6 +227,7 @@ def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothi
     assert f"{only.name}" in said
     assert f"does not see the run's folder {run.root}" in said
     assert "resume=cut" in said
+    assert "fold 0, 1: No node is left that can take the fold" in said
     assert only.sees(run.root) == []
     assert not run.report.exists()
     assert run.finished(2) == []
