@@ -33,6 +33,7 @@ from raycv.base import fetch_base
 from raycv.fold import FoldTask, Placement, epoch_metrics
 from raycv.live import DONE, STARTING, LiveView
 from raycv.metrics import METRICS
+from raycv.nodes import NodeNeeds
 from raycv.paths import RunFolder
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult
@@ -114,6 +115,7 @@ def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
                 criteria={},
                 criteria_dir="",
                 criteria_hash="",
+                needs=NodeNeeds.of(RunFolder(Path(folder))),
                 placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers),
                 board=cv.progress_board(RunFolder(Path(folder))),
                 worker=partial(sleep, seconds),

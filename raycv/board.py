@@ -11,7 +11,7 @@ from raycv.paths import read_json, write_json
 class ProgressBoard:
     """An actor where workers post how far they are and the driver's live view reads it, never in training's way.
 
-    `kept`: the file of what outlives its process, which Ray starts anew if it dies: attempts and places.
+    `kept`: the file of what outlives its process, which Ray starts anew if it dies: attempts, places, nodes.
     """
 
     def __init__(self, kept: str) -> None:
@@ -19,9 +19,11 @@ class ProgressBoard:
         self._events: list[tuple[int, str]] = []
         self._errors: dict[int, tuple[str, list[str]]] = {}
         self._kept = Path(kept)
-        earlier = read_json(self._kept) if self._kept.is_file() else {"places": {}, "attempts": {}}
+        empty: dict[str, dict[str, Any]] = {"places": {}, "attempts": {}, "left_out": {}}
+        earlier = read_json(self._kept) if self._kept.is_file() else empty
         self._places: dict[int, str] = {int(fold): place for fold, place in earlier["places"].items()}
         self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier["attempts"].items()}
+        self._left_out: dict[str, tuple[str, list[str]]] = earlier["left_out"]
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -58,6 +60,15 @@ class ProgressBoard:
         self._keep()
         return place
 
+    def leave_out(self, node: str, why: str, remedies: list[str]) -> None:
+        """No fold of the run is to be trained on `node` (its id in Ray) any more."""
+        self._left_out[node] = why, remedies
+        self._keep()
+
+    def left_out(self) -> dict[str, tuple[str, list[str]]]:
+        """The nodes that are left out, each with the reason and what to do."""
+        return self._left_out
+
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
         """The latest post of each fold, and the events since the last call."""
         events, self._events = self._events, []
@@ -66,4 +77,5 @@ class ProgressBoard:
     def _keep(self) -> None:
         # On a full disk it is in memory still.
         with contextlib.suppress(OSError, UserError):
-            write_json(self._kept, {"places": self._places, "attempts": self._attempts})
+            kept = {"places": self._places, "attempts": self._attempts, "left_out": self._left_out}
+            write_json(self._kept, kept)

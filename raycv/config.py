@@ -262,7 +262,8 @@ class ResourcesConfig(Section):
         return value
 
     retries: Annotated[int, Field(ge=0, le=1000)] = Field(
-        description="times that a fold goes on from its last state by itself after one of its processes died"
+        description="times that a fold goes on from its last state by itself after one of its processes died; with "
+        "autoscaling also the nodes that may be left out since they lack the share or differ in their code"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")

@@ -55,11 +55,17 @@ from raycv.fold import (
     died_too_often,
     fold_trial,
     free_place,
+    node_survey,
+    places,
     train_worker,
 )
 from raycv.live import DONE, FAILED, STARTING, LiveView
 from raycv.metrics import F1
+from raycv.nodes import NodeNeeds, node_name
 from raycv.paths import BUNDLED_SCHEME, RunFolder, absolute_folder, read_json, resume_command, unwritable
+from raycv.records import FoldResult
+from raycv.retry import cause_of
+from raycv.survey import settled
 from raycv.utils import STOP_SIGNALS, stop_like_ctrl_c
 
 if TYPE_CHECKING:
@@ -222,7 +228,7 @@ def plan(config: RunConfig) -> Placement:
         cpus = asked.cpus_per_fold
     if asked.autoscaling:
         return Placement(gpus, cpus, workers, at_most)
-    fit = sum(_workers_that_fit(node, gpus / workers, cpus / workers) for node in nodes) // workers
+    fit = places(nodes, gpus, cpus, workers)
     if fit == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         shared = f" for {workers} workers" if workers > 1 else ""
@@ -247,11 +253,6 @@ def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> flo
     return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
 
 
-def _workers_that_fit(node: dict[str, float], gpus: float, cpus: float) -> int:
-    by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
-    return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
-
-
 def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
     """What trials and workers get. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
@@ -270,6 +271,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         criteria_dir=absolute_folder(config.data.criteria_dir),
         criteria_hash=dataset.stats["criteria_hash"],
         placement=placement,
+        needs=NodeNeeds.of(folder),
         board=progress_board(folder),
         worker=train_worker,
     )
@@ -286,28 +288,36 @@ def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def check_shared(folder: RunFolder, base: "BaseFiles") -> None:
-    """Every node that may hold a fold must see the run folder, and the base model if that is a folder.
+def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
+    """Asks all other nodes whether they see the run's folder and a local base model, and have the driver's code.
 
-    Raises: UserError naming the nodes that do not. A cluster that grows later is not checked again.
+    A node that joins later is asked when a worker starts there.
+    Raises: FaultsError with all faults of all nodes.
     """
     here = ray.get_runtime_context().get_node_id()
-    paths = [str(folder.config)]
-    if base.revision is None and not base.name.startswith(BUNDLED_SCHEME):
-        paths.append(str(base.path))
-    probe = ray.remote(num_cpus=0)(lambda: [path for path in paths if not os.path.exists(path)])
-    faults = []
+    needs = NodeNeeds.of(folder)
+    paths = [str(base.path)] if base.revision is None and not base.name.startswith(BUNDLED_SCHEME) else []
+    ask = ray.remote(num_cpus=0)(node_survey())
+    asked = {}
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] != here:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            missing = ray.get(probe.options(scheduling_strategy=there).remote())
-            faults += [f"{node['NodeManagerAddress']} does not see {path}" for path in missing]
+            name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
+            asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
+    faults, remedies = [], []
+    for name, answer in asked.values():
+        try:
+            found = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            faults.append(f"{name} cannot be asked: {cause_of(error)}")
+            remedies.append("see that the node is up, with the driver's versions of Python and Ray: ray status")
+            continue
+        differ, what_to_do = needs.compare(name, found)
+        faults += differ
+        remedies += what_to_do
     if faults:
-        raise FaultsError(
-            "The cluster's nodes do not share what they need",
-            faults,
-            remedies=["put run.dir (and a local model.name) on storage that every node sees under the same path"],
-        )
+        title = "The cluster's nodes do not have what the folds need"
+        raise FaultsError(title, faults, remedies=list(dict.fromkeys(remedies)))
 
 
 def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:
@@ -332,7 +342,8 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(root.ray),
-            callbacks=[runs, states],
+            # First of all it is decided whether a fold is finished: MLflow is told the same.
+            callbacks=[states, runs],
             # What a trial raises is the death of its process; a fold that fails says so in its files.
             failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
             verbose=0,
@@ -345,7 +356,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             # Tune's own files, which a full disk leaves half: what became of the folds is told by theirs.
             otherwise = str(unwritable("What Ray keeps of the run", root.root, error))
-    failed = [fold for fold in folds if not root.fold(fold).result.is_file()]
+    failed = [fold for fold in folds if not states.finished(fold)]
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
         lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
@@ -377,6 +388,7 @@ class _FoldStates(TrialProgressCallback):
         self.retries = retries
         self.errors: dict[int, str] = {}
         self.remedies: list[str] = []
+        self._finished: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a terminal cannot be
@@ -389,21 +401,23 @@ class _FoldStates(TrialProgressCallback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
-        if self._done(fold):
-            return
-        file = self.root.fold(fold).error
-        if file.is_file():
-            record = read_json(file)
-            self._failed(fold, f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"])
-        else:
-            # There was no room for the file.
-            self._failed(fold, *(ray.get(self.board.error.remote(fold)) or (STOPPED,)))
+        result = self.root.fold(fold).result
+        # A trial on another node writes one or the other; both may be seen late here.
+        settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
+        said = None if result.is_file() else self._said(fold)
+        if said is not None:
+            self._failed(fold, *said)
+        elif not self.finished(fold):
+            self._failed(fold, self.errors.get(fold, STOPPED))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
         free_place(self.board, fold)
-        if self._done(fold):
+        if self.finished(fold):
+            return
+        if fold in self.errors:
+            self._failed(fold, self.errors[fold])
             return
         error = trial.get_error()
         if error is None or isinstance(error, ray.exceptions.RayActorError):
@@ -412,11 +426,30 @@ class _FoldStates(TrialProgressCallback):
         else:
             self._failed(fold, str(error).strip().splitlines()[-1])
 
-    def _done(self, fold: int) -> bool:
-        """Whether the fold is finished, whatever became of its trial."""
+    def _said(self, fold: int) -> tuple[str, Sequence[str]] | None:
+        """Why the fold failed, and what to do, if its trial said so."""
+        file = self.root.fold(fold).error
+        if file.is_file():
+            record = read_json(file)
+            return f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"]
+        # There was no room for the file, or its node does not see the run's folder.
+        told: tuple[str, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
+        return told
+
+    def finished(self, fold: int) -> bool:
+        """Whether the fold is finished, whatever became of its trial: its files are here, and as the worker left them.
+
+        A result whose files are not here is set aside, so that a resumed run trains the fold again.
+        """
         files = self.root.fold(fold)
-        if not files.result.is_file():
+        if fold in self._finished or not files.result.is_file():
+            return fold in self._finished
+        fault = settled(lambda: _fault(self.root, fold))
+        if fault is not None:
+            self.errors[fold] = f"{fault} {_trained_at(files.result)}; the driver does not find what it wrote there."
+            files.set_result_aside()
             return False
+        self._finished.add(fold)
         shutil.rmtree(files.state, ignore_errors=True)
         self.view.update(fold, {"state": DONE})
         return True
@@ -427,6 +460,24 @@ class _FoldStates(TrialProgressCallback):
         self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, error)
+
+
+def _fault(root: RunFolder, fold: int) -> str | None:
+    """What is wrong with the files of a fold that has its result."""
+    try:
+        FoldResult.of(root, fold)
+    except UserError as error:
+        return error.what
+    return None
+
+
+def _trained_at(result: Path) -> str:
+    """Says where the fold of `result` was trained, as far as the file can tell."""
+    try:
+        worker = FoldResult.read(result).worker
+        return f"The fold was trained at {node_name(worker['address'], worker['host'])}"
+    except (UserError, KeyError):
+        return "The fold was trained at a node that its result does not name"
 
 
 @contextmanager

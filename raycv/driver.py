@@ -125,7 +125,7 @@ def _cross_validate(
         _announce_ray(console, placement, dashboard)
         if earlier:
             folder = earlier.folder
-            cv.check_shared(folder, base.files)
+            cv.check_nodes(folder, base.files)
         else:
             config, folder, tracker, parent_id = _start(config, prepared)
             held.enter_context(sole_process(folder))
@@ -161,8 +161,7 @@ def _reopen(tracker: "Tracker", parent_id: str, earlier: Earlier, console: Conso
             FoldResult.of(earlier.folder, fold)
         except UserError as error:
             say(console, f"Warning: fold {fold} is trained again: {error.what}", "yellow")
-            result = earlier.folder.fold(fold).result
-            result.replace(result.with_suffix(".damaged.json"))
+            earlier.folder.fold(fold).set_result_aside()
     finished = earlier.folder.finished(folds)
     kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
     say(console, f"Going on with run {earlier.folder.root.name}: {kept}")
@@ -317,7 +316,7 @@ def _start(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, RunFolder,
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
     try:
         _write_inputs(folder, config, prepared)
-        cv.check_shared(folder, prepared.base)
+        cv.check_nodes(folder, prepared.base)
         tracker = Tracker(config.tracking.uri)
         parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
     except BaseException:

@@ -3,13 +3,14 @@
 Ray changes the working directory of trials and workers: every path in here is absolute.
 """
 
+import hashlib
 import os
 import shutil
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 
+from raycv import survey
 from raycv.config import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
+from raycv.nodes import SHARE_REMEDY, NodeError, NodeNeeds, Share, node_name
 from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, write_text
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
@@ -57,6 +60,22 @@ class Placement:
     """whether the cluster is one machine, and stays it"""
 
 
+def places(nodes: Sequence[Mapping[str, float]], gpus: float, cpus: float, workers: int) -> int:
+    """How many folds fit on `nodes` (their resources) at once; `gpus` and `cpus` are a fold's."""
+    return sum(_workers_that_fit(node, gpus / workers, cpus / workers) for node in nodes) // workers
+
+
+def _workers_that_fit(node: Mapping[str, float], gpus: float, cpus: float) -> int:
+    by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
+    return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
+
+
+def node_survey() -> Callable[..., dict[str, Any]]:
+    """`survey`, made ready to travel by value: a node may have another raycv, or none."""
+    ray.cloudpickle.register_pickle_by_value(survey)
+    return survey.survey
+
+
 @dataclass(frozen=True)
 class SharedArrays:
     """What all folds read. Lives in the object store; workers map its arrays instead of copying them."""
@@ -83,6 +102,8 @@ class FoldTask:
     criteria_dir: str
     criteria_hash: str
     placement: Placement
+    needs: NodeNeeds
+    """what every node must have as the driver has it"""
     board: Any
     """handle of the ProgressBoard actor"""
     worker: Callable[[dict[str, Any]], dict[str, Any]]
@@ -96,25 +117,25 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     error is then the death of this process, and that alone is tried again.
     """
     fold = trial[FOLD_KEY]
-    folder = RunFolder(Path(task.root)).fold(fold)
-    if folder.result.is_file():
+    if RunFolder(Path(task.root)).fold(fold).result.is_file():
         # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
         return
     try:
-        _keep_fold(folder, _fit(task, fold))
+        _fit(task, fold)
     except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(task, fold, error)
 
 
-def _fit(task: FoldTask, fold: int) -> Any:
+def _fit(task: FoldTask, fold: int) -> None:
     """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times in all.
 
     Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
-    in advance (a preemption) are its own to retry, without limit.
-    Raises: whatever the worker raised; RunFailedError if its processes died too often.
+    in advance (a preemption) are its own to retry, without limit. A node that cannot train the fold is left out from
+    then on, and another is tried: that costs no retry.
+    Raises: whatever the worker raised; RunFailedError if its processes died too often, or if no node is left.
     """
     with seldom_collecting():
-        from raycv.ray_train import Trainer, what_died
+        from raycv.ray_train import Trainer, unfit_node, what_died
 
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
@@ -122,17 +143,65 @@ def _fit(task: FoldTask, fold: int) -> Any:
         _tried_again(task, fold, TRIAL_DIED, attempt)
     folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
     while True:
-        # Ray Train would go on from what it finds under the same name; what training goes on from is ours.
+        # Ray Train would make the run's folder where this node does not see it.
+        _share(task).check()
+        # It would also go on from what it finds under the same name; what training goes on from is ours.
         shutil.rmtree(folder, ignore_errors=True)
+        left_out = ray.get(task.board.left_out.remote())
+        _check_nodes_left(task, left_out)
         try:
-            return Trainer(task, fold, folder).fit()
+            _keep_fold(task, fold, Trainer(task, fold, folder, left_out).fit())
+            return
         except Exception as error:
             free_place(task.board, fold)
+            unfit = unfit_node(error)
+            if unfit is not None:
+                _leave_out(task, fold, unfit)
+                continue
             died = what_died(error)
             if died is None:
                 raise
             attempt = ray.get(task.board.begin.remote(fold))
             _tried_again(task, fold, died, attempt, error)
+
+
+def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
+    """Leaves the node of `unfit` out for the rest of the run, and tells so.
+
+    Raises: `unfit` if it is this process's own node: what it does not find, it cannot find after another training.
+    """
+    if unfit.node == ray.get_runtime_context().get_node_id():
+        raise unfit
+    ray.get(task.board.leave_out.remote(unfit.node, unfit.what, unfit.remedies))
+    task.board.tell.remote(fold, f"{unfit.what} This node is left out from now on.")
+
+
+def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str]]]) -> None:
+    """Raises: RunFailedError if no node but those of `left_out` can take a fold, instead of waiting for one for ever.
+
+    A cluster that grows can always give one more: there it is raised when more than `resources.retries` are left out.
+    """
+    given = task.placement
+    others = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
+    if task.config.resources.autoscaling:
+        over = len(left_out) > task.config.resources.retries
+    else:
+        over = bool(left_out) and places(others, given.gpus, given.cpus, given.workers) == 0
+    if over:
+        remedies = [remedy for _, each in left_out.values() for remedy in each]
+        raise RunFailedError(
+            "\n".join(["No node is left that can take the fold:", *(why for why, _ in left_out.values())]),
+            remedies=list(dict.fromkeys(remedies)),
+        )
+
+
+def _share(task: FoldTask) -> Share:
+    """The run's folder as this process sees it."""
+    return task.needs.share_at(ray.get_runtime_context().get_node_id(), _here())
+
+
+def _here() -> str:
+    return node_name(ray.util.get_node_ip_address(), socket.gethostname())
 
 
 def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exception | None = None) -> None:
@@ -181,21 +250,46 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     message = mask_secrets(what)
     record = {"message": message, "remedies": remedies, "traceback": mask_secrets(f"{error}\n{text}")}
     try:
-        write_json(folder.error, record)
+        with _share(task).held():
+            write_json(folder.error, record)
     except (OSError, UserError):
-        # The disk that it failed for: the driver hears of it all the same.
+        # The disk or share that it failed for: the driver hears of it all the same.
         ray.get(task.board.fail.remote(fold, message, remedies))
 
 
-def _keep_fold(folder: FoldFolder, result: Any) -> None:
-    """Writes what the worker returned beside the checkpoint that it left; `result.json` comes last."""
-    returned = result.return_value
-    folder.root.mkdir(parents=True, exist_ok=True)
-    folder.error.unlink(missing_ok=True)
-    # Scores say something about the authors of posts.
-    write_text(folder.predictions, returned["predictions"].to_csv(index=False, lineterminator="\n"), private=True)
-    write_json(folder.result, asdict(replace(returned["result"], sha256=folder.sums())))
+def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
+    """Writes what the worker returned beside the checkpoint that it left; `result.json` comes last.
+
+    The checksums in it are the worker's own, and not those of what is found here: the driver compares.
+    Raises: NodeError if the checkpoint is not the one that the worker wrote, or this node lost the run's folder.
+    """
+    folder = RunFolder(Path(task.root)).fold(fold)
+    result: FoldResult = trained.return_value["result"]
+    predictions = trained.return_value["predictions"].to_csv(index=False, lineterminator="\n")
+    with _share(task).held():
+        fault = survey.settled(lambda: _unseen(folder, result.sha256))
+        if fault is not None:
+            # The states are still there, so another node has little to train.
+            where = node_name(result.worker["address"], result.worker["host"])
+            what = f"{fault} {where} trained the fold; {_here()} does not find what it wrote."
+            raise NodeError(what, trained.return_value["node"], remedies=[SHARE_REMEDY])
+        folder.root.mkdir(exist_ok=True)
+        folder.error.unlink(missing_ok=True)
+        # Scores say something about the authors of posts.
+        write_text(folder.predictions, predictions, private=True)
+        sums = {folder.predictions.name: hashlib.sha256(predictions.encode()).hexdigest(), **result.sha256}
+        write_json(folder.result, asdict(replace(result, sha256=sums)))
     shutil.rmtree(folder.state, ignore_errors=True)
+
+
+def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:
+    """The first file of the checkpoint that is missing here, or another than the worker wrote; None if there is none.
+
+    `sums`: the worker's own checksums.
+    """
+    there = folder.checkpoint_sums()
+    name = next((name for name in sums if there.get(name) != sums[name]), None)
+    return None if name is None else f"{folder.root / name} is {'another file' if name in there else 'missing'}."
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -240,14 +334,16 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(config.train.seed + rank)
     folder = RunFolder(Path(task.root)).fold(fold)
     states = StateFolder(folder.state)
+    share = _share(task)
     if not rank:
-        states.take()
-    listener = _RayListener(task, fold, rank, states)
+        with share.held():
+            states.take()
+    listener = _RayListener(task, fold, rank, states, share)
     listener.on_event(f"{why}, {attention_of(model)} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
-    share = _memory_share(task.placement, device)
-    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, share)
+    memory = _memory_share(task.placement, device)
+    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
     state = states.newest(listener.on_event)
     if state is not None:
         listener.goes_on(state)
@@ -261,11 +357,16 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         if not rank:
             listener.on_event(f"Warning: {collapsed_because(collapsed)}")
     if not rank:
-        states.check_writer()
         info = _checkpoint_info(task, fold, base, outcome.best, precision, attention_of(model))
-        _save_checkpoint(folder, adapted, tokenizer, info)
+        with share.held():
+            states.check_writer()
+            _save_checkpoint(folder, adapted, tokenizer, info)
+            sums = folder.checkpoint_sums()
+    else:
+        sums = {}
     worker = {
         "host": socket.gethostname(),
+        "address": ray.util.get_node_ip_address(),
         "device": describe_device(device),
         "precision": precision,
         "precision_reason": why,
@@ -276,7 +377,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     }
     seconds = time.monotonic() - started
     result = _fold_result(fold, split, shared.encoded.labels, outcome, seconds, worker, collapsed)
-    return {"result": result, "predictions": _predictions(shared, split, outcome.val_scores)}
+    return {
+        "result": replace(result, sha256=sums),
+        "predictions": _predictions(shared, split, outcome.val_scores),
+        "node": share.node,
+    }
 
 
 def _checkpoint_info(
@@ -309,7 +414,7 @@ def _save_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "Chec
     from raycv.checkpoint import save_checkpoint
 
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.root.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
             save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
             # Of a process that was killed before the fold's result was written.
@@ -388,11 +493,12 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 class _RayListener:
     """Carries the loop's news on: epochs through Ray Train, steps to the progress board, states to their folder."""
 
-    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder") -> None:
+    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share) -> None:
         self.task = task
         self.fold = fold
         self.rank = rank
         self.states = states
+        self.share = share
         self._posted = 0.0
 
     def goes_on(self, state: "TrainState") -> None:
@@ -428,7 +534,8 @@ class _RayListener:
     def on_state(self, state: "TrainState") -> None:
         # One for all workers: it holds what each has for itself.
         if not self.rank:
-            self.states.save(state)
+            with self.share.held():
+                self.states.save(state)
 
     def on_event(self, text: str) -> None:
         self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)

@@ -96,7 +96,8 @@ def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # One level alone: where a share is not mounted, nobody may make the run's folder anew.
+        path.parent.mkdir(exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         yield temporary
         os.replace(temporary, path)
@@ -186,6 +187,8 @@ class RunFolder:
         """Written last of all: its presence means that the run is complete. Its `finished` says since when."""
         self.lock = root / ".lock"
         """Held by the process that runs it; gone when it is complete."""
+        self.share = root / ".share"
+        """A nonce of the driver, by which a node knows that it sees this folder; gone when the run is complete."""
         self.ray = root / "ray"
         """Ray's own storage of this run, gone when it is complete."""
 
@@ -200,6 +203,13 @@ class RunFolder:
     def finished(self, folds: int) -> list[int]:
         """Which of fold 0 to `folds` - 1 are finished."""
         return [fold for fold in range(folds) if self.fold(fold).result.is_file()]
+
+
+def share_nonce(folder: RunFolder) -> str:
+    """The nonce in the run's folder, which the driver writes there once. Nodes only read it."""
+    if not folder.share.is_file():
+        write_text(folder.share, secrets.token_hex(16))
+    return folder.share.read_text(encoding="utf-8")
 
 
 def resume_command(folder: RunFolder) -> str:
@@ -238,8 +248,16 @@ class FoldFolder:
 
     def sums(self) -> dict[str, str]:
         """SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
-        files = [self.predictions, *sorted(path for path in self.checkpoint.rglob("*") if path.is_file())]
+        return {self.predictions.name: sha256_of(self.predictions), **self.checkpoint_sums()}
+
+    def checkpoint_sums(self) -> dict[str, str]:
+        """SHA-256 of each file of the checkpoint, by its path in the folder."""
+        files = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())
         return {file.relative_to(self.root).as_posix(): sha256_of(file) for file in files}
+
+    def set_result_aside(self) -> None:
+        """Makes the fold one that is not finished, since its files are not as its result says."""
+        self.result.replace(self.result.with_suffix(".damaged.json"))
 
 
 def absolute_uri(uri: str) -> str:

@@ -5,6 +5,7 @@ The one place that knows Ray Train's insides. Imported in trials alone, since it
 
 import asyncio
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from raycv.fold import node_survey
+from raycv.nodes import NodeError, node_name
+
 if TYPE_CHECKING:
     from raycv.fold import FoldTask
 
@@ -30,19 +34,21 @@ class Trainer(TorchTrainer):
     trial held: what the board holds is enough to, also where two Rays run on one machine, in which Ray's finds no
     cluster. On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
 
-    `folder`: for what Ray Train keeps; it would go on from what it finds there.
+    `folder`: for what Ray Train keeps; it would go on from what it finds there. `left_out`: nodes that get no worker.
     """
 
-    def __init__(self, task: "FoldTask", fold: int, folder: Path) -> None:
+    def __init__(self, task: "FoldTask", fold: int, folder: Path, left_out: Iterable[str] = ()) -> None:
         given = task.placement
+        others = ",".join(sorted(left_out))
         super().__init__(
             task.worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
             train_loop_config={"task": task, "fold": fold},
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # annotated with that of Train V1
                 num_workers=given.workers,
                 use_gpu=given.gpus > 0,
                 resources_per_worker={"CPU": given.cpus / given.workers}
                 | ({"GPU": given.gpus / given.workers} if given.gpus else {}),
+                label_selector={"ray.io/node-id": f"!in({others})"} if others else None,
             ),
             run_config=RunConfig(
                 name=folder.name,
@@ -63,7 +69,7 @@ class Trainer(TorchTrainer):
             parts["scaling_policy"] = _OneMachine(self.scaling_config)  # type: ignore[arg-type]
         parts["failure_policy"] = _NoStartAgain(parts["failure_policy"].failure_config)
         controller = TrainController(**parts)
-        controller.worker_group_cls = _noting_place(self._task.board, self._fold)
+        controller.worker_group_cls = _workers_of(self._task, self._fold)
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -78,6 +84,14 @@ def what_died(error: Exception) -> str | None:
         if isinstance(failure, WorkerHealthCheckFailedError | RayActorError):
             return f"worker {rank} of the fold died, or its node"
     return None
+
+
+def unfit_node(error: Exception) -> NodeError | None:
+    """The refusal of a node, if `error` is or carries one."""
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [error, getattr(error, "controller_failure", None)]
+    causes += [getattr(failure, "_base_exc", failure) for failure in failures]
+    return next((cause for cause in causes if isinstance(cause, NodeError)), None)
 
 
 class _Reports(UserCallback):
@@ -105,12 +119,23 @@ class _OneMachine(FixedScalingPolicy):
     _send_resource_request = _maybe_send_resource_request = _cancel_resource_request = _nothing
 
 
-def _noting_place(board: Any, fold: int) -> type[WorkerGroup]:
+def _workers_of(task: "FoldTask", fold: int) -> type[WorkerGroup]:
+    """Workers whose place the board knows, and whose nodes have what the run needs."""
+
     class Workers(WorkerGroup):
         def _create_placement_group(self, *given: Any) -> Any:
             made = super()._create_placement_group(*given)
             # Before any worker is in it: this process may die at any time.
-            ray.get(board.hold.remote(fold, made.placement_group.id.hex()))
+            ray.get(task.board.hold.remote(fold, made.placement_group.id.hex()))
             return made
+
+        def _create_workers(self, *given: Any, **more: Any) -> Any:
+            workers = super()._create_workers(*given, **more)
+            # Before anything of raycv travels there: the node may have another raycv, or none.
+            asked: list[Any] = [worker.execute_async(node_survey(), *task.needs.question()) for worker in workers]
+            for worker, found in zip(workers, ray.get(asked), strict=True):
+                there = worker.metadata
+                task.needs.check(there.node_id, node_name(there.node_ip, there.hostname), found)
+            return workers
 
     return Workers

@@ -16,7 +16,7 @@ from raycv.records import Dataset
 from raycv.retry import mask_secrets
 from raycv.runs import AFRESH, LATEST, find_run, recorded_config, recorded_uri, runs_in, runs_there
 from raycv.splits import Split, splits_record
-from raycv.utils import code_state, package_version
+from raycv.utils import VERSIONS, code_state, package_version
 
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
@@ -25,8 +25,6 @@ MAY_DIFFER = {
     "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
-VERSIONS = ("raycv", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
-"""Packages whose versions must be the same: weights, tokens, the order of pairs, folds and metrics come from them."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,7 @@ def sole_process(folder: RunFolder) -> Iterator[None]:
         if folder.report.is_file():
             # Nobody may go on with a complete run.
             folder.lock.unlink(missing_ok=True)
+            folder.share.unlink(missing_ok=True)
         lock.release()
 
 

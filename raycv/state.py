@@ -60,7 +60,9 @@ class StateFolder:
         Raises: UserError if the folder cannot be written.
         """
         with self._writing():
-            self.root.mkdir(parents=True, exist_ok=True)
+            # Not the run's folder itself, which the driver alone makes.
+            for folder in (self.root.parent, self.root):
+                folder.mkdir(exist_ok=True)
             write_text(self.root / WRITER, self._writer)
 
     def check_writer(self) -> None:

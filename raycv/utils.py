@@ -25,6 +25,11 @@ PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",
     "pandas", "tokenizers", "safetensors", "huggingface_hub",
 )  # fmt: skip
+VERSIONS = ("raycv", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
+"""Packages whose versions must be the same in all folds of a run, on every node and after a resume.
+
+Weights, tokens, the order of pairs, folds and metrics come from them.
+"""
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

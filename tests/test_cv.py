@@ -1,19 +1,21 @@
-"""Placement on real Ray clusters of several nodes (one machine, logical resources), and a run that joins one."""
+"""Placement on real Ray clusters of several nodes (one machine, logical resources), and runs that join one."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from commands import ROOT, background, raycv, wait_until
 
 from raycv.cli import compose
 from raycv.config import RunConfig, validate
 from raycv.errors import UserError
-
-ROOT = Path(__file__).parent.parent
+from raycv.paths import RunFolder, read_json
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -71,20 +73,6 @@ def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(clus
 
 
 @pytest.mark.slow
-def test_nodes_that_do_not_see_the_run_folder_are_named(cluster, tmp_path):
-    from raycv.base import fetch_base
-    from raycv.cv import check_shared
-    from raycv.paths import RunFolder
-
-    folder = RunFolder(tmp_path)
-    base = fetch_base("raycv://models/tiny_llama", None)
-    with pytest.raises(UserError, match=r"does not see .*config.yaml(.|\n)*put run.dir"):
-        check_shared(folder, base)
-    folder.config.write_text("x")
-    check_shared(folder, base)
-
-
-@pytest.mark.slow
 def test_the_copied_script_joins_a_running_cluster_of_two_nodes(tmp_path):
     """What `ray submit cluster.yaml raycv/run.py` does on the head: one file, a running cluster, workers elsewhere."""
     from ray.cluster_utils import Cluster
@@ -110,3 +98,137 @@ def test_the_copied_script_joins_a_running_cluster_of_two_nodes(tmp_path):
         assert all(node.any_processes_alive() for node in made.list_all_nodes())
     finally:
         made.shutdown()
+
+
+class Machine:
+    """A node with an address and a mount namespace of its own, as on another machine: it may see other folders."""
+
+    def __init__(self, head, address, hidden=None, **environment):
+        # Ray's own files, too: nodes that start at once would take each other's sockets.
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        script = (
+            f'{"".join(apart)}exec "$0" -m ray.scripts.scripts start --address={head} --node-ip-address={address} "$@"'
+        )
+        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable]
+        self.address = address
+        self.name = f"node {address} ("
+        self.process = subprocess.Popen(
+            [*command, "--num-cpus=1", "--object-store-memory=100000000", "--block"],
+            **{"env": os.environ | environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
+        )
+
+    def wait(self, cluster):
+        """Until it has joined."""
+        deadline = time.monotonic() + 120
+        while self.address not in {node["NodeManagerAddress"] for node in cluster.global_state.node_table()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def hide(self, folder):
+        """Mounts an empty file system over `folder`, as this node alone sees it."""
+        enter = ["nsenter", f"--target={self.process.pid}", "--user", "--mount", "--preserve-credentials"]
+        subprocess.run([*enter, "mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+
+    def sees(self, folder):
+        """The names in `folder` there."""
+        return sorted(path.name for path in Path(f"/proc/{self.process.pid}/root{folder}").iterdir())
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def machines():
+    """A head without cores. Yields the cluster, and what starts further machines."""
+    from ray.cluster_utils import Cluster
+
+    try:
+        subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no mount namespaces here: {error}")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    with contextlib.ExitStack() as started:
+        started.callback(made.shutdown)
+
+        def start(address, **options):
+            machine = Machine(made.address, address, **options)
+            started.callback(machine.close)
+            return machine
+
+        yield made, start
+
+
+TINY = (
+    "experiment=quickstart",
+    "resources.gpus_per_fold=0",
+    "cv.folds=2",
+    "cv.max_concurrent=1",
+    "resources.cpus_per_fold=1",
+    "train.epochs=1",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.core
+def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_nothing(tmp_path, machines):
+    """They come when the folds wait for a node; then a good one comes. At the next run's start all three are asked."""
+    made, start = machines
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    shutil.copytree(ROOT / "raycv", tmp_path / "other" / "raycv", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "raycv" / "metrics.py").open("a") as file:
+        file.write("# one line more\n")
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    run = RunFolder(runs / "grown")
+    with background(tmp_path, *TINY, "resources.autoscaling=true", "run.name=grown", **cluster) as process:
+        wait_until(run.tracking.is_file, process, out)
+        without = start("127.0.0.2", hidden=runs)
+        other = start("127.0.0.3", PYTHONPATH=f"{tmp_path / 'other'}:{os.environ.get('PYTHONPATH', '')}")
+        wait_until(lambda: out.read_text().count("is left out from now on") == 2, process, out, 200)
+        start("127.0.0.4")
+        assert process.wait(timeout=300) == 0, out.read_text()
+    said = " ".join(out.read_text().split())
+    assert f"{without.name}" in said
+    assert f"does not see the run's folder {run.root} (No such file or directory)" in said
+    assert f"{other.name}" in said
+    assert "raycv's source: driver " in said
+    assert without.sees(runs) == []
+    assert {fold["worker"]["address"] for fold in read_json(run.report)["folds"]} == {"127.0.0.4"}
+    assert all((run.fold(fold).checkpoint / "adapter_model.safetensors").is_file() for fold in range(2))
+    assert not run.share.exists()
+
+    refused = raycv("run", *TINY, "run.name=next", cwd=tmp_path, **cluster)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "do not have what the folds need: 2 faults" in refused.stderr
+    assert f"{without.name}" in refused.stderr
+    assert f"does not see the run's folder {runs / 'next'}" in refused.stderr
+    assert f", {other.name}" in refused.stderr
+    assert "put run.dir" in refused.stderr
+    assert "pip install -r requirements.lock" in refused.stderr
+    assert not (runs / "next").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothing_there(tmp_path, machines):
+    """There is no other node: the other fold does not wait for one."""
+    made, start = machines
+    only = start("127.0.0.2")
+    only.wait(made)
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    run, out = RunFolder(tmp_path / "runs" / "cut"), tmp_path / "out"
+    states = "train.checkpoint_minutes=0.01"
+    with background(tmp_path, *TINY, states, "run.name=cut", **cluster) as process:
+        wait_until(lambda: list(run.fold(0).state.glob("0*")), process, out, 200)
+        only.hide(run.root)
+        assert process.wait(timeout=300) == 1, out.read_text()
+    said = " ".join(out.read_text().split())
+    assert f"{only.name}" in said
+    assert f"does not see the run's folder {run.root}" in said
+    assert "resume=cut" in said
+    assert "fold 0, 1: No node is left that can take the fold" in said
+    assert only.sees(run.root) == []
+    assert not run.report.exists()
+    assert run.finished(2) == []
+    assert list(run.fold(0).state.glob("0*")), "what to resume from is kept"

@@ -1,8 +1,10 @@
 """What a user sees when a run cannot begin or a fold fails: cause, remedy, exit code, and nothing averaged."""
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -16,6 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
+from rich.console import Console
+from test_tracking import finished_run
+
+from raycv.errors import UserError
+from raycv.live import LiveView
+from raycv.nodes import NodeError, NodeNeeds
+from raycv.paths import RunFolder, read_json, write_json
+from raycv.survey import survey
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -333,3 +343,174 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     assert "b/config.yaml is damaged" in damaged.stderr
     assert {latest.returncode, damaged.returncode} == {2}
     assert "Traceback" not in latest.stderr + damaged.stderr
+
+
+# --- Nodes that differ -----------------------------------------------------------------------------------------------
+
+
+def marked(root):
+    """A run's folder with the nonce of its driver, and what a node must have for it."""
+    root.mkdir(parents=True)
+    return RunFolder(root), NodeNeeds.of(RunFolder(root))
+
+
+def code_of(tmp_path, name, change=lambda package: None):
+    """What `survey` finds in a process whose raycv is a copy, which `change` has changed."""
+    package = tmp_path / name / "raycv"
+    shutil.copytree(ROOT / "raycv", package, ignore=shutil.ignore_patterns("__pycache__"))
+    change(package)
+    survey_file = str(ROOT / "raycv" / "survey.py")
+    code = (
+        "import json, runpy, sys; survey = runpy.run_path(sys.argv[1]);"
+        "print(json.dumps([survey['source_hash'](), survey['version_of']('raycv'), survey['version_of']('torch')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, survey_file],
+        **{"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(package.parent)}, "timeout": 60},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def one_line_more(package):
+    with (package / "metrics.py").open("a") as file:
+        file.write("# one line more\n")
+
+
+@pytest.mark.long
+def test_the_hash_of_the_source_tells_a_changed_line_and_a_name_and_no_place(tmp_path):
+    driver = NodeNeeds.of(marked(tmp_path / "run")[0])
+    same = code_of(tmp_path, "same")
+    assert same == [driver.source, driver.versions["raycv"], driver.versions["torch"]]
+    (tmp_path / "same" / "raycv" / "notes.txt").write_text("not code")
+    others = [
+        code_of(tmp_path, "line", one_line_more),
+        code_of(tmp_path, "name", lambda package: (package / "metrics.py").rename(package / "metric.py")),
+    ]
+    assert len({driver.source, *(other[0] for other in others)}) == 3
+    broken = code_of(tmp_path, "old", lambda package: (package / "__init__.py").write_text("raise ImportError"))
+    assert broken[1] is None
+
+
+@pytest.mark.long
+def test_a_node_with_an_old_raycv_can_be_asked(tmp_path):
+    """The question travels by value: what asks for a module of raycv would fail there before it could answer."""
+    run, needs = marked(tmp_path / "run")
+    (tmp_path / "old" / "raycv").mkdir(parents=True)
+    (tmp_path / "old" / "raycv" / "__init__.py").write_text('__version__ = "0.0.1"\n')
+    sent = "import sys, ray, raycv.fold; sys.stdout.buffer.write(ray.cloudpickle.dumps(raycv.fold.node_survey()))"
+    question = subprocess.run([sys.executable, "-c", sent], capture_output=True, check=True, timeout=60).stdout
+    asked = (
+        "import json, pickle, sys; sys.modules['raycv.survey'] = None;"
+        "print(json.dumps(pickle.load(sys.stdin.buffer)(*json.loads(sys.argv[1]))))"
+    )
+    arguments = json.dumps(needs.question([str(tmp_path / "base")]))
+    answer = subprocess.run(
+        [sys.executable, "-c", asked, arguments],
+        **{"input": question, "capture_output": True, "timeout": 60, "check": True},
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "old")},
+    )
+    found = json.loads(answer.stdout)
+    faults, remedies = needs.compare("node 10.0.0.2 (gpu-2)", found)
+    version = needs.versions["raycv"]
+    assert faults == [
+        f"node 10.0.0.2 (gpu-2) does not see {tmp_path / 'base'}",
+        f"raycv: driver {version}, node 10.0.0.2 (gpu-2) 0.0.1",
+        f"raycv's source: driver {needs.source[:16]}, node 10.0.0.2 (gpu-2) {found['source'][:16]}",
+    ]
+    assert len(remedies) == 2
+    assert run.share.read_text() == needs.nonce
+
+
+def test_a_node_that_differs_is_refused_with_all_that_differs_and_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    _, needs = marked(tmp_path / "runs" / "mine")
+    found = survey(*needs.question())
+    needs.check("id", "node 10.0.0.2 (gpu-2)", found)
+    other = {"share": "sees another folder at /runs", "versions": needs.versions | {"torch": "2.12.1", "peft": None}}
+    with pytest.raises(NodeError) as caught:
+        needs.check("id", "node 10.0.0.2 (gpu-2)", found | other)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert (type(error), error.node, error.exit_code) == (NodeError, "id", 1)
+        assert "node 10.0.0.2 (gpu-2) sees another folder at /runs" in error.what
+        assert f"torch: driver {needs.versions['torch']}, node 10.0.0.2 (gpu-2) 2.12.1" in error.what
+        assert f"peft: driver {needs.versions['peft']}, node 10.0.0.2 (gpu-2) has none" in error.what
+        assert "put run.dir" in error.remedies[0]
+        assert "pip install" in error.remedies[1]
+        assert "python -m raycv.run resume=mine" in error.remedies[2]
+
+
+@pytest.mark.parametrize("hidden", ["gone", "empty", "another"])
+def test_without_the_share_nothing_is_written_and_nothing_made(tmp_path, monkeypatch, hidden):
+    """Before a write, and when the share goes while it is under way."""
+    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    run, needs = marked(tmp_path / "runs" / "mine")
+    share = needs.share_at("id", "node 10.0.0.2 (gpu-2)")
+
+    def hide():
+        run.root.parent.rename(tmp_path / "elsewhere")
+        if hidden != "gone":
+            run.root.mkdir(parents=True)
+        if hidden == "another":
+            marked(tmp_path / "other")[0].share.rename(run.share)
+
+    def write():
+        with share.held():
+            hide()
+            raise OSError("what a write would raise")
+
+    with pytest.raises(NodeError, match=r"node 10.0.0.2 \(gpu-2\) (does not see|sees another folder at)"):
+        write()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NodeError), share.held():
+        pytest.fail("it is checked before")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.long
+def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
+    """Where the check before comes too early: the writes themselves make no more than the fold's folder."""
+    from raycv.board import ProgressBoard
+    from raycv.fold import _save_checkpoint
+    from raycv.state import StateFolder
+
+    (tmp_path / "runs").mkdir()
+    run = RunFolder(tmp_path / "runs" / "mine")
+    writes = [
+        StateFolder(run.fold(0).state).take,
+        lambda: _save_checkpoint(run.fold(0), None, None, None),
+        lambda: write_json(run.fold(0).error, {}),
+    ]
+    for write in writes:
+        with pytest.raises((UserError, FileNotFoundError)):
+            write()
+    ProgressBoard(str(run.ray / "board.json")).begin(0)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path, monkeypatch):
+    """Its weights are missing here, or others than the worker's: the result is set aside, and the node is named."""
+    from raycv.cv import _FoldStates
+
+    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    run = finished_run(tmp_path / "runs" / "mine", folds=3)
+    for fold in range(3):
+        files = run.fold(fold)
+        files.state.mkdir()
+        worker = {"host": "gpu-2", "address": "10.0.0.2"}
+        write_json(files.result, read_json(files.result) | {"sha256": files.sums(), "worker": worker})
+    shutil.rmtree(run.fold(1).checkpoint)
+    (run.fold(2).checkpoint / "raycv.json").write_text("{ }")
+    view = LiveView(range(3), 1, 8, Console(file=io.StringIO()))
+    states = _FoldStates(view, run, board=None, retries=0)
+    assert [states.finished(fold) for fold in range(3)] == [True, False, False]
+    assert run.finished(3) == [0]
+    assert [run.fold(fold).state.is_dir() for fold in range(3)] == [False, True, True]
+    assert "checkpoint/raycv.json is missing" in states.errors[1]
+    assert "checkpoint/raycv.json is damaged" in states.errors[2]
+    assert all("at node 10.0.0.2 (gpu-2); the driver does not find" in states.errors[fold] for fold in (1, 2))
+    assert [states.finished(fold) for fold in range(3)] == [True, False, False]

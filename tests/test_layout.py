@@ -91,6 +91,11 @@ def test_what_does_the_work_knows_neither_ray_nor_mlflow(module: str) -> None:
     assert not tops(loads(module)) & {"ray", "mlflow", "hydra", "omegaconf"}
 
 
+def test_the_survey_of_a_node_needs_nothing_of_raycv() -> None:
+    """It is sent by value to nodes that may have another raycv, and must run there."""
+    assert tops(imported(ast.walk(tree("survey")))) <= sys.stdlib_module_names
+
+
 def test_the_walk_sees_what_is_loaded_through_others() -> None:
     """The check of the check: cv loads torch-free seams, train loads torch through raycv.model."""
     assert "ray" in tops(loads("cv"))

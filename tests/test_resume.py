@@ -455,6 +455,7 @@ def unfinished(tmp_path_factory):
     dataset, splits = _data(config)
     run = RunFolder(folder / "runs" / "mine")
     prepared = Prepared(dataset, splits, None, None, None, _base(config).facts, {}, [])  # type: ignore[arg-type]
+    run.root.mkdir(parents=True)
     _write_inputs(run, config, prepared)
     write_json(run.tracking, {"uri": "sqlite:///nowhere.db", "experiment_id": "1", "parent_run_id": "x"})
     return run
