@@ -83,6 +83,8 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     if source.layout.others and source.layout.criterion is None and source.asked is None:
         unread = listed(list(source.layout.others))
         say(console, f"no column criterion, so each post is asked for every criterion; not read: {unread}")
+    for notice in source.layout.notices:
+        say(console, notice)
     with output.opened():
         begun = output.progress
         if begun.records and not begun.finished:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raycv.answers import find_criterion
-from raycv.errors import UserError, counted
+from raycv.errors import FaultsError, UserError, counted, shown
 from raycv.faults import FIELD_LIMIT, Kind, listed, named
 from raycv.labels import id_fault, is_blank
 from raycv.records import Criterion
+from raycv.sources import NearMiss, misspelt, near_misses
 from raycv.tables import LINE_LIMIT, UnreadableError, check_file, field_limit, is_unicode, opened, separator_of
 
 CHUNK_PAIRS = 2304
@@ -29,6 +30,9 @@ POST_COLUMNS = ("post", "text")
 CRITERION_COLUMNS = ("criterion", "criterion_id")
 ID_COLUMNS = ("post_id", "id")
 """Carried over to the scores, so that they find back to their posts."""
+_COLUMNS = (POST_COLUMNS, CRITERION_COLUMNS, ID_COLUMNS)
+_SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}
+"""What other tables call a criterion. To ignore it would ask each post for every criterion."""
 _PARQUET_ROWS = 256
 _COLUMNS_REMEDY = (
     "name the columns in the first line: post (or text); if you like, criterion (words) or criterion_id (A.4), post_id"
@@ -87,6 +91,8 @@ class PairFile:
 
     place = "line"
     """what `Record.line` counts"""
+    header = "line 1"
+    """where the columns stand"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -227,6 +233,8 @@ def _too_long(what: str, limit: int) -> str:
 class JsonLinesFile(PairFile):
     """A JSON object a line; the first tells the columns."""
 
+    header = "the first object"
+
     def columns(self) -> tuple[str, ...]:
         fault = None
         with closing(self.records(())) as records:
@@ -275,13 +283,14 @@ class _Entries(list[tuple[str, object]]):
 
 def _repeated(names: Sequence[str]) -> str | None:
     """A column that has a meaning and stands among `names` more than once."""
-    return next((name for name in (*POST_COLUMNS, *CRITERION_COLUMNS, *ID_COLUMNS) if names.count(name) > 1), None)
+    return next((name for group in _COLUMNS for name in group if names.count(name) > 1), None)
 
 
 class ParquetFile(PairFile):
     """Read batch by batch: a row group may be larger than the memory."""
 
     place = "row"
+    header = "the schema"
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -362,14 +371,19 @@ class Layout:
     ids: tuple[str, ...]
     others: tuple[str, ...] = ()
     """columns that are not read"""
+    notices: tuple[str, ...] = ()
+    """what to tell of those that look like one that is read"""
 
     @property
     def wanted(self) -> list[str]:
         return [self.post, *([self.criterion] if self.criterion else []), *self.ids]
 
 
-def find_layout(path: Path, columns: Sequence[str]) -> Layout:
-    """Raises: UserError if there is no column of posts, or it is not clear which is meant."""
+def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.header) -> Layout:
+    """Which of `columns` are read; `header`: where they stand.
+
+    Raises: UserError if there is no column of posts, it is not clear which is meant, or one is misspelt.
+    """
     if twice := _repeated(columns):
         remedies = ["keep one column of each name"]
         raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
@@ -383,10 +397,26 @@ def find_layout(path: Path, columns: Sequence[str]) -> Layout:
         have = f"its columns are {listed(list(columns))}" if columns else "it is empty"
         if separator := separator_of(columns):
             have += f", separated by {separator} and not by commas"
+        have += misspelt([POST_COLUMNS], columns)
         remedy = "save it with commas" if separator else _COLUMNS_REMEDY
         raise UserError(f"{path} has no column post or text: {have}.", remedies=[remedy])
+    near = near_misses(columns, _COLUMNS, _SYNONYMS)
+    _refuse_near(path, [miss for miss in near if miss.beside is None], header)
     layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
-    return replace(layout, others=tuple(name for name in columns if name not in layout.wanted))
+    notices = tuple(f"the column {shown(miss.column)} is not read, since {miss.beside} is" for miss in near)
+    return replace(layout, others=tuple(name for name in columns if name not in layout.wanted), notices=notices)
+
+
+def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
+    """Raises: FaultsError if a column is most likely a misspelt one: each post would be asked for every criterion."""
+    if not near:
+        return
+    faults = [f"{header}: the column {shown(miss.column)} is not read; did you mean {miss.meant}?" for miss in near]
+    remedies = [
+        *(f"rename {shown(miss.column)} to {miss.meant}" for miss in near),
+        f"to leave it unread, give it a name that is not nearly a known one (x_{near[0].meant}), or remove it",
+    ]
+    raise FaultsError(f"input={path} cannot be used", faults, remedies=remedies)
 
 
 @dataclass(frozen=True)
@@ -441,8 +471,12 @@ class PairSource:
     def _criteria_of(self, record: Record) -> list[Criterion]:
         column = self.layout.criterion
         if column is None:
-            if any(record.values.get(name) is not None for name in CRITERION_COLUMNS):
+            given = [name for name, value in record.values.items() if value is not None]
+            if any(name in CRITERION_COLUMNS for name in given):
                 raise ValueError("names a criterion, which the first record does not")
+            for miss in near_misses(given, _COLUMNS, _SYNONYMS):
+                if miss.meant in CRITERION_COLUMNS:
+                    raise ValueError(f"has {shown(miss.column)}, which the first record has not; is it {miss.meant}?")
             return [self.asked] if self.asked else list(self.criteria.values())
         name = _text(record, column)
         found = find_criterion(name, self.criteria)
@@ -481,14 +515,18 @@ def _id(record: Record, column: str) -> str:
 
 
 def open_source(
-    path: Path, criteria: Mapping[str, Criterion], criterion: str | None, chunk_pairs: int | None = None
+    path: Path,
+    criteria: Mapping[str, Criterion],
+    criterion: str | None,
+    chunk_pairs: int | None = None,
 ) -> PairSource:
     """What is asked of `path`. `criterion`: the one for all its rows; `chunk_pairs`: CHUNK_PAIRS, in tests fewer.
 
     Raises: UserError if the file cannot be read or has not the columns, or `criterion` is given twice or is unknown.
     """
     try:
-        layout = find_layout(path, pair_file(path).columns())
+        file = pair_file(path)
+        layout = find_layout(path, file.columns(), file.header)
     except (UnreadableError, OSError) as error:
         raise unreadable(path, error) from error
     if layout.criterion and criterion is not None:

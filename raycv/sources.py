@@ -3,9 +3,13 @@
 import difflib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
+from raycv.errors import shown
 from raycv.faults import Faults, Kind, named
 from raycv.tables import UnreadableError, check_file, read_columns, separator_of
 
@@ -19,6 +23,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     CRITERIA: (("criterion_id",), ("criterion", "text")),
 }
 """What each table must have, in small letters: the specification's tables and those of the ReDSM5 release."""
+OPTIONAL: dict[str, tuple[tuple[str, ...], ...]] = {CRITERIA: (("symptom",),)}
+"""What a table may have."""
 _SPELT = {"dsm5_symptom": "DSM5_symptom"}
 _KNOWN_COLUMNS = {name for columns in COLUMNS.values() for names in columns for name in names} | {"id"}
 
@@ -92,7 +98,7 @@ def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources
     criteria_dir = _spelt_as_on_disk(criteria_dir, faults)
     same = os.path.realpath(posts_dir) == os.path.realpath(criteria_dir)
     criteria_folder = folder if same else _scan(criteria_dir, Kind.NO_CRITERIA, faults)
-    posts = groundtruth = annotations = criteria = None
+    posts = labels = groundtruth = annotations = criteria = None
     if folder is not None:
         posts = _pick(folder, (POSTS,), Kind.NO_TABLE, faults)
         labels = _pick(folder, (GROUNDTRUTH, ANNOTATIONS), Kind.NO_TABLE, faults)
@@ -110,7 +116,8 @@ def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources
             f"{file.path} looks like criteria and is not used, since data.criteria_dir is {criteria_dir}; to use it: "
             f"data.criteria_dir={posts_dir}"
             for file in unused
-        ],
+        ]
+        + [warning for file in (posts, labels, criteria) if file is not None for warning in _unread(file)],
     )
 
 
@@ -126,12 +133,93 @@ def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
     return [_either(names) for names in COLUMNS[table] if not set(names) & set(columns)]
 
 
-def _misspelt(table: str, columns: tuple[str, ...]) -> str:
-    """What the columns that `table` lacks may be called in `columns`, for a message."""
-    lacking = [names[0] for names in COLUMNS[table] if not set(names) & set(columns)]
-    free = [name for name in columns if not any(name in names for names in COLUMNS[table])]
-    near = {name: difflib.get_close_matches(name, free, n=1, cutoff=0.7) for name in lacking}
-    return "".join(f"; is {named(found[0])} the {name}?" for name, found in near.items() if found)
+def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
+    """What the columns that are lacking may be called in `columns`, for a message. `groups`: alternatives together."""
+    lacking = [names for names in groups if not set(names) & set(columns)]
+    free = [name for name in columns if not any(name in names for names in groups)]
+    near = {name: _closest(name, free) for names in lacking for name in names}
+    return "".join(f"; is {named(found)} the {name}?" for name, found in near.items() if found)
+
+
+def _closest(name: str, columns: Sequence[str]) -> str | None:
+    """The one of `columns` that may be meant to be `name`: a hint, so it may be wrong."""
+    near = [column for column in columns if nearest(column, (name,))]
+    return next(iter(near or difflib.get_close_matches(name, columns, n=1, cutoff=0.7)), None)
+
+
+# --- Near misses -----------------------------------------------------------------------------------------------------
+
+_PLURALS = {"criterion": "criteria"}
+"""Those that end in something else than -s."""
+_COMPOUNDS = {
+    "criterion": {"text", "words", "wording", "description", "name", "code"},
+    "post": {"text", "body"},
+    "symptom": {"name"},
+}
+"""What may stand behind a column's name and leaves its meaning."""
+_LONGEST = 40
+"""Characters of a near miss at most. The letters of one are nearly those of a known name, so a message may show it."""
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A column that is not read, and the one that it is most likely meant to be."""
+
+    column: str
+    meant: str
+    beside: str | None
+    """the column that is there and is read for it"""
+
+
+def near_misses(
+    columns: Sequence[str], groups: Sequence[Sequence[str]], synonyms: Mapping[str, str] | None = None
+) -> list[NearMiss]:
+    """The near misses among `columns` of the known ones.
+
+    `groups`: the known columns, alternatives together; `synonyms`: other names of some of them.
+    """
+    synonyms, found = synonyms or {}, []
+    for column in columns:
+        if any(column in group for group in groups) or len(column) > _LONGEST:
+            continue
+        for group in groups:
+            names = (*group, *(other for other, known in synonyms.items() if known in group))
+            if near := nearest(column, names):
+                beside = next((name for name in group if name in columns), None)
+                found.append(NearMiss(column, synonyms.get(near, near), beside))
+                break
+    return found
+
+
+@lru_cache(maxsize=4096)
+def nearest(column: str, known: tuple[str, ...]) -> str | None:
+    """The one of `known` that `column` is a misspelling of, if any: `criteria` and `Criterion ID` are.
+
+    Stricter than a mere hint, since a near miss is refused: `criteria_version`, `poster_id` and `label_2` are none.
+    """
+    near = [name for name in known if _is_near(column, name)]
+    return max(near, key=lambda name: difflib.SequenceMatcher(None, column, name).ratio(), default=None)
+
+
+def _is_near(column: str, known: str) -> bool:
+    # A number is a word: criterion_2 is another column beside criterion.
+    words, wanted = (re.findall(r"[^\W\d_]+|\d+", name.casefold()) for name in (column, known))
+    if "".join(words) in map("".join, product(*map(_forms, wanted))):
+        return True
+    if len(words) == len(wanted) + 1 and words[-1] in _COMPOUNDS.get(known, ()):
+        words = words[:-1]
+    return len(words) == len(wanted) and all(map(_is_near_word, words, wanted))
+
+
+def _is_near_word(word: str, known: str) -> bool:
+    if len(known) < len("label"):
+        # Of short words many are an edit away from another: cost, host and past from post.
+        return word in _forms(known) or (word[0] == known[0] and sorted(word) == sorted(known))
+    return bool(difflib.get_close_matches(word, _forms(known), n=1, cutoff=0.8))
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    return word, f"{word}s", _PLURALS.get(word, word)
 
 
 def text_column(table: str, columns: tuple[str, ...]) -> list[str]:
@@ -221,6 +309,10 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     """The one file of `folder` that is one of `tables`; several or none are reported."""
     matches = [file for table in tables for file in folder.of(table)]
     if len(matches) == 1:
+        for miss in _near_misses(matches[0]):
+            if miss.beside is None:
+                detail = f"the column {shown(miss.column)} is not read; did you mean `{miss.meant}`?"
+                faults.add(Kind.NEAR_COLUMN, matches[0].path, detail, "line 1")
         return matches[0]
     if matches:
         names = ", ".join(str(file) for file in matches)
@@ -240,6 +332,20 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     return None
 
 
+def _near_misses(file: _File) -> list[NearMiss]:
+    table = str(file.table)
+    return near_misses(file.columns, (*COLUMNS[table], *OPTIONAL.get(table, ())))
+
+
+def _unread(file: _File) -> list[str]:
+    """The columns of a file that look like those that are read beside them, for the user."""
+    return [
+        f"{file.path}: the column {shown(miss.column)} is not read, since `{miss.beside}` is."
+        for miss in _near_misses(file)
+        if miss.beside is not None
+    ]
+
+
 def _nearly(file: _File, tables: tuple[str, ...]) -> bool:
     """All columns of a table but one, where at least two are there: most likely that table with a misnamed column."""
     return any(len(missing_columns(table, file.columns)) == 1 and len(COLUMNS[table]) > 2 for table in tables)
@@ -254,7 +360,7 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
-        meant = _misspelt(table, file.columns)
+        meant = misspelt(COLUMNS[table], file.columns)
         found, separator = _column_list(file.columns), separator_of(file.columns)
         if separator:
             faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
