@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from raycv.config import Fraction, NonEmpty
 from raycv.errors import UserError, shown
+from raycv.labels import Missing
 from raycv.paths import read_json, sha256_of, write_json
 from raycv.prompts import TEMPLATE, PromptRules
 from raycv.records import LABELS
@@ -59,6 +60,8 @@ class CheckpointInfo:
     precision: Literal["fp32", "bf16"]
     base_sums: dict[str, str] = field(default_factory=dict)
     """of the base model's files, as BaseFiles.sums; earlier versions kept none"""
+    missing: Missing = "text"
+    """what NaN and the like were in the criteria's file; earlier versions kept them as text"""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
+from raycv.labels import Missing
 from raycv.paths import SQLITE
 from raycv.retry import mask_secrets
 
@@ -135,6 +136,12 @@ class DataConfig(Section):
     dir: PathText = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
     criteria_dir: PathText = Field(description="folder with the criteria, CSV or JSON")
     empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
+    # The default is for whole config files that users wrote, or copied from a run, before there was this key.
+    missing: Missing = Field(
+        default="empty",
+        description="what a cell is that holds NaN, NULL, N/A or the like and nothing else: empty (data.empty decides "
+        "what happens to it), or text",
+    )
     shuffle_labels: bool = Field(
         description="control experiment: permute the labels over the pairs; scores must fall to chance"
     )
@@ -382,6 +389,10 @@ class InferConfig(Section):
     output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "
         "(.csv, .jsonl, .parquet)"
+    )
+    missing: Missing = Field(
+        description="what a cell of input is that holds NaN, NULL, N/A or the like and nothing else: empty (a bad "
+        "row), or text; in post= and criterion= such a word is text"
     )
     engine: Literal["local", "ray"] = Field(
         description="who scores input: this process, or Ray Data over a cluster; the same scores"

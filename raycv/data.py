@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raycv.errors import counted
 from raycv.faults import Faults, Kind, listed, named
-from raycv.labels import Labels, Texts, read_labels, read_texts
+from raycv.labels import Labels, Missing, Texts, read_labels, read_texts
 from raycv.records import Criterion, Dataset, Pair
 from raycv.sources import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_criteria, find_sources
 
@@ -24,20 +24,23 @@ EXPECTED_IN_RELEASE = {"positives": 1292, "posts_without_positive": 392}
 """What the ReDSM5 release gives beside these: check sums of the derivation."""
 
 
-def load_dataset(posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", "refuse"] = "drop") -> Dataset:
+def load_dataset(
+    posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", "refuse"] = "drop", missing: Missing = "empty"
+) -> Dataset:
     """The data set whose posts and labels are in `posts_dir` and whose criteria are in `criteria_dir` (or both in one).
 
     Posts, criteria and pairs are sorted by their ids as plain strings, so "A.10" comes before "A.2", and the order of
     the files' rows does not matter. Texts are kept as they are, to the character. `empty` says what becomes of a post
     or criterion without text: dropped with its pairs and a warning, or a fault (the specification's edge cases).
+    `missing` says what NaN, NULL and the like, alone in a cell, are: such an empty text, or the text itself.
 
     Raises: FaultsError naming every fault of every file.
     """
     posts_dir, criteria_dir = Path(posts_dir), Path(criteria_dir)
     faults = Faults()
     sources = find_sources(posts_dir, criteria_dir, faults)
-    posts = read_texts(sources.posts, POSTS, faults)
-    criteria = read_texts(sources.criteria, CRITERIA, faults)
+    posts = read_texts(sources.posts, POSTS, faults, missing)
+    criteria = read_texts(sources.criteria, CRITERIA, faults, missing)
     labels = read_labels(sources, posts, criteria, faults)
     if empty == "refuse":
         _refuse_empty(posts, criteria, faults)
@@ -53,10 +56,13 @@ def load_dataset(posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", 
     return _dataset(posts, criteria, labels, pairs, sources)
 
 
-def load_criteria(folder: Path) -> dict[str, Criterion]:
-    """The criteria in `folder` that hold text, sorted by id. Raises: FaultsError naming every fault of the file."""
+def load_criteria(folder: Path, *, missing: Missing = "empty") -> dict[str, Criterion]:
+    """The criteria in `folder` that hold text, sorted by id; `missing` as in `load_dataset`.
+
+    Raises: FaultsError naming every fault of the file.
+    """
     faults = Faults()
-    criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults)
+    criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults, missing)
     if criteria is not None and criteria.whole and not criteria.kept():
         faults.add(Kind.NO_CRITERIA, criteria.path, "holds no criterion with text")
     faults.raise_any(f"The criteria in {folder} cannot be used")
@@ -79,7 +85,8 @@ def _refuse_empty(posts: Texts | None, criteria: Texts | None, faults: Faults) -
     for found, name in ((posts, "post"), (criteria, "criterion")):
         if found is not None:
             for key in found.blank():
-                faults.add(Kind.EMPTY, found.path, f"{name} {named(key)} has no text", found.places[key])
+                held = f": its cell holds {found.missing[key]}" if key in found.missing else ""
+                faults.add(Kind.EMPTY, found.path, f"{name} {named(key)} has no text{held}", found.places[key])
 
 
 def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -> None:
@@ -128,6 +135,10 @@ def _dataset(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], s
         "files": {table: file_stats(path) for table, path in files.items()},
         **count(texts, kept, pairs),
         "dropped": {"posts": posts.blank(), "criteria": criteria.blank(), "pairs": all_pairs - len(pairs)},
+        "missing": {
+            POSTS: dict(Counter(posts.missing.values())),
+            CRITERIA: dict(Counter(criteria.missing.values())),
+        },
     }
     if labels.official:
         names = ("rows", "special_case", "aliased", "repeated", "contradictory")
@@ -205,6 +216,7 @@ def warnings_about(stats: Mapping[str, Any]) -> list[str]:
         *_size_warning(stats),
         *_repeat_warning(stats),
         *_drop_warnings(stats["dropped"]),
+        *_missing_warnings(stats["missing"]),
         *_annotation_warnings(stats.get("annotations", {})),
     ]
 
@@ -237,6 +249,16 @@ def _drop_warnings(dropped: Mapping[str, Any]) -> list[str]:
         f" {listed(dropped[table])}."
         for table, one in (("posts", "post"), ("criteria", "criterion"))
         if dropped[table]
+    ]
+
+
+def _missing_warnings(missing: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"{counted(sum(spellings.values()), 'cell')} of the {table} hold what software writes for nothing"
+        f" ({', '.join(f'{number:,} x {spelling}' for spelling, number in sorted(spellings.items()))}) and count as"
+        " without text; data.missing=text keeps them as text."
+        for table, spellings in missing.items()
+        if spellings
     ]
 
 

@@ -182,7 +182,7 @@ def _reopen(tracker: "Tracker", parent_id: str, earlier: Earlier, console: Conso
 
 def _data(config: RunConfig) -> tuple[Dataset, list[Split]]:
     data_dir, criteria_dir = Path(resolve(config.data.dir)), Path(resolve(config.data.criteria_dir))
-    dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty)
+    dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty, missing=config.data.missing)
     if config.data.shuffle_labels:
         dataset = _with_shuffled_labels(dataset, config.cv.seed)
     if config.privacy.log_text:

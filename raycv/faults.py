@@ -63,7 +63,11 @@ class Kind(Enum):
     UNUSED_POST = "posts without any pair", _IDS
     UNUSED_CRITERION = "criteria without any pair", f"{_IDS}; data.criteria_dir says which criteria are used"
     NO_PAIR = "missing pairs", "add the missing rows: every post is judged by every criterion, label no included"
-    EMPTY = "empty texts", "fill them in or remove them; data.empty=drop leaves them out with their pairs"
+    EMPTY = (
+        "empty texts",
+        "fill them in or remove them; data.empty=drop leaves them out with their pairs; NaN, NULL and the like count as"
+        " empty, and data.missing=text keeps them as text",
+    )
     CLASSES = "data sets that cannot be learnt from", "give posts with text, and labels of both classes, yes and no"
 
     def __init__(self, many: str, *remedies: str) -> None:

@@ -288,6 +288,7 @@ def _checkpoint_info(
         epoch=best.epoch,
         precision=precision,
         base_sums=base.sums(),
+        missing=task.config.data.missing,
     )
 
 

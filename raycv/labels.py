@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from raycv.faults import Faults, Kind, named
 from raycv.records import Pair
@@ -30,8 +31,38 @@ _NO_SYMPTOM = "SPECIAL_CASE"
 _LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "true": 1, "false": 0}
 _ID_LIMIT = 100
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
-# Invisible, and no white space to Python: a post of these alone is empty all the same.
-_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+# Unicode's Default_Ignorable_Code_Point: characters that show nothing where a font or program does not know them.
+# Python's unicodedata lacks the property. The ranges are those of DerivedCoreProperties.txt of Unicode 18.0, reserved
+# code points among them; a test compares them with the tables of the regex package.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Controls, format characters and separators show nothing. A combining mark needs a letter below it.
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
+# These characters are symbols or letters to Unicode, and their glyphs hold no ink. Only their names tell: a name is
+# normative and never changes.
+_INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
+            "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
+
+Missing = Literal["empty", "text"]
+"""What a cell of text is that holds one of MISSING and nothing else: an empty text, or that text."""
+MISSING = frozenset({
+    # pandas reads these as missing by default, and so people let it write them (na_rep); R writes NA, Python None.
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+    # pandas, for a time that is missing.
+    "NaT",
+    # Databases, in their exports: MySQL and PostgreSQL, Oracle.
+    "\\N", "(null)",
+    # Spreadsheets, for a formula without a value: Excel, LibreOffice and Google's, and #N/A in other languages.
+    "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!", "#FIELD!", "#GETTING_DATA",
+    "#ERROR!", "#NV", "#N/D", "#N/B", "#I/T",
+})  # fmt: skip
+"""What software writes into a cell for nothing, letter by letter.
+
+A person writes `none`, `Null`, `na` or `Nan` too, so other spellings are text.
+"""
 
 
 def criterion_code(name: str) -> str | None:
@@ -58,8 +89,25 @@ def _plain(name: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether `text` holds nothing to read: no character, or only white space and invisible ones."""
-    return not text.strip().strip(_INVISIBLE).strip()
+    """Whether `text` holds nothing to read: no character, or only white space, invisible ones and combining marks."""
+    return not any(_is_seen(character) for character in text)
+
+
+def _is_seen(character: str) -> bool:
+    """Whether `character` shows something by itself.
+
+    Private characters may show something. So may unassigned ones: a later version of Unicode can make them letters, and
+    a post must not be blank to one version of Python alone. Surrogates are damage, which is reported as such.
+    """
+    if unicodedata.category(character) in _UNSEEN or _IGNORABLE.match(character):
+        return False
+    is_noncharacter = ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"
+    return not is_noncharacter and unicodedata.name(character, "") not in _INKLESS
+
+
+def is_missing(text: str) -> bool:
+    """Whether `text` is what software writes for nothing, and not what a person wrote."""
+    return text.strip() in MISSING
 
 
 # --- Posts and criteria ----------------------------------------------------------------------------------------------
@@ -73,6 +121,8 @@ class Texts:
     whole: bool
     texts: dict[str, str] = field(default_factory=dict)
     """id -> text, blank ones included."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """id -> the spelling of nothing that its cell holds, where that is taken as an empty text."""
     places: dict[str, str] = field(default_factory=dict)
     """id -> where it stands; also ids of rows with a fault, lest every reference to them be reported as another."""
     looks: dict[str, str] = field(default_factory=dict)
@@ -110,8 +160,11 @@ class Texts:
         return self.codes.get(code) if code else None
 
 
-def read_texts(path: Path | None, table: str, faults: Faults) -> Texts | None:
-    """The posts or criteria of `path`, faulty rows left out; None if there is no such file."""
+def read_texts(path: Path | None, table: str, faults: Faults, missing: Missing) -> Texts | None:
+    """The posts or criteria of `path`, faulty rows left out; None if there is no such file.
+
+    `missing`: what NaN and the like stand for in a cell of text; ids are taken as they are.
+    """
     if path is None:
         return None
     file = read_table(path, faults)
@@ -123,9 +176,12 @@ def read_texts(path: Path | None, table: str, faults: Faults) -> Texts | None:
     for row in file.rows:
         key = _new_id(row, table, found, faults)
         if key is not None and not row.broken and columns:
-            found.texts[key] = row.values[columns[0]]
+            found.texts[key] = text = row.values[columns[0]]
+            if missing == "empty" and is_missing(text):
+                found.texts[key], found.missing[key] = "", text.strip()
+            name = row.id("symptom")
             # Messages and tables repeat a name; what could be prose is none.
-            if table == CRITERIA and _NAME.fullmatch(name := row.id("symptom")):
+            if table == CRITERIA and _NAME.fullmatch(name) and not (missing == "empty" and is_missing(name)):
                 found.symptoms[key] = name
     return found
 
@@ -157,8 +213,8 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
 
 def id_fault(key: str, *, is_criterion: bool) -> str | None:
     """What is wrong with `key` as an id, if anything."""
-    if not key:
-        return "is empty"
+    if is_blank(key):
+        return f"holds nothing but invisible characters ({len(key)})" if key else "is empty"
     if len(key) > _ID_LIMIT:
         return f"has {len(key):,} characters, more than {_ID_LIMIT}: no id, perhaps a text"
     if not key.isprintable():

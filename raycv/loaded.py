@@ -49,7 +49,7 @@ def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bo
 
     info = read_info(checkpoint)
     try:
-        criteria = load_criteria(Path(resolve(given or info.criteria_dir)))
+        criteria = load_criteria(Path(resolve(given or info.criteria_dir)), missing=info.missing)
     except UserError as error:
         if not needed and given is None:
             tell(f"the run's criteria cannot be read, and the one given is taken as it stands: {error.what}")

@@ -78,7 +78,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         continued.
     """
     console = Console(stderr=True)
-    source = open_source(Path(str(config.input)), criteria, config.criterion)
+    source = open_source(Path(str(config.input)), criteria, config.criterion, missing=config.missing)
     output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen, config.base))
     if source.layout.others and source.layout.criterion is None and source.asked is None:
         unread = listed(list(source.layout.others))
@@ -131,6 +131,8 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
+        # Earlier versions took such cells as text, so their outputs are continued with missing=text.
+        **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
         "the version of raycv": __version__,
     }
 

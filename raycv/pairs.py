@@ -16,7 +16,7 @@ from typing import Any
 from raycv.answers import find_criterion
 from raycv.errors import FaultsError, UserError, counted, shown
 from raycv.faults import FIELD_LIMIT, Kind, listed, named
-from raycv.labels import id_fault, is_blank
+from raycv.labels import Missing, id_fault, is_blank, is_missing
 from raycv.records import Criterion
 from raycv.sources import NearMiss, misspelt, near_misses
 from raycv.tables import LINE_LIMIT, UnreadableError, check_file, field_limit, is_unicode, opened, separator_of
@@ -254,7 +254,7 @@ class JsonLinesFile(PairFile):
             lines, number = _Lines(file), 0
             line = lines.start_record()
             for text in lines:
-                if not is_blank(text):
+                if not text.isspace():
                     number += 1
                     values, fault = _json_object(text) if not lines.cut else ({}, _too_long("line", LINE_LIMIT))
                     self.position = lines.bytes_read
@@ -429,6 +429,8 @@ class PairSource:
     asked: Criterion | None
     """the one criterion of all rows, for a file that names none"""
     chunk_records: int
+    missing: Missing = "empty"
+    """what NaN and the like are, alone in a cell of text"""
 
     def chunks(self, done: int = 0) -> Iterator[Chunk]:
         """The chunks after the first `done` records. Raises: UserError if the file cannot be read any more."""
@@ -463,6 +465,7 @@ class PairSource:
             if record.fault:
                 raise ValueError(record.fault)
             post = _text(record, self.layout.post)
+            self._refuse_missing(self.layout.post, post)
             ids = tuple(_id(record, name) for name in self.layout.ids)
             return [AskedPair(record.number, record.line, ids, post, one) for one in self._criteria_of(record)]
         except (ValueError, UserError) as error:
@@ -482,7 +485,15 @@ class PairSource:
         found = find_criterion(name, self.criteria)
         if column == "criterion_id" and not found.criterion_id:
             raise ValueError(f"criterion_id {named(name)} is none of the run's")
+        if not found.criterion_id:
+            # An id or name of the run's may be spelt like that.
+            self._refuse_missing(column, name)
         return [found]
+
+    def _refuse_missing(self, column: str, text: str) -> None:
+        """Raises: ValueError if `text` is what software writes for nothing, and is to be taken so."""
+        if self.missing == "empty" and is_missing(text):
+            raise ValueError(f"the {column} is empty: it holds {text.strip()} (missing=text takes it as text)")
 
 
 def _text(record: Record, column: str) -> str:
@@ -519,8 +530,11 @@ def open_source(
     criteria: Mapping[str, Criterion],
     criterion: str | None,
     chunk_pairs: int | None = None,
+    missing: Missing = "empty",
 ) -> PairSource:
     """What is asked of `path`. `criterion`: the one for all its rows; `chunk_pairs`: CHUNK_PAIRS, in tests fewer.
+
+    `missing`: whether NaN and the like, alone in a cell of text, are an empty text or that text.
 
     Raises: UserError if the file cannot be read or has not the columns, or `criterion` is given twice or is unknown.
     """
@@ -535,7 +549,7 @@ def open_source(
     asked = find_criterion(criterion, criteria) if criterion is not None else None
     of_record = 1 if layout.criterion or asked else len(criteria)
     chunk_records = max(1, (chunk_pairs or CHUNK_PAIRS) // of_record)
-    return PairSource(path.absolute(), layout, dict(criteria), asked, chunk_records)
+    return PairSource(path.absolute(), layout, dict(criteria), asked, chunk_records, missing)
 
 
 def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:

@@ -191,7 +191,11 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
     remedies = [GOOD_COPY, AFRESH]
     try:
-        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+        values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("data"), dict):
+            # Earlier versions had no such key and kept NaN and the like as text: the run must see the same data.
+            values["data"].setdefault("missing", "text")
+        return validate(RunConfig, values)
     except OSError as error:
         raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
     except (ValueError, yaml.YAMLError) as error:

@@ -177,6 +177,12 @@ def test_environment_that_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPa
         validate(RunConfig, compose("run", []))
 
 
+def test_a_config_file_of_before_the_key_takes_nan_as_empty() -> None:
+    values = deepcopy(_composed())
+    assert values["data"].pop("missing") == "empty"
+    assert validate(RunConfig, values).data.missing == "empty"
+
+
 def test_configs_cannot_be_changed_afterwards() -> None:
     config = validate(RunConfig, _composed())
     with pytest.raises(ValueError, match="frozen"):
@@ -241,6 +247,8 @@ MALFORMED = [
     ("dora.lora_dropout=1", "received 1 "),
     ("dora.lora_dropout=-0.1", "received -0.1"),
     ("data.empty=keep", "received 'keep'"),
+    ("data.missing=drop", "received 'drop'"),
+    ("data.missing=null", "received None"),
     ("data.shuffle_labels=maybe", "received 'maybe'"),
     ("data.shuffle_labels=1", "received 1 "),
     ("data.dir=''", "received ''"),

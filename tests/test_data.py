@@ -10,20 +10,25 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raycv.data import EXPECTED_COUNTS, EXPECTED_IN_RELEASE, _size_warning, criteria_hash, load_criteria, load_dataset
 from raycv.errors import FaultsError
-from raycv.labels import SYMPTOMS, criterion_code
+from raycv.labels import _IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
 from raycv.records import Dataset, Pair
 from raycv.tables import FIELD_LIMIT
 
+ROOT = Path(__file__).parent.parent
+SAMPLE_HASHES = {"data_hash": "88a295bf110007c5", "criteria_hash": "2d7308a2f991d163"}
+"""As the runs of every version have recorded them."""
 CANARY = "zebra under moonlight"
 """In every text of every set made here; no message and no statistic may hold it."""
 CRITERIA = {f"A.{n}": f"criterion number {n}, {CANARY}" for n in range(1, 10)}
@@ -444,7 +449,15 @@ def test_repeated_annotations_count_once(tmp_path: Path) -> None:
     assert any("2 annotation rows repeat" in warning for warning in data.warnings)
 
 
-@pytest.mark.parametrize("blank", ["", "   ", "\t\n", "\u00a0\u3000", "\u200b\ufeff", " \u200b "])
+INVISIBLE = ["\u2800", "\u3164", "\u00ad", "\u200e", "\u2063", "\ufe0f", "\u034f", "\U000e0020"]
+"""A braille pattern without dots, a filler, a soft hyphen, a mark of direction, a separator, a variation, a joiner, a
+tag: a few of thousands."""
+
+
+@pytest.mark.parametrize(
+    "blank",
+    ["", "   ", "\t\n", "\u00a0\u3000", "\u200b\ufeff", " \u200b ", *INVISIBLE, "".join(INVISIBLE), "NaN", " NULL "],
+)
 @pytest.mark.parametrize("layout", [specification, official])
 def test_empty_texts_are_dropped_with_their_pairs(tmp_path: Path, blank: str, layout: Callable[..., Files]) -> None:
     files = layout({**POSTS, "p8": blank, "p9": blank})
@@ -457,6 +470,129 @@ def test_empty_texts_are_dropped_with_their_pairs(tmp_path: Path, blank: str, la
     assert "posts.csv, line 6: post 'p8' has no text" in message
     assert "post 'p9' has no text" in message
     assert "data.empty=drop" in message
+
+
+def test_the_ignorable_characters_are_those_of_unicode() -> None:
+    """The regex package has Unicode's own tables; of its other properties a few stand for those of Python."""
+    ignorable = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{White_Space}\p{Noncharacter_Code_Point}\p{Cf}]")
+    found = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and ignorable.match(chr(code))]
+    assert len(found) > 4000
+    # Python knows fewer characters than the package; those that it does not know count as seen.
+    assert {text for text in found if not is_blank(text)} <= {
+        text for text in found if unicodedata.category(text) == "Cn"
+    }
+    only_ignorable = [text for text in found if regex.match(r"\p{Default_Ignorable_Code_Point}", text)]
+    assert all(is_blank(text) for text in only_ignorable)
+    table = [chr(code) for code in range(0x110000) if _IGNORABLE.match(chr(code))]
+    assert table == only_ignorable
+
+
+def test_what_shows_something_is_no_blank() -> None:
+    """Every letter, digit, sign and symbol, private and unassigned characters; a surrogate is another fault."""
+    inkless = {"\u2800", "\U0001d159"}
+    for code in range(0x110000):
+        text = chr(code)
+        seen = unicodedata.category(text)[0] in "LNPS" and not _IGNORABLE.match(text) and text not in inkless
+        if seen or unicodedata.category(text) in ("Co", "Cs"):
+            assert not is_blank(text), hex(code)
+        elif unicodedata.category(text)[0] in "MZ" or unicodedata.category(text) in ("Cc", "Cf"):
+            assert is_blank(text), hex(code)
+    assert not is_blank("\U0001fae9"), "a face that Unicode 16 brought, whatever the version of Python"
+    for text in ("\u2764\ufe0f", "1\ufe0f\u20e3", "e\u0301", "\u0915\u093f", "\u200fא", "?", "\u3164x"):
+        assert not is_blank(text), text
+    for text in ("\u0301", "\u093f\u0301", "\ufe0f\ufe0f", "\uffff", "\ufdd0", "\x1b", "\u2028"):
+        assert is_blank(text), ascii(text)
+
+
+@pytest.mark.parametrize("blank", INVISIBLE)
+def test_ids_of_invisible_characters_are_refused(tmp_path: Path, blank: str) -> None:
+    files = specification()
+    files[P] += f"{blank},words\n".encode()
+    files[C] += f"{blank},words\n".encode()
+    message = refusal(write(tmp_path, files))
+    assert "posts.csv, line 6: post_id holds nothing but invisible characters (1)" in message
+    assert "criteria.csv, line 11: criterion_id holds nothing but invisible characters (1)" in message
+
+
+# --- Words for nothing -----------------------------------------------------------------------------------------------
+
+
+def test_every_spelling_of_pandas_is_known_and_no_persons_is() -> None:
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    assert STR_NA_VALUES - {""} <= MISSING
+    for spelling in MISSING:
+        assert is_missing(f" {spelling}\n")
+        assert not is_missing(f"{spelling} again")
+    for typed in (
+        "none",
+        "NONE",
+        "Null",
+        "na",
+        "Na",
+        "Nan",
+        "NAN",
+        "N/a",
+        "nil",
+        "nothing",
+        "-",
+        "?",
+        "#NoMore!",
+        "",
+        " ",
+    ):
+        assert not is_missing(typed), typed
+
+
+@pytest.mark.parametrize("spelling", ["NaN", "NULL", "None", "#N/A", "<NA>", "#VALUE!"])
+@pytest.mark.parametrize("layout", [specification, official])
+def test_what_pandas_writes_for_nothing_is_empty(tmp_path: Path, spelling: str, layout: Callable[..., Files]) -> None:
+    files = layout({**POSTS, "p8": "x", "p9": "y"})
+    name = P if P in files else "redsm5_posts.csv"
+    frame = pd.read_csv(io.BytesIO(files[name])).set_index("post_id")
+    frame.loc[["p8", "p9"]] = None
+    files[name] = frame.to_csv(na_rep=spelling).encode()
+    data = load(tmp_path, files)
+    assert data.posts == POSTS
+    assert data.stats["dropped"] == {"posts": ["p8", "p9"], "criteria": [], "pairs": 18}
+    assert data.stats["missing"] == {"posts": {spelling: 2}, "criteria": {}}
+    (warning,) = (warning for warning in data.warnings if "data.missing" in warning)
+    assert f"2 cells of the posts hold what software writes for nothing (2 x {spelling})" in warning
+    message = refusal(tmp_path, empty="refuse")
+    assert f"{name}, line 6: post 'p8' has no text: its cell holds {spelling}" in message
+    assert "data.missing=text keeps them as text" in message
+    kept = load_dataset(tmp_path, tmp_path, missing="text")
+    assert kept.posts == POSTS | {"p8": spelling, "p9": spelling}
+    assert kept.stats["missing"] == {"posts": {}, "criteria": {}}
+
+
+def test_a_criterion_that_is_missing_and_ids_that_are_spelt_like_that(tmp_path: Path) -> None:
+    posts = {**POSTS, "None": f"a post, {CANARY}"}
+    files = specification(posts)
+    rows = [(key, "NULL" if key == "A.9" else text, "NaN" if key == "A.2" else "") for key, text in CRITERIA.items()]
+    files[C] = table("criterion_id,criterion,symptom", [*rows, ("NA", "words", "")])
+    files[G] += b"".join(f"{post},NA,no\n".encode() for post in posts)
+    data = load(tmp_path, files)
+    assert data.posts == posts
+    assert sorted(data.criteria) == [*(f"A.{n}" for n in range(1, 9)), "NA"]
+    assert data.criteria["A.2"].symptom is None
+    assert data.stats["missing"] == {"posts": {}, "criteria": {"NULL": 1}}
+    assert sorted(load_criteria(tmp_path)) == sorted(data.criteria)
+    kept = load_criteria(tmp_path, missing="text")
+    assert (kept["A.9"].text, kept["A.2"].symptom) == ("NULL", "NaN")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / J).write_bytes(criteria_json(CRITERIA | {"A.9": "NaN"}))
+    assert len(load_criteria(tmp_path / "json")) == 8
+
+
+def test_without_such_cells_nothing_changes(tmp_path: Path) -> None:
+    write(tmp_path, specification({**POSTS, "p4": "None of it", "p5": "nullify", "p6": "none"}))
+    one, other = (load_dataset(tmp_path, tmp_path, missing=missing) for missing in ("empty", "text"))
+    assert one == other
+    assert len(one.posts) == 6
+    sample = load_dataset(ROOT / "data/sample", ROOT / "data/sample").stats
+    hashes = {key: sample[key][:16] for key in ("data_hash", "criteria_hash")}
+    assert hashes == SAMPLE_HASHES, "runs that were begun earlier could not be resumed"
 
 
 def test_an_empty_criterion_is_dropped_with_its_pairs(tmp_path: Path) -> None:
@@ -482,6 +618,20 @@ def test_criteria_that_are_not_used_are_mentioned(tmp_path: Path) -> None:
     data = load_dataset(tmp_path / "own", tmp_path / "dsm5")
     assert data.stats["files"]["criteria"]["name"] == "criteria.json"
     assert any("criteria.csv looks like criteria and is not used" in warning for warning in data.warnings)
+
+
+def test_columns_that_look_like_one_that_is_read_are_mentioned(tmp_path: Path) -> None:
+    files = specification()
+    files[P] = table("post_id,post,posts,date,post_length", [(p, t, "x", "x", "x") for p, t in POSTS.items()])
+    files[C] = table("criterion_id,text,criteria,x_symptom", [(c, t, "x", "y") for c, t in CRITERIA.items()])
+    files[G] = files[G].replace(b"label\n", b"label,label_2,labels\n").replace(b"yes\n", b"yes,1,no\n")
+    files[G] = files[G].replace(b"no\n", b"no,1,no\n").replace(b"yes,1,no,1,no", b"yes,1,no")
+    found = [warning.rpartition("/")[2] for warning in load(tmp_path, files).warnings if "is not read" in warning]
+    assert found == [
+        "posts.csv: the column 'posts' is not read, since `post` is.",
+        "groundtruth.csv: the column 'labels' is not read, since `label` is.",
+        "criteria.csv: the column 'criteria' is not read, since `text` is.",
+    ]
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -679,6 +829,10 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "two text columns": (
         lambda files: files.update({P: table("post_id,post,text", [(p, t, t) for p, t in POSTS.items()])}),
         ["posts.csv, line 1: both post and text are there", "keep the one that is meant"],
+    ),
+    "optional column misspelt": (
+        replaced(C, b"criterion_id,criterion", b"criterion_id,criterion,Symptoms"),
+        ["criteria.csv, line 1: the column 'symptoms' is not read; did you mean `symptom`?", "put x_ before its name"],
     ),
     "over-long field": (
         added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),

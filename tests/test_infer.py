@@ -33,7 +33,7 @@ from raycv.config import InferConfig, InferenceConfig, TrackingConfig
 from raycv.errors import UserError
 from raycv.infer import read_question, show
 from raycv.inference_log import Record, text_facts
-from raycv.loaded import load_answerer
+from raycv.loaded import load_answerer, read_criteria
 from raycv.paths import RunFolder, read_json, write_json, write_text
 from raycv.records import Criterion, FoldResult
 from raycv.runs import choose, with_fold_id
@@ -398,7 +398,9 @@ def test_answers_keep_the_order_of_questions_and_criteria():
     assert "A.1 DEPRESSED_MOOD" in as_text(answers[0], CRITERIA, single=False)
 
 
-@pytest.mark.parametrize("post", ["", " \n\t", "\u200b\ufeff"])
+@pytest.mark.parametrize(
+    "post", ["", " \n\t", "\u200b\ufeff", "\u2800", "\u3164\u00ad", "\u200e\u2063\ufe0f", "\u034f\U000e0020", "\u0301"]
+)
 def test_an_empty_post_or_criterion_is_refused(post):
     with pytest.raises(UserError, match="The post is empty"):
         Answerer(Fixed(), CRITERIA).answer([Question(post)])
@@ -477,6 +479,34 @@ def answers_of(checkpoint: Path, *questions: Question, tell=lambda text: None, *
     chosen = choose(str(checkpoint), "best", checkpoint.parent, None)
     answerer = load_answerer(chosen, AS_TRAINED, None, tell, questions=questions, **options)
     return [[(a["label"], a["score"]) for a in each] for each in answerer.answer(questions)]
+
+
+def test_nan_in_the_criteria_is_what_it_was_in_training(run, tmp_path):
+    """Earlier versions kept it as text, and their checkpoints do not say so."""
+    folder = tmp_path / "criteria"
+    folder.mkdir()
+    (folder / "criteria.csv").write_text("criterion_id,criterion\nC0,w0\nC1,NaN\n")
+    read = {}
+    for missing in ("empty", "text", None):
+        changes = {"missing": missing} if missing else {}
+        checkpoint = moved(run, tmp_path / str(missing), criteria_dir=str(folder), **changes)
+        if missing is None:
+            values = read_json(checkpoint / "raycv.json")
+            del values["missing"]
+            write_json(checkpoint / "raycv.json", values)
+        read[missing] = list(read_criteria(checkpoint, None, lambda text: None))
+    assert read == {"empty": ["C0"], "text": ["C0", "C1"], None: ["C0", "C1"]}
+
+
+@pytest.mark.parametrize("word", ["None", "NaN", "null", "N/A", "NULL"])
+def test_a_word_that_a_person_types_is_text(monkeypatch, tmp_path, word):
+    """Nothing has its own spelling there: no key on the command line, null in JSON. A table's cell has none."""
+    answers = Answerer(Fixed(), CRITERIA).answer([Question(word, "A.1"), Question(word, word)])
+    assert [each["criterion_id"] for answer in answers for each in answer] == ["A.1", None]
+    (tmp_path / "post.txt").write_text(f"{word}\n")
+    for typed in (f"post={word}", f"post_file={tmp_path / 'post.txt'}"):
+        config = through_the_command_line(monkeypatch, typed, f"criterion={word}", "missing=empty")
+        assert read_question(config) == Question(word, word)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -29,7 +30,7 @@ from raycv.base import fetch_base
 from raycv.checkpoint import read_info, save_checkpoint
 from raycv.cli import compose
 from raycv.config import InferConfig, InferenceConfig, validate
-from raycv.errors import UserError
+from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
 from raycv.many import ProgressView, local_engine, score_chunk
 from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
@@ -446,6 +447,179 @@ def test_a_parquet_column_that_occurs_twice_is_refused(checkpoint, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=names), path)
         with pytest.raises(UserError, match="occurs 2 times"):
             score(checkpoint, path, tmp_path / "out.csv")
+
+
+# --- Words for nothing, and near misses ------------------------------------------------------------------------------
+
+
+def test_what_pandas_writes_for_nothing_is_a_bad_row(checkpoint, tmp_path, capfd):
+    frame = pandas.DataFrame({"id": ["NaN", "b", "c"], "post": ["w1", None, "w2"], "criterion": ["C0", "C1", None]})
+    source = tmp_path / "in.csv"
+    frame.to_csv(source, index=False, na_rep="NaN")
+    score(checkpoint, source, tmp_path / "out.csv")
+    assert [(row["row"], row["id"]) for row in read_csv(tmp_path / "out.csv")] == [("1", "NaN")]
+    reason = "the {} is empty: it holds NaN (missing=text takes it as text)"
+    errors = read_csv(tmp_path / "out.csv.errors.csv")
+    assert [(row["line"], row["reason"]) for row in errors] == [
+        ("3", reason.format("post")),
+        ("4", reason.format("criterion")),
+    ]
+    assert "2 bad rows skipped" in capfd.readouterr().err
+    score(checkpoint, source, tmp_path / "text.csv", "missing=text")
+    assert [row["criterion_id"] for row in read_csv(tmp_path / "text.csv")] == ["C0", "C1", ""]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_path, ending):
+    criteria = {**CRITERIA, "NA": Criterion("NA", "w9")}
+    texts = [("null", "C0"), ("#N/A", "C1"), ("none", "C0"), ("null and void", "C1"), ("w1", "NA"), ("w2", "<NA>")]
+    names = ("post", "criterion")
+    source = tmp_path / f"in.{ending}"
+    records = [dict(zip(names, each, strict=True)) for each in texts]
+    if ending == "csv":
+        write_csv(source, ",".join(names), [list(each) for each in texts])
+    elif ending == "jsonl":
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), source)
+    (chunk,) = open_source(source, criteria, None).chunks()
+    assert [(pair.row, pair.criterion.criterion_id) for pair in chunk.pairs] == [(3, "C0"), (4, "C1"), (5, "NA")]
+    assert [bad.row for bad in chunk.bad] == [1, 2, 6]
+    (chunk,) = open_source(source, criteria, None, missing="text").chunks()
+    assert [pair.post for pair in chunk.pairs] == [post for post, _ in texts]
+    by_id = write_csv(tmp_path / "ids.csv", "post,criterion_id", [["w1", "NA"], ["w1", "NaN"]])
+    (chunk,) = open_source(by_id, criteria, None).chunks()
+    assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["NA"]
+    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is none of the run's"]
+
+
+def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):
+    """One that an earlier version began took such words as text: it is continued with missing=text."""
+    source = write_csv(tmp_path / "in.csv", "post,criterion_id", rows_without_ids(9))
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 3)
+
+    def begin(*overrides: str) -> dict[str, object]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("raycv.many.ProgressView.update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                score(checkpoint, source, tmp_path / "out" / "s.csv", *overrides)
+        state = json.loads((tmp_path / "out" / "s.csv.state.json").read_text())
+        return dict(state["identity"])
+
+    earlier = begin("missing=text")
+    assert not [name for name in earlier if "missing" in name], "as earlier versions left it"
+    with pytest.raises(UserError, match=r"missing \(text in earlier versions\) changed"):
+        score(checkpoint, source, tmp_path / "out" / "s.csv")
+    score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
+    begin()
+    with pytest.raises(UserError, match=r"missing .* changed"):
+        score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
+    score(checkpoint, source, tmp_path / "out" / "s.csv")
+
+
+def rows_without_ids(number: int) -> list[list[object]]:
+    return [row[:0:-1] for row in rows_of(number)]
+
+
+@pytest.mark.parametrize("blank", ["\u2800", "\u3164", "\u00ad", "\u200e", "\u2063", "\ufe0f", "\u034f", "\U000e0020"])
+def test_posts_criteria_and_ids_of_invisible_characters_are_bad_rows(tmp_path, blank):
+    rows = [["a", "w1", "C0"], ["b", blank, "C0"], ["c", "w1", blank], [blank, "w1", "C0"]]
+    (chunk,) = open_source(write_csv(tmp_path / "in.csv", "id,post,criterion", rows), CRITERIA, None).chunks()
+    assert [pair.row for pair in chunk.pairs] == [1]
+    assert [(bad.row, bad.reason.partition(":")[0]) for bad in chunk.bad] == [
+        (2, "the post is empty"),
+        (3, "the criterion is empty"),
+        (4, "id holds nothing but invisible characters (1)"),
+    ]
+
+
+def test_a_json_line_of_invisible_characters_or_nul_is_no_blank_line(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"post": "w1"}\n\u2800\n\0\0\n \t\n{"post": "w2"}\n', "utf-8")
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(pair.row, pair.line) for pair in chunk.pairs] == [(1, 1), (4, 5)]
+    assert [bad.line for bad in chunk.bad] == [2, 3]
+
+
+NEAR = {
+    "criterion": """criteria criterions criterias critera criteron crierion criterion? criterium kriterion cirterion
+        citerion criterion_text criterion_name criteria_name criterion-description criterion_code symptom symptoms
+        DSM5_symptom dsm5_symptoms symptom_name dsm5symptom""",
+    "criterion_id": """criterionid criterion-id criteria_id critera_id criterion_ids CriterionID criterion.id
+        criteriaids crieterion_id criterin_id""",
+    "post_id": "postid post-id PostID post.id post_ids psot_id post__id posts_id",
+    "id": "ids id?",
+}
+FINE = """text_length label_2 score date criteria_version label annotator author subreddit title language url split fold
+    criterion_1 criterion_2 criterion2 criteria_count n_criteria criterion_label criterion_date poster_id user_id
+    thread_id host_id comment_id posted posted_at post_date post_length post_url post_score context test cost port
+    source iteration critical criticism critic symptom_count status sentence_id sentence_text explanation index rating
+    created_utc upvotes idx uid x_criterion x_post_id x_id Unnamed:_0 diagnosis"""
+
+
+def test_near_misses_of_known_columns_are_refused_and_other_columns_are_not(tmp_path):
+    path, near = tmp_path / "in.csv", [(name, meant) for meant, names in NEAR.items() for name in names.split()]
+    assert (len(near), len(FINE.split())) >= (40, 40)
+    near += [("Criterion ID", "criterion_id"), (" post  id ", "post_id")]
+    for name, meant in near:
+        write_csv(path, f"post,{name}", [["w1", "C0"]])
+        with pytest.raises(FaultsError) as caught:
+            open_source(path, CRITERIA, None)
+        shown = repr(name.strip().casefold())
+        assert caught.value.faults == [f"line 1: the column {shown} is not read; did you mean {meant}?"]
+        assert caught.value.remedies[0] == f"rename {shown} to {meant}"
+        assert f"x_{meant}" in caught.value.remedies[1]
+    for name in FINE.split():
+        assert open_source(write_csv(path, f"post,{name}", [["w1", "C0"]]), CRITERIA, None).layout.notices == ()
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_all_near_misses_of_a_file_are_named_at_once(checkpoint, tmp_path, ending):
+    source = tmp_path / f"in.{ending}"
+    record = {"post": CANARY, "criteria": CANARY, "postid": CANARY}
+    where = {"csv": "line 1", "jsonl": "the first object", "parquet": "the schema"}[ending]
+    if ending == "csv":
+        write_csv(source, ",".join(record), [list(record.values())])
+    elif ending == "jsonl":
+        source.write_text(json.dumps(record))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), source)
+    for overrides in ([], ["criterion=C0"]):
+        with pytest.raises(FaultsError) as caught:
+            score(checkpoint, source, tmp_path / "out.csv", *overrides)
+        assert caught.value.faults == [
+            f"{where}: the column 'criteria' is not read; did you mean criterion?",
+            f"{where}: the column 'postid' is not read; did you mean post_id?",
+        ]
+        assert CANARY not in str(caught.value)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_near_miss_beside_the_column_that_is_read_is_told(checkpoint, tmp_path, capfd):
+    source = write_csv(tmp_path / "in.csv", "post,criterion,criteria,posts,date", [["w1", "C0", "x", "y", "z"]])
+    score(checkpoint, source, tmp_path / "out.csv")
+    said = capfd.readouterr().err
+    assert "the column 'criteria' is not read, since criterion is" in said
+    assert "the column 'posts' is not read, since post is" in said
+    assert "date" not in said
+    assert len(read_csv(tmp_path / "out.csv")) == 1
+
+
+def test_a_later_json_line_with_a_near_miss_is_a_bad_row(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [{"post": "a", "date": 1}, {"post": "b", "criteria": "C0"}, {"post": "c", "criteria": None}]
+    source.write_text("\n".join(json.dumps(line) for line in [*lines, {"post": "d", "n_criteria": 2}]))
+    (chunk,) = open_source(source, CRITERIA, None).chunks()
+    assert sorted({pair.row for pair in chunk.pairs}) == [1, 3, 4]
+    (bad,) = chunk.bad
+    assert bad.reason == "has 'criteria', which the first record has not; is it criterion?"
+
+
+def test_a_misspelt_column_of_posts_is_hinted_at(tmp_path):
+    for name, meant in (("posts", "post"), ("texts", "text"), ("post_text", "post")):
+        with pytest.raises(UserError, match=f"is '{name}' the {meant}"):
+            open_source(write_csv(tmp_path / "in.csv", f"{name},criterion", []), CRITERIA, None)
 
 
 # --- Continuing ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Training that is interrupted and goes on: the same to the last bit, from states that are whole or passed over."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from raycv.errors import FaultsError, RunFailedError, UserError, counted
 from raycv.loading import load_config, load_tokenizer
 from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
 from raycv.resume import earlier_run, sole_process
+from raycv.runs import recorded_config
 from raycv.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
 from raycv.train import FoldTrainer
 from raycv.utils import code_state
@@ -483,6 +485,26 @@ def test_the_same_config_and_where_it_runs_are_no_difference(left):
     same = [*SMALL, "resume=mine", "run.name=mine", "train.gradient_checkpointing=off"]
     said = refused(left, *same, "cv.max_concurrent=1", "resources.ray_logs=true")
     assert "nowhere.db does not exist" in said
+
+
+def test_a_run_of_before_the_key_keeps_nan_as_text(left):
+    """An earlier version trained on such posts: without them the run would be refused, for it would be another."""
+    data = left.root.parent.parent / "data"
+    post_id = next(csv.reader((data / "posts.csv").read_text().splitlines()[1:]))[0]
+    lines = (data / "posts.csv").read_text().splitlines(keepends=True)
+    rows = list(csv.reader(lines))
+    rows[1][rows[0].index("post")] = "NaN"
+    with (data / "posts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert left.config.read_text().count("  missing: empty\n") == 1
+    left.config.write_text(left.config.read_text().replace("  missing: empty\n", ""))
+    given = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
+    earlier = earlier_run(given, ())
+    assert earlier.config.data.missing == "text"
+    assert _data(earlier.config)[0].posts[post_id] == "NaN"
+    assert recorded_config(left).data.missing == "text"
+    (fault,) = earlier_run(given, ["data.missing"]).faults
+    assert fault == "data.missing: the run has text, the command line empty"
 
 
 @pytest.mark.parametrize("table", ["posts.csv", "groundtruth.csv", "criteria.csv"])

@@ -262,6 +262,7 @@ def test_config_environment_and_statistics_are_recorded(run):
     environment = json.loads((run / "environment.json").read_text())
     manifest = json.loads((run / "fold_0" / "checkpoint" / "raycv.json").read_text())
     assert manifest["base_sums"] == environment["base_model"]["sha256"]
+    assert manifest["missing"] == "empty"
     assert {"ray", "torch", "transformers", "peft", "mlflow"} <= set(environment["packages"])
     assert environment["seeds"] == {"cv": 42, "train": 42}
     assert environment["base_model"]["weight_format"] == "safetensors"

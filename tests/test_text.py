@@ -108,7 +108,8 @@ def test_from_a_file_of_many_to_the_model(infer, tmp_path, ending):
         source.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), source)
-    assert infer(f"input={source}", f"output={tmp_path / 'out.csv'}") == PAIRS
+    # One of the texts is the word that software writes for nothing.
+    assert infer(f"input={source}", f"output={tmp_path / 'out.csv'}", "missing=text") == PAIRS
 
 
 @pytest.mark.long
