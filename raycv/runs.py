@@ -191,7 +191,7 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
     remedies = [GOOD_COPY, AFRESH]
     try:
-        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+        return validate(RunConfig, yaml.safe_load(folder.config.read_text(encoding="utf-8")), recorded=True)
     except OSError as error:
         raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
     except (ValueError, yaml.YAMLError) as error:
