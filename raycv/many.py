@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raycv import __version__
 from raycv.answers import Prediction, Predicts, shown_threshold
 from raycv.base import fetch_trained_base
 from raycv.checkpoint import MANIFEST, read_info
@@ -129,7 +128,6 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
-        "the version of raycv": __version__,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from raycv.errors import UserError
 from raycv.metrics import METRICS
 from raycv.paths import RunFolder, read_json
+from raycv.utils import FIRST_NUMERICS
 
 LABELS = ("unmatched", "matched")
 """Class names by label id, as in the groundtruth: 0 no, 1 yes."""
@@ -71,6 +72,8 @@ class FoldResult:
     """where and how it trained: host, device, precision, parameters"""
     sha256: dict[str, str] = field(default_factory=dict)
     """of the fold's other files, by their path in its folder"""
+    numerics: int = FIRST_NUMERICS
+    """the number of the arithmetic that it was computed with (raycv.utils.NUMERICS)"""
 
     @classmethod
     def read(cls, path: Path) -> "FoldResult":
