@@ -348,6 +348,9 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 class InferenceConfig(Section):
     """How a trained fold computes."""
 
+    device: Literal["auto", "cpu"] = Field(
+        default="auto", description="auto: a GPU where there is one, refused if torch cannot use it; cpu: the processor"
+    )
     precision: Precision = Field(
         description="auto: as it was trained where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
     )
