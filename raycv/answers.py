@@ -59,6 +59,8 @@ class Predicts(Protocol):
 
     identity: ModelIdentity
     threshold: float
+    device: Any
+    """the torch device that it computes on"""
 
     @property
     def computed_in(self) -> str:

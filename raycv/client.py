@@ -59,6 +59,8 @@ class ServedModel(BaseModel):
     precision_of_auto: str
     """what `infer.precision=auto` would be in a process on the scorer's machine"""
     criteria_dir: str | None
+    device: str | None = None
+    """cpu or cuda; earlier versions did not say"""
     parent_id: str | None = None
     """of the run in MLflow"""
     fold_id: str | None = None
@@ -446,6 +448,8 @@ def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig
         return "does not say which files it answers from"
     if (changed := first_changed(record.stamps)) is not None:
         return f"started before {changed} changed, and has to be started again"
+    if config.infer.device == "cpu" and model.device != "cpu":
+        return f"computes on {model.device or 'a device that it does not name'}, and asked for is the CPU"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
     if asked != model.precision:
         return f"computes in {model.precision}, and asked for is {asked}"

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from raycv.errors import FaultsError, shown
 from raycv.labels import Missing
-from raycv.paths import SQLITE
+from raycv.paths import BUNDLED_SCHEME, SQLITE
 from raycv.retry import mask_secrets
 
 Auto = Literal["auto"]
@@ -43,7 +43,18 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _a_path(text: str) -> str:
+RECORDED = {"recorded": True}
+"""Validation context of a config that a run wrote down: earlier versions made a local folder of any address."""
+_ADDRESS = re.compile(r"[^/]+:\.{0,2}(/|\Z)")
+"""An address: its first name ends in a colon, as in `s3://b`, `s3:/b` (what pathlib makes of it) and `file:./b`."""
+
+
+def _a_path(text: str, info: ValidationInfo) -> str:
+    if _ADDRESS.match(text) and info.context != RECORDED:
+        raise ValueError(
+            "must be a path, and this is an address: mount that storage and name its folder here, or name a local or "
+            "shared folder (one whose own name ends in a colon is written ./name:/...)"
+        )
     # What is longer can on Linux neither be there nor be made: each look at it would be an error. Deeper folders are
     # more than Python can make.
     names = [len(os.fsencode(name)) for name in text.split("/")]
@@ -52,7 +63,11 @@ def _a_path(text: str) -> str:
     return text
 
 
-def _a_store(uri: str) -> str:
+def _a_location(text: str, info: ValidationInfo) -> str:
+    return text if text.startswith(BUNDLED_SCHEME) else _a_path(text, info)
+
+
+def _a_store(uri: str, info: ValidationInfo) -> str:
     try:
         scheme = urlsplit(uri).scheme
     except ValueError as error:
@@ -64,7 +79,7 @@ def _a_store(uri: str) -> str:
             raise ValueError("a database in a file is written sqlite:///mlflow.db, or sqlite:////folder/mlflow.db")
         if not file or ":memory:" in file:
             raise ValueError("keeps nothing in memory: name a file, sqlite:///mlflow.db")
-        return SQLITE + _a_path(file)
+        return SQLITE + _a_path(file, info)
     if any(character.isspace() for character in uri):
         raise ValueError("holds white space: write %20 for it (a space in a password too)")
     named = uri if uri in BARE else kind if "://" in uri else None
@@ -83,6 +98,9 @@ STORES = (*DATABASES, "http", "https", *BARE, "uc")
 
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 PathText = Annotated[NonEmpty, AfterValidator(_a_path)]
+"""The path of a file or folder, or a name that is looked for in one: the type of every key that becomes a path."""
+Location = Annotated[NonEmpty, AfterValidator(_a_location)]
+"""The same for what may also ship with raycv (raycv://...), or be an id on the hub."""
 StoreAddress = Annotated[NonEmpty, AfterValidator(_a_store)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
@@ -97,7 +115,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: NonEmpty = Field(description="hub id, local folder, or raycv://models/... (FR-001)")
+    name: Location = Field(description="hub id, local folder, or raycv://models/... (FR-001)")
     revision: NonEmpty | None = Field(description="branch, tag or commit on the hub; null is the newest")
     target_modules: Literal["all-linear"] | list[NonEmpty] = Field(
         description="modules that get DoRA: a list of names, or all-linear"
@@ -133,8 +151,8 @@ class DoraConfig(Section):
 
 
 class DataConfig(Section):
-    dir: PathText = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
-    criteria_dir: PathText = Field(description="folder with the criteria, CSV or JSON")
+    dir: Location = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
+    criteria_dir: Location = Field(description="folder with the criteria, CSV or JSON")
     empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
     # The default is for whole config files that users wrote, or copied from a run, before there was this key.
     missing: Missing = Field(
@@ -338,6 +356,9 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 class InferenceConfig(Section):
     """How a trained fold computes."""
 
+    device: Literal["auto", "cpu"] = Field(
+        default="auto", description="auto: a GPU where there is one, refused if torch cannot use it; cpu: the processor"
+    )
     precision: Precision = Field(
         description="auto: as it was trained where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
     )
@@ -367,10 +388,10 @@ AnsweringFold = Annotated[
     ),
 ]
 OtherCriteria = Annotated[
-    PathText | None, Field(description="folder with the criteria; null: where training read them")
+    Location | None, Field(description="folder with the criteria; null: where training read them")
 ]
 OtherBase = Annotated[
-    NonEmpty | None,
+    Location | None,
     Field(description="folder or hub id where the run's base model lies now; null: where training found it"),
 ]
 
@@ -472,13 +493,13 @@ class SynthesizeConfig(Section):
 S = TypeVar("S", bound=Section)
 
 
-def validate(schema: type[S], values: Mapping[str, Any]) -> S:
-    """`values` as a checked `schema`.
+def validate(schema: type[S], values: Mapping[str, Any], *, recorded: bool = False) -> S:
+    """`values` as a checked `schema`; `recorded`: a run wrote them down, and they may hold what is refused today.
 
     Raises: FaultsError naming every unknown key, wrong type and impossible value at once.
     """
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(values, context=RECORDED if recorded else None)
     except ValidationError as error:
         raise FaultsError("The configuration cannot be used", _faults(schema, error)) from error
 

@@ -20,6 +20,7 @@ from raycv import __version__
 from raycv.base import check_name
 from raycv.config import RunConfig, as_yaml
 from raycv.data import count, load_dataset
+from raycv.devices import CPU_FOR_RUNS, check_gpu_before_ray
 from raycv.errors import RunFailedError, UserError, counted, together
 from raycv.live import say
 from raycv.paths import (
@@ -107,6 +108,8 @@ def _cross_validate(
         # Where a folder cannot be written, others cannot either.
         raise together([error, *([] if earlier else new_store_faults(config.tracking))]) from error
     check_name(config.model.name, config.model.revision)
+    if config.resources.gpus_per_fold != 0:
+        check_gpu_before_ray(CPU_FOR_RUNS)
     _announce_data(console, config, dataset, splits)
     from raycv import cv
     from raycv.tracking import check_store, flat_params
@@ -114,6 +117,7 @@ def _cross_validate(
     base = _base(config)
     if earlier:
         earlier.check_base(base.facts)
+        earlier.check_states()
         tracker, parent_id = _earlier_store(earlier, typed)
     else:
         # Made when nothing can be refused any more.

@@ -27,7 +27,7 @@ from raycv.paths import FoldFolder, RunFolder, is_full, unwritable, write_json, 
 from raycv.prompts import PromptRules
 from raycv.records import FoldResult, Pair
 from raycv.retry import mask_secrets
-from raycv.utils import seldom_collecting
+from raycv.utils import NUMERICS, seldom_collecting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,8 +238,10 @@ def free_place(board: Any, fold: int) -> None:
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     """Writes why the fold failed where the driver and the user find it."""
     folder = RunFolder(Path(task.root)).fold(fold)
-    failures = list(getattr(error, "worker_failures", {}).values())
-    cause = getattr(failures[0], "_base_exc", failures[0]) if failures else error
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None) or error]
+    cause = getattr(failures[0], "_base_exc", failures[0])
+    # What a worker raised before its training began.
+    cause = getattr(cause, "cause", cause)
     text = "".join(traceback.format_exception(cause))
     if not isinstance(cause, UserError) and is_full(cause):
         # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
@@ -455,6 +457,7 @@ def _fold_result(
         events=outcome.events,
         worker=worker,
         collapsed=collapsed,
+        numerics=NUMERICS,
     )
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raycv import __version__
 from raycv.answers import Prediction, Predicts, shown_threshold
 from raycv.base import fetch_trained_base
 from raycv.checkpoint import MANIFEST, read_info
@@ -133,7 +132,6 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "the records of a chunk": source.chunk_records,
         # Earlier versions took such cells as text, so their outputs are continued with missing=text.
         **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
-        "the version of raycv": __version__,
     }
 
 

@@ -20,6 +20,7 @@ GOOD_COPY = (
     "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
 )
 """What to do about a damaged record of a run."""
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 BUNDLED_SCHEME = "raycv://"
 DEFAULT_CRITERIA = "data/dsm5"
 """The default criteria ship with raycv: where the working directory has no such folder, those are meant."""

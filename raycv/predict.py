@@ -15,6 +15,7 @@ from raycv.attention import KERNEL, PLAIN, attention_of
 from raycv.base import BaseFiles, fetch_trained_base
 from raycv.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.config import InferenceConfig, Precision
+from raycv.devices import CPU_FOR_INFERENCE, inference_device
 from raycv.encoding import EncodedPairs, PromptEncoder
 from raycv.errors import UserError
 from raycv.faults import listed
@@ -30,7 +31,7 @@ CHUNK_PAIRS = 2304
 
 REMEDIES = (
     "compute in half the memory where the device is fast at it: infer.precision=bf16",
-    "use a device with more memory, or hide the GPU: CUDA_VISIBLE_DEVICES= python -m raycv.infer ...",
+    f"use a device with more memory, or compute on the CPU: {CPU_FOR_INFERENCE}",
 )
 Computed = Literal["fp32", "bf16", "int8"]
 
@@ -48,7 +49,7 @@ class Predictor:
         """`tell`: gets what a user should know: a fallback, a smaller batch; `base`: where the base model lies now.
 
         Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
-            cannot be computed in the precision that is asked for.
+            cannot be computed in the precision that is asked for, or there is a GPU that torch cannot use.
         """
         pin_kernels()
         infos = [read_info(folder) for folder in checkpoints]
@@ -58,7 +59,7 @@ class Predictor:
             self.info.run, "ensemble" if len(infos) > 1 else self.info.fold, self.info.base_model
         )
         self.threshold = round(statistics.fmean(info.threshold for info in infos), SCORE_DECIMALS)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = inference_device(config.device)
         self.precision = choose_precision(config.precision, self.info.precision, self.device)
         if self.precision == "int8":
             check_int8(self.device, len(infos))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 
 from raycv.cv import ray_cluster
+from raycv.devices import CPU_FOR_INFERENCE, check_given_gpu, check_gpu_before_ray
 from raycv.errors import UserError
 from raycv.many import Engine, PairScorer, Recipe, score_chunk
 from raycv.pairs import PairSource
@@ -28,8 +29,12 @@ CHUNK, SCORED = "chunk", "scored"
 def ray_engine(recipe: Recipe) -> Engine:
     """Scores over the cluster of RAY_ADDRESS or of this machine, or over one that is started for it."""
 
+    on_cpus = recipe.infer.device == "cpu"
+
     def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
-        with ray_cluster(ray_logs=False), _placed(*_shares(_nodes())) as placed:
+        if not on_cpus:
+            check_gpu_before_ray(CPU_FOR_INFERENCE)
+        with ray_cluster(ray_logs=False), _placed(*_shares(_nodes(), on_cpus=on_cpus)) as placed:
             for row in _dataset(recipe, source, done, placed).iter_rows():
                 found = pickle.loads(row[SCORED])
                 if isinstance(found, UserError):
@@ -78,13 +83,14 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _shares(nodes: Sequence[Mapping[str, float]]) -> tuple[int, float, float]:
+def _shares(nodes: Sequence[Mapping[str, float]], *, on_cpus: bool = False) -> tuple[int, float, float]:
     """How many scorers there are, and the cores and GPUs of each.
 
-    A GPU each, where there are any. Else one on a node, all with one number of cores, since that of threads is part of
-    what a score is, in its last digits: the number that puts most cores to work, be it without the small nodes.
+    A GPU each, where there are any, unless they are to compute `on_cpus`. Else one on a node, all with one number of
+    cores, since that of threads is part of what a score is, in its last digits: the number that puts most cores to
+    work, be it without the small nodes.
     """
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    gpus = 0 if on_cpus else int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
         return gpus, 1, 1
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
@@ -132,6 +138,8 @@ class _ChunkScorer:
         found = pickle.loads(batch[CHUNK][0])
         if not isinstance(found, UserError):
             try:
+                if self._scorer is None and ray.get_gpu_ids():
+                    check_given_gpu(CPU_FOR_INFERENCE)
                 self._scorer = self._scorer or self._load(lambda text: None)
                 found = score_chunk(found, self._scorer)
             except UserError as error:

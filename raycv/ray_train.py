@@ -13,13 +13,15 @@ import ray
 import ray.tune
 from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from raycv.devices import CPU_FOR_RUNS, check_given_gpu
 from raycv.fold import node_survey
 from raycv.nodes import NodeError, node_name
 
@@ -43,6 +45,7 @@ class Trainer(TorchTrainer):
         super().__init__(
             task.worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
             train_loop_config={"task": task, "fold": fold},
+            torch_config=_CheckedTorch(),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # annotated with that of Train V1
                 num_workers=given.workers,
                 use_gpu=given.gpus > 0,
@@ -92,6 +95,22 @@ def unfit_node(error: Exception) -> NodeError | None:
     causes = [error, getattr(error, "controller_failure", None)]
     causes += [getattr(failure, "_base_exc", failure) for failure in failures]
     return next((cause for cause in causes if isinstance(cause, NodeError)), None)
+
+
+class _CheckedTorch(TorchConfig):
+    """Ray's own, whose workers first try the GPUs that they were given."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _CheckedBackend
+
+
+class _CheckedBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:  # type: ignore[override]  # as Ray's
+        # Joining the workers over a GPU that torch cannot use fails too, but its error names neither node nor driver.
+        if worker_group.get_resources_per_worker().get("GPU", 0):
+            worker_group.execute(check_given_gpu, CPU_FOR_RUNS)
+        super().on_start(worker_group, backend_config)
 
 
 class _Reports(UserCallback):

@@ -9,6 +9,7 @@ from typing import Any
 from raycv.errors import UserError
 from raycv.metrics import METRICS, collapse_reasons
 from raycv.paths import RunFolder, read_json
+from raycv.utils import FIRST_NUMERICS
 
 LABELS = ("unmatched", "matched")
 """Class names by label id, as in the groundtruth: 0 no, 1 yes."""
@@ -73,6 +74,8 @@ class FoldResult:
     """of the fold's other files, by their path in its folder"""
     collapsed: list[str] | None = None
     """why the classifier counts as collapsed, empty if it does not; None: an earlier version recorded no reasons"""
+    numerics: int = FIRST_NUMERICS
+    """the number of the arithmetic that it was computed with (raycv.utils.NUMERICS)"""
 
     def collapse(self) -> list[str]:
         """Why the classifier counts as collapsed: as recorded, else as far as the metrics alone tell."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 
 from raycv.base import RARE
 from raycv.config import RunConfig, validate
-from raycv.errors import FaultsError, UserError, counted
-from raycv.paths import GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command, sha256_of
-from raycv.records import Dataset
+from raycv.errors import FaultsError, UserError, counted, together
+from raycv.paths import AFRESH, GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command, sha256_of
+from raycv.records import Dataset, FoldResult
 from raycv.retry import mask_secrets
-from raycv.runs import AFRESH, LATEST, find_run, recorded_config, recorded_uri, runs_in, runs_there
+from raycv.runs import LATEST, find_run, recorded_config, recorded_uri, runs_in, runs_there
 from raycv.splits import Split, splits_record
-from raycv.utils import VERSIONS, code_state, package_version
+from raycv.utils import FIRST_NUMERICS, NUMERICS, VERSIONS, code_state, package_version
 
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
@@ -40,7 +40,7 @@ class Earlier:
     def check(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: FaultsError with all that differs: config, data, splits, versions."""
         differ = [*self._recorded_config(), *self._data(dataset), *self._splits(dataset, splits), *self._versions()]
-        self._refuse([*self.faults, *differ])
+        self._refuse([*self.faults, *differ, *self._numerics()])
 
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
@@ -52,12 +52,28 @@ class Earlier:
         lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in files]
         self._refuse([line for line in lines if line])
 
+    def check_states(self) -> None:
+        """Raises: UserError if an unfinished fold has a state that cannot be continued here. Imports torch."""
+        from raycv.state import StateFolder
+
+        finished, faults = self.folder.finished(self.config.cv.folds), []
+        for fold in set(range(self.config.cv.folds)) - set(finished):
+            try:
+                StateFolder(self.folder.fold(fold).state).check()
+            except UserError as error:
+                faults.append(error)
+        if faults:
+            raise together(faults)
+
     def warnings(self) -> list[str]:
-        """What is no reason to refuse: the commit of raycv's code, of which most change no number."""
-        recorded = read_record(self.folder.environment, git=dict | None)["git"]
-        then, now = (_commit(state) for state in (recorded, code_state()))
-        line = _then_now("the code's git commit", then, now)
-        return [f"{line}: folds that go on may differ if what is computed was changed"] if line else []
+        """What is no reason to refuse: raycv's version, and the commit of its code, as most change no number."""
+        recorded = read_record(self.folder.environment, packages=dict, git=dict | None)
+        commits = (_commit(state) for state in (recorded["git"], code_state()))
+        lines = [
+            _then_now("raycv's version", recorded["packages"].get("raycv"), package_version("raycv")),
+            _then_now("the code's git commit", *commits),
+        ]
+        return [f"{line}: folds that go on may differ if what is computed was changed" for line in lines if line]
 
     def _refuse(self, faults: list[str]) -> None:
         if faults:
@@ -66,6 +82,19 @@ class Earlier:
                 faults,
                 remedies=[f"put it back, and go on: {resume_command(self.folder)}", f"or {AFRESH}"],
             )
+
+    def _numerics(self) -> list[str]:
+        """That the run, or one of its finished folds, was computed with another arithmetic than raycv has now."""
+        environment = read_record(self.folder.environment, packages=dict, git=dict | None)
+        numbers = {environment.get("numerics", FIRST_NUMERICS)}
+        for fold in self.folder.finished(self.config.cv.folds):
+            # One whose result is damaged is trained again.
+            with suppress(UserError):
+                numbers.add(FoldResult.read(self.folder.fold(fold).result).numerics)
+        then = " and ".join(sorted(map(str, numbers)))
+        line = _then_now("the number of raycv's arithmetic", then, str(NUMERICS))
+        began = f"raycv {environment['packages'].get('raycv')}, commit {_commit(environment['git'])}"
+        return [f"{line}; the run began with {began}: resume it with that, or start afresh"] if line else []
 
     def _recorded_config(self) -> list[str]:
         # A run of an earlier version has no hash of it.

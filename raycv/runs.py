@@ -14,7 +14,7 @@ import yaml
 from raycv.checkpoint import DAMAGED, MANIFEST, read_info
 from raycv.config import RunConfig, validate
 from raycv.errors import FaultsError, UserError, shown
-from raycv.paths import GOOD_COPY, RunFolder, read_record, resume_command, sha256_of, write_json
+from raycv.paths import AFRESH, GOOD_COPY, RunFolder, read_record, resume_command, sha256_of, write_json
 from raycv.records import FoldResult
 from raycv.report import best_fold
 from raycv.utils import recorded_moment
@@ -28,7 +28,6 @@ Fold = int | Literal["best", "ensemble"]
 ENSEMBLE: Literal["ensemble"] = "ensemble"
 LATEST = "latest"
 LOCAL_URI = "sqlite:///mlflow.db"
-AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 MOST_NAMES = 5
 QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 
@@ -207,7 +206,7 @@ def recorded_config(folder: RunFolder) -> RunConfig:
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
             # Earlier versions had no such key and kept NaN and the like as text: the run must see the same data.
             values["data"].setdefault("missing", "text")
-        return validate(RunConfig, values)
+        return validate(RunConfig, values, recorded=True)
     except OSError as error:
         raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
     except (ValueError, yaml.YAMLError) as error:

@@ -22,6 +22,7 @@ from raycv.api import Overloaded, TooManyPairsError, build_api
 from raycv.client import first_changed
 from raycv.config import ServeConfig, ServerConfig
 from raycv.cv import ray_cluster
+from raycv.devices import CPU_FOR_INFERENCE, check_given_gpu
 from raycv.errors import UserError, counted
 from raycv.inference_log import InferenceWriter, record_answers
 from raycv.loaded import load_answerer
@@ -73,6 +74,8 @@ class Scorer:
         experiment = setup.config.tracking.experiment
         self._writer = InferenceWriter(setup.store, experiment, lambda: self._waiting > 0) if setup.store else None
         criteria_dir, infer = setup.criteria_dir, setup.config.infer
+        if ray.is_initialized() and ray.get_gpu_ids():
+            check_given_gpu(CPU_FOR_INFERENCE)
         self._answerer: Answerer = load_answerer(
             setup.chosen, infer, criteria_dir, self._warnings.append, base=setup.config.base
         )
@@ -188,6 +191,7 @@ class Scorer:
             "fold_id": chosen.fold_id,
             "base_given": self._setup.config.base,
             "checkpoints": [str(folder) for folder in chosen.checkpoints],
+            "device": self._answerer.predictor.device.type,
             "precision": self._answerer.predictor.computed_in,
             "precision_of_auto": self._answerer.predictor.precision_of_auto,
             "criteria_dir": self._setup.criteria_dir,

@@ -24,6 +24,7 @@ from raycv.errors import UserError, shown
 from raycv.pairs import FORMATS, BadRow
 from raycv.paths import read_json, replaced, write_text
 from raycv.records import LABELS
+from raycv.utils import FIRST_NUMERICS, NUMERICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Progress:
     errors_bytes: int = 0
     finished: bool = False
     """everything is scored; what is left is to move it into place"""
+    numerics: int = FIRST_NUMERICS
+    """the number of the arithmetic of the scores (raycv.utils.NUMERICS)"""
 
 
 class Sink(Protocol):
@@ -100,7 +103,7 @@ class ScoreFile:
         """`ids`: names of the id columns; `identity`: what the scores depend on, plain JSON values."""
         self.output = output
         self.errors = _beside(output, "errors.csv")
-        self.progress = Progress(dict(identity))
+        self.progress = Progress(dict(identity), numerics=NUMERICS)
         self._fold = fold
         self._state = _beside(output, "state.json")
         self._begun = self._moved = False
@@ -189,7 +192,8 @@ class ScoreFile:
 
     def _made(self, found: Progress) -> bool:
         """Whether the output is this run's, which was ended between its move into place and the state's removal."""
-        same = found.finished and found.identity == self.progress.identity
+        ours = self.progress
+        same = found.finished and (found.identity, found.numerics) == (ours.identity, ours.numerics)
         return same and self._sink.finished(self.output, found)
 
     @property
@@ -200,13 +204,25 @@ class ScoreFile:
         values = read_json(self._state)
         remedies = [f"to start anew, {self._anew}"]
         if not isinstance(values, dict) or values.pop(SUM, None) != _sum(values):
-            what = f"{self._state} is damaged, or of another version of raycv."
-            raise UserError(what, remedies=remedies)
+            raise UserError(f"{self._state} is damaged.", remedies=remedies)
+        # States of earlier versions say no format.
+        written = values.pop("format", FORMAT)
+        if written != FORMAT:
+            what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
+            raise UserError(what, remedies=["continue with that version of raycv", *remedies])
+        # They held every version for another arithmetic.
+        values["identity"].pop("the version of raycv", None)
         return Progress(**values)
 
     def _continued(self, found: Progress) -> Progress:
         """`found`, if its scores depend on what this run's would."""
         wanted = self.progress.identity
+        if found.numerics != NUMERICS:
+            raise UserError(
+                f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
+                f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
+                remedies=["continue with that version of raycv", f"to start anew, {self._anew}", "name another output"],
+            )
         names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
         if names:
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
@@ -244,7 +260,7 @@ class ScoreFile:
             self._save(after)
 
     def _save(self, progress: Progress) -> None:
-        values = asdict(progress)
+        values = {"format": FORMAT, **asdict(progress)}
         write_text(self._state, json.dumps({**values, SUM: _sum(values)}, indent=2) + "\n", private=True)
         self.progress = progress
 
@@ -275,6 +291,8 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
+FORMAT = 1
+"""How the state is written. Whoever changes it raises it by one."""
 SUM = "sha256"
 """Of the state itself: what is continued from a damaged one would lack rows, or have some twice."""
 

@@ -16,6 +16,7 @@ from raycv.checkpoint import MANIFEST, read_info
 from raycv.cli import run_command
 from raycv.client import TOKEN_VARIABLE, Announcement, Connection, Unavailable, checked_token, discovery_file, stamps_of
 from raycv.config import ServeConfig, ServerConfig
+from raycv.devices import CPU_FOR_INFERENCE, check_gpu_before_ray
 from raycv.errors import UserError
 from raycv.faults import Faults
 from raycv.inference_log import NOT_TRACKED, store_of
@@ -43,11 +44,15 @@ def run_server(config: ServeConfig) -> None:
     Raises: UserError if the run, its model, the port or Ray cannot be had, or the address is open without a token.
     """
     limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
-    config = config.model_copy(update={"serve": limits, "base": config.base and absolute_name(config.base)})
+    config = _on_one_device(config.model_copy(update={"serve": limits}))
+    config = config.model_copy(update={"base": config.base and absolute_name(config.base)})
+    limits = config.serve
     asked = None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
     chosen = choose(config.run, config.fold, Path(config.dir), asked)
     criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
+    if config.infer.device == "auto":
+        check_gpu_before_ray(CPU_FOR_INFERENCE)
     # Here: what the user mistyped is told before Ray is imported.
     from raycv.scorer import THREADS, Setup, running
 
@@ -78,6 +83,23 @@ def run_server(config: ServeConfig) -> None:
                 say("stopping")
     except KeyboardInterrupt:
         say("stopped")
+
+
+def _on_one_device(config: ServeConfig) -> ServeConfig:
+    """`config` with the CPU in both keys if one asks for it: Ray hides GPUs from no replica that asks for none.
+
+    Raises: UserError if the keys contradict each other.
+    """
+    gpus, on_cpu = config.serve.gpus_per_replica, config.infer.device == "cpu"
+    if on_cpu and gpus not in ("auto", 0):
+        what = f"infer.device=cpu computes on no GPU, and serve.gpus_per_replica={gpus:g} asks for some."
+        raise UserError(what, remedies=["leave one of the two out"])
+    if not on_cpu and gpus != 0:
+        return config
+    infer = config.infer.model_copy(update={"device": "cpu"})
+    return config.model_copy(
+        update={"infer": infer, "serve": config.serve.model_copy(update={"gpus_per_replica": 0.0})}
+    )
 
 
 def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:

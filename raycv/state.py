@@ -7,7 +7,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from raycv.errors import RunFailedError
-from raycv.paths import unwritable, write_text
+from raycv.errors import RunFailedError, UserError
+from raycv.paths import AFRESH, unwritable, write_text
+from raycv.utils import FIRST_NUMERICS, NUMERICS
 
 FORMAT = 1
+"""How a state is written. Whoever changes it raises it by one."""
 TENSORS, FACTS, MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
 WRITER = "writer"
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What reading a damaged state may raise."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,30 @@ class StateFolder:
             if path not in keep:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def check(self) -> None:
+        """Raises: UserError if a state cannot be continued here, since another version of raycv wrote it."""
+        for path in self._paths():
+            with suppress(*DAMAGES):
+                _manifest(path)
+
     def newest(self, warn: Callable[[str], None]) -> TrainState | None:
-        """The newest state that is whole; None if there is none. Each that is passed over is told to `warn`."""
-        for path in sorted(self.root.glob("[0-9]*"), reverse=True):
+        """The newest state that is whole; None if there is none. Each that is passed over is told to `warn`.
+
+        Raises: UserError as `check`: the fold would start afresh, or go on with another arithmetic.
+        """
+        for path in self._paths():
             try:
                 state = _read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except DAMAGES as error:
                 warn(f"the training state {path.name} is damaged and passed over ({_reason(error)})")
                 continue
             self._good = path
             return state
         return None
+
+    def _paths(self) -> list[Path]:
+        """The states, the newest first."""
+        return sorted(self.root.glob("[0-9]*"), reverse=True)
 
 
 def _write(folder: Path, state: TrainState) -> None:
@@ -126,14 +143,32 @@ def _write(folder: Path, state: TrainState) -> None:
         _write_file(folder / name, content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     # Last of all: a folder without it is not whole.
-    _write_file(folder / MANIFEST, _json({"format": FORMAT, "sha256": sums}))
+    _write_file(folder / MANIFEST, _json({"format": FORMAT, "numerics": NUMERICS, "sha256": sums}))
     _sync(folder)
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a state. Raises: UserError if its format or its arithmetic is another than this raycv's."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    then = {
+        "format": int(manifest["format"]),
+        "number of the arithmetic": int(manifest.get("numerics", FIRST_NUMERICS)),
+    }
+    for what, now in (("format", FORMAT), ("number of the arithmetic", NUMERICS)):
+        if then[what] != now:
+            raise UserError(
+                f"The training state {folder} was written by another version of raycv: its {what} is {then[what]}, and "
+                f"this version has {now}.",
+                remedies=[
+                    "resume with the raycv that began the run: its environment.json names version and commit",
+                    AFRESH,
+                ],
+            )
+    return manifest
+
+
 def _read(folder: Path) -> TrainState:
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is not {FORMAT}")
+    manifest = _manifest(folder)
     # The bytes that were checked are those that are used.
     content = {name: (folder / name).read_bytes() for name in (TENSORS, FACTS)}
     for name, part in content.items():

@@ -25,11 +25,20 @@ PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",
     "pandas", "tokenizers", "safetensors", "huggingface_hub",
 )  # fmt: skip
-VERSIONS = ("raycv", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
 """Packages whose versions must be the same in all folds of a run, on every node and after a resume.
 
 Weights, tokens, the order of pairs, folds and metrics come from them.
 """
+
+NUMERICS = 1
+"""The number of raycv's arithmetic. Whoever changes what training or inference computes raises it by one.
+
+That is: the same inputs under the same versions of other packages would give other losses, weights or scores, beyond
+the last digits. Runs and files of scores that another number began are not continued, since they would mix the two.
+"""
+FIRST_NUMERICS = 1
+"""The number of what was recorded before there were numbers."""
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -154,6 +163,7 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: package_version(name) for name in PACKAGES},
+        "numerics": NUMERICS,
         "git": code_state(),
     }
 

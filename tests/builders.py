@@ -220,3 +220,19 @@ def tiny_model(path: Path, architecture: str, *, seed: int = 0) -> Path:
         model_class(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+NVIDIA_VERSION = """\
+NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Fri Oct 15 12:55:40 UTC 2021
+GCC version:  gcc version 9.3.0
+"""
+
+
+def files_of_a_gpu(root: Path, version: str = NVIDIA_VERSION) -> Path:
+    """What NVIDIA's driver shows of itself below `root`, as on a machine with two GPUs."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (root / "dev" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "dev" / name).touch()
+    (root / "proc/driver/nvidia").mkdir(parents=True)
+    (root / "proc/driver/nvidia/version").write_text(version)
+    return root

@@ -5,6 +5,7 @@ What the loader and the schema refuse is listed with their tests, and goes throu
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -326,6 +327,10 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a file for the data folder": (["data.dir={data}/posts.csv"], ["a file; give the folder that holds it"]),
     "a name for a folder that is too long": (["data.dir=" + "x" * 300], ["data.dir: is too long for a path"]),
     "a folder of artifacts that cannot be": (["tracking.artifacts=" + "x" * 300], ["tracking.artifacts: is too long"]),
+    "buckets for folders": (
+        ["run.dir=s3://bucket/runs", "tracking.artifacts=gs://b/a", "data.dir=hdfs:/x", "model.name=s3://b/m"],
+        ["4 faults", "run.dir: must be a path, and this is an address: mount", "received 's3://bucket/runs'"],
+    ),
     "a run that cannot be": (["resume=" + "x" * 300], ["resume: is too long for a path"]),
     "a run with a control character": (["resume=a\x01b"], [r"resume=a\x01b: there is no such run"]),
     "a store of no kind": (["tracking.uri=bad://x"], ["tracking.uri: is no MLflow store", "received 'bad://x'"]),
@@ -475,6 +480,19 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'"]),
     "a run with too long a name": ("infer", ["post=a", f"run={LONG}"], ["run: is too long for a path"]),
     "runs in too long a folder": ("infer", ["post=a", f"dir={LONG}"], ["dir: is too long for a path"]),
+    "scores in a bucket": (
+        "infer",
+        ["input=s3://b/in.csv", "output=s3://b/out.csv", "dir=s3://b/runs"],
+        ["3 faults", "output: must be a path, and this is an address", "received 's3://b/in.csv'"],
+    ),
+    "a bucket to serve from": ("serve", ["run=s3://b/runs/mine", "base=s3://b"], ["2 faults", "run: must be a path"]),
+    "a summary in a bucket": ("aggregate", ["dir=s3://b"], ["dir: must be a path, and this is an address"]),
+    "a set for a bucket": ("synthesize", ["out=s3:/b"], ["out: must be a path, and this is an address"]),
+    "GPUs and none": (
+        "serve",
+        ["infer.device=cpu", "serve.gpus_per_replica=1"],
+        ["infer.device=cpu computes on no GPU, and serve.gpus_per_replica=1 asks", "leave one of the two out"],
+    ),
     "scores with too long a name": ("infer", ["input=a.csv", f"output={LONG}.csv"], ["output: is too long for"]),
     "scores whose parts have too long a name": (
         "infer",
@@ -690,3 +708,12 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert {pair.post_id for pair in dataset.pairs} <= set(dataset.posts)
     assert {pair.criterion_id for pair in dataset.pairs} <= set(dataset.criteria)
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
+
+
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate"])
+def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
+    monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
+    said = refused(command, *(["experiment=quickstart"] if command == "run" else []))
+    assert re.search(r"- (run\.)?dir: must be a path, and this is an address: .*; received 's3://bucket/runs'", said), (
+        said
+    )

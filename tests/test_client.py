@@ -130,6 +130,13 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     [
         ({}, {"server": "none"}, None),
         ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, and asked for is bf16"),
+        # Precision apart, the scorers of earlier versions do not say where they compute.
+        ({}, {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}}, "a device that it does not name"),
+        (
+            {"model": {"device": "cuda"}},
+            {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}},
+            "computes on cuda, and asked for is the CPU",
+        ),
         ({}, {"criteria_dir": "elsewhere"}, "other criteria"),
         ({}, {"base": "elsewhere/base"}, "its base model from elsewhere"),
         ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}, "logs elsewhere"),

@@ -28,9 +28,12 @@ from raycv.config import (
     SynthesizeConfig,
     fields,
     meaning,
+    text_keys,
     validate,
 )
 from raycv.errors import FaultsError, UserError, shown
+from raycv.paths import RunFolder
+from raycv.runs import recorded_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -398,6 +401,107 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
     assert any(fault.startswith("train.lr: should be a valid number; received 'banana'") for fault in faults)
     (unknown,) = (fault for fault in faults if "unknown key" in fault)
     assert "did you mean train.lr?" not in unknown
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+SCHEMAS: dict[str, type[Section]] = {
+    "run": RunConfig, "aggregate": AggregateConfig, "infer": InferConfig, "serve": ServeConfig,
+    "synthesize": SynthesizeConfig,
+}  # fmt: skip
+NO_PATHS = {
+    "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
+    "serve.host", "serve.token",
+}  # fmt: skip
+"""Keys of free text that become no path. (A store has rules of its own.)"""
+MAY_SHIP = {"model.name", "data.dir", "data.criteria_dir", "criteria_dir", "base"}
+"""Path keys that take raycv:// too."""
+ADDRESSES = (
+    "s3://bucket/x", "s3:/bucket/x", "gs://b", "hdfs:", "hdfs://host:9000/x", "file:///x", "file:/x", "file:./x",
+    "abfs://c@a.dfs.core.windows.net/x", "S3://b/x", "simplecache::s3://b/x", "host:/x", "raycv:/data/sample",
+    "mlflow-artifacts:/0",
+)  # fmt: skip
+PATHS = ("a:b/c", "./s3:/x", "/s3:/x", "a/b:/c", "12:30", "x::y")
+
+
+def path_keys() -> Iterator[tuple[str, str]]:
+    """Command and key of every key that becomes a path: that takes any text of one form and is none of NO_PATHS."""
+    for command, schema in SCHEMAS.items():
+        # A name of a run has a pattern, and the words of a choice are no text.
+        taken = text_keys(schema) - NO_PATHS - {"run.name"}
+        yield from ((command, key) for key, field in fields(schema) if key in taken and "Literal" not in repr(field))
+
+
+@cache
+def _values_of(command: str) -> dict[str, Any]:
+    return compose(command, ["out=x"] if command == "synthesize" else [])
+
+
+def with_value(command: str, key: str, value: str) -> dict[str, Any]:
+    values = deepcopy(_values_of(command))
+    section = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[leaf] = value
+    return values
+
+
+def test_every_key_that_becomes_a_path_is_known() -> None:
+    assert {key for _, key in path_keys()} == MAY_SHIP | {
+        "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "key"), path_keys())
+def test_an_address_is_refused_where_a_path_is_meant(command: str, key: str) -> None:
+    """A folder called `s3:` would be made here."""
+    schema = SCHEMAS[command]
+    for address in (*ADDRESSES, *([] if key in MAY_SHIP else ["raycv://data/sample"])):
+        with pytest.raises(FaultsError) as caught:
+            validate(schema, with_value(command, key, address))
+        (fault,) = caught.value.faults
+        assert fault.startswith(
+            f"{key}: must be a path, and this is an address: mount that storage and name its folder"
+        )
+        assert f"received {shown(address)}" in fault
+    for path in (*PATHS, *(["raycv://models/tiny_llama"] if key in MAY_SHIP else [])):
+        validate(schema, with_value(command, key, path))
+
+
+def test_a_database_has_no_address_for_a_file() -> None:
+    (fault,) = faults_of(values_under("tracking.uri='sqlite:///s3://bucket/mlflow.db'"))
+    assert fault.startswith("tracking.uri: must be a path, and this is an address")
+
+
+FIRST_KEYS = {
+    "model": "name revision target_modules",
+    "dora": "r alpha lora_dropout dropout implementation",
+    "data": "dir criteria_dir empty shuffle_labels",
+    "prompt": "max_length long_post head_fraction stride_fraction",
+    "cv": "folds seed max_concurrent",
+    "train": "epochs patience batch_size effective_batch_size eval_batch_size packing batching lr weight_decay "
+    "max_grad_norm warmup_steps schedule imbalance precision gradient_checkpointing seed checkpoint_minutes",
+    "resources": "gpus_per_fold cpus_per_fold workers_per_fold retries autoscaling ray_logs",
+    "tracking": "uri artifacts experiment",
+    "privacy": "log_text",
+    "run": "name dir",
+}
+"""What the first version of raycv wrote into `config.yaml`, beside `resume`."""
+
+
+def test_a_run_of_the_first_version_can_be_resumed(tmp_path: Path) -> None:
+    """Its config lacks the keys that came later, and may hold addresses of which it made local folders."""
+    recorded = {
+        section: {key: _composed()[section][key] for key in keys.split()} for section, keys in FIRST_KEYS.items()
+    }
+    recorded["run"]["dir"] = recorded["tracking"]["artifacts"] = "s3://bucket/x"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recorded, "resume": None}))
+    try:
+        config = recorded_config(RunFolder(tmp_path))
+    except UserError as error:
+        pytest.fail(f"{error}\nGive a new key a default in the schema that means what earlier versions did.")
+    assert config.run.dir == "s3://bucket/x"
 
 
 # --- Random overrides ------------------------------------------------------------------------------------------------

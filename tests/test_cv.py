@@ -4,16 +4,18 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ROOT, background, raycv, wait_until
 
 from raycv.cli import compose
-from raycv.config import RunConfig, validate
+from raycv.config import RunConfig, ServeConfig, validate
 from raycv.errors import UserError
 from raycv.paths import RunFolder, read_json
 
@@ -70,6 +72,53 @@ def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(clus
 
     with pytest.raises(UserError, match=r"no node has them \(nodes: .*8 CPUs, 2 GPUs"):
         plan(config(*overrides))
+
+
+@pytest.mark.slow
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+
+
+@pytest.mark.slow
+@no_gpu
+def test_a_replica_whose_gpu_torch_cannot_use_does_not_start(cluster):
+    import ray
+
+    from raycv.scorer import Scorer, Setup
+
+    setup = Setup(validate(ServeConfig, compose("serve", [])), None, None, None, "instance")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"cannot use the GPU of {socket.gethostname()}"):
+        ray.get(ray.remote(num_gpus=1)(lambda: Scorer(setup)).remote())
+
+
+@pytest.mark.slow
+@no_gpu
+def test_a_worker_whose_gpu_torch_cannot_use_fails_at_once_and_names_its_node(tmp_path):
+    """Ray counts a GPU there. Its own error, of the workers' joining, would name neither node nor driver."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        made.add_node(num_cpus=2, num_gpus=1, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        overrides = ["experiment=quickstart", "cv.folds=2", "train.epochs=1", "run.name=gpu", "resources.retries=2"]
+        result = subprocess.run(
+            [sys.executable, "-m", "raycv.run", *overrides],
+            cwd=tmp_path,
+            env={**os.environ, "RAY_ADDRESS": made.address},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    finally:
+        made.shutdown()
+    assert result.returncode == 1, result.stdout + result.stderr
+    said = f"torch {torch.__version__}, a build for CPUs alone, cannot use the GPU of {socket.gethostname()} (driver of"
+    assert f"fold 0, 1: {said}" in result.stderr
+    assert "or compute on the CPU: resources.gpus_per_fold=0" in result.stderr
+    # It comes again, so it is not tried again.
+    assert "tried again" not in result.stdout
+    for fold in range(2):
+        assert said in json.loads((tmp_path / f"runs/gpu/fold_{fold}/error.json").read_text())["message"]
 
 
 @pytest.mark.slow

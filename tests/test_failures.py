@@ -17,10 +17,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from builders import files_of_a_gpu
 from commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
 from rich.console import Console
 from test_tracking import finished_run
 
+from raycv.cli import compose
+from raycv.config import RunConfig, validate
+from raycv.driver import cross_validate
 from raycv.errors import UserError
 from raycv.live import LiveView
 from raycv.nodes import NodeError, NodeNeeds
@@ -54,6 +59,32 @@ def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrid
     for word in said:
         assert word in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@pytest.mark.long
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monkeypatch):
+    """Unless the CPU is asked for: the run then meets what it is given to stumble over."""
+    import ray
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    given = ["experiment=quickstart", f"run.dir={tmp_path}/runs", "tracking.uri=sqlite:////proc/refused-at-last.db"]
+
+    def refused(*more):
+        with pytest.raises(UserError) as caught:
+            cross_validate(validate(RunConfig, compose("run", [*given, *more])))
+        return str(caught.value)
+
+    for more in ([], ["resources.gpus_per_fold=1"], ["resources.gpus_per_fold=0.5"]):
+        said = refused(*more)
+        assert "cannot use the NVIDIA GPU" in said
+        assert "or compute on the CPU: resources.gpus_per_fold=0" in said
+    assert "refused-at-last.db cannot be opened" in refused("resources.gpus_per_fold=0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "refused-at-last.db cannot be opened" in refused()
+    assert not ray.is_initialized()
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
 @pytest.mark.long

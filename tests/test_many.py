@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from builders import tiny_llama
+import torch
+from builders import files_of_a_gpu, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
@@ -37,7 +39,7 @@ from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_sou
 from raycv.predict import Predictor
 from raycv.prompts import render
 from raycv.records import Criterion
-from raycv.scores import Progress, ScoredChunk, ScoreFile
+from raycv.scores import SUM, Progress, ScoredChunk, ScoreFile, _sum
 from raycv.train import FoldTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -767,6 +769,56 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     assert len(read_csv(output)) == 27
 
 
+def left_in_the_middle(checkpoint, folder, monkeypatch):
+    """The input, the output and the state of scores that were interrupted after the first of three chunks."""
+    source = write_csv(folder / "in.csv", "post", [[post] for post in posts(9)])
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, folder / "out.csv")
+    return source, folder / "out.csv", folder / "out.csv.state.json"
+
+
+def rewrite(state, change):
+    """`state` with its values changed, and its sum again."""
+    values = json.loads(state.read_text())
+    del values[SUM]
+    change(values)
+    state.write_text(json.dumps({**values, SUM: _sum(values)}))
+
+
+def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeypatch):
+    """Whichever its number was: another version of raycv alone is no other arithmetic."""
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
+    score(checkpoint, source, tmp_path / "whole.csv")
+    source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
+
+    def as_first(values):
+        del values["format"], values["numerics"]
+        values["identity"]["the version of raycv"] = "0.0.9"
+
+    rewrite(state, as_first)
+    begun = (tmp_path / "out.csv.part").read_bytes()
+    assert begun
+    score(checkpoint, source, output)
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert output.read_bytes().startswith(begun)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("format", "its format is 2, and not 1"), ("numerics", "whose arithmetic has number 2")]
+)
+def test_a_state_of_another_format_or_arithmetic_is_refused_in_words(checkpoint, tmp_path, monkeypatch, key, said):
+    source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
+    # What a later version may keep there too.
+    rewrite(state, lambda values: values.update({key: values[key] + 1} | ({"later": 1} if key == "format" else {})))
+    with pytest.raises(UserError, match=said) as caught:
+        score(checkpoint, source, output)
+    assert "continue with that version of raycv" in str(caught.value)
+    assert f"to start anew, delete {state}" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "change", [{"identity": 5}, {"records": "x"}, {"records": 10**9}, {"part_bytes": 10}, {"sha256": ""}]
 )
@@ -1109,8 +1161,51 @@ def test_a_scorer_on_each_gpu_and_none_without_cores():
     from raycv.ray_scoring import _shares
 
     assert _shares([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]) == (3, 1, 1)
+    assert _shares([{"CPU": 4.0, "GPU": 1.0}], on_cpus=True) == (1, 4, 0)
     with pytest.raises(UserError, match="neither GPUs nor cores"):
         _shares([{"memory": 1.0}])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
+    with pytest.raises(UserError, match="cannot use the NVIDIA GPU") as caught:
+        score(checkpoint, source, tmp_path / "out.csv", "engine=ray")
+    assert not ray.is_initialized()
+    assert "infer.device=cpu" in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "root"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+def test_a_node_whose_gpu_torch_cannot_use_is_named_and_the_cpu_scores_if_asked(checkpoint, tmp_path):
+    """Ray counts a GPU there, and gives it to the scorer."""
+    from ray.cluster_utils import Cluster
+
+    source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(3)])
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    done = {}
+    try:
+        made.add_node(num_cpus=2, num_gpus=1, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        for device in ("auto", "cpu"):
+            given = arguments(checkpoint, source, tmp_path / f"{device}.csv", "engine=ray", f"infer.device={device}")
+            done[device] = subprocess.run(
+                [sys.executable, "-m", "raycv.infer", *given],
+                cwd=ROOT, env={**os.environ, "RAY_ADDRESS": made.address}, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+    finally:
+        made.shutdown()
+    assert done["auto"].returncode == 2, done["auto"].stderr
+    assert f"cannot use the GPU of {socket.gethostname()} (driver of an unknown version" in done["auto"].stderr
+    assert "infer.device=cpu" in done["auto"].stderr
+    assert done["cpu"].returncode == 0, done["cpu"].stderr
+    assert len(read_csv(tmp_path / "cpu.csv")) == 9
 
 
 SLOW_FIRST = """
@@ -1119,6 +1214,7 @@ from pathlib import Path
 import ray
 import raycv.pairs
 from raycv.answers import Prediction
+from raycv.config import InferenceConfig
 from raycv.ray_scoring import ray_engine
 from raycv.records import Criterion
 
@@ -1137,6 +1233,8 @@ class SlowFirst:
         return [Prediction(int(post) / 100, False) for post, _ in pairs]
 
 class Recipe:
+    infer = InferenceConfig(precision="auto", batch_size=1)
+
     def load(self, tell):
         return SlowFirst()
 

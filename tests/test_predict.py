@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import tiny_gemma2
+from builders import files_of_a_gpu, tiny_gemma2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
@@ -26,6 +26,7 @@ from raycv.predict import Predictor, choose_precision
 from raycv.train import FoldTrainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU_HERE = torch.cuda.is_available()
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
 MODES = ("head_tail", "sliding", "none")
 needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no 8-bit products")
@@ -105,6 +106,21 @@ def predictor(*folders: Path, precision: str = "fp32", batch_size: int = 16, tel
 
 def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([prediction.score for prediction in predictor.predict(pairs)])
+
+
+def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, tmp_path, monkeypatch):
+    """The machine shows a GPU, which no torch here can use."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fold = trained()
+    expected = scores(predictor(fold.folder), fold.pairs())
+    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path))
+    if not GPU_HERE:
+        with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU of \S+ \(driver 470.82.01\)"):
+            predictor(fold.folder)
+    asked = Predictor([fold.folder], InferenceConfig(precision="fp32", batch_size=16, device="cpu"))
+    np.testing.assert_array_equal(scores(asked, fold.pairs()), expected)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    np.testing.assert_array_equal(scores(predictor(fold.folder), fold.pairs()), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

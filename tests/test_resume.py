@@ -29,7 +29,6 @@ from test_memory import Tight
 from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv import __version__ as raycv_version
 from raycv.base import _sha256 as base_sha256
 from raycv.base import fetch_base
 from raycv.cli import compose
@@ -37,12 +36,13 @@ from raycv.config import RunConfig, validate
 from raycv.driver import _base, _data, _earlier_store, cross_validate
 from raycv.errors import FaultsError, RunFailedError, UserError, counted
 from raycv.loading import load_config, load_tokenizer
+from raycv.metrics import METRICS
 from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
 from raycv.resume import earlier_run, sole_process
 from raycv.runs import recorded_config
 from raycv.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
 from raycv.train import FoldTrainer
-from raycv.utils import code_state
+from raycv.utils import NUMERICS, code_state, package_version
 
 STEPS = 4
 """Optimizer steps of an epoch: 30 pairs in steps of 8."""
@@ -550,12 +550,12 @@ def test_other_splits_and_versions_are_refused_with_the_difference(left):
     write_json(left.splits, splits)
     environment = read_json(left.environment)
     torch_now = environment["packages"]["torch"]
-    environment["packages"] |= {"torch": "2.6.0", "raycv": "0.0.9", "mlflow": "3.0"}
+    environment["packages"] |= {"torch": "2.6.0", "peft": "0.0.9", "mlflow": "3.0"}
     write_json(left.environment, environment)
     said = refused(left, "resume=latest")
     assert "splits: 2 folds of 2 hold other pairs than in splits.json" in said
     assert f"torch: 2.6.0 then, {torch_now} now" in said
-    assert f"raycv: 0.0.9 then, {raycv_version} now" in said
+    assert "peft: 0.0.9 then, " in said
     assert "3 faults" in said
 
 
@@ -606,8 +606,87 @@ def test_every_package_that_numbers_come_from_must_be_the_same(left):
     with pytest.raises(FaultsError) as caught:
         earlier.check(*_data(earlier.config))
     assert sorted(fault.partition(":")[0] for fault in caught.value.faults) == [
-        "accelerate", "numpy", "peft", "raycv", "scikit-learn", "tokenizers", "torch", "transformers"
+        "accelerate", "numpy", "peft", "scikit-learn", "tokenizers", "torch", "transformers"
     ]  # fmt: skip
+
+
+def result_of(fold, **changes):
+    """`result.json` of a finished fold, as the first version of raycv wrote it."""
+    metrics = dict.fromkeys(METRICS, 0.5)
+    values = {"fold": fold, "threshold": 0.5, "best_epoch": 1, "epochs": 1, "metrics": metrics, "seconds": 1.0}
+    values |= {"train_pairs": 1, "val_pairs": 1, "val_matched": 1, "history": [], "events": [], "worker": {}}
+    return values | {"sha256": {}} | changes
+
+
+def faults_of(run):
+    """What a run that is resumed is refused for."""
+    earlier = go_on(run)
+    try:
+        earlier.check(*_data(earlier.config))
+    except FaultsError as error:
+        return error.faults
+    return []
+
+
+def test_another_version_of_raycv_alone_is_no_difference(left):
+    """Nor is a run of the first version, whose records name no number of the arithmetic."""
+    environment = read_json(left.environment)
+    del environment["numerics"]
+    environment["packages"]["raycv"] = "0.0.9"
+    write_json(left.environment, environment)
+    write_json(left.fold(0).result, result_of(0))
+    assert faults_of(left) == []
+    (warning,) = (line for line in go_on(left).warnings() if line.startswith("raycv's version"))
+    assert warning.startswith(f"raycv's version: 0.0.9 then, {package_version('raycv')} now")
+
+
+@pytest.mark.parametrize("where", ["the run", "a finished fold"])
+def test_another_arithmetic_is_refused_even_where_no_fold_has_a_state(left, where):
+    if where == "the run":
+        changed(left.environment, numerics=NUMERICS + 1)
+        write_json(left.fold(0).result, result_of(0, numerics=NUMERICS + 1))
+    else:
+        write_json(left.fold(0).result, result_of(0, numerics=NUMERICS + 1))
+    (fault,) = faults_of(left)
+    then = NUMERICS + 1 if where == "the run" else f"{NUMERICS} and {NUMERICS + 1}"
+    assert fault.startswith(f"the number of raycv's arithmetic: {then} then, {NUMERICS} now; the run began with raycv ")
+
+
+def test_a_number_that_is_raised_refuses_the_runs_of_the_first_version(left, monkeypatch):
+    environment = read_json(left.environment)
+    del environment["numerics"]
+    write_json(left.environment, environment)
+    monkeypatch.setattr("raycv.resume.NUMERICS", 2)
+    (fault,) = faults_of(left)
+    assert fault.startswith("the number of raycv's arithmetic: 1 then, 2 now; the run began with raycv 0.1.0, commit ")
+
+
+@pytest.mark.parametrize(("key", "name"), [("format", "format"), ("numerics", "number of the arithmetic")])
+def test_a_state_of_another_version_is_refused_in_words_and_not_passed_over(left, key, name):
+    """The fold would start again from nothing, or mix two arithmetics; the driver sees it before Ray starts."""
+    states = taken(left.fold(1).state)
+    states.save(state_of(1))
+    states.save(state_of(2))
+    manifest = left.fold(1).state / "000002-000000000" / MANIFEST
+    now = read_json(manifest)[key]
+    changed(manifest, **{key: now + 1})
+    words = rf"000002-000000000 was written by another version of raycv: its {name} is {now + 1}, and this .* has {now}"
+    for look in (lambda: StateFolder(left.fold(1).state).newest(pytest.fail), go_on(left).check_states):
+        with pytest.raises(UserError, match=words) as caught:
+            look()
+        assert "resume with the raycv that began the run" in str(caught.value)
+        assert "run.name=<new>" in str(caught.value)
+
+
+def test_a_state_of_the_first_version_is_read(left):
+    states = taken(left.fold(1).state)
+    states.save(state_of(1))
+    manifest = left.fold(1).state / "000001-000000000" / MANIFEST
+    first = read_json(manifest)
+    del first["numerics"]
+    write_json(manifest, first)
+    go_on(left).check_states()
+    assert str(StateFolder(left.fold(1).state).newest(pytest.fail)) == "epoch 1"
 
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json"])

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from builders import files_of_a_gpu
 from commands import heed_sigint, processes_with
 from toy import Toy, toy_base
 
@@ -22,7 +24,7 @@ from raycv.errors import UserError
 from raycv.paths import write_json
 from raycv.retry import mask_secrets
 from raycv.runs import Chosen
-from raycv.serve import files_of, is_loopback, listening
+from raycv.serve import _on_one_device, files_of, is_loopback, listening, run_server
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
@@ -390,6 +392,24 @@ def test_a_replica_that_no_node_can_hold_is_refused(given):
 
     with pytest.raises(UserError, match=r"no node has them \(8 CPUs, 1 GPUs at most"):
         _resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    given = [f"run={save_toy(tmp_path)}", f"dir={tmp_path}", "serve.port=0", "tracking.uri=none"]
+    with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU(.|\n)*infer.device=cpu"):
+        run_server(validate(ServeConfig, compose("serve", given)))
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("asked", [["infer.device=cpu"], ["serve.gpus_per_replica=0"]])
+def test_a_scorer_on_the_cpu_gets_no_gpu_and_one_without_a_gpu_computes_on_the_cpu(asked):
+    config = _on_one_device(validate(ServeConfig, compose("serve", asked)))
+    assert (config.infer.device, config.serve.gpus_per_replica) == ("cpu", 0)
 
 
 def test_answers_depend_on_checkpoint_criteria_and_base(tmp_path):

@@ -346,6 +346,49 @@ def test_validation_is_sorted_over_the_whole_fold(toy, monkeypatch):
     assert widths[0] > widths[-1]
 
 
+ARITHMETIC = {
+    "padded": {"packing": False, "warmup_steps": 3, "schedule": "linear", "imbalance": "weighted_loss"},
+    "packed": {"weight_decay": 0.1, "schedule": "cosine", "imbalance": "weighted_sampling"},
+    "shared": {"batching": "post_grouped", "max_grad_norm": None},
+    "long posts": {},
+}
+NUMBERS = {
+    "padded": [
+        0.6679329, 0.6649041, 0.7442821, 0.7206192, 0.5679578, 0.7587101, 0.8340628, 0.6039402,
+        0.48, 0.4924559, 0.4894489, 0.4885144,
+    ],
+    "packed": [
+        0.6948109, 0.6946656, 0.6999851, 0.6930726, 0.6912278, 0.6959949, 0.6941262, 0.6922843,
+        0.50, 0.5076907, 0.5042079, 0.5031159,
+    ],
+    "shared": [
+        0.6959299, 0.6983026, 0.6783457, 0.6741242, 0.6547902, 0.6147377, 0.7034500, 0.6459858,
+        0.39, 0.4048202, 0.4017563, 0.4013501,
+    ],
+    "long posts": [
+        0.6853120, 0.6945581, 0.6813141, 0.7118728, 0.7182380, 0.6957120, 0.6247229, 0.6994591,
+        0.50, 0.5404548, 0.5366424, 0.5355913,
+    ],
+}  # fmt: skip
+"""By case: the loss of each of 8 steps, then the threshold and the first 3 validation scores."""
+
+
+@pytest.mark.parametrize("case", ARITHMETIC)
+def test_the_arithmetic_is_that_of_its_number(toy, tmp_path, case):
+    """On one thread or two, and with the kernels of three generations of processors, these differ by 1e-7."""
+    if case == "long posts":
+        toy = Toy(toy_base(tmp_path), toy_dataset(words=24), prompt_config(max_length=26))
+    recorder = Recorder()
+    changes = {"packing": True, "lr": 1e-3} | ARITHMETIC[case]
+    result = trainer(toy, toy.model(dropout=0.2), recorder, **changes).fit(TRAIN, VAL)
+    numbers = [step[3] for step in recorder.steps] + [result.best.threshold, *result.val_scores[:3]]
+    message = (
+        f"training now gives {np.round(numbers, 7).tolist()}. If raycv's own code changed what is computed, raise "
+        "NUMERICS in raycv/utils.py, and put these numbers here. Another version of torch may change them too."
+    )
+    np.testing.assert_allclose(numbers, NUMBERS[case], atol=1e-5, err_msg=message)
+
+
 def test_cross_entropy_is_torchs():
     logits = torch.randn(50, 2, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 2, (50,))

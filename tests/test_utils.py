@@ -1,9 +1,10 @@
-"""Pinned kernels, and what is recorded of the environment."""
+"""Pinned kernels, GPUs that torch cannot use, and what is recorded of the environment."""
 
 import contextlib
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import files_of_a_gpu
 
 import raycv
-from raycv import __version__
+from raycv import __version__, devices
+from raycv.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
+from raycv.errors import UserError
 from raycv.utils import describe_environment, package_version, pin_kernels, seldom_collecting, set_seed
 
 
@@ -94,3 +98,83 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
     monkeypatch.setattr(metadata, "version", not_installed)
     assert package_version("raycv") == __version__
     assert package_version("torch") is None
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build  (root@host)\n"
+needs_a_cpu_build = pytest.mark.skipif(
+    torch.version.cuda is not None or torch.version.hip is not None, reason="this torch is built for GPUs"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "there"),
+    [
+        ({}, True),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,0"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-GPU-89"}, True),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, True),
+        ({"HIP_VISIBLE_DEVICES": ""}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, False),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, False),
+        ({"NVIDIA_VISIBLE_DEVICES": "void"}, False),
+    ],
+)
+def test_a_gpu_is_seen_without_torch_unless_the_cpu_is_asked_for(tmp_path, variables, there):
+    expected = Gpu("NVIDIA", "470.82.01") if there else None
+    assert visible_gpu(files_of_a_gpu(tmp_path), variables) == expected
+
+
+def test_what_the_drivers_say_of_themselves(tmp_path):
+    assert visible_gpu(files_of_a_gpu(tmp_path / "open", OPEN_DRIVER), {}) == Gpu("NVIDIA", "550.54.14")
+    assert visible_gpu(files_of_a_gpu(tmp_path / "new", "nothing known"), {}) == Gpu("NVIDIA", None)
+    # A container without GPUs on such a machine: the driver's own folder is not hidden from it.
+    shutil.rmtree(files_of_a_gpu(tmp_path / "container") / "dev")
+    assert visible_gpu(tmp_path / "container", {}) is None
+    assert visible_gpu(tmp_path / "nothing", {}) is None
+    # A processor with graphics of its own, and one on which somebody means to compute with it.
+    (tmp_path / "amd/dev").mkdir(parents=True)
+    (tmp_path / "amd/dev/kfd").touch()
+    assert visible_gpu(tmp_path / "amd", {}) is None
+    (tmp_path / "amd/opt/rocm").mkdir(parents=True)
+    (tmp_path / "amd/sys/module/amdgpu").mkdir(parents=True)
+    (tmp_path / "amd/sys/module/amdgpu/version").write_text("6.8.5\n")
+    assert visible_gpu(tmp_path / "amd", {}) == Gpu("AMD", "6.8.5")
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        assert visible_gpu(tmp_path / "amd", {name: "-1"}) is None
+
+
+@needs_a_cpu_build
+def test_a_gpu_that_torch_cannot_use_is_refused_by_driver_and_build(tmp_path, monkeypatch):
+    """Here torch is built for CPUs alone: what is made up is the driver's files."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert inference_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(devices, "ROOT", files_of_a_gpu(tmp_path))
+    with pytest.raises(UserError) as caught:
+        inference_device("auto")
+    assert caught.value.what == (
+        f"torch {torch.__version__}, a build for CPUs alone, cannot use the NVIDIA GPU of {socket.gethostname()} "
+        "(driver 470.82.01): Torch not compiled with CUDA enabled"
+    )
+    assert caught.value.remedies[1] == "or compute on the CPU: infer.device=cpu"
+    assert inference_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match=r"\(driver 470.82.01, CUDA_VISIBLE_DEVICES=1\).*\n(.|\n)*a.b=c"):
+        check_own_gpu("a.b=c")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert inference_device("auto") == torch.device("cpu")
+
+
+@needs_a_cpu_build
+def test_the_gpu_of_a_machine_that_only_joins_a_cluster_is_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "ROOT", files_of_a_gpu(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_gpu_before_ray("a.b=c")
+    for address in ("local", "auto", ""):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match="cannot use the NVIDIA GPU"):
+            check_gpu_before_ray("a.b=c")
