@@ -74,7 +74,6 @@ def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(clus
         plan(config(*overrides))
 
 
-@pytest.mark.slow
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 
 
