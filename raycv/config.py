@@ -446,7 +446,7 @@ class ServerConfig(Section):
         description="CPU cores of one; auto: the node's, shared out evenly"
     )
     gpus_per_replica: Auto | Share = Field(
-        description="GPUs of one, fractions allowed; auto: 1 where there are some, else 0"
+        description="GPUs of one, fractions allowed; 0: it computes on the CPU; auto: 1 where there are some, else 0"
     )
     max_queued: Positive = Field(description="requests of a replica at most, in work and waiting; more are told 503")
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(

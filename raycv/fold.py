@@ -238,10 +238,9 @@ def free_place(board: Any, fold: int) -> None:
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     """Writes why the fold failed where the driver and the user find it."""
     folder = RunFolder(Path(task.root)).fold(fold)
+    # Of a worker, or of Ray's controller where a worker failed before its training began.
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None) or error]
     cause = getattr(failures[0], "_base_exc", failures[0])
-    # What a worker raised before its training began.
-    cause = getattr(cause, "cause", cause)
     text = "".join(traceback.format_exception(cause))
     if not isinstance(cause, UserError) and is_full(cause):
         # Ray keeps its own files beside the run's, and may be the first to meet a full disk.

@@ -25,7 +25,7 @@ FORMAT = 1
 """How a state is written. Whoever changes it raises it by one."""
 TENSORS, FACTS, MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
 WRITER = "writer"
-DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+DAMAGES = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 """What reading a damaged state may raise."""
 
 
@@ -117,7 +117,7 @@ class StateFolder:
     def newest(self, warn: Callable[[str], None]) -> TrainState | None:
         """The newest state that is whole; None if there is none. Each that is passed over is told to `warn`.
 
-        Raises: UserError as `check`: the fold would start afresh, or go on with another arithmetic.
+        Raises: UserError as `check`: the fold would start afresh, or continue with another arithmetic.
         """
         for path in self._paths():
             try:

@@ -79,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 def checkpoint(tmp_path):
     """A manifest and nothing else: what choosing a checkpoint needs."""
     folder = tmp_path / "some" / "fold_0" / "checkpoint"
+    folder.mkdir(parents=True)
     info = {**dict.fromkeys(("base_revision", "criteria_hash", "criteria_dir"), ""), "base_model": "base"}
     info["precision"] = "fp32"
     rules = {"long_post": "head", "max_length": 48, "head_fraction": 0.25, "stride_fraction": 0.5, "post_limit": 9}

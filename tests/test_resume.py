@@ -678,6 +678,16 @@ def test_a_state_of_another_version_is_refused_in_words_and_not_passed_over(left
         assert "run.name=<new>" in str(caught.value)
 
 
+@pytest.mark.long
+def test_the_command_refuses_a_state_of_another_version_before_ray_starts(left):
+    taken(left.fold(1).state).save(state_of(1))
+    changed(left.fold(1).state / "000001-000000000" / MANIFEST, format=2)
+    said = refused(left, "resume=mine")
+    assert "was written by another version of raycv: its format is 2, and this version has 1" in said
+    # What it would be refused for otherwise.
+    assert "nowhere.db" not in said
+
+
 def test_a_state_of_the_first_version_is_read(left):
     states = taken(left.fold(1).state)
     states.save(state_of(1))
