@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from unittest.mock import patch
 
-from raycv.cli import run_command
+from raycv.cli import HYDRA_OPTIONS, run_command
 from raycv.config import fields
 from scripts.markdown import ROOT, code_blocks, inline_code, name_of, pages
 from scripts.words import FROM_CODE, commands, help_header
@@ -85,11 +85,15 @@ def refusal(command: str, arguments: list[str]) -> str | None:
         return f"there is no command raycv.{command}"
     if stray := [word for word in arguments if "=" not in word and not word.startswith("-") and word != "job"]:
         return f"{', '.join(stray)}: not key=value"
-    options = [] if ANSWERS & set(arguments) else ["--cfg=job"]
+    # --cfg answers before the command looks at its other options.
+    options = [word.partition("=")[0] for word in arguments if word.startswith("-")]
+    if unknown := set(options) - {*ANSWERS, *HYDRA_OPTIONS}:
+        return f"there is no option {', '.join(sorted(unknown))}"
+    asked = arguments if ANSWERS & set(arguments) else [*arguments, "--cfg=job"]
     said = io.StringIO()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_OUTSIDE)}
     with (
-        patch.object(sys, "argv", ["raycv", *arguments, *options]),
+        patch.object(sys, "argv", ["raycv", *asked]),
         patch.object(sys, "excepthook", sys.excepthook),
         patch.dict(os.environ, environment, clear=True),
         contextlib.redirect_stdout(io.StringIO()),

@@ -21,7 +21,7 @@ BANNED = {
     r"go(es|ne|ing)? on|went on": "write: resumes, continues, restarts",
     r"(is|are|was|were|be) (said|told)|said so|says so": "write who logs, warns or prints it",
     r"(is|are|was|were|be) had": "write who has it",
-    r"(is|are|was|were) no(?! (longer|more|later|less|earlier|other)\b)": "write: is not a ...",
+    r"(?<!there )(is|are|was|were) no(?! (longer|more|later|less|earlier|other)\b)": "write: is not a ...",
     r"mend(s|ed|ing)?": "write: fix",
     r"so it is with|so (it )?does|so do|and so (is|are)": "write the second fact as a sentence of its own",
     r"anew": "write: again, new",
