@@ -2,8 +2,8 @@
 
     python -m scripts.doc_commands
 
-The commands are parsed and validated as the real ones are (`--cfg job`), and do no work. Keys in inline code are
-looked up too.
+The commands are parsed and validated as the real ones are (`--cfg job`), and do no work. Keys and files of the checkout
+in inline code are looked up too.
 """
 
 import contextlib
@@ -113,6 +113,12 @@ def unknown_keys(code: str) -> list[str]:
     return [key for key in written if key not in known and key.split(".")[0] in {one.split(".")[0] for one in known}]
 
 
+def missing_files(code: str) -> list[str]:
+    """The file or folder of the checkout that a piece of inline code names, if there is no such one."""
+    names = re.findall(r"^(?:raycv|configs|scripts|tests|benchmarks|docs|models)/(?:[\w./-]+\.\w+|[\w/-]+/)$", code)
+    return [name for name in names if not (ROOT / name).exists()]
+
+
 def _targets() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
@@ -145,6 +151,7 @@ def faults() -> tuple[list[str], int]:
     for page in pages():
         for line, code in inline_code(page):
             found += [f"{name_of(page)}:{line}: no command has the key {key}" for key in unknown_keys(code)]
+            found += [f"{name_of(page)}:{line}: there is no {name}" for name in missing_files(code)]
     return found, len(known)
 
 
