@@ -7,7 +7,7 @@ AUDIT := .venv/.audit
 # What starts no Ray shares the cores; each Ray takes them all.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: install quickstart test test-slow test-faults check format lock audit licenses
+.PHONY: install quickstart test test-slow test-faults check docs format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -30,7 +30,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and (core or not faults)"
 
-# The fault matrix of the README: processes killed, disks filled, servers stopped.
+# The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install
 	$(BIN)/python -m pytest -m faults
 
@@ -38,7 +38,16 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m scripts.words
+	$(BIN)/python -m scripts.doc_commands
+	$(BIN)/python -m scripts.reference --check
+	$(BIN)/python -m benchmarks.table --check
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not ray and not long"
+
+# The pages in docs/, into build/docs: a broken link is an error, and nothing is fetched.
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs build/docs
+	$(BIN)/python -m scripts.links build/docs
 
 format: install
 	$(BIN)/ruff format .

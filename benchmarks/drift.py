@@ -137,7 +137,7 @@ def main() -> None:
     if options.run and not RunFolder(options.run).config.is_file():
         arguments.error(f"--run {options.run}: no folder of a run: it has no config.yaml")
     if options.run and options.out is None:
-        # Yours are not the figures of the README.
+        # Yours are not the figures of the docs.
         options.out = Path("drift.json")
     seconds_of = clock(one_core=options.one_core)
     result = Result("drift", options, one_core=options.one_core, batch_size=BATCH_SIZE)

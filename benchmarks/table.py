@@ -1,6 +1,6 @@
-"""Renders the results as Markdown, between the markers of the README.
+"""Renders the results as Markdown: all tables into the docs, the figures that matter most into the README.
 
-Writes the README; `--check` only says whether it is what the results give.
+Writes between the markers of both files; `--check` only tells whether they are what the results give.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 from raycv.errors import counted
 from raycv.paths import read_json, write_text
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
@@ -33,6 +33,34 @@ OWED = {
     "drift": "What bf16 and int8 change of the scores is still owed: `python -m benchmarks.drift`.",
     "latency": "Figures of an answer's latency are still owed: `python -m benchmarks.latency`, on an idle machine.",
 }
+
+SUMMARY = (
+    (
+        "an epoch of a fold with its validation, beside Hugging Face's Trainer with PEFT's DoRA, padded to 512",
+        "fold", "shuffled: an epoch with validation, times faster than the Trainer padded to 512", " times faster",
+    ),
+    (
+        "the same with `train.batching=post_grouped`",
+        "fold", "post_grouped: an epoch with validation, times faster than the Trainer padded to 512", " times faster",
+    ),
+    (
+        "a decoder layer of a 7B in bf16, beside PEFT's DoRA",
+        "layer", "times faster than the better PEFT DoRA, 256 tokens, bf16", " times faster",
+    ),
+    (
+        "the same beside PEFT's LoRA",
+        "layer", "times the time of PEFT's LoRA, 256 tokens, bf16", " times its time",
+    ),
+    (
+        "a wave of two folds, beside the time inside their training loops",
+        "overhead", "a wave of two folds beside its loops, seconds", " s",
+    ),
+    (
+        "one answer with a resident scorer, start of the asking process included (p95, the quickstart's model)",
+        "latency_cli", "p95 of fresh processes with a scorer, seconds", " s",
+    ),
+)  # fmt: skip
+"""The README's figures: what was measured, the benchmark, its claim, a unit."""
 
 Json = dict[str, Any]
 Column = tuple[str, Callable[[Json], str]]
@@ -74,9 +102,9 @@ def layer(result: Json) -> list[str]:
     titles = result["settings"]["titles"]
     place = " on a GPU" if result["benchmark"].endswith("_gpu") else ""
     intro = (
-        f"**One decoder layer of {llama(result)}{place}**, forward and backward under gradient checkpointing; seconds "
-        f"of a micro-batch, {result['settings']['micro_batches']} of them an optimizer step; N: the layer's base "
-        "weights."
+        f"**One decoder layer of {llama(result)}{place}**, forward and backward under gradient checkpointing. The "
+        f"times are seconds of a micro-batch, {result['settings']['micro_batches']} of them an optimizer step. N is "
+        "the number of the layer's base weights."
     )
     columns: list[Column] = [
         ("dtype", lambda row: row["dtype"]),
@@ -95,8 +123,8 @@ def fold(result: Json) -> list[str]:
     steps = -(-settings["train_pairs"] // settings["effective_batch"])
     batches = f" in batches of {settings['eval_batch']} at most" if "eval_batch" in settings else ""
     intro = (
-        f"**One fold**: an epoch of {settings['train_pairs']} pairs in {counted(steps, 'optimizer step')}, the "
-        f"validation of {settings['validation_pairs']}{batches}; "
+        f"**One fold**: an epoch of {settings['train_pairs']} pairs in {counted(steps, 'optimizer step')}, and the "
+        f"validation of {settings['validation_pairs']}{batches}. "
         f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
     )
     columns: list[Column] = [
@@ -148,7 +176,7 @@ def batching(result: Json) -> list[str]:
     settings = result["settings"]
     intro = (
         f"**Does post_grouped cost accuracy?** {settings['posts']:,} posts x 9 criteria, {settings['seeds']} seeds x 5 "
-        f"folds each way, tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
+        f"folds each way. Tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
     )
     rows = [{"batching": name, **values} for name, values in result["means"].items()]
     columns: list[Column] = [
@@ -180,7 +208,7 @@ def overhead(result: Json) -> list[str]:
         ("beside them, per wave of folds", lambda row: seconds(row["wave"])),
         ("runs", lambda row: str(row["wave"]["n"])),
     ]
-    intro = f"**What a run costs beside its training**, {result['settings']['cores']} cores, seconds."
+    intro = f"**The cost of a run beside its training**, {result['settings']['cores']} cores, seconds."
     lines = [intro, "", *table(columns, rows)]
     timed = [row for row in rows if "phase_imports" in row]
     if not timed:
@@ -195,7 +223,8 @@ def overhead(result: Json) -> list[str]:
         ("until the run knows", lambda row: seconds(row["phase_reports"])),
     ]
     head = (
-        "Where the seconds of one fold go (the loop with what precedes its first epoch, which is not `inside` above):"
+        "The seconds of one fold by phase. The loop includes the time before its first epoch, which `inside` above "
+        "does not:"
     )
     return [*lines, "", head, "", *table(phases, timed)]
 
@@ -238,9 +267,10 @@ def latency_cli(result: Json) -> list[str]:
         ("p95, s", lambda row: f"{row['p95']:.2f}"),
         ("processes", lambda row: str(row["n"])),
     ]
-    spent = ", ".join(f"{what} {value:.2f}" for what, value in result["cold_seconds"].items())
+    parts = [{"part": part, "seconds": f"{value:.2f}"} for part, value in result["cold_seconds"].items()]
+    spent: list[Column] = [("a cold one, by part", lambda row: row["part"]), ("seconds", lambda row: row["seconds"])]
     intro = "**`raycv.infer`, process start to exit**, the quickstart's model; logging to MLflow included."
-    return [intro, "", *table(columns, result["rows"]), "", f"- seconds of a cold one: {spent}"]
+    return [intro, "", *table(columns, result["rows"]), "", *table(spent, parts)]
 
 
 def load(result: Json) -> list[str]:
@@ -259,7 +289,7 @@ def load(result: Json) -> list[str]:
         # MLflow is written to beside the answers, and slower while they come.
         lines += [
             "",
-            f"- of {kept['asked']:,} answers to be logged {kept['in_mlflow']:,} were in MLflow as the load ended",
+            f"- logged to MLflow as the load ended: {kept['in_mlflow']:,} of {kept['asked']:,} answers",
         ]
     return lines
 
@@ -347,7 +377,9 @@ def int8(result: Json) -> list[str]:
         ("GFLOP/s", lambda row: f"{row['gflops']:,.0f}"),
         ("relative error", lambda row: f"{row['error']:.2%}"),
     ]
-    intro = f"**8-bit products**: the seven projections of one Llama-7B layer; {found} ([the choice](docs/int8.md))."
+    intro = (
+        f"**8-bit products**: the seven projections of one Llama-7B layer; {found} ([the choice](../concepts/int8.md))."
+    )
     return [intro, "", *table(columns, result["rows"])]
 
 
@@ -384,8 +416,8 @@ def render(result: Json) -> list[str]:
         machine += f", {repeats} runs of each" if result["benchmark"] in ONE_AFTER_ANOTHER else f", {repeats} rounds"
     if result["settings"].get("one_core"):
         machine += ", CPU seconds of one core"
-    note = f" ({result['note']})" if "note" in result else ""
-    lines = [f"`{result['command']}`, {machine}, {versions}{note}", ""]
+    lines = [f"`{result['command']}`, {machine}, {versions}", ""]
+    lines += [result["note"], ""] if "note" in result else []
     lines += RENDERERS[result["benchmark"]](result)
     if result["bars"]:
         lines.append("")
@@ -401,46 +433,64 @@ def render(result: Json) -> list[str]:
 
 
 def judgement(bar: Json) -> str:
-    """Whether a bar is met, as the README says it."""
+    """Whether a bar is met, as the page words it."""
     if not bar["met"]:
         return "**missed**"
     return "met" if bar.get("every_round", True) else "met by the median, **not by every round**"
 
 
 def section(results: Path = RESULTS) -> str:
-    """What stands between the markers."""
+    """All tables: the body of the page of the docs."""
     found = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem in RENDERERS}
-    lines = [
-        "Times are medians, with the range where there are several; in rounds the variants took turns. The load is the "
-        "machine's mean over the minute before the benchmark. A bar over rounds is the median of the rounds' ratios, "
-        "which may differ from the ratio of two medians.",
-        "",
-    ]
+    lines: list[str] = []
     for name in ORDER:
         if name in found:
-            lines += [*render(found[name]), ""]
+            lines += [f"## {name}", "", *render(found[name]), ""]
     lines += [f"- {text}" for name, text in OWED.items() if name not in found]
     return "\n".join(lines).strip()
 
 
-def updated(text: str, results: Path = RESULTS) -> str:
-    """`text` of a README with the section renewed."""
+def summary(results: Path = RESULTS) -> str:
+    """The few figures of the README."""
+    rows = []
+    for what, name, claim, unit in SUMMARY:
+        file = results / f"{name}.json"
+        values = [bar["value"] for bar in (read_json(file)["bars"] if file.is_file() else []) if bar["claim"] == claim]
+        rows += [{"what": what, "figure": f"{value:.2g}{unit}"} for value in values]
+    return "\n".join(table([("", lambda row: row["what"]), ("measured", lambda row: row["figure"])], rows))
+
+
+WRITTEN: dict[Path, Callable[[Path], str]] = {
+    ROOT / "docs" / "reference" / "benchmarks.md": section,
+    ROOT / "README.md": summary,
+}
+"""The files with markers, and what stands between them."""
+
+
+def updated(text: str, body: str) -> str:
+    """`text` with `body` between the markers."""
     before, found, rest = text.partition(START)
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise SystemExit(f"the README lacks the markers {START} and {END}")
-    return f"{before}{START}\n{section(results)}\n{END}{after}"
+        raise SystemExit(f"the file lacks the markers {START} and {END}")
+    return f"{before}{START}\n\n{body}\n\n{END}{after}"
+
+
+def outdated(results: Path = RESULTS) -> dict[Path, str]:
+    """The files that are not what the results give, with what they should hold."""
+    texts = {path: path.read_text(encoding="utf-8") for path in WRITTEN}
+    renewed = {path: updated(text, WRITTEN[path](results)) for path, text in texts.items()}
+    return {path: text for path, text in renewed.items() if text != texts[path]}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="write nothing, fail if the README is out of date")
+    arguments.add_argument("--check", action="store_true", help="write nothing, fail if a file is out of date")
     options = arguments.parse_args()
-    text = README.read_text(encoding="utf-8")
-    if options.check and updated(text) != text:
-        raise SystemExit("README.md is not what the results give: python -m benchmarks.table")
-    if not options.check:
-        write_text(README, updated(text))
+    for path, text in outdated().items():
+        if options.check:
+            raise SystemExit(f"{path.relative_to(ROOT)} is not what the results give: python -m benchmarks.table")
+        write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class DoraConfig(Section):
     alpha: Positive = Field(description="the low-rank product is scaled by alpha / r")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability")
     dropout: Literal["lora_path", "peft"] = Field(
-        description="what dropout acts on: the low-rank path (one product with the base weights), or that and the base"
+        description="lora_path: dropout on the low-rank path only, one product with the base weights; peft: on both"
     )
     implementation: Literal["factored", "peft"] = Field(
         description="factored: raycv's layer, the same function computed faster; peft: PEFT's own"
@@ -153,12 +153,13 @@ class DoraConfig(Section):
 class DataConfig(Section):
     dir: Location = Field(description="folder with the posts and the groundtruth or annotations (FR-012)")
     criteria_dir: Location = Field(description="folder with the criteria, CSV or JSON")
-    empty: Literal["drop", "refuse"] = Field(description="what to do with an empty post or criterion")
+    empty: Literal["drop", "refuse"] = Field(
+        description="an empty post or criterion: drop it with its pairs and warn, or refuse the data"
+    )
     # The default is for whole config files that users wrote, or copied from a run, before there was this key.
     missing: Missing = Field(
         default="empty",
-        description="what a cell is that holds NaN, NULL, N/A or the like and nothing else: empty (data.empty decides "
-        "what happens to it), or text",
+        description="a cell that holds nothing but NaN, NULL, N/A or the like: empty (data.empty then decides), or text",
     )
     shuffle_labels: bool = Field(
         description="control experiment: permute the labels over the pairs; scores must fall to chance"
@@ -170,7 +171,7 @@ class PromptConfig(Section):
         description="tokens of one prompt, padding included (FR-002)"
     )
     long_post: Literal["head_tail", "head", "tail", "none", "sliding"] = Field(
-        description="how a post that exceeds the budget is fitted; none is the literal right cut of the whole prompt"
+        description="how a post over the budget is shortened; none: cut the whole prompt on the right"
     )
     head_fraction: Fraction = Field(
         description="head_tail: share of the kept tokens that come from the post's head (Sun et al. 2019: 128 of 510)"
@@ -183,21 +184,25 @@ class PromptConfig(Section):
 class CvConfig(Section):
     folds: Annotated[int, Field(ge=2)] = Field(description="n_splits of StratifiedGroupKFold (FR-003)")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="random_state of StratifiedGroupKFold")
-    max_concurrent: Auto | Positive = Field(description="folds in flight at most; auto is what the resources allow")
+    max_concurrent: Auto | Positive = Field(description="folds at once, at most; auto: as many as the resources allow")
 
 
 class TrainConfig(Section):
-    epochs: Positive = Field(description="at most so many epochs (FR-007)")
-    patience: Positive = Field(description="stop after so many epochs without a better validation F1 (FR-007)")
+    epochs: Positive = Field(description="epochs, at most (FR-007)")
+    patience: Positive = Field(description="stop after this many epochs without a better validation F1 (FR-007)")
     batch_size: Positive = Field(
-        description="pairs in one micro-batch at the start; halved on out-of-memory; packed, as many as take the "
-        "memory of so many of the step's longest (FR-007)"
+        description="pairs in one micro-batch at the start, halved on out-of-memory; with packing, as many pairs as "
+        "fit the memory of this many longest ones (FR-007)"
     )
-    effective_batch_size: Positive = Field(description="pairs in one optimizer step, whatever the micro-batch (FR-007)")
-    eval_batch_size: Positive = Field(description="the same of a validation batch; halved on out-of-memory")
+    effective_batch_size: Positive = Field(
+        description="pairs in one optimizer step, at any size of the micro-batch (FR-007)"
+    )
+    eval_batch_size: Positive = Field(
+        description="pairs in one validation batch, counted like train.batch_size; halved on out-of-memory"
+    )
     packing: bool = Field(
-        description="prompts one after another in lines instead of padding, and, in validation and post-grouped "
-        "training, a post once for all its criteria; the same logits and gradients, but for dropout's draws"
+        description="put prompts one after another in lines instead of padding them; validation and post_grouped "
+        "compute a post once for all its criteria. Logits and gradients stay the same, but dropout draws other masks"
     )
     batching: Literal["shuffled", "post_grouped"] = Field(
         description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
@@ -207,26 +212,26 @@ class TrainConfig(Section):
     )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="AdamW's decoupled weight decay")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        description="gradient norm is clipped to it; null: no clipping"
+        description="clip the gradient norm to this; null: no clipping"
     )
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
     )
     imbalance: Literal["weighted_loss", "weighted_sampling", "none"] = Field(
-        description="answer to class imbalance; weights come from the training fold alone"
+        description="answer to class imbalance; the weights come from the training pairs of the fold"
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        description="recompute activations in the backward pass to save memory; auto: only if they do not fit"
+        description="recompute activations in the backward pass to save memory; auto: only where they do not fit"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        description="within an epoch the training state is saved that often, to resume from; null: after epochs alone"
+        description="minutes between two training states within an epoch; null: save one after each epoch only"
     )
 
     @field_validator("gradient_checkpointing", mode="before")
@@ -280,8 +285,8 @@ class ResourcesConfig(Section):
         return value
 
     retries: Annotated[int, Field(ge=0, le=1000)] = Field(
-        description="times that a fold goes on from its last state by itself after one of its processes died; with "
-        "autoscaling also the nodes that may be left out since they lack the share or differ in their code"
+        description="restarts of a fold from its last state after one of its processes died; with autoscaling also "
+        "nodes that may be left out"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
@@ -328,7 +333,7 @@ class RunConfig(Section):
     privacy: PrivacyConfig
     run: RunNameConfig
     resume: PathText | None = Field(
-        description="go on with an unfinished run in run.dir: its name, or latest; all else is as it was"
+        description="resume an unfinished run in run.dir (its name, or latest); its other settings stay"
     )
 
     def without_secrets(self) -> "RunConfig":
@@ -345,8 +350,8 @@ class AggregateConfig(Section):
     )
     dir: PathText = Field(description="folder that holds the runs")
     tracking_uri: StoreAddress | None = Field(
-        description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db; one that "
-        "lacks the run gets it from its folder"
+        description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db. A store that "
+        "lacks the run gets it from the run folder"
     )
 
 
@@ -360,16 +365,16 @@ class InferenceConfig(Section):
         default="auto", description="auto: a GPU where there is one, refused if torch cannot use it; cpu: the processor"
     )
     precision: Precision = Field(
-        description="auto: as it was trained where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
+        description="auto: as in training where the device is fast at it, else fp32; int8: on a CPU, may flip labels"
     )
     batch_size: Positive = Field(
-        description="prompts computed at once; packed, as many as take the memory of so many long ones"
+        description="prompts computed at once; with packing, as many as fit the memory of this many long ones"
     )
 
 
 class InferTrackingConfig(Section):
     uri: Literal["none"] | StoreAddress | None = Field(
-        description="MLflow tracking URI; null: where the run was tracked; none: the inference is not logged"
+        description="MLflow tracking URI; null: where the run was tracked; none: do not log the inference"
     )
     experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")
 
@@ -392,32 +397,31 @@ OtherCriteria = Annotated[
 ]
 OtherBase = Annotated[
     Location | None,
-    Field(description="folder or hub id where the run's base model lies now; null: where training found it"),
+    Field(description="folder or hub id of the run's base model now; null: where training found it"),
 ]
 
 
 class InferConfig(Section):
     """The config of `python -m raycv.infer`."""
 
-    post: FreeText | None = Field(description="the post, any text, as it stands")
+    post: FreeText | None = Field(description="the post: any text, taken literally")
     criterion: FreeText | None = Field(
-        description="a criterion in any words, or an id (A.4) or symptom name of the run's; null: each of the run's"
+        description="a criterion in your own words, or an id (A.4) or symptom name of the run; null: each of the run's"
     )
     post_file: PathText | None = Field(description="file that holds the post (UTF-8); - is standard input")
     input: PathText | None = Field(
-        description="file of many pairs (.csv, .jsonl, .parquet): post or text, and a criterion or criterion_id a row; "
-        "without such a column each post is asked for every criterion, or for criterion="
+        description="file of many pairs (.csv, .jsonl, .parquet) with a post or text and a criterion or criterion_id a "
+        "row. Without such a column each post is scored for every criterion, or for criterion="
     )
     output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "
         "(.csv, .jsonl, .parquet)"
     )
     missing: Missing = Field(
-        description="what a cell of input is that holds NaN, NULL, N/A or the like and nothing else: empty (a bad "
-        "row), or text; in post= and criterion= such a word is text"
+        description="a cell of input= that holds nothing but NaN, NULL, N/A or the like: empty (a bad row), or text"
     )
     engine: Literal["local", "ray"] = Field(
-        description="who scores input: this process, or Ray Data over a cluster; the same scores"
+        description="local: this process scores input=; ray: Ray Data scores it over a cluster, with the same scores"
     )
     run: AnsweringRun
     fold: AnsweringFold
@@ -427,8 +431,8 @@ class InferConfig(Section):
     criteria_dir: OtherCriteria
     base: OtherBase
     server: NonEmpty = Field(
-        description="who computes: auto: a running raycv.serve of this model, else this process; none: this process; "
-        "or the scorer's address, http://host:port (its token: RAYCV_TOKEN)"
+        description="auto: ask a running raycv.serve of this model, else compute here; none: compute here; or the "
+        "address of a scorer, http://host:port (its token: RAYCV_TOKEN)"
     )
     infer: InferenceConfig
     tracking: InferTrackingConfig
@@ -438,19 +442,23 @@ class ServerConfig(Section):
     host: NonEmpty = Field(description="address to listen on; one that others can reach needs a token")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(description="port to listen on; 0: any that is free")
     token: Annotated[str, Field(min_length=16)] | None = Field(
-        description="what requests must bring as `Authorization: Bearer <token>`; safer in RAYCV_TOKEN than typed"
+        description="requests must send it as `Authorization: Bearer <token>`; RAYCV_TOKEN is safer than typing it"
     )
     replicas: Positive = Field(description="processes that hold the model, at least")
-    max_replicas: Positive = Field(description="and at most: Ray Serve adds some while requests wait")
+    max_replicas: Positive = Field(
+        description="processes that hold the model, at most; Ray Serve adds some while requests wait"
+    )
     cpus_per_replica: Auto | Annotated[float, Field(ge=LEAST_SHARE)] = Field(
-        description="CPU cores of one; auto: the node's, shared out evenly"
+        description="CPU cores of one replica; auto: the cores of the node, shared out evenly"
     )
     gpus_per_replica: Auto | Share = Field(
-        description="GPUs of one, fractions allowed; 0: it computes on the CPU; auto: 1 where there are some, else 0"
+        description="GPUs of one replica, fractions allowed; 0: the CPU computes; auto: 1 where the node has some"
     )
-    max_queued: Positive = Field(description="requests of a replica at most, in work and waiting; more are told 503")
+    max_queued: Positive = Field(
+        description="requests of a replica at most, in work and waiting; further ones get a 503"
+    )
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
-        description="how long a request that is not alone waits for more to compute with; among 8 or more: twice that"
+        description="milliseconds to wait for further requests to batch; twice that among 8 or more"
     )
     max_pairs: Positive = Field(description="pairs of one request, each of the run's criteria counted")
     max_post_characters: Positive = Field(description="characters of a post or a criterion")

@@ -1,4 +1,4 @@
-"""Pairs -> folds. Anyone gets the same folds with scikit-learn alone: the README shows the five lines."""
+"""Pairs -> folds. Anyone gets the same folds with scikit-learn alone: the docs show the five lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 NOT_STATED = "not stated"
 LONGEST = 60
@@ -14,7 +15,7 @@ def license_of(package: str) -> str:
 
     Raises: PackageNotFoundError.
     """
-    stated = metadata.metadata(package)
+    stated: Any = metadata.metadata(package)
     classifiers = [each.split(" :: ")[-1] for each in stated.get_all("Classifier", []) if each.startswith("License ::")]
     named = [name for name in classifiers if name != "OSI Approved"]
     free = (stated.get("License") or "").strip()

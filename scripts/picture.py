@@ -1,4 +1,4 @@
-"""Draws a run's summary as README shows it: python scripts/picture.py runs/<name>/report.json docs/quickstart.svg"""
+"""Draws a run's summary as README shows it: python scripts/picture.py runs/<name>/report.json quickstart.svg"""
 
 import argparse
 import json

@@ -1,6 +1,6 @@
 """What happens when services and surroundings fail, each for real: memory, disk, MLflow, numbers, clock, folders.
 
-The README's table `When something fails` names the test of each line.
+The page `When something fails` of the docs names the test of each line.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ from builders import tiny_llama, wordlevel_tokenizer
 from commands import users_environment
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pages import undocumented
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv import infer as command
@@ -816,6 +817,8 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
     assert float(logged.data.params["threshold"]) == answer["threshold"]
     assert logged.data.params["post.characters"] == str(len(CANARY))
     assert {"seconds_load", "seconds_answer", "pairs"} <= set(logged.data.metrics)
+    names = {*logged.data.params, *logged.data.metrics, *logged.data.tags} - {"mlflow.user", "mlflow.runName"}
+    assert undocumented(names, "reference/mlflow.md") == set()
     for file in cwd.rglob("*"):
         if file.is_file():
             assert b"zebra-canary" not in file.read_bytes(), file

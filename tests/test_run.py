@@ -13,8 +13,11 @@ import pandas as pd
 import pytest
 import yaml
 from commands import ROOT, raycv
+from pages import python_blocks, undocumented
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
+
+from raycv.config import RunConfig, fields
 
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
@@ -120,6 +123,20 @@ def test_the_tree_is_complete(run):
         assert {"adapter_model.safetensors", "adapter_config.json", "raycv.json", "tokenizer.json"} <= names
 
 
+def test_the_docs_name_each_file_of_the_run_folder_and_each_name_in_mlflow(done, run, mlflow_runs):
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    in_checkpoints = {name for name in files if "/checkpoint/" in name}
+    assert undocumented(files - in_checkpoints, "reference/run-folder.md") == set()
+    assert undocumented({name.rpartition("/")[2] for name in in_checkpoints}, "reference/run-folder.md") == set()
+    client, parent, children = mlflow_runs
+    config = {key for key, _ in fields(RunConfig)}
+    for one in (parent, *children):
+        names = {*one.data.metrics, *one.data.tags, *one.data.params} - config - {"mlflow.user", "mlflow.runName"}
+        artifacts = {file.path + "/" * file.is_dir for file in client.list_artifacts(one.info.run_id)}
+        assert undocumented(names | artifacts, "reference/mlflow.md") == set()
+    assert undocumented({"raycv.unheard_of"}, "reference/mlflow.md") == {"raycv.unheard_of"}
+
+
 def test_folds_are_those_of_scikit_learn_alone(run, predictions):
     frame = sample()
     splitter = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=42)
@@ -201,9 +218,8 @@ def test_a_checkpoint_reproduces_its_scores_in_stock_peft(run, predictions):
     np.testing.assert_allclose(scores, frame["score"], atol=1e-5)
 
 
-def test_readmes_way_to_open_a_checkpoint_works_as_written(run):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "PeftModel" in block]
+def test_the_docs_way_to_open_a_checkpoint_works_as_written(run):
+    (code,) = python_blocks("reference/run-folder.md")
     code = code.replace("runs/<name>", str(run))
     # Its relative path of the quickstart's base is meant from the checkout.
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import python_blocks
 from sklearn.model_selection import StratifiedGroupKFold
 
 from raycv.data import load_dataset
@@ -42,7 +43,7 @@ PAIRS = grid()
 
 @pytest.mark.parametrize(("folds", "seed"), [(5, 42), (5, 0), (2, 42), (10, 7)])
 def test_equals_scikit_learn(folds: int, seed: int) -> None:
-    """The five lines of the README: they must give the same folds, row for row."""
+    """The folds are scikit-learn's alone, row for row."""
     frame = pd.DataFrame([(pair.post_id, pair.criterion_id, pair.label) for pair in PAIRS])
     frame.columns = ["post_id", "criterion_id", "label"]
     frame = frame.sample(frac=1, random_state=3).sort_values(["post_id", "criterion_id"], ignore_index=True)
@@ -57,6 +58,18 @@ def test_equals_scikit_learn(folds: int, seed: int) -> None:
         np.testing.assert_array_equal(split.train_indices, sorted(train))
         np.testing.assert_array_equal(split.val_indices, sorted(val))
         assert split.train_indices.dtype == split.val_indices.dtype == np.int64
+
+
+def test_the_docs_way_to_the_folds_works_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    (code,) = python_blocks("concepts/folds-and-thresholds.md")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    splits = make_splits(load_dataset(root / "data/sample", root / "data/sample").pairs, 5, 42)
+    for split, (train, val) in zip(splits, names["folds"], strict=True):
+        np.testing.assert_array_equal(split.train_indices, sorted(train))
+        np.testing.assert_array_equal(split.val_indices, sorted(val))
 
 
 def check_partition(pairs: list[Pair], splits: list[Split]) -> None:
