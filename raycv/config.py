@@ -159,7 +159,7 @@ class DataConfig(Section):
     # The default is for whole config files that users wrote, or copied from a run, before there was this key.
     missing: Missing = Field(
         default="empty",
-        description="a cell that holds nothing but NaN, NULL, N/A or the like: empty (data.empty then decides), or text",
+        description="a cell that holds nothing but NaN, NULL or the like: empty (data.empty then decides), or text",
     )
     shuffle_labels: bool = Field(
         description="control experiment: permute the labels over the pairs; scores must fall to chance"
