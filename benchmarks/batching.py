@@ -22,12 +22,12 @@ from typing import Any
 
 from benchmarks.corpus import BASE, encode, run_config, synthetic
 from benchmarks.harness import Result, logger, parser
-from raycv.base import fetch_base
-from raycv.encoding import EncodedPairs
-from raycv.loading import load_classifier, load_tokenizer
-from raycv.model import add_dora
-from raycv.paths import read_json
-from raycv.splits import Split, make_splits
+from raycv.common.files import read_json
+from raycv.data.splits import Split, make_splits
+from raycv.model.adapters import add_dora
+from raycv.model.base_model import fetch_base
+from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.prompts.encoder import EncodedPairs
 from raycv.utils import set_seed
 
 MODES = ("shuffled", "post_grouped")
@@ -50,7 +50,7 @@ def train(posts: int, max_length: int, epochs: int, seed: int, fold: int, batchi
     import torch
 
     from benchmarks.fold import StepLosses
-    from raycv.train import FoldTrainer
+    from raycv.training.loop import FoldTrainer
 
     torch.set_num_threads(1)
     encoded, splits = _data(posts, max_length, seed)

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.corpus import TOKENIZER, encode, synthetic
 from benchmarks.harness import Bar, Result, parser, tell
-from raycv.encoding import EncodedPairs
-from raycv.packing import common_prefix
-from raycv.scoring import Layout, RowScorer
+from raycv.prompts.encoder import EncodedPairs
+from raycv.training.forward import Layout, RowScorer
+from raycv.training.packing import common_prefix
 
 EFFECTIVE, MICRO = 32, 8
 DYNAMIC = "shuffled, each micro-batch padded to its longest"

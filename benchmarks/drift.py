@@ -19,14 +19,15 @@ import yaml
 from peft import PeftModel
 
 from benchmarks.harness import Clock, Result, add_one_core, clock, interleaved, parser, spread
-from raycv.base import fetch_base
-from raycv.config import InferenceConfig
-from raycv.data import load_dataset
-from raycv.int8 import has_fast_int8
-from raycv.loading import load_classifier
-from raycv.paths import RunFolder, resolve
-from raycv.predict import Computed, Predictor
-from raycv.records import Dataset
+from raycv.common.locations import resolve
+from raycv.config.schema import InferenceConfig
+from raycv.data.dataset import load_dataset
+from raycv.data.types import Dataset
+from raycv.inference.predictor import Computed, Predictor
+from raycv.model.base_model import fetch_base
+from raycv.model.int8 import has_fast_int8
+from raycv.model.loading import load_classifier
+from raycv.results.run_folder import RunFolder
 
 TRAINED, STOCK = "predictions.csv", "PEFT, unmerged DoRA, fp32"
 BATCH_SIZE = 16

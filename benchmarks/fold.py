@@ -29,10 +29,10 @@ from benchmarks.corpus import (
 from benchmarks.harness import Bar, Result, interleaved, parser, ratios, spread
 from benchmarks.models import ADAPTERS, Shape, TokenCount, classifier
 from benchmarks.peers import Rows, peer_trainer
-from raycv.encoding import EncodedPairs
-from raycv.model import add_dora
-from raycv.sampling import epoch_order
-from raycv.train import FoldTrainer
+from raycv.model.adapters import add_dora
+from raycv.prompts.encoder import EncodedPairs
+from raycv.training.loop import FoldTrainer
+from raycv.training.sampler import epoch_order
 
 POSTS = 9
 MIDSIZE = Shape(hidden=768, intermediate=2048, heads=12, layers=8, vocab=1400)

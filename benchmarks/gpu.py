@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from benchmarks.harness import RESULTS, Bar, Result, interleaved, parser, ratios, spread, tell, timed
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weights, classifier
-from raycv.encoding import EncodedPairs
-from raycv.memory import is_out_of_memory
-from raycv.paths import read_json
-from raycv.scoring import Layout, RowScorer
+from raycv.common.devices import is_out_of_memory
+from raycv.common.files import read_json
+from raycv.prompts.encoder import EncodedPairs
+from raycv.training.forward import Layout, RowScorer
 from raycv.utils import set_seed
 
 CRITERIA, EFFECTIVE = 9, 32

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.table import RESULTS, render
-from raycv.paths import write_json
-from raycv.utils import describe_device, describe_environment
+from raycv.common.environment import describe_device, describe_environment
+from raycv.common.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.harness import Clock, Result, add_one_core, clock, interleaved, parser, spread
 from benchmarks.latency import SMALL
 from benchmarks.models import LLAMA_7B, Shape
-from raycv.int8 import Int8Linear
+from raycv.model.int8 import Int8Linear
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 TOKENS = (64, 128, 256, 512)

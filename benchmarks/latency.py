@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import CRITERIA
 from benchmarks.harness import RESULTS, Bar, Clock, Result, add_one_core, clock, interleaved, parser, spread
 from benchmarks.models import LLAMA_7B, PROJECTIONS, Shape, classifier
-from raycv.config import DoraConfig, ModelConfig
-from raycv.encoding import EncodedPairs
-from raycv.int8 import Int8Linear, to_int8
-from raycv.model import add_dora
-from raycv.paths import read_json
-from raycv.scoring import RowScorer
+from raycv.common.files import read_json
+from raycv.config.schema import DoraConfig, ModelConfig
+from raycv.model.adapters import add_dora
+from raycv.model.int8 import Int8Linear, to_int8
+from raycv.prompts.encoder import EncodedPairs
+from raycv.training.forward import RowScorer
 
 SMALL = Shape(hidden=64, intermediate=172, heads=4, layers=3)
 CPU = torch.device("cpu")

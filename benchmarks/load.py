@@ -17,8 +17,9 @@ import psutil
 
 from benchmarks.harness import Bar, Result, parser, spread
 from benchmarks.serving import add_given, run_of, scorer_of
-from raycv.client import PATTERN, Connection, Unavailable
-from raycv.paths import read_json
+from raycv.common.files import read_json
+from raycv.serving.connection import Connection, Unavailable
+from raycv.serving.discovery import PATTERN
 
 CLIENTS = 64
 STORE = "inference.db"

@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.corpus import BASE
 from benchmarks.harness import Bar, Result, interleaved, parser, ratios, spread
 from benchmarks.phases import MARKS
-from raycv.base import fetch_base
-from raycv.synthesize import write_dataset
+from raycv.data.synthetic import write_dataset
+from raycv.model.base_model import fetch_base
 
 ROOT = Path(__file__).parent.parent
 CASES = {

@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from raycv.config import TrainConfig
-from raycv.encoding import EncodedPairs
+from raycv.config.schema import TrainConfig
+from raycv.prompts.encoder import EncodedPairs
 
 
 class Rows(Dataset[dict[str, Any]]):

@@ -9,19 +9,19 @@ MARKS = "marks_{fold}.json"
 
 
 def timed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """raycv.fold.train_worker, its imports done first; leaves `MARKS` in the run's folder, times of the clock."""
+    """The worker of a fold, its imports done first; leaves `MARKS` in the run's folder, times of the clock."""
     marks = {"worker": time.time()}
-    from raycv.utils import seldom_collecting
+    from raycv.common.environment import seldom_collecting
 
     with seldom_collecting():
-        import raycv.loading
-        import raycv.model
-        import raycv.state
-        import raycv.train
-        from raycv import fold
+        import raycv.model.adapters
+        import raycv.model.loading
+        import raycv.training.loop
+        import raycv.training.state
+        from raycv.orchestration import fold_worker
 
     marks["imported"] = time.time()
-    fit, save = raycv.train.FoldTrainer.fit, fold._save_checkpoint
+    fit, save = raycv.training.loop.FoldTrainer.fit, fold_worker.save_fold_checkpoint
 
     def timed_fit(*given: Any) -> Any:
         marks["built"] = time.time()
@@ -34,9 +34,9 @@ def timed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         save(*given)
         marks["saved"] = time.time()
 
-    raycv.train.FoldTrainer.fit = timed_fit  # type: ignore[method-assign, assignment]
-    fold._save_checkpoint = timed_save  # type: ignore[assignment]
-    returned = fold.train_worker(arguments)
+    raycv.training.loop.FoldTrainer.fit = timed_fit  # type: ignore[method-assign, assignment]
+    fold_worker.save_fold_checkpoint = timed_save  # type: ignore[assignment]
+    returned = fold_worker.train_worker(arguments)
     marks["ended"] = time.time()
     path = Path(arguments["task"].root) / MARKS.format(fold=arguments["fold"])
     path.write_text(json.dumps(marks), encoding="utf-8")
@@ -44,9 +44,10 @@ def timed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    from raycv import cv, run
+    from raycv import run
+    from raycv.orchestration import ray_tune
 
-    cv.train_worker = timed_worker
+    ray_tune.train_worker = timed_worker
     run.main()
 
 

@@ -28,15 +28,17 @@ from rich.console import Console
 
 from benchmarks.corpus import BASE, run_config
 from benchmarks.harness import Bar, Result, interleaved, parser, spread
-from raycv import cv
-from raycv.base import fetch_base
-from raycv.fold import FoldTask, Placement, epoch_metrics
-from raycv.live import DONE, STARTING, LiveView
-from raycv.metrics import METRICS
-from raycv.nodes import NodeNeeds
-from raycv.paths import RunFolder
-from raycv.prompts import PromptRules
-from raycv.records import FoldResult
+from raycv.model.base_model import fetch_base
+from raycv.orchestration.fold_task import FoldTask
+from raycv.orchestration.fold_worker import epoch_metrics
+from raycv.orchestration.ray_tune import progress_board, run_folds
+from raycv.prompts.template import PromptRules
+from raycv.resources.nodes import NodeNeeds
+from raycv.resources.placement import Placement
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import RunFolder
+from raycv.terminal.live_view import DONE, STARTING, LiveView
+from raycv.training.metrics import METRICS
 
 FOLDS = 5
 WORKERS = (1, 2, 5)
@@ -44,7 +46,7 @@ HOUR = 3600.0
 
 
 def sleep(seconds: float, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Stands in for raycv.fold.train_worker: sleeps, reports one epoch, returns a result that says when."""
+    """Stands in for the worker of a fold: sleeps, reports one epoch, returns a result that says when."""
     began = time.time()
     time.sleep(seconds)
     metrics = dict.fromkeys(METRICS, 0.5)
@@ -117,13 +119,13 @@ def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
                 criteria_hash="",
                 needs=NodeNeeds.of(RunFolder(Path(folder))),
                 placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers),
-                board=cv.progress_board(RunFolder(Path(folder))),
+                board=progress_board(RunFolder(Path(folder))),
                 worker=partial(sleep, seconds),
             )
             trials = Trials(folds)
             with trials:
                 begin = time.time()
-                cv.run_folds(task, list(range(folds)), task.placement, tune.Callback(), trials)
+                run_folds(task, list(range(folds)), task.placement, tune.Callback(), trials)
                 end = time.time()
             results = RunFolder(Path(folder))
             slept = {fold: FoldResult.read(results.fold(fold).result).worker for fold in range(folds)}

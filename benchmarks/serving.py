@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raycv.synthesize import write_dataset
+from raycv.data.synthetic import write_dataset
 
 START_SECONDS = 300.0
 

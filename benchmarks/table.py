@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from raycv.common.files import read_json, write_text
 from raycv.errors import counted
-from raycv.paths import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

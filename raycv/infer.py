@@ -11,21 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raycv.answers import Answer, Question, as_json, as_text, is_own_words, model_line
-from raycv.base import absolute_name
-from raycv.checkpoint import read_info
-from raycv.cli import run_command
-from raycv.client import ask
-from raycv.config import InferConfig
+from raycv.common.signals import discard
+from raycv.config.command_line import run_command
+from raycv.config.schema import InferConfig
+from raycv.data.parsing import is_blank
+from raycv.data.problems import FIELD_LIMIT
+from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.faults import FIELD_LIMIT
-from raycv.inference_log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
-from raycv.labels import is_blank
-from raycv.last_answer import remember, warn_if_moved
-from raycv.loaded import load_answerer, read_criteria
-from raycv.records import Criterion
-from raycv.runs import LATEST, Chosen, choose
-from raycv.utils import discard
+from raycv.inference.answerer import load_answerer, read_criteria
+from raycv.inference.choose import Chosen, choose
+from raycv.inference.last_answer import remember, warn_if_moved
+from raycv.inference.log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
+from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
+from raycv.model.base_model import absolute_name
+from raycv.model.checkpoint import read_info
+from raycv.results.find_run import LATEST
+from raycv.serving.client import ask
 
 logger = logging.getLogger("raycv.infer")
 
@@ -75,8 +76,8 @@ def score_many(config: InferConfig) -> None:
     """
     from rich.console import Console
 
-    from raycv.live import say
-    from raycv.many import Recipe, check_asked, facts, local_engine, score_file
+    from raycv.batch_inference.score_file import Recipe, check_asked, facts, local_engine, score_file
+    from raycv.terminal.console import say
 
     check_asked(config)
     started = time.monotonic()
@@ -85,7 +86,7 @@ def score_many(config: InferConfig) -> None:
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
     recipe = Recipe(chosen.checkpoints, config.infer, config.base and absolute_name(config.base))
     if config.engine == "ray":
-        from raycv.ray_scoring import ray_engine
+        from raycv.orchestration.ray_data import ray_engine
 
         engine = ray_engine(recipe)
     else:

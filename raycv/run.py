@@ -4,12 +4,12 @@
 installed package by its full name and defines nothing that Ray would have to pickle.
 """
 
-from raycv.cli import run_command, typed_keys
-from raycv.config import RunConfig
+from raycv.config.command_line import run_command, typed_keys
+from raycv.config.schema import RunConfig
 
 
 def run(config: RunConfig) -> None:
-    from raycv.driver import cross_validate
+    from raycv.cv.pipeline import cross_validate
 
     cross_validate(config, typed=typed_keys("run") if config.resume is not None else ())
 

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator
 from unittest.mock import patch
 
-from raycv.cli import HYDRA_OPTIONS, run_command
-from raycv.config import fields
+from raycv.config.command_line import HYDRA_OPTIONS, run_command
+from raycv.config.validation import fields
 from scripts.markdown import ROOT, code_blocks, inline_code, name_of, pages
 from scripts.words import FROM_CODE, commands, help_header
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raycv.report import summary_table
+from raycv.results.report import summary_table
 
 
 def draw(report: Path, picture: Path) -> None:

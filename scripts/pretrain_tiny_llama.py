@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raycv.synthesize import CRITERIA, EVIDENCE, NEUTRAL, SYMPTOMS, Sentence, compose, paragraphs
+from raycv.data.synthetic import CRITERIA, EVIDENCE, NEUTRAL, SYMPTOMS, Sentence, compose, paragraphs
 
 LOGGER = logging.getLogger("pretrain_tiny_llama")
 

@@ -14,8 +14,9 @@ import yaml
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from raycv.cli import compose
-from raycv.config import Section, fields, meaning
+from raycv.config.command_line import compose
+from raycv.config.schema import Section
+from raycv.config.validation import fields, meaning
 from scripts.doc_commands import SET_OUTSIDE
 from scripts.markdown import ROOT, name_of
 from scripts.words import commands, help_header
@@ -36,7 +37,7 @@ def commands_page() -> str:
         "- `--cfg job` checks the arguments and prints the resolved config as YAML.",
         "- raycv refuses unknown keys, wrong types and impossible values before any work, all in one message.",
         "",
-        "The folder `configs/` holds the defaults. `raycv/config.py` holds the meanings and the allowed values.",
+        "The folder `configs/` holds the defaults. `raycv/config/schema.py` holds the meanings and the allowed values.",
         "",
     ]
     for name, schema in commands().items():

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from raycv import config as schema
-from raycv.config import Section, fields, meaning
+from raycv.config import schema as schema
+from raycv.config.schema import Section
+from raycv.config.validation import fields, meaning
 from scripts.markdown import ROOT, Passage, name_of, pages, passages
 
 MOST_WORDS = 25

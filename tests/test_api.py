@@ -8,10 +8,10 @@ import re
 import pytest
 from starlette.exceptions import HTTPException
 
-from raycv.answers import Question
-from raycv.api import Gate, Overloaded, TooManyPairsError, build_api
-from raycv.config import ServerConfig
+from raycv.config.schema import ServerConfig
 from raycv.errors import UserError
+from raycv.inference.questions import Question
+from raycv.serving.http_api import Gate, Overloaded, TooManyPairsError, build_api
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"

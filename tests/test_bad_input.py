@@ -33,12 +33,13 @@ from test_data import (
 )  # fmt: skip
 
 from raycv import aggregate, infer, run, serve, synthesize
-from raycv.data import load_dataset
+from raycv.batch_inference.writer import check_output
+from raycv.data.dataset import load_dataset
+from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError, UserError
-from raycv.paths import RunFolder
-from raycv.runs import choose, find_run, folds_of, recorded_config
-from raycv.scores import check_output
-from raycv.synthesize import write_dataset
+from raycv.inference.choose import choose
+from raycv.results.find_run import find_run, folds_of, recorded_config
+from raycv.results.run_folder import RunFolder
 
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
@@ -440,8 +441,8 @@ def test_a_refusal_does_not_repeat_a_password(refused: Callable[..., str], overr
 def test_not_even_a_traceback_repeats_a_password() -> None:
     code = "\n".join(
         [
-            "from raycv.cli import run_command",
-            "from raycv.config import RunConfig",
+            "from raycv.config.command_line import run_command",
+            "from raycv.config.schema import RunConfig",
             "def body(config): raise RuntimeError(config.tracking.uri)",
             "run_command('run', RunConfig, body)",
         ]

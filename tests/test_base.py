@@ -30,9 +30,10 @@ from builders import (
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from raycv.base import BaseFiles, _is_small, absolute_name, fetch_base
 from raycv.errors import UserError
-from raycv.loading import check_max_length, load_classifier, load_config, load_tokenizer, set_pad_token
+from raycv.model.base_files import BaseFiles, is_small_file
+from raycv.model.base_model import absolute_name, fetch_base
+from raycv.model.loading import check_max_length, load_classifier, load_config, load_tokenizer, set_pad_token
 
 NAME = "org/model"
 # Enough for a client that only fetches: nothing is loaded from it. The cache keeps equal contents once, so all differ.
@@ -469,7 +470,7 @@ def client(hub: HubServer, home: Path, code: str, **env: str) -> subprocess.Pope
         name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
     }
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    arguments = [sys.executable, "-c", "from raycv.base import fetch_base\n" + code]
+    arguments = [sys.executable, "-c", "from raycv.model.base_model import fetch_base\n" + code]
     return subprocess.Popen(arguments, env=keep | own | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -505,7 +506,7 @@ def test_the_environment_variables_of_the_hub_are_respected(tmp_path):
 def test_a_waiting_process_says_so(hub, tmp_path, caplog):
     from filelock import FileLock
 
-    caplog.set_level(logging.INFO, logger="raycv.base")
+    caplog.set_level(logging.INFO, logger="raycv.model")
     hub.add(NAME, REPO)
     path = tmp_path / "cache" / ".locks" / "raycv--org--model.lock"
     path.parent.mkdir(parents=True)
@@ -554,7 +555,7 @@ def test_a_relative_folder_becomes_absolute(tmp_path, monkeypatch):
 
 
 def test_what_ships_with_raycv_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("raycv.paths.PACKAGE", tmp_path / "raycv")
+    monkeypatch.setattr("raycv.common.locations.PACKAGE", tmp_path / "raycv")
     path = folder(tmp_path / "models" / "m", REPO)
     assert fetch("raycv://models/m").path == path
     assert fetch("raycv://models/m").name == "raycv://models/m"
@@ -597,7 +598,7 @@ def test_every_vocabulary_that_a_tokenizer_reads_is_recorded():
     classes = [tokenizer_class_from_name(name) for pair in TOKENIZER_MAPPING_NAMES.values() for name in pair if name]
     names = {name for each in classes for name in (getattr(each, "vocab_files_names", None) or {}).values() if name}
     assert {"tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "bpe.codes"} <= names
-    assert [name for name in sorted(names) if not _is_small(name)] == []
+    assert [name for name in sorted(names) if not is_small_file(name)] == []
 
 
 def test_a_missing_folder_and_a_revision_of_a_folder(tmp_path):
@@ -994,9 +995,10 @@ def test_dora_at_the_shapes_of_7b_trains_21_356_544_parameters():
     import torch
     from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-    from raycv.cli import compose
-    from raycv.config import RunConfig, validate
-    from raycv.model import add_dora
+    from raycv.config.command_line import compose
+    from raycv.config.schema import RunConfig
+    from raycv.config.validation import validate
+    from raycv.model.adapters import add_dora
 
     defaults = validate(RunConfig, compose("run", []))
     config = LlamaConfig(
@@ -1134,6 +1136,7 @@ def test_the_builders_are_deterministic(tmp_path):
 
 def test_importing_is_cheap():
     code = (
-        "import sys, raycv.base; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+        "import sys, raycv.model.base_files, raycv.model.base_model;"
+        "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -337,7 +337,7 @@ def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     code = (
         "import sys, json; from benchmarks.gpu import main; main();"
         "print(json.dumps([name for name in sys.modules if name in "
-        "('ray', 'mlflow', 'hydra', 'omegaconf', 'raycv.config', 'raycv.cli')]))"
+        "('ray', 'mlflow', 'hydra', 'omegaconf', 'raycv.config.schema', 'raycv.config.command_line')]))"
     )
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-c", code, "--small", "--repeats", "1", "--out", str(out)]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from toy import Recorder, Toy, toy_base, train_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from raycv.checkpoint import load_adapter, read_info, save_checkpoint
 from raycv.errors import UserError
-from raycv.loading import load_classifier
-from raycv.train import FoldTrainer
+from raycv.model.checkpoint import load_adapter, read_info, save_checkpoint
+from raycv.model.loading import load_classifier
+from raycv.training.loop import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
 

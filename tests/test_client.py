@@ -15,27 +15,22 @@ from pathlib import Path
 import pytest
 from commands import users_environment
 
-from raycv import client
-from raycv.answers import Question
-from raycv.checkpoint import MANIFEST
-from raycv.cli import compose
-from raycv.client import (
-    PATTERN,
-    Announcement,
-    Connection,
-    Unavailable,
-    ask,
-    checked_address,
-    checked_token,
-    discovery_file,
-    stamps_of,
-)
-from raycv.config import InferConfig, validate
+from raycv.common.files import write_json
+from raycv.common.locations import absolute_uri
+from raycv.config.command_line import compose
+from raycv.config.schema import InferConfig
+from raycv.config.validation import validate
 from raycv.errors import UserError
 from raycv.infer import infer
-from raycv.paths import absolute_uri, write_json
-from raycv.runs import LOCAL_URI, choose
+from raycv.inference.choose import choose
+from raycv.inference.questions import Question
+from raycv.model.checkpoint import MANIFEST
 from raycv.serve import watch
+from raycv.serving.client import ask
+from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
+from raycv.serving.discovery import PATTERN, discovery_file, stamps_of
+from raycv.serving.messages import Announcement
+from raycv.tracking.lookup import LOCAL_URI
 
 MARCH = "2026-03-01T10:00:00Z"
 QUESTION = Question("I lie awake", "A.4")
@@ -231,7 +226,7 @@ def test_the_command_asks_by_mlflow_id_and_loads_nothing_heavy(scorer, tmp_path)
         b"model: run some, fold 0, finished 2026-03-01T10:00:00Z; base",
     ]
     loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
-    assert b"raycv.client" in loaded
+    assert b"raycv.serving.client" in loaded
     assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
     assert json.loads((tmp_path / "runs" / ".last_answer.json").read_text()) == {"run": "some", "finished": MARCH}
 
@@ -458,7 +453,7 @@ def test_the_server_says_when_it_stops_answering_and_when_it_answers_again(score
 
 
 def test_an_answer_that_takes_too_long_is_told_as_that(monkeypatch):
-    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("raycv.serving.connection.CONNECT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match="takes too long; it may be busy"):

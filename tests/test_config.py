@@ -18,22 +18,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raycv.cli import compose
-from raycv.config import (
-    AggregateConfig,
-    InferConfig,
-    RunConfig,
-    Section,
-    ServeConfig,
-    SynthesizeConfig,
-    fields,
-    meaning,
-    text_keys,
-    validate,
-)
+import raycv
+from raycv.config.command_line import compose
+from raycv.config.schema import AggregateConfig, InferConfig, RunConfig, Section, ServeConfig, SynthesizeConfig
+from raycv.config.validation import fields, meaning, text_keys, validate
 from raycv.errors import FaultsError, UserError, shown
-from raycv.paths import RunFolder
-from raycv.runs import recorded_config
+from raycv.results.find_run import recorded_config
+from raycv.results.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -691,7 +682,7 @@ def test_script_copied_alone_still_composes(tmp_path: Path) -> None:
     """`ray submit cluster.yaml raycv/run.py` copies this one file to the head node."""
     folder = tmp_path / "head node"
     folder.mkdir()
-    shutil.copy(Path(sys.modules["raycv.config"].__file__).parent / "run.py", folder)
+    shutil.copy(Path(raycv.__file__).parent / "run.py", folder)
     done = command(tmp_path, "--cfg", "job", script=folder / "run.py")
     assert done.returncode == 0, done.stderr
     assert resolved(done.stdout) == _composed()

@@ -14,10 +14,12 @@ import pytest
 import torch
 from commands import ROOT, background, raycv, wait_until
 
-from raycv.cli import compose
-from raycv.config import RunConfig, ServeConfig, validate
+from raycv.common.files import read_json
+from raycv.config.command_line import compose
+from raycv.config.schema import RunConfig, ServeConfig
+from raycv.config.validation import validate
 from raycv.errors import UserError
-from raycv.paths import RunFolder, read_json
+from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -58,7 +60,7 @@ def cluster():
     ],
 )
 def test_what_a_fold_gets_and_how_many_run_at_once(cluster, overrides, gpus, cpus, concurrent):
-    from raycv.cv import plan
+    from raycv.resources.placement import plan
 
     placement = plan(config(*overrides))
     assert (placement.gpus, placement.cpus, placement.concurrent) == (gpus, cpus, concurrent)
@@ -68,7 +70,7 @@ def test_what_a_fold_gets_and_how_many_run_at_once(cluster, overrides, gpus, cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [("resources.gpus_per_fold=3",), ("resources.cpus_per_fold=9",)])
 def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(cluster, overrides):
-    from raycv.cv import plan
+    from raycv.resources.placement import plan
 
     with pytest.raises(UserError, match=r"no node has them \(nodes: .*8 CPUs, 2 GPUs"):
         plan(config(*overrides))
@@ -82,7 +84,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the
 def test_a_replica_whose_gpu_torch_cannot_use_does_not_start(cluster):
     import ray
 
-    from raycv.scorer import Scorer, Setup
+    from raycv.orchestration.ray_serve import Scorer
+    from raycv.serving.messages import Setup
 
     setup = Setup(validate(ServeConfig, compose("serve", [])), None, None, None, "instance")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"cannot use the GPU of {socket.gethostname()}"):

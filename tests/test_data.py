@@ -20,11 +20,18 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raycv.data import EXPECTED_COUNTS, EXPECTED_IN_RELEASE, _size_warning, criteria_hash, load_criteria, load_dataset
+from raycv.data.dataset import (
+    EXPECTED_COUNTS,
+    EXPECTED_IN_RELEASE,
+    criteria_hash,
+    load_criteria,
+    load_dataset,
+    size_warning,
+)
+from raycv.data.parsing import _IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
+from raycv.data.problems import FIELD_LIMIT
+from raycv.data.types import Dataset, Pair
 from raycv.errors import FaultsError
-from raycv.labels import _IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
-from raycv.records import Dataset, Pair
-from raycv.tables import FIELD_LIMIT
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_HASHES = {"data_hash": "88a295bf110007c5", "criteria_hash": "2d7308a2f991d163"}
@@ -432,10 +439,10 @@ def test_the_official_release_of_another_size_warns_with_its_positives(tmp_path:
 
 def test_expected_counts_do_not_warn() -> None:
     stats = {"layout": "official", "positive_rate": 0.0967, **EXPECTED_COUNTS, **EXPECTED_IN_RELEASE}
-    assert _size_warning(stats) == []
-    assert len(_size_warning({**stats, "positives": 1291})) == 1
-    assert _size_warning({**stats, "positives": 1291, "layout": "specification"}) == []
-    assert len(_size_warning({**stats, "pairs": 13355, "layout": "specification"})) == 1
+    assert size_warning(stats) == []
+    assert len(size_warning({**stats, "positives": 1291})) == 1
+    assert size_warning({**stats, "positives": 1291, "layout": "specification"}) == []
+    assert len(size_warning({**stats, "pairs": 13355, "layout": "specification"})) == 1
 
 
 def test_repeated_annotations_count_once(tmp_path: Path) -> None:
@@ -1216,7 +1223,7 @@ def test_texts_in_the_wrong_columns_are_not_shown(tmp_path: Path, text: str) -> 
 
 def test_import_is_light_and_silent() -> None:
     program = (
-        "import sys, raycv.data;"
+        "import sys, raycv.data.dataset;"
         "heavy = {'pandas', 'numpy', 'torch', 'ray', 'transformers', 'mlflow', 'sklearn', 'hydra', 'pydantic'};"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

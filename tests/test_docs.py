@@ -110,7 +110,7 @@ def test_each_command_of_readme_and_docs_is_accepted() -> None:
         ("python -m raycv.run train.epoch=3", "unknown key; did you mean train.epochs?"),
         ("python -m raycv.run train.epochs=many", "received 'many'"),
         ("python -m raycv.run experiment=quickstrat", "'quickstrat' is none of its files"),
-        ("python -m raycv.runs resume=latest", "there is no command raycv.runs"),
+        ("python -m raycv.results.find_run resume=latest", "there is no command raycv.results.find_run"),
         ("python -m raycv.run cv.folds 5", "cv.folds, 5: not key=value"),
         ("python -m raycv.infer post=one criterion=A.4 words", "words: not key=value"),
         ("python -m raycv.run --epochs=3", "there is no option --epochs"),

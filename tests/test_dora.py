@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import LLAMA_MODULES
 from transformers.pytorch_utils import Conv1D
 
-import raycv.dora as dora
+import raycv.model.dora as dora
 from benchmarks.models import flop_counter
-from raycv.base import fetch_base
-from raycv.dora import factored_layers, factored_norm, start_at_the_base, use_factored
-from raycv.loading import load_classifier, load_tokenizer
+from raycv.model.base_model import fetch_base
+from raycv.model.dora import factored_layers, factored_norm, start_at_the_base, use_factored
+from raycv.model.loading import load_classifier, load_tokenizer
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (7, 33), (1, 5), (40, 1)]
 

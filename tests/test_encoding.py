@@ -11,8 +11,10 @@ from builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from raycv.config import PromptConfig
-from raycv.encoding import (
+from raycv.config.schema import PromptConfig
+from raycv.data.types import Criterion, Dataset, Pair
+from raycv.errors import UserError
+from raycv.prompts.encoder import (
     EncodedPairs,
     PromptEncoder,
     encode_dataset,
@@ -20,9 +22,7 @@ from raycv.encoding import (
     encoding_warnings,
     prompt_encoder,
 )
-from raycv.errors import UserError
-from raycv.prompts import GAP, render
-from raycv.records import Criterion, Dataset, Pair
+from raycv.prompts.template import GAP, render
 
 MODES = ["head_tail", "head", "tail", "none", "sliding"]
 FITTING = ["head_tail", "head", "tail", "sliding"]

@@ -23,14 +23,16 @@ from commands import ROOT, background, processes_with, raycv, statuses, users_en
 from rich.console import Console
 from test_tracking import finished_run
 
-from raycv.cli import compose
-from raycv.config import RunConfig, validate
-from raycv.driver import cross_validate
+from raycv.common.files import read_json, write_json
+from raycv.config.command_line import compose
+from raycv.config.schema import RunConfig
+from raycv.config.validation import validate
+from raycv.cv.pipeline import cross_validate
 from raycv.errors import UserError
-from raycv.live import LiveView
-from raycv.nodes import NodeError, NodeNeeds
-from raycv.paths import RunFolder, read_json, write_json
-from raycv.survey import survey
+from raycv.resources.nodes import NodeError, NodeNeeds
+from raycv.resources.survey import survey
+from raycv.results.run_folder import RunFolder
+from raycv.terminal.live_view import LiveView
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -52,7 +54,7 @@ def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrid
     imported = {
         line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")
     }
-    assert "raycv.driver" in imported
+    assert "raycv.cv.pipeline" in imported
     assert not imported & {"torch", "ray", "mlflow", "transformers"}
     message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time"))
     assert "Traceback" not in message
@@ -68,7 +70,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monk
     import ray
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     given = ["experiment=quickstart", f"run.dir={tmp_path}/runs", "tracking.uri=sqlite:////proc/refused-at-last.db"]
 
     def refused(*more):
@@ -243,8 +245,8 @@ def test_ctrl_c_that_is_dropped_while_ray_starts_is_heeded_after_it():
     """As a bare `except`, or a callback of C code, drops it."""
     code = """
 import contextlib, signal
-from raycv import cv
-with cv._interruptible():
+from raycv.orchestration.cluster import _interruptible
+with _interruptible():
     with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     print("dropped", flush=True)
@@ -431,10 +433,13 @@ def test_a_node_with_an_old_raycv_can_be_asked(tmp_path):
     run, needs = marked(tmp_path / "run")
     (tmp_path / "old" / "raycv").mkdir(parents=True)
     (tmp_path / "old" / "raycv" / "__init__.py").write_text('__version__ = "0.0.1"\n')
-    sent = "import sys, ray, raycv.fold; sys.stdout.buffer.write(ray.cloudpickle.dumps(raycv.fold.node_survey()))"
+    sent = (
+        "import sys, ray; from raycv.orchestration.cluster import node_survey;"
+        "sys.stdout.buffer.write(ray.cloudpickle.dumps(node_survey()))"
+    )
     question = subprocess.run([sys.executable, "-c", sent], capture_output=True, check=True, timeout=60).stdout
     asked = (
-        "import json, pickle, sys; sys.modules['raycv.survey'] = None;"
+        "import json, pickle, sys; sys.modules['raycv.resources.survey'] = None;"
         "print(json.dumps(pickle.load(sys.stdin.buffer)(*json.loads(sys.argv[1]))))"
     )
     arguments = json.dumps(needs.question([str(tmp_path / "base")]))
@@ -457,7 +462,7 @@ def test_a_node_with_an_old_raycv_can_be_asked(tmp_path):
 
 
 def test_a_node_that_differs_is_refused_with_all_that_differs_and_what_to_type(tmp_path, monkeypatch):
-    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("raycv.resources.survey.SETTLE_SECONDS", 0.1)
     _, needs = marked(tmp_path / "runs" / "mine")
     found = survey(*needs.question())
     needs.check("id", "node 10.0.0.2 (gpu-2)", found)
@@ -477,7 +482,7 @@ def test_a_node_that_differs_is_refused_with_all_that_differs_and_what_to_type(t
 @pytest.mark.parametrize("hidden", ["gone", "empty", "another"])
 def test_without_the_share_nothing_is_written_and_nothing_made(tmp_path, monkeypatch, hidden):
     """Before a write, and when the share goes while it is under way."""
-    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("raycv.resources.survey.SETTLE_SECONDS", 0.1)
     run, needs = marked(tmp_path / "runs" / "mine")
     share = needs.share_at("id", "node 10.0.0.2 (gpu-2)")
 
@@ -504,15 +509,15 @@ def test_without_the_share_nothing_is_written_and_nothing_made(tmp_path, monkeyp
 @pytest.mark.long
 def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
     """Where the check before comes too early: the writes themselves make no more than the fold's folder."""
-    from raycv.board import ProgressBoard
-    from raycv.fold import _save_checkpoint
-    from raycv.state import StateFolder
+    from raycv.orchestration.fold_task import ProgressBoard
+    from raycv.orchestration.fold_worker import save_fold_checkpoint
+    from raycv.training.state import StateFolder
 
     (tmp_path / "runs").mkdir()
     run = RunFolder(tmp_path / "runs" / "mine")
     writes = [
         StateFolder(run.fold(0).state).take,
-        lambda: _save_checkpoint(run.fold(0), None, None, None),
+        lambda: save_fold_checkpoint(run.fold(0), None, None, None),
         lambda: write_json(run.fold(0).error, {}),
     ]
     for write in writes:
@@ -525,9 +530,9 @@ def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
 @pytest.mark.long
 def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path, monkeypatch):
     """Its weights are missing here, or others than the worker's: the result is set aside, and the node is named."""
-    from raycv.cv import _FoldStates
+    from raycv.orchestration.ray_tune import _FoldStates
 
-    monkeypatch.setattr("raycv.survey.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("raycv.resources.survey.SETTLE_SECONDS", 0.1)
     run = finished_run(tmp_path / "runs" / "mine", folds=3)
     for fold in range(3):
         files = run.fold(fold)

@@ -11,7 +11,7 @@ import pytest
 from commands import statuses
 from test_resume import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
 
-from raycv.paths import RunFolder
+from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 

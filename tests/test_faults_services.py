@@ -32,18 +32,19 @@ from test_base import NAME, REPO
 from test_tracking import config, finished_run, free_port, kill, serving
 from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
-from raycv.encoding import EncodedPairs
+from raycv.common.files import read_json, write_json
+from raycv.data.splits import make_splits
+from raycv.data.types import Pair
 from raycv.errors import UserError
-from raycv.fold import _save_checkpoint
-from raycv.metrics import METRICS
-from raycv.paths import FoldFolder, RunFolder, read_json, write_json
-from raycv.records import Pair
-from raycv.runs import find_run, make_newest
-from raycv.sampling import epoch_order
-from raycv.splits import make_splits
-from raycv.state import StateFolder, TrainState
-from raycv.tracking import EPOCH_METRICS, Tracker
-from raycv.train import FoldTrainer
+from raycv.orchestration.fold_worker import save_fold_checkpoint
+from raycv.prompts.encoder import EncodedPairs
+from raycv.results.find_run import find_run, make_newest
+from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.tracking.tracker import EPOCH_METRICS, Tracker
+from raycv.training.loop import FoldTrainer
+from raycv.training.metrics import METRICS
+from raycv.training.sampler import epoch_order
+from raycv.training.state import StateFolder, TrainState
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -125,7 +126,7 @@ def as_starved(folder):
     # A GPU's memory is handed out in blocks of 20 MB: what is refused there must be more.
     size, tokens = (1024, 1000) if torch.cuda.is_available() else (128, 120)
     base = tiny_llama(folder / "base", hidden=size, tokenizer=wordlevel_tokenizer(words))
-    from raycv.base import fetch_base
+    from raycv.model.base_model import fetch_base
 
     dataset = toy_dataset(words=90)
     if torch.cuda.is_available():
@@ -171,13 +172,13 @@ def as_starved(folder):
 
 def activations_of(loop, pairs):
     """Bytes that the graph of one step keeps; on a GPU those that a step takes."""
-    from raycv.memory import BACKWARD_FACTOR, _measured
+    from raycv.training.memory import BACKWARD_FACTOR, measured_peak
 
     loop._prepare(pairs)
     loop.model.train()
     device = loop.accelerator.device
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    with _measured(loop.model, device) as measured:
+    with measured_peak(loop.model, device) as measured:
         loop._step(pairs, training=True)
     loop.optimizer.zero_grad(set_to_none=True)
     return measured() - before if device.type == "cuda" else measured() / BACKWARD_FACTOR
@@ -315,7 +316,7 @@ def as_writer(folder, base):
 
     def write(epoch):
         yield "state", lambda: states.save(TrainState(epoch, 0, {}, tensors))
-        yield "checkpoint", lambda: _save_checkpoint(files, model, toy.tokenizer, toy.info(epoch=epoch))
+        yield "checkpoint", lambda: save_fold_checkpoint(files, model, toy.tokenizer, toy.info(epoch=epoch))
         yield "report", lambda: write_json(folder / "report.json", {"epoch": epoch, "long": "x" * 50_000})
 
     for _, one in write(1):
@@ -391,8 +392,8 @@ def fetching(hub, monkeypatch, **environment):
     """A command that fetches NAME from `hub`, and what it adds to the environment."""
     for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    code = "from raycv.cli import run_command; from raycv.config import AggregateConfig;"
-    code += "from raycv.base import fetch_base; import sys; sys.argv[1:] = [];"
+    code = "from raycv.config.command_line import run_command; from raycv.config.schema import AggregateConfig;"
+    code += "from raycv.model.base_model import fetch_base; import sys; sys.argv[1:] = [];"
     code += f"run_command('aggregate', AggregateConfig, lambda _: print(fetch_base('{NAME}', None).path))"
     return ["-c", code], {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **environment}
 

@@ -27,21 +27,24 @@ from pages import undocumented
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv import infer as command
-from raycv.answers import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
-from raycv.checkpoint import save_checkpoint
-from raycv.cli import run_command
-from raycv.config import InferConfig, InferenceConfig, TrackingConfig
+from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile
+from raycv.common.files import read_json, write_json, write_text
+from raycv.config.command_line import run_command
+from raycv.config.schema import InferConfig, InferenceConfig, TrackingConfig
+from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.infer import read_question, show
-from raycv.inference_log import Record, text_facts
-from raycv.last_answer import remember, warn_if_moved
-from raycv.loaded import load_answerer, read_criteria
-from raycv.paths import RunFolder, read_json, write_json, write_text
-from raycv.records import Criterion, FoldResult
-from raycv.runs import choose, make_newest, with_fold_id
-from raycv.scores import PairScore, ScoredChunk, ScoreFile
-from raycv.tracking import Tracker
-from raycv.train import FoldTrainer
+from raycv.inference.answerer import load_answerer, read_criteria
+from raycv.inference.choose import choose, with_fold_id
+from raycv.inference.last_answer import remember, warn_if_moved
+from raycv.inference.log import Record, text_facts
+from raycv.inference.questions import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
+from raycv.model.checkpoint import save_checkpoint
+from raycv.results.find_run import make_newest
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import RunFolder
+from raycv.tracking.tracker import Tracker
+from raycv.training.loop import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
 CANARY = "w3 w5 zebra-canary"

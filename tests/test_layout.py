@@ -1,4 +1,4 @@
-"""Who may import what: Ray, MLflow and Hydra stay at the seams, and a refusal needs nothing heavy."""
+"""Who may import what: rooms build on those before them, and Ray, MLflow and Hydra have a room each."""
 
 import ast
 import json
@@ -16,13 +16,29 @@ import raycv
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(raycv.__file__).resolve().parent
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
 
+
+def dotted(path: Path) -> str:
+    """`data.splits` for raycv/data/splits.py; a room's own name for its __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+BASICS = {"errors", "utils"}
+"""Single files that every room may import."""
+ROOMS = (
+    "common", "data", "config", "prompts", "model", "training", "results", "resources", "tracking", "terminal",
+    "inference", "batch_inference", "serving", "orchestration", "cv",
+)  # fmt: skip
+"""Each may import those before it."""
+COMMANDS = {"run", "aggregate", "infer", "serve", "synthesize"}
+"""The single files behind `python -m raycv.<command>`, which may import every room."""
 SEAMS = {
-    "ray": {"cv", "fold", "ray_train", "callback", "ray_scoring", "scorer"},  # callback: Ray's own for MLflow
+    "ray": {"orchestration"},
     "mlflow": {"tracking"},
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
+    "hydra": {"config"},
+    "omegaconf": {"config"},
 }
 
 
@@ -55,6 +71,21 @@ def tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
+def module_of(name: str) -> str | None:
+    """The module of raycv that an imported name is, or lies in."""
+    parts = name.split(".")[1:] if name.startswith("raycv.") else []
+    found = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((module for module in found if module in MODULES), None)
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def users_of(names: set[str]) -> set[str]:
+    return {module for name in names if (module := module_of(name)) is not None}
+
+
 def loads(module: str) -> set[str]:
     """All that importing raycv.`module` names, through other modules of raycv too."""
     seen, names, todo = set(), set(), [module]
@@ -65,7 +96,8 @@ def loads(module: str) -> set[str]:
         seen.add(current)
         found = imported(at_module_level(tree(current)))
         names |= found
-        todo += [parts[1] for name in found if (parts := name.split("."))[0] == "raycv" and parts[1] in MODULES]
+        # Whoever imports a module of a room runs the room's __init__ first.
+        todo += [*users_of(found), *({room_of(current)} & MODULES.keys())]
     return names
 
 
@@ -73,51 +105,95 @@ def tops(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_there_are_modules_and_no_folders_of_them() -> None:
-    assert {"run", "driver", "cv", "fold", "train", "tracking", "cli", "config"} <= set(MODULES)
-    assert [path for path in PACKAGE.glob("*/*.py") if "bundled" not in path.parts] == []
+def test_every_module_has_a_room() -> None:
+    rooms = {room_of(module) for module in MODULES if "." in module}
+    assert rooms == set(ROOMS)
+    assert {module for module in MODULES if "." not in module} == BASICS | COMMANDS | set(ROOMS)
+    assert len(ROOMS) <= 16
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_small_and_says_what_it_is_for(room: str) -> None:
+    files = [path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py"]
+    assert 2 <= len(files) <= 9
+    said = ast.get_docstring(tree(room)) or ""
+    assert all(part in said for part in ("Comes in:", "Goes out:", "Does not belong here:")), said
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_those_before_it_alone(room: str) -> None:
+    """Imports within functions and for types count too."""
+    allowed = BASICS | set(ROOMS[: ROOMS.index(room) + 1])
+    for module in MODULES:
+        if room_of(module) == room:
+            found = {room_of(used) for used in users_of(imported(ast.walk(tree(module))))}
+            assert found <= allowed, f"{module} imports {found - allowed}"
+
+
+def test_what_every_room_may_import_imports_no_room_but_common() -> None:
+    for module in BASICS:
+        assert {room_of(used) for used in users_of(imported(ast.walk(tree(module))))} <= BASICS | {"common"}
+
+
+def test_modules_of_a_room_import_each_other_in_one_direction() -> None:
+    def reached(module: str, seen: frozenset[str] = frozenset()) -> Iterator[str]:
+        for used in users_of(imported(at_module_level(tree(module)))) - {module}:
+            assert used not in seen, f"{module} and {used} import each other"
+            yield used
+            yield from reached(used, seen | {module})
+
+    for module in MODULES:
+        assert module not in set(reached(module))
 
 
 @pytest.mark.parametrize("package", SEAMS)
-def test_package_is_imported_at_its_seam_only(package: str) -> None:
-    users = {module for module in MODULES if package in tops(imported(ast.walk(tree(module))))}
+def test_package_is_imported_in_its_room_only(package: str) -> None:
+    users = {room_of(module) for module in MODULES if package in tops(imported(ast.walk(tree(module))))}
     assert users == SEAMS[package]
 
 
-@pytest.mark.parametrize(
-    "module", ["train", "state", "progress", "model", "checkpoint", "metrics", "encoding", "report", "data", "splits"]
-)
-def test_what_does_the_work_knows_neither_ray_nor_mlflow(module: str) -> None:
-    assert not tops(loads(module)) & {"ray", "mlflow", "hydra", "omegaconf"}
+def private_names(path: Path) -> set[str]:
+    names = imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {name for name in names if name.startswith("raycv.") and re.search(r"\._[a-z]", name)}
 
 
-def test_the_survey_of_a_node_needs_nothing_of_raycv() -> None:
-    """It is sent by value to nodes that may have another raycv, and must run there."""
-    assert tops(imported(ast.walk(tree("survey")))) <= sys.stdlib_module_names
+def test_nobody_imports_a_private_name() -> None:
+    outside = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")]
+    for path in [*MODULES.values(), *outside]:
+        assert private_names(path) == set(), path
+
+
+@pytest.mark.parametrize("room", ["data", "prompts", "model", "training", "results"])
+def test_what_does_the_work_knows_neither_ray_nor_mlflow(room: str) -> None:
+    for module in MODULES:
+        if room_of(module) == room:
+            assert not tops(loads(module)) & {"ray", "mlflow", "hydra", "omegaconf"}, module
 
 
 def test_the_walk_sees_what_is_loaded_through_others() -> None:
-    """The check of the check: cv loads torch-free seams, train loads torch through raycv.model."""
-    assert "ray" in tops(loads("cv"))
-    assert any(name.startswith("raycv.fold.") for name in loads("cv"))
-    assert {"mlflow", "ray"} <= tops(loads("callback"))
-    assert "ray" not in tops(loads("tracking"))
-    assert "torch" in tops(loads("train"))
+    """The check of the check."""
+    assert "ray" in tops(loads("orchestration.ray_tune"))
+    assert any(name.startswith("raycv.orchestration.fold_task.") for name in loads("orchestration.ray_tune"))
+    assert {"mlflow", "ray"} <= tops(loads("orchestration.mlflow_callback"))
+    assert "ray" not in tops(loads("tracking.tracker"))
+    assert "torch" in tops(loads("training.loop"))
 
 
-def test_no_module_hides_another_package() -> None:
+def test_no_module_or_room_hides_another_package() -> None:
     """`python raycv/run.py` puts this folder first on sys.path, so `import data` anywhere would find ours."""
-    assert not set(MODULES) & sys.stdlib_module_names
-    assert not set(MODULES) & set(packages_distributions()) - {"raycv"}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__pycache__"}
+    assert names >= set(ROOMS)
+    assert not names & sys.stdlib_module_names
+    assert not names & set(packages_distributions()) - {"raycv"}
 
 
 HEAVY = ["torch", "transformers", "ray", "mlflow", "pandas", "sklearn"]
 
 
 def test_a_refusal_needs_nothing_heavy() -> None:
+    modules = ["cv.pipeline", "batch_inference.score_file", *sorted(COMMANDS)]
     code = (
-        "import json, sys\n"
-        "import raycv.run, raycv.driver, raycv.aggregate, raycv.infer, raycv.many, raycv.serve\n"
+        f"import json, sys, {', '.join(f'raycv.{module}' for module in modules)}\n"
         f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -132,6 +208,11 @@ def test_import_writes_nothing(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_survey_of_a_node_needs_nothing_of_raycv() -> None:
+    """It is sent by value to nodes that may have another raycv, and must run there."""
+    assert tops(imported(ast.walk(tree("resources.survey")))) <= sys.stdlib_module_names
 
 
 def test_the_fault_table_names_tests_that_exist() -> None:

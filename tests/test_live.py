@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raycv.live import DONE, FAILED, STARTING, LiveView, duration, say
+from raycv.terminal.console import duration, say
+from raycv.terminal.live_view import DONE, FAILED, STARTING, LiveView
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

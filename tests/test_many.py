@@ -25,22 +25,24 @@ from builders import files_of_a_gpu, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
-from raycv import pairs as pairs_module
-from raycv import predict
-from raycv.answers import ModelIdentity, Prediction
-from raycv.base import fetch_base
-from raycv.checkpoint import read_info, save_checkpoint
-from raycv.cli import compose
-from raycv.config import InferConfig, InferenceConfig, validate
+from raycv.batch_inference import reader as pairs_module
+from raycv.batch_inference.output_formats import Progress
+from raycv.batch_inference.reader import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
+from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
+from raycv.config.command_line import compose
+from raycv.config.schema import InferConfig, InferenceConfig
+from raycv.config.validation import validate
+from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
-from raycv.many import ProgressView, local_engine, score_chunk
-from raycv.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
-from raycv.predict import Predictor
-from raycv.prompts import render
-from raycv.records import Criterion
-from raycv.scores import SUM, Progress, ScoredChunk, ScoreFile, _sum
-from raycv.train import FoldTrainer
+from raycv.inference import predictor as predict
+from raycv.inference.predictor import Predictor
+from raycv.inference.questions import ModelIdentity, Prediction
+from raycv.model.base_model import fetch_base
+from raycv.model.checkpoint import read_info, save_checkpoint
+from raycv.prompts.template import render
+from raycv.training.loop import FoldTrainer
 
 ROOT = Path(__file__).parent.parent
 CANARY = "zebrafinch"
@@ -335,7 +337,7 @@ def test_a_pair_without_room_for_a_word_of_its_post_is_a_bad_row(tmp_path, long_
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
-    monkeypatch.setattr(pairs_module, "LINE_LIMIT", 40)
+    monkeypatch.setattr("raycv.batch_inference.input_formats.LINE_LIMIT", 40)
     for length in (*range(36, 46), *range(78, 86), *range(118, 126)):
         lines = [line if ending == "csv" else json.dumps({"post": line}) for line in ("w1", "w2", "w3")]
         lines[1] = "w" * length if ending == "csv" else json.dumps({"post": "w" * (length - 12)})
@@ -503,7 +505,7 @@ def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoin
     def begin(*overrides: str) -> dict[str, object]:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         with monkeypatch.context() as patch:
-            patch.setattr("raycv.many.ProgressView.update", interrupted)
+            patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 score(checkpoint, source, tmp_path / "out" / "s.csv", *overrides)
         state = json.loads((tmp_path / "out" / "s.csv.state.json").read_text())
@@ -686,9 +688,7 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("sink", "ending"), [("_TextPart", "csv"), ("_TextPart", "jsonl"), ("_ParquetParts", "parquet")]
-)
+@pytest.mark.parametrize(("sink", "ending"), [("TextPart", "csv"), ("TextPart", "jsonl"), ("ParquetParts", "parquet")])
 @pytest.mark.parametrize("step", ["finish", "discard"])
 def test_killed_before_or_after_the_move_into_place_the_same_command_ends_it(
     checkpoint, tmp_path, monkeypatch, sink, step, ending
@@ -701,7 +701,7 @@ def test_killed_before_or_after_the_move_into_place_the_same_command_ends_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"raycv.scores.{sink}.{step}", killed)
+        patch.setattr(f"raycv.batch_inference.output_formats.{sink}.{step}", killed)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, broken)
     assert broken.exists() == (step == "discard")
@@ -713,7 +713,7 @@ def test_killed_before_or_after_the_move_into_place_the_same_command_ends_it(
         with pytest.raises(UserError, match="is there already"):
             score(checkpoint, source, broken)
         broken.write_bytes(kept[broken.name])
-    monkeypatch.setattr("raycv.many.Recipe.load", killed)  # nothing is left to score
+    monkeypatch.setattr("raycv.batch_inference.score_file.Recipe.load", killed)  # nothing is left to score
     score(checkpoint, source, broken)
     assert {path.name: path.read_bytes() for path in broken.parent.iterdir()} == {
         path.name: path.read_bytes() for path in whole.parent.iterdir()
@@ -727,7 +727,7 @@ def test_an_output_that_was_taken_away_before_its_state_was_is_made_anew(checkpo
     whole = output.read_bytes()
     output.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.scores._TextPart.discard", lambda self: sys.exit())
+        patch.setattr("raycv.batch_inference.output_formats.TextPart.discard", lambda self: sys.exit())
         with pytest.raises(SystemExit):
             score(checkpoint, source, output)
     output.unlink()
@@ -740,7 +740,7 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "out.csv"
 
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     state = tmp_path / "out.csv.state.json"
@@ -773,7 +773,7 @@ def left_in_the_middle(checkpoint, folder, monkeypatch):
     """The input, the output and the state of scores that were interrupted after the first of three chunks."""
     source = write_csv(folder / "in.csv", "post", [[post] for post in posts(9)])
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, folder / "out.csv")
     return source, folder / "out.csv", folder / "out.csv.state.json"
@@ -784,7 +784,7 @@ def rewrite(state, change):
     values = json.loads(state.read_text())
     del values[SUM]
     change(values)
-    state.write_text(json.dumps({**values, SUM: _sum(values)}))
+    state.write_text(json.dumps({**values, SUM: sum_of_state(values)}))
 
 
 def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeypatch):
@@ -826,7 +826,7 @@ def test_a_damaged_state_is_not_continued(checkpoint, tmp_path, monkeypatch, cha
     """It would leave rows out, or write some twice."""
     source = write_csv(tmp_path / "in.csv", "post", [[post] for post in posts(9)])
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, tmp_path / "out.csv")
     state = tmp_path / "out.csv.state.json"
@@ -840,7 +840,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
     monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
     output = tmp_path / "out.csv"
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", lambda *_: os.utime(source, (1, 1)))
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", lambda *_: os.utime(source, (1, 1)))
         with pytest.raises(UserError, match="changed while it was scored"):
             score(checkpoint, source, output)
     assert not output.exists()
@@ -850,7 +850,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
 
 def test_quotes_that_are_never_closed_one_after_the_other_end_the_reading(checkpoint, tmp_path, monkeypatch):
     """Each would be looked for up to the end of the file: hours, for a large one."""
-    monkeypatch.setattr(pairs_module, "READ_AGAIN", 100)
+    monkeypatch.setattr("raycv.batch_inference.input_formats.READ_AGAIN", 100)
     source = tmp_path / "in.csv"
     source.write_text("post,id\n" + "w1,2\n" * 50 + '6\'2","w2 and w3\n' * 200)
     with pytest.raises(UserError, match=r"in.csv, line \d\d: up to here one quote after the other is opened and never"):
@@ -865,7 +865,7 @@ def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoin
     monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
     score(checkpoint, source, tmp_path / "whole.csv")
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", interrupted)
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, tmp_path / "out.csv")
     moved, other = (shutil.copytree(read_info(checkpoint).base_model, tmp_path / name) for name in ("moved", "other"))
@@ -888,7 +888,7 @@ def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpo
         with pytest.raises(UserError, match="base model cannot be had"):
             score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
         with monkeypatch.context() as patch:
-            patch.setattr("raycv.many.Recipe.load", refused)
+            patch.setattr("raycv.batch_inference.score_file.Recipe.load", refused)
             with pytest.raises(UserError, match="it is broken"):
                 score(checkpoint, source, output, "criterion=C0")
         assert sorted(tmp_path.iterdir()) == before
@@ -896,13 +896,13 @@ def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpo
     score(checkpoint, source, tmp_path / "there" / f"out.{ending}", "criterion=C1")
 
 
-@pytest.mark.parametrize(("sink", "ending"), [("_TextPart", "csv"), ("_ParquetParts", "parquet")])
+@pytest.mark.parametrize(("sink", "ending"), [("TextPart", "csv"), ("ParquetParts", "parquet")])
 def test_what_was_begun_and_has_no_scores_makes_room_for_other_inputs(checkpoint, tmp_path, monkeypatch, sink, ending):
     source = write_csv(tmp_path / "in.csv", "post", [["w1"], [""]])
     output = tmp_path / f"out.{ending}"
     score(checkpoint, source, tmp_path / f"whole.{ending}", "criterion=C1")
     with monkeypatch.context() as patch:
-        patch.setattr(f"raycv.scores.{sink}.append", interrupted)
+        patch.setattr(f"raycv.batch_inference.output_formats.{sink}.append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(checkpoint, source, output)
     part = tmp_path / f"out.{ending}.part"
@@ -919,14 +919,14 @@ def test_what_is_made_at_the_output_while_it_is_scored_stays_and_so_do_the_score
     score(checkpoint, source, tmp_path / f"whole.{ending}")
     part = tmp_path / f"out.{ending}.part{'s' if ending == 'parquet' else ''}"
     with monkeypatch.context() as patch:
-        patch.setattr("raycv.many.ProgressView.update", lambda *_: output.write_text("kept"))
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", lambda *_: output.write_text("kept"))
         with pytest.raises(UserError, match=re.escape(f"They are complete, in {part}.")):
             score(checkpoint, source, output)
     with pytest.raises(UserError, match="is there already"):
         score(checkpoint, source, output)
     assert output.read_text() == "kept"
     output.unlink()
-    monkeypatch.setattr("raycv.many.Recipe.load", refused)  # nothing is left to score
+    monkeypatch.setattr("raycv.batch_inference.score_file.Recipe.load", refused)  # nothing is left to score
     score(checkpoint, source, output)
     assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
     assert not part.exists()
@@ -934,7 +934,7 @@ def test_what_is_made_at_the_output_while_it_is_scored_stays_and_so_do_the_score
 
 def test_what_is_made_beside_the_output_while_the_model_is_loaded_stays(checkpoint, tmp_path, monkeypatch):
     source, place = write_csv(tmp_path / "in.csv", "post", [["w1"]]), tmp_path / "out.csv.part"
-    monkeypatch.setattr("raycv.many.Recipe.load", lambda *_: place.write_text("kept") and Fake())
+    monkeypatch.setattr("raycv.batch_inference.score_file.Recipe.load", lambda *_: place.write_text("kept") and Fake())
     with pytest.raises(UserError, match="part is there already"):
         score(checkpoint, source, tmp_path / "out.csv")
     assert place.read_text() == "kept"
@@ -957,7 +957,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
             pass
 
 
-SMALL_CHUNKS = "import raycv.pairs; raycv.pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
+SMALL_CHUNKS = "from raycv.batch_inference import reader; reader.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
 
 
 @pytest.mark.slow
@@ -994,7 +994,7 @@ def progress_of(tmp_path, monkeypatch, chunks, *, terminal: bool) -> str:
     """What is shown of a file of 100 JSON lines, ten bytes each: of `chunks`, (seconds, records, bad rows)."""
     (tmp_path / "in.jsonl").write_text('{"a": 12}\n' * 100)
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("raycv.many.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("raycv.batch_inference.score_file.time", SimpleNamespace(monotonic=lambda: clock.now))
     said = io.StringIO()
     console = Console(file=said, force_terminal=terminal, width=100, color_system=None)
     source = PairSource(tmp_path / "in.jsonl", Layout("a", None, ()), CRITERIA, None, 10)
@@ -1047,10 +1047,11 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 import pyarrow.parquet
 from test_many import CRITERIA, Fake
-from raycv.cli import compose
-from raycv.config import InferConfig, validate
-from raycv.many import local_engine, score_file
-from raycv.runs import Chosen
+from raycv.config.command_line import compose
+from raycv.config.schema import InferConfig
+from raycv.config.validation import validate
+from raycv.batch_inference.score_file import (local_engine, score_file)
+from raycv.inference.choose import Chosen
 peaks = []
 
 def peak():
@@ -1152,18 +1153,18 @@ def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint,
     ],
 )
 def test_a_scorer_on_a_node_and_most_cores_at_work(nodes, shares):
-    from raycv.ray_scoring import _shares
+    from raycv.orchestration.ray_data import scorer_shares
 
-    assert _shares([{"CPU": float(cores)} for cores in nodes]) == shares
+    assert scorer_shares([{"CPU": float(cores)} for cores in nodes]) == shares
 
 
 def test_a_scorer_on_each_gpu_and_none_without_cores():
-    from raycv.ray_scoring import _shares
+    from raycv.orchestration.ray_data import scorer_shares
 
-    assert _shares([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]) == (3, 1, 1)
-    assert _shares([{"CPU": 4.0, "GPU": 1.0}], on_cpus=True) == (1, 4, 0)
+    assert scorer_shares([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]) == (3, 1, 1)
+    assert scorer_shares([{"CPU": 4.0, "GPU": 1.0}], on_cpus=True) == (1, 4, 0)
     with pytest.raises(UserError, match="neither GPUs nor cores"):
-        _shares([{"memory": 1.0}])
+        scorer_shares([{"memory": 1.0}])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
@@ -1171,7 +1172,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tm
     import ray
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
     with pytest.raises(UserError, match="cannot use the NVIDIA GPU") as caught:
         score(checkpoint, source, tmp_path / "out.csv", "engine=ray")
@@ -1212,13 +1213,13 @@ SLOW_FIRST = """
 import json, os, sys, time
 from pathlib import Path
 import ray
-import raycv.pairs
-from raycv.answers import Prediction
-from raycv.config import InferenceConfig
-from raycv.ray_scoring import ray_engine
-from raycv.records import Criterion
+import raycv.batch_inference.reader
+from raycv.inference.questions import Prediction
+from raycv.config.schema import InferenceConfig
+from raycv.orchestration.ray_data import ray_engine
+from raycv.data.types import Criterion
 
-raycv.pairs.CHUNK_PAIRS = 2
+raycv.batch_inference.reader.CHUNK_PAIRS = 2
 
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
@@ -1238,7 +1239,7 @@ class Recipe:
     def load(self, tell):
         return SlowFirst()
 
-source = raycv.pairs.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
+source = raycv.batch_inference.reader.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
 chunks = ray_engine(Recipe())(source, 0)
 print(json.dumps([[score.row, score.score] for chunk in chunks for score in chunk.scores]))
 """

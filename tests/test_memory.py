@@ -9,11 +9,12 @@ from test_train import TRAIN, VAL, state
 from torch import nn
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv import memory
+from raycv.common.devices import is_out_of_memory
 from raycv.errors import UserError
-from raycv.memory import _left_to_containers, is_out_of_memory
-from raycv.model import trainable
-from raycv.train import FoldTrainer
+from raycv.model.adapters import trainable
+from raycv.training import memory
+from raycv.training.loop import FoldTrainer
+from raycv.training.memory import left_to_containers
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,14 @@ def test_auto_turns_it_off_where_activations_fit_and_keeps_it_where_not(toy):
 @pytest.mark.parametrize(("factor", "on"), [(1.01, False), (0.99, True)])
 def test_auto_compares_what_was_measured_with_what_there_is_less_a_margin(toy, monkeypatch, factor, on):
     """Just more than is needed, and just less: any other measure, sum or margin would choose otherwise."""
-    measured, real = [], memory._measured
+    measured, real = [], memory.measured_peak
 
     @contextlib.contextmanager
     def watched(model, device):
         with real(model, device) as told:
             yield lambda: measured.append(told()) or measured[-1]
 
-    monkeypatch.setattr(memory, "_measured", watched)
+    monkeypatch.setattr(memory, "measured_peak", watched)
     model = toy.model(dropout=0.2)
     later = 12 * sum(parameter.numel() for parameter in trainable(model))  # float32: two moments and the gradient
 
@@ -84,7 +85,7 @@ def test_memory_is_that_of_the_container(tmp_path):
     group(mounted, 1000, 100, 0, V2)  # the root of a machine has none of these files, that of a container has
     group(mounted / "jobs", 500, 450, 30, V2)
     group(mounted / "jobs/7", "max", 440, 30, V2)
-    assert list(_left_to_containers(own, mounted)) == [80, 900]
+    assert list(left_to_containers(own, mounted)) == [80, 900]
 
 
 def test_memory_is_that_of_a_container_of_version_1(tmp_path):
@@ -93,8 +94,8 @@ def test_memory_is_that_of_a_container_of_version_1(tmp_path):
     own.write_text("9:cpu:/docker/ab\n4:memory:/docker/ab\n0::/\n")
     group(mounted / "memory", 500, 600, 50, V1)
     group(mounted / "cpu", 1, 1, 0, V1)
-    assert list(_left_to_containers(own, mounted)) == [0]
-    assert list(_left_to_containers(tmp_path / "none", mounted)) == []
+    assert list(left_to_containers(own, mounted)) == [0]
+    assert list(left_to_containers(tmp_path / "none", mounted)) == []
 
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -110,9 +111,9 @@ def group(folder, limit, used, cached, names):
 
 
 def test_a_limit_below_what_the_machine_has_free_is_what_there_is(monkeypatch):
-    monkeypatch.setattr(memory, "_left_to_containers", lambda own: iter([2000, 1000]))
+    monkeypatch.setattr(memory, "left_to_containers", lambda own: iter([2000, 1000]))
     assert memory._memory(torch.device("cpu"), 0.5) == 500
-    monkeypatch.setattr(memory, "_left_to_containers", lambda own: iter([2**62]))
+    monkeypatch.setattr(memory, "left_to_containers", lambda own: iter([2**62]))
     assert 0 < memory._memory(torch.device("cpu"), 1.0) < 2**50
 
 
@@ -130,7 +131,7 @@ def test_what_is_measured_grows_with_the_batch_and_shrinks_with_checkpointing(to
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         ids = torch.from_numpy(toy.encoded.input_ids[:rows].astype(np.int64))
-        with memory._measured(model, torch.device("cpu")) as measured:
+        with memory.measured_peak(model, torch.device("cpu")) as measured:
             model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
         return measured()
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from raycv.metrics import METRICS, all_matched_f1, binary_metrics, collapse_reasons, tune_threshold
+from raycv.training.metrics import METRICS, all_matched_f1, binary_metrics, collapse_reasons, tune_threshold
 
 THRESHOLDS = [step / 100 for step in range(101)]
 

@@ -11,13 +11,13 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from toy import LLAMA_MODULES
 from transformers import AutoModelForSequenceClassification
 
-from raycv.attention import _in_plain_code, attention_of, choose_attention, far_apart
-from raycv.base import fetch_base
-from raycv.config import DoraConfig, ModelConfig
-from raycv.dora import factored_layers
+from raycv.config.schema import DoraConfig, ModelConfig
 from raycv.errors import UserError
-from raycv.loading import load_classifier, load_tokenizer
-from raycv.model import Float32Head, add_dora, choose_precision, count_parameters, trainable
+from raycv.model.adapters import Float32Head, add_dora, choose_precision, count_parameters, trainable
+from raycv.model.base_model import fetch_base
+from raycv.model.dora import factored_layers
+from raycv.model.kernels import attention_of, choose_attention, far_apart, in_plain_code
+from raycv.model.loading import load_classifier, load_tokenizer
 
 DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implementation="factored")
 
@@ -300,10 +300,10 @@ def test_a_window_that_the_kernel_forgets_is_found(tmp_path, kernel):
 @pytest.mark.long
 def test_the_comparison_is_made_for_any_family_and_finds_nothing(tmp_path, monkeypatch, architecture, dtype):
     """Those too that fix their attention when they are built (BERT), which the other model shares all tensors with."""
-    import raycv.attention
+    import raycv.model.kernels
 
     compared = []
-    monkeypatch.setattr(raycv.attention, "far_apart", lambda *args: compared.append(args) or far_apart(*args))
+    monkeypatch.setattr(raycv.model.kernels, "far_apart", lambda *args: compared.append(args) or far_apart(*args))
     torch.manual_seed(5)
     before = torch.get_rng_state()
     model, told = told_of(tiny_model(tmp_path, architecture), dtype)
@@ -314,7 +314,7 @@ def test_the_comparison_is_made_for_any_family_and_finds_nothing(tmp_path, monke
 
 def test_the_plain_model_holds_no_tensor_of_its_own(tmp_path):
     model = classifier(tiny_model(tmp_path, "RobertaForMaskedLM"))
-    plain = _in_plain_code(model)
+    plain = in_plain_code(model)
     assert (attention_of(plain), attention_of(model)) == ("eager", "sdpa")
     for kind in ("parameters", "buffers"):
         own = {tensor.data_ptr() for tensor in getattr(model, kind)()}
@@ -322,12 +322,12 @@ def test_the_plain_model_holds_no_tensor_of_its_own(tmp_path):
 
 
 def test_a_family_that_cannot_be_compared_is_told_and_kept(tmp_path, kernel, monkeypatch):
-    import raycv.attention
+    import raycv.model.kernels
 
     def fails(model):
         raise error
 
-    monkeypatch.setattr(raycv.attention, "_in_plain_code", fails)
+    monkeypatch.setattr(raycv.model.kernels, "in_plain_code", fails)
     error = ValueError("no eager here")
     model, told = told_of(tiny_llama(tmp_path))
     assert attention_of(model) == "sdpa"

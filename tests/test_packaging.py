@@ -44,8 +44,9 @@ def test_configs_sample_and_model_travel_in_the_wheel(installed, tmp_path):
     config = yaml.safe_load(shown.stdout)
     assert config["model"]["name"] == "raycv://models/tiny_llama"
     code = (
-        "from pathlib import Path; from raycv.paths import resolve; from raycv.data import load_dataset;"
-        "from raycv.base import fetch_base;"
+        "from pathlib import Path; from raycv.common.locations import resolve;"
+        "from raycv.data.dataset import load_dataset;"
+        "from raycv.model.base_model import fetch_base;"
         "sample = Path(resolve('raycv://data/sample')); print(len(load_dataset(sample, sample).pairs));"
         "print(fetch_base('raycv://models/tiny_llama', None).path)"
     )

@@ -16,14 +16,15 @@ from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_confi
 from transformers import Gemma3Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from raycv.base import fetch_base
-from raycv.encoding import encode_dataset, prompt_encoder
-from raycv.loading import load_classifier, load_tokenizer
-from raycv.model import Float32Head
-from raycv.packing import Group, attention_window, common_prefix, groups_of, in_lines, pack, steady_positions
-from raycv.sampling import epoch_order
-from raycv.scoring import Batch, RowScorer, in_order
-from raycv.train import FoldTrainer
+from raycv.model.adapters import Float32Head
+from raycv.model.base_model import fetch_base
+from raycv.model.kernels import attention_window
+from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.prompts.encoder import encode_dataset, prompt_encoder
+from raycv.training.forward import Batch, RowScorer, in_order
+from raycv.training.loop import FoldTrainer
+from raycv.training.packing import Group, common_prefix, groups_of, in_lines, pack, steady_positions
+from raycv.training.sampler import epoch_order
 
 CPU = torch.device("cpu")
 TRAIN, VAL = np.arange(30), np.arange(30, 48)

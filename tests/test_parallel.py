@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from commands import raycv
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv.scoring import RowScorer
-from raycv.train import FoldTrainer
+from raycv.training.forward import RowScorer
+from raycv.training.loop import FoldTrainer
 
 # 29 pairs in steps of 8: the last step has 5, and post-grouped ones hold fewer posts than workers now and then.
 TRAIN, VAL = np.arange(29), np.arange(30, 48)

@@ -13,17 +13,17 @@ from builders import files_of_a_gpu, tiny_gemma2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
-import raycv.int8
-import raycv.predict
-from raycv.attention import attention_of
-from raycv.base import fetch_base
-from raycv.checkpoint import save_checkpoint
-from raycv.config import InferenceConfig
+import raycv.inference.predictor
+import raycv.model.int8
+from raycv.config.schema import InferenceConfig
 from raycv.errors import UserError
-from raycv.int8 import Int8Linear, _round, has_fast_int8, to_int8
-from raycv.model import Float32Head
-from raycv.predict import Predictor, choose_precision
-from raycv.train import FoldTrainer
+from raycv.inference.predictor import Predictor, choose_precision
+from raycv.model.adapters import Float32Head
+from raycv.model.base_model import fetch_base
+from raycv.model.checkpoint import save_checkpoint
+from raycv.model.int8 import Int8Linear, has_fast_int8, quantise, to_int8
+from raycv.model.kernels import attention_of
+from raycv.training.loop import FoldTrainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GPU_HERE = torch.cuda.is_available()
@@ -113,7 +113,7 @@ def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, tm
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     fold = trained()
     expected = scores(predictor(fold.folder), fold.pairs())
-    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path))
+    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path))
     if not GPU_HERE:
         with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU of \S+ \(driver 470.82.01\)"):
             predictor(fold.folder)
@@ -231,10 +231,10 @@ def test_layers_are_given_up_one_by_one_as_they_are_rounded(trained, monkeypatch
     alive = []
 
     def spy(classifier, name):
-        _round(classifier, name)
+        quantise(classifier, name)
         alive.append(sum(layer() is not None for layer in left))
 
-    monkeypatch.setattr(raycv.int8, "_round", spy)
+    monkeypatch.setattr(raycv.model.int8, "quantise", spy)
     to_int8(model)
     assert alive[:number] == [*range(number, 0, -1)]
 
@@ -284,12 +284,12 @@ def test_int8_products_are_those_of_rounded_numbers(dtype):
 
 def test_int8_is_refused_where_it_makes_no_sense(trained, monkeypatch):
     with pytest.raises(UserError, match="has a GPU") as refused:
-        raycv.int8.check_int8(GPU, 1)
+        raycv.model.int8.check_int8(GPU, 1)
     assert "CUDA_VISIBLE_DEVICES=" in str(refused.value)
-    monkeypatch.setattr(raycv.int8, "has_fast_int8", lambda: True)
+    monkeypatch.setattr(raycv.model.int8, "has_fast_int8", lambda: True)
     with pytest.raises(UserError, match=r"the ensemble would hold 2 whole models[^$]*fold=best"):
         predictor(trained().folder, trained(fold=1).folder, precision="int8")
-    monkeypatch.setattr(raycv.int8, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(raycv.model.int8, "has_fast_int8", lambda: False)
     with pytest.raises(UserError, match=r"no 8-bit products[^$]*infer\.precision=auto"):
         predictor(trained().folder, precision="int8")
 
@@ -303,7 +303,7 @@ def test_a_model_without_plain_linear_layers_is_refused_in_int8():
             return self
 
     with pytest.raises(UserError, match=r"Bare has no nn\.Linear"):
-        raycv.int8.to_int8(Bare())
+        raycv.model.int8.to_int8(Bare())
 
 
 def test_a_criterion_longer_than_trainings_shortens_the_post(trained):
@@ -335,7 +335,7 @@ def test_a_criterion_longer_than_trainings_shortens_the_post(trained):
 )
 def test_precision(monkeypatch, asked, trained_in, fast, chosen):
     """auto is what training computed in, where the device is fast at it; never int8."""
-    monkeypatch.setattr(raycv.predict, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(raycv.inference.predictor, "has_fast_bf16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: fast)
     assert choose_precision(asked, trained_in, CPU) == chosen
     assert choose_precision(asked, trained_in, GPU) == chosen

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raycv.errors import UserError
-from raycv.prompts import GAP, FittedPost, PromptRules, Spans, fit_post, render
+from raycv.prompts.template import GAP, FittedPost, PromptRules, Spans, fit_post, render
 
 TEMPLATE_WORDS = 17
 """of `render("", "")`, punctuation marks included; a post of n words has n more"""

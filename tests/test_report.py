@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from raycv.common.files import write_json
 from raycv.errors import RunFailedError
-from raycv.metrics import METRICS
-from raycv.paths import write_json
-from raycv.records import FoldResult
-from raycv.report import best_fold, summarize, summary_table
+from raycv.results.fold_result import FoldResult
+from raycv.results.report import best_fold, summarize, summary_table
+from raycv.training.metrics import METRICS
 
 
 def result(fold: int, **metrics: float) -> FoldResult:

@@ -29,20 +29,24 @@ from test_memory import Tight
 from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv.base import _sha256 as base_sha256
-from raycv.base import fetch_base
-from raycv.cli import compose
-from raycv.config import RunConfig, validate
-from raycv.driver import _base, _data, _earlier_store, cross_validate
+from raycv.common.environment import code_state, package_version
+from raycv.common.files import read_json, sha256_of, write_json
+from raycv.common.numerics import NUMERICS
+from raycv.config.command_line import compose
+from raycv.config.schema import RunConfig
+from raycv.config.validation import validate
+from raycv.cv.pipeline import cross_validate, earlier_store
+from raycv.cv.preparation import load_data, prepare_base
+from raycv.cv.resume import earlier_run, sole_process
 from raycv.errors import FaultsError, RunFailedError, UserError, counted
-from raycv.loading import load_config, load_tokenizer
-from raycv.metrics import METRICS
-from raycv.paths import RunFolder, read_json, resume_command, sha256_of, write_json
-from raycv.resume import earlier_run, sole_process
-from raycv.runs import recorded_config
-from raycv.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
-from raycv.train import FoldTrainer
-from raycv.utils import NUMERICS, code_state, package_version
+from raycv.model.base_files import checksum as base_sha256
+from raycv.model.base_model import fetch_base
+from raycv.model.loading import load_config, load_tokenizer
+from raycv.results.find_run import recorded_config
+from raycv.results.run_folder import RunFolder, resume_command
+from raycv.training.loop import FoldTrainer
+from raycv.training.metrics import METRICS
+from raycv.training.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
 
 STEPS = 4
 """Optimizer steps of an epoch: 30 pairs in steps of 8."""
@@ -441,7 +445,9 @@ SMALL = ["experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpo
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
     """A folder with run `mine` as a killed process leaves it, but for its MLflow run; made without Ray."""
-    from raycv.driver import Prepared, _data, _write_inputs
+    from raycv.cv.new_run import write_inputs
+    from raycv.cv.preparation import load_data
+    from raycv.orchestration.fold_task import Prepared
 
     folder = tmp_path_factory.mktemp("unfinished")
     shutil.copytree(ROOT / "data/sample", folder / "data")
@@ -452,11 +458,11 @@ def unfinished(tmp_path_factory):
             "run", [*SMALL, "train.gradient_checkpointing=off", *places, f"run.dir={folder / 'runs'}", "run.name=mine"]
         ),
     )
-    dataset, splits = _data(config)
+    dataset, splits = load_data(config)
     run = RunFolder(folder / "runs" / "mine")
-    prepared = Prepared(dataset, splits, None, None, None, _base(config).facts, {}, [])  # type: ignore[arg-type]
+    prepared = Prepared(dataset, splits, None, None, None, prepare_base(config).facts, {}, [])  # type: ignore[arg-type]
     run.root.mkdir(parents=True)
-    _write_inputs(run, config, prepared)
+    write_inputs(run, config, prepared)
     write_json(run.tracking, {"uri": "sqlite:///nowhere.db", "experiment_id": "1", "parent_run_id": "x"})
     return run
 
@@ -516,7 +522,7 @@ def test_a_run_of_before_the_key_keeps_nan_as_text(left):
     given = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
     earlier = earlier_run(given, ())
     assert earlier.config.data.missing == "text"
-    assert _data(earlier.config)[0].posts[post_id] == "NaN"
+    assert load_data(earlier.config)[0].posts[post_id] == "NaN"
     assert recorded_config(left).data.missing == "text"
     (fault,) = earlier_run(given, ["data.missing"]).faults
     assert fault == "data.missing: the run has text, the command line empty"
@@ -565,7 +571,7 @@ def test_an_edited_config_is_refused(left):
     left.config.write_text(left.config.read_text().replace("epochs: 3", "epochs: 77"))
     earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
     with pytest.raises(UserError) as caught:
-        earlier.check(*_data(earlier.config))
+        earlier.check(*load_data(earlier.config))
     assert f"config.yaml was changed, its sha256: {recorded[:28]}" in str(caught.value)
     assert "MLflow's parent run has the one that was recorded" in str(caught.value)
     assert "1 fault" in str(caught.value)
@@ -585,7 +591,7 @@ def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hu
     for typed in ([], [f"model.revision={then}"], ["model.revision=null"]):
         earlier = asked_for(*typed)
         assert (earlier.faults, earlier.config.model.revision) == ((), then)
-    earlier.check_base(_base(earlier.config).facts)
+    earlier.check_base(prepare_base(earlier.config).facts)
     assert hub.count(now) == 0
     assert asked_for(f"model.revision={now}").faults == (f"model.revision: the run has {then}, the command line {now}",)
 
@@ -604,7 +610,7 @@ def test_every_package_that_numbers_come_from_must_be_the_same(left):
     write_json(left.environment, environment)
     earlier = go_on(left)
     with pytest.raises(FaultsError) as caught:
-        earlier.check(*_data(earlier.config))
+        earlier.check(*load_data(earlier.config))
     assert sorted(fault.partition(":")[0] for fault in caught.value.faults) == [
         "accelerate", "numpy", "peft", "scikit-learn", "tokenizers", "torch", "transformers"
     ]  # fmt: skip
@@ -622,7 +628,7 @@ def faults_of(run):
     """What a run that is resumed is refused for."""
     earlier = go_on(run)
     try:
-        earlier.check(*_data(earlier.config))
+        earlier.check(*load_data(earlier.config))
     except FaultsError as error:
         return error.faults
     return []
@@ -656,7 +662,7 @@ def test_a_number_that_is_raised_refuses_the_runs_of_the_first_version(left, mon
     environment = read_json(left.environment)
     del environment["numerics"]
     write_json(left.environment, environment)
-    monkeypatch.setattr("raycv.resume.NUMERICS", 2)
+    monkeypatch.setattr("raycv.cv.resume.NUMERICS", 2)
     (fault,) = faults_of(left)
     assert fault.startswith("the number of raycv's arithmetic: 1 then, 2 now; the run began with raycv 0.1.0, commit ")
 
@@ -751,7 +757,7 @@ def test_a_rare_vocabulary_that_an_earlier_version_did_not_record_is_no_other_ba
 
 def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, monkeypatch):
     """Every matrix of a large model is in a sample; this one's is in the last block."""
-    monkeypatch.setattr("raycv.base.WHOLE_BYTES", 10**6)
+    monkeypatch.setattr("raycv.model.base_files.WHOLE_BYTES", 10**6)
     file = tmp_path / "model.safetensors"
     sums = set()
     for place in (None, 0, 2**21 + 4095, 5 * 2**20 - 1):
@@ -872,12 +878,12 @@ def test_the_store_that_is_given_anew_is_the_runs_from_then_on(left, tmp_path):
     left.tracking.unlink()
     left.fold(0).root.mkdir()
     for uri in stores:
-        tracker, parent_id = _earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
+        tracker, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
         assert tracker.run(parent_id).info.run_name == "mine"
         assert read_json(left.tracking)["uri"] == uri
         assert read_json(left.tracking)["parent_run_id"] == parent_id
         shutil.copy(tmp_path / "first.db", tmp_path / "second.db")
-    assert _earlier_store(go_on(left), ())[1] == parent_id
+    assert earlier_store(go_on(left), ())[1] == parent_id
 
 
 OF_NO_KIND = '{"packages": [], "base_model": 5, "git": "x", "uri": 1, "folds": 2, "rows": [1]}'
@@ -892,7 +898,7 @@ def test_a_damaged_file_of_the_run_is_named(left, name, content):
 
     def go_on():
         earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
-        earlier.check(*_data(earlier.config))
+        earlier.check(*load_data(earlier.config))
         earlier.check_base(base)
         earlier.warnings()
 

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from raycv.common.retry import ServiceError, call_with_retries, cause_of, is_passing, status_of
+from raycv.common.secrets import mask_secrets
 from raycv.errors import UserError
-from raycv.retry import ServiceError, call_with_retries, cause_of, is_passing, mask_secrets, status_of
 
 QUICK = 0.001
 
@@ -271,5 +272,6 @@ def test_a_cause_is_one_short_line():
 
 
 def test_importing_is_cheap():
-    code = "import sys, raycv.retry; print([m for m in ('mlflow', 'requests', 'huggingface_hub') if m in sys.modules])"
+    heavy = ("mlflow", "requests", "huggingface_hub")
+    code = f"import sys, raycv.common.retry; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

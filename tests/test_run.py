@@ -17,7 +17,8 @@ from pages import python_blocks, undocumented
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
-from raycv.config import RunConfig, fields
+from raycv.config.schema import RunConfig
+from raycv.config.validation import fields
 
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
@@ -29,10 +30,10 @@ COUNTS_TOKENIZED = """
 import importlib.util, os, sys
 
 class Counting:
-    '''Makes whatever process of a run imports raycv.encoding write down how many prompts it turns to tokens.'''
+    '''Makes whatever process of a run imports raycv.prompts.encoder write down how many prompts it turns to tokens.'''
 
     def find_spec(self, name, path=None, target=None):
-        if name != "raycv.encoding":
+        if name != "raycv.prompts.encoder":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -17,18 +17,20 @@ from test_api import call
 from test_serve import CANARY, SERVER, save_toy
 from toy import positions
 
-from raycv import inference_log
-from raycv.answers import Question, as_json, as_text
-from raycv.api import Overloaded, TooManyPairsError, build_api
-from raycv.cli import compose
-from raycv.client import stamps_of
-from raycv.config import InferConfig, ServeConfig, validate
+from raycv.config.command_line import compose
+from raycv.config.schema import InferConfig, ServeConfig
+from raycv.config.validation import validate
+from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.inference_log import InferenceWriter, record_answers
-from raycv.loaded import load_answerer
-from raycv.records import Criterion
-from raycv.runs import choose
-from raycv.scorer import Scorer, Setup
+from raycv.inference import log as inference_log
+from raycv.inference.answerer import load_answerer
+from raycv.inference.choose import choose
+from raycv.inference.log import InferenceWriter, record_answers
+from raycv.inference.questions import Question, as_json, as_text
+from raycv.orchestration.ray_serve import Scorer
+from raycv.serving.discovery import stamps_of
+from raycv.serving.http_api import Overloaded, TooManyPairsError, build_api
+from raycv.serving.messages import Setup
 
 ANSWER = {"label": "matched", "score": 1.0, "threshold": 0.5, "criterion_id": None, "model": {"run": "r"}}
 

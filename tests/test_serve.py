@@ -17,14 +17,16 @@ from builders import files_of_a_gpu
 from commands import heed_sigint, processes_with
 from toy import Toy, toy_base
 
-from raycv.cli import compose
-from raycv.client import PATTERN, Connection
-from raycv.config import ServeConfig, ServerConfig, validate
+from raycv.common.files import write_json
+from raycv.common.secrets import mask_secrets
+from raycv.config.command_line import compose
+from raycv.config.schema import ServeConfig, ServerConfig
+from raycv.config.validation import validate
 from raycv.errors import UserError
-from raycv.paths import write_json
-from raycv.retry import mask_secrets
-from raycv.runs import Chosen
-from raycv.serve import _on_one_device, files_of, is_loopback, listening, run_server
+from raycv.inference.choose import Chosen
+from raycv.serve import listening, on_one_device, run_server
+from raycv.serving.connection import Connection
+from raycv.serving.discovery import PATTERN, files_of, is_loopback
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
@@ -182,7 +184,7 @@ def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy
     assert found.stdout == alone.stdout
     assert {answer["model"]["finished"] for answer in json.loads(found.stdout)} == {FINISHED}
     loaded = {line.rpartition(b"|")[2].strip() for line in found.stderr.splitlines()}
-    assert b"raycv.client" in loaded
+    assert b"raycv.serving.client" in loaded
     assert not loaded & {b"torch", b"transformers", b"ray", b"mlflow", b"pandas", b"sklearn"}
     assert not [line for line in found.stderr.splitlines() if not line.startswith(b"import time:")]
     named = served.infer("post=w0 w4 w1", f"server={served.url}")
@@ -300,7 +302,7 @@ def test_clients_at_once_print_the_bytes_of_a_process(in_bf16):
         assert client.stdout == process.stdout
         for done in (client, process):
             assert b"WARNING: the criteria in " in done.stderr
-        assert b"raycv.predict" not in client.stderr
+        assert b"raycv.inference.predictor" not in client.stderr
     assert b"A.4 SLEEP_ISSUES " in found[2].stdout
 
 
@@ -346,11 +348,12 @@ def test_two_replicas_answer_as_one_a_token_is_asked_for_and_sigterm_stops_it(tm
 def test_replicas_are_added_before_those_there_are_refuse(given, replicas):
     from ray.serve.schema import LoggingConfig
 
-    from raycv.scorer import Setup, _application
+    from raycv.orchestration.ray_serve import build_application
+    from raycv.serving.messages import Setup
 
     values = compose("serve", []) | {"serve": SERVER | given}
     setup = Setup(validate(ServeConfig, values), Chosen("toy", 0, (), None, 0), None, None, "instance")
-    deployment = _application(setup, 1.0, 0.5, LoggingConfig())._bound_deployment
+    deployment = build_application(setup, 1.0, 0.5, LoggingConfig())._bound_deployment
     scale = deployment._deployment_config.autoscaling_config
     if scale is not None:
         assert scale.target_ongoing_requests < max(2, setup.config.serve.max_queued)
@@ -374,24 +377,24 @@ def test_replicas_are_added_before_those_there_are_refuse(given, replicas):
     ],
 )
 def test_what_a_replica_gets(given, nodes, resources):
-    from raycv.scorer import _resources
+    from raycv.orchestration.ray_serve import replica_resources
 
-    assert _resources(ServerConfig(**SERVER | given), nodes) == resources
+    assert replica_resources(ServerConfig(**SERVER | given), nodes) == resources
 
 
 @pytest.mark.parametrize(("waiting", "seconds"), [(0, 0), (1, 0), (2, 0.02), (7, 0.02), (8, 0.04), (64, 0.04)])
 def test_how_long_a_batch_waits_for_more(waiting, seconds):
-    from raycv.scorer import _wait_seconds
+    from raycv.orchestration.ray_serve import batch_wait_seconds
 
-    assert _wait_seconds(waiting, 20.0) == pytest.approx(seconds)
+    assert batch_wait_seconds(waiting, 20.0) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("given", [{"cpus_per_replica": 9.0}, {"gpus_per_replica": 2.0}])
 def test_a_replica_that_no_node_can_hold_is_refused(given):
-    from raycv.scorer import _resources
+    from raycv.orchestration.ray_serve import replica_resources
 
     with pytest.raises(UserError, match=r"no node has them \(8 CPUs, 1 GPUs at most"):
-        _resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
+        replica_resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
@@ -399,7 +402,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monk
     import ray
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
+    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     given = [f"run={save_toy(tmp_path)}", f"dir={tmp_path}", "serve.port=0", "tracking.uri=none"]
     with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU(.|\n)*infer.device=cpu"):
         run_server(validate(ServeConfig, compose("serve", given)))
@@ -408,7 +411,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monk
 
 @pytest.mark.parametrize("asked", [["infer.device=cpu"], ["serve.gpus_per_replica=0"]])
 def test_a_scorer_on_the_cpu_gets_no_gpu_and_one_without_a_gpu_computes_on_the_cpu(asked):
-    config = _on_one_device(validate(ServeConfig, compose("serve", asked)))
+    config = on_one_device(validate(ServeConfig, compose("serve", asked)))
     assert (config.infer.device, config.serve.gpus_per_replica) == ("cpu", 0)
 
 

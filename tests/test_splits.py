@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pages import python_blocks
 from sklearn.model_selection import StratifiedGroupKFold
 
-from raycv.data import load_dataset
+from raycv.data.dataset import load_dataset
+from raycv.data.splits import Split, make_splits, positives_table, splits_record
+from raycv.data.types import Criterion, Dataset, Pair
 from raycv.errors import FaultsError
-from raycv.records import Criterion, Dataset, Pair
-from raycv.splits import Split, make_splits, positives_table, splits_record
 
 
 def grid(posts: int = 60, criteria: int = 9, rate: float = 0.12, seed: int = 0) -> list[Pair]:

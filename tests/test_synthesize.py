@@ -9,9 +9,8 @@ from statistics import mean
 
 import pytest
 
-from raycv.errors import UserError
-from raycv.phrases import phrase_book
-from raycv.synthesize import (
+from raycv.data.phrases import expansions, phrase_book
+from raycv.data.synthetic import (
     CRITERIA,
     DATASET_FILES,
     EVIDENCE,
@@ -24,10 +23,10 @@ from raycv.synthesize import (
     SyntheticPost,
     compose,
     criteria_grid,
-    expansions,
     generate_posts,
     write_dataset,
 )
+from raycv.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = {"posts": 110, "seed": 7, "profile": "short"}

@@ -20,14 +20,14 @@ from test_infer import NASTY
 from test_serve import save_toy
 from toy import Toy, prompt_config
 
-from raycv.answers import ModelIdentity, Prediction, Question
-from raycv.base import fetch_base
-from raycv.cli import _without_verbatim
-from raycv.client import ask
-from raycv.config import InferConfig, InferenceConfig
+from raycv.config.command_line import without_verbatim
+from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.infer import main
-from raycv.predict import Predictor
-from raycv.prompts import render
+from raycv.inference.predictor import Predictor
+from raycv.inference.questions import ModelIdentity, Prediction, Question
+from raycv.model.base_model import fetch_base
+from raycv.prompts.template import render
+from raycv.serving.client import ask
 
 TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=60)
 PAIRS = [(text, f"{text} is it?") for text in NASTY]
@@ -60,7 +60,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def infer(saved, monkeypatch, tmp_path):
     """Runs the command here; returns what the model was asked."""
-    monkeypatch.setattr("raycv.predict.Predictor", Heard)
+    monkeypatch.setattr("raycv.inference.predictor.Predictor", Heard)
 
     def run(*arguments: str) -> list[tuple[str, str]]:
         Heard.pairs = []
@@ -78,7 +78,7 @@ def test_any_text_is_set_apart_before_hydra_reads_the_rest(post, criterion, othe
     """The whole way, with fewer examples: test_infer."""
     half = len(others) // 2
     typed = [*others[:half], f"criterion={criterion}", f"post={post}", *others[half:]]
-    assert _without_verbatim(typed, InferConfig) == (others, {"post": post, "criterion": criterion})
+    assert without_verbatim(typed, InferConfig) == (others, {"post": post, "criterion": criterion})
 
 
 @pytest.mark.long
@@ -133,8 +133,9 @@ def test_from_a_body_to_the_scorer():
 def test_from_the_arguments_of_a_process_to_the_model(saved, tmp_path):
     """All at once: what execve hands over is bytes, and no argument may have more than 128 kB."""
     code = (
-        "import json, sys; sys.path.insert(0, 'tests'); import raycv.predict; from test_text import Heard, main;"
-        "raycv.predict.Predictor = Heard; main(); print(json.dumps(Heard.pairs))"
+        "import json, sys; sys.path.insert(0, 'tests'); import raycv.inference.predictor;"
+        "from test_text import Heard, main;"
+        "raycv.inference.predictor.Predictor = Heard; main(); print(json.dumps(Heard.pairs))"
     )
     post, criterion = "\n".join(NASTY), "-\n" + "\t".join(text for text in NASTY if len(text) < 1000)
     given = [f"run={saved}", f"dir={tmp_path}", "tracking.uri=none", "output=json"]

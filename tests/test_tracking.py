@@ -24,20 +24,24 @@ import pytest
 from commands import raycv
 from rich.console import Console
 
-from raycv.aggregate import aggregate
-from raycv.callback import FoldRuns
-from raycv.cli import compose
-from raycv.config import STORES, AggregateConfig, RunConfig, TrackingConfig, as_yaml, validate
-from raycv.driver import _ended
+from raycv.common.environment import recorded_moment
+from raycv.common.files import read_json, write_json, write_text
+from raycv.common.retry import ATTEMPTS
+from raycv.common.secrets import mask_secrets
+from raycv.config.command_line import compose
+from raycv.config.schema import AggregateConfig, RunConfig, TrackingConfig
+from raycv.config.validation import as_yaml, validate
+from raycv.config.values import STORES
+from raycv.cv.aggregation import aggregate
+from raycv.cv.pipeline import ends_parent_run
+from raycv.cv.resume import sole_process
 from raycv.errors import UserError
-from raycv.metrics import METRICS, VAL_LOSS
-from raycv.paths import RunFolder, read_json, write_json, write_text
-from raycv.records import FoldResult
-from raycv.report import summarize
-from raycv.resume import sole_process
-from raycv.retry import ATTEMPTS, mask_secrets
-from raycv.tracking import EPOCH_METRICS, Tracker, check_store, flat_params
-from raycv.utils import recorded_moment
+from raycv.orchestration.mlflow_callback import FoldRuns
+from raycv.results.fold_result import FoldResult
+from raycv.results.report import summarize
+from raycv.results.run_folder import RunFolder
+from raycv.tracking.tracker import EPOCH_METRICS, Tracker, check_store, flat_params
+from raycv.training.metrics import METRICS, VAL_LOSS
 
 
 def config(uri, folder, experiment="raycv"):
@@ -328,7 +332,7 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def broken_off(complete, error):
-        with sole_process(folder), _ended(tracker, parent_id, folder, settings, Console()):
+        with sole_process(folder), ends_parent_run(tracker, parent_id, folder, settings, Console()):
             if complete:
                 write_json(folder.report, {})
             raise error
@@ -353,7 +357,7 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     code = (
-        "from raycv.config import TrackingConfig; from raycv.tracking import Tracker; uri = 'sqlite:///mlflow.db';"
+        "from raycv.config.schema import TrackingConfig; from raycv.tracking.tracker import Tracker; uri = 'sqlite:///mlflow.db';"
         "Tracker(uri).open_experiment(TrackingConfig(uri=uri, artifacts='a', experiment='e'))"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]

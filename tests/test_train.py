@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional
 from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
-from raycv import train
 from raycv.errors import UserError
-from raycv.metrics import METRICS, binary_metrics, tune_threshold
-from raycv.sampling import epoch_order
-from raycv.scoring import Batch
-from raycv.train import FoldTrainer, cross_entropy
+from raycv.training import loop as train
+from raycv.training.forward import Batch
+from raycv.training.loop import FoldTrainer, cross_entropy
+from raycv.training.metrics import METRICS, binary_metrics, tune_threshold
+from raycv.training.sampler import epoch_order
 
 TRAIN = np.arange(30)
 VAL = np.arange(30, 48)
@@ -384,7 +384,7 @@ def test_the_arithmetic_is_that_of_its_number(toy, tmp_path, case):
     numbers = [step[3] for step in recorder.steps] + [result.best.threshold, *result.val_scores[:3]]
     message = (
         f"training now gives {np.round(numbers, 7).tolist()}. If raycv's own code changed what is computed, raise "
-        "NUMERICS in raycv/utils.py, and put these numbers here. Another version of torch may change them too."
+        "NUMERICS in raycv/common/numerics.py, and put these numbers here. Another torch may change them too."
     )
     np.testing.assert_allclose(numbers, NUMBERS[case], atol=1e-5, err_msg=message)
 

@@ -15,10 +15,12 @@ import torch
 from builders import files_of_a_gpu
 
 import raycv
-from raycv import __version__, devices
-from raycv.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
+from raycv import __version__
+from raycv.common import devices
+from raycv.common.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
+from raycv.common.environment import describe_environment, package_version, seldom_collecting
 from raycv.errors import UserError
-from raycv.utils import describe_environment, package_version, pin_kernels, seldom_collecting, set_seed
+from raycv.utils import pin_kernels, set_seed
 
 
 def test_the_commit_is_that_of_raycvs_own_checkout_and_of_no_other(tmp_path):
@@ -30,7 +32,7 @@ def test_the_commit_is_that_of_raycvs_own_checkout_and_of_no_other(tmp_path):
         git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@example.org"]
         subprocess.run([*git, "init", "--quiet"], check=True)
         subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
-    code = "from raycv.utils import describe_environment; print(describe_environment()['git'] is not None)"
+    code = "from raycv.common.environment import describe_environment; print(describe_environment()['git'] is not None)"
     for folder, expected in ((own, "True"), (foreign, "False")):
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected, folder

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from builders import tiny_llama, wordlevel_tokenizer
 
-from raycv.base import BaseFiles, fetch_base
-from raycv.checkpoint import CheckpointInfo, save_checkpoint
-from raycv.config import DoraConfig, ModelConfig, PromptConfig, TrainConfig
-from raycv.data import criteria_hash
-from raycv.encoding import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
-from raycv.loading import load_classifier, load_tokenizer
-from raycv.model import add_dora
-from raycv.records import Criterion, Dataset, Pair
+from raycv.config.schema import DoraConfig, ModelConfig, PromptConfig, TrainConfig
+from raycv.data.dataset import criteria_hash
+from raycv.data.types import Criterion, Dataset, Pair
+from raycv.model.adapters import add_dora
+from raycv.model.base_files import BaseFiles
+from raycv.model.base_model import fetch_base
+from raycv.model.checkpoint import CheckpointInfo, save_checkpoint
+from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.prompts.encoder import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
 from raycv.utils import set_seed
 
 WORDS = [f"w{i}" for i in range(12)]

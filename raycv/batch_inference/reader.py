@@ -1,0 +1,258 @@
+"""Records to chunks of pairs that can be scored; bad rows with their reasons."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from raycv.batch_inference.input_formats import (
+    COLUMNS_REMEDY,
+    CRITERION_COLUMNS,
+    ID_COLUMNS,
+    KNOWN_COLUMNS,
+    POST_COLUMNS,
+    PairFile,
+    Record,
+    pair_file,
+    repeated,
+    unreadable,
+)
+from raycv.data.discovery import NearMiss, misspelt, near_misses
+from raycv.data.parsing import Missing, id_fault, is_blank, is_missing
+from raycv.data.problems import FIELD_LIMIT, listed, named
+from raycv.data.table_reader import UnreadableError, is_unicode, separator_of
+from raycv.data.types import Criterion
+from raycv.errors import FaultsError, UserError, shown
+from raycv.inference.questions import find_criterion
+
+CHUNK_PAIRS = 2304
+"""Pairs that are scored, written and committed together: as many as the predictor sorts at once."""
+CHUNK_CHARACTERS = 8_000_000
+"""Characters of posts after which a chunk ends, however few its pairs: bounds the memory where posts are huge."""
+_SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}
+"""What other tables call a criterion. To ignore it would ask each post for every criterion."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedPair:
+    """A post and a criterion of one record. `ids`: the values of the file's id columns."""
+
+    row: int
+    line: int
+    ids: tuple[str, ...]
+    post: str
+    criterion: Criterion
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A record, or a pair of it, that cannot be scored. `reason` holds no text of it."""
+
+    row: int
+    """the record's number, from 1, as in the output"""
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive records. Where a chunk ends depends on the file alone, so that a continued run has the same ones."""
+
+    records: int
+    """records of the file up to the end of this chunk"""
+    position: int
+    """how much of the file was read by then, of `PairFile.total`"""
+    pairs: list[AskedPair] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+# --- What the rows ask -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a file are which."""
+
+    post: str
+    criterion: str | None
+    ids: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """columns that are not read"""
+    notices: tuple[str, ...] = ()
+    """what to tell of those that look like one that is read"""
+
+    @property
+    def wanted(self) -> list[str]:
+        return [self.post, *([self.criterion] if self.criterion else []), *self.ids]
+
+
+def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.header) -> Layout:
+    """Which of `columns` are read; `header`: where they stand.
+
+    Raises: UserError if there is no column of posts, it is not clear which is meant, or one is misspelt.
+    """
+    if twice := repeated(columns):
+        remedies = ["keep one column of each name"]
+        raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
+    posts = [name for name in POST_COLUMNS if name in columns]
+    criteria = [name for name in CRITERION_COLUMNS if name in columns]
+    for found in (posts, criteria):
+        if len(found) > 1:
+            what = f"{path} has both {' and '.join(found)}: it is not clear which is asked."
+            raise UserError(what, remedies=["keep the one that is meant, or rename the other"])
+    if not posts:
+        have = f"its columns are {listed(list(columns))}" if columns else "it is empty"
+        if separator := separator_of(columns):
+            have += f", separated by {separator} and not by commas"
+        have += misspelt([POST_COLUMNS], columns)
+        remedy = "save it with commas" if separator else COLUMNS_REMEDY
+        raise UserError(f"{path} has no column post or text: {have}.", remedies=[remedy])
+    near = near_misses(columns, KNOWN_COLUMNS, _SYNONYMS)
+    _refuse_near(path, [miss for miss in near if miss.beside is None], header)
+    layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
+    notices = tuple(f"the column {shown(miss.column)} is not read, since {miss.beside} is" for miss in near)
+    return replace(layout, others=tuple(name for name in columns if name not in layout.wanted), notices=notices)
+
+
+def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
+    """Raises: FaultsError if a column is most likely a misspelt one: each post would be asked for every criterion."""
+    if not near:
+        return
+    faults = [f"{header}: the column {shown(miss.column)} is not read; did you mean {miss.meant}?" for miss in near]
+    remedies = [
+        *(f"rename {shown(miss.column)} to {miss.meant}" for miss in near),
+        f"to leave it unread, give it a name that is not nearly a known one (x_{near[0].meant}), or remove it",
+    ]
+    raise FaultsError(f"input={path} cannot be used", faults, remedies=remedies)
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """A file and what its rows are asked for. Plain data: Ray sends it to where the file is read."""
+
+    path: Path
+    layout: Layout
+    criteria: Mapping[str, Criterion]
+    asked: Criterion | None
+    """the one criterion of all rows, for a file that names none"""
+    chunk_records: int
+    missing: Missing = "empty"
+    """what NaN and the like are, alone in a cell of text"""
+
+    def chunks(self, done: int = 0) -> Iterator[Chunk]:
+        """The chunks after the first `done` records. Raises: UserError if the file cannot be read any more."""
+        try:
+            yield from self._chunks(done)
+        except (UnreadableError, OSError) as error:
+            raise unreadable(self.path, error) from error
+
+    def _chunks(self, done: int) -> Iterator[Chunk]:
+        file = pair_file(self.path)
+        chunk, characters, begun = Chunk(done, 0), 0, done
+        for record in file.records(self.layout.wanted):
+            if record.number <= done:
+                continue
+            asked = self._asked(record)
+            if isinstance(asked, BadRow):
+                chunk.bad.append(asked)
+            else:
+                chunk.pairs.extend(asked)
+                characters += len(asked[0].post)
+            if record.number - begun == self.chunk_records or characters >= CHUNK_CHARACTERS:
+                yield Chunk(record.number, file.position, chunk.pairs, chunk.bad)
+                chunk, characters, begun = Chunk(record.number, 0), 0, record.number
+            else:
+                chunk = Chunk(record.number, file.position, chunk.pairs, chunk.bad)
+        if chunk.records > begun:
+            yield chunk
+
+    def _asked(self, record: Record) -> list[AskedPair] | BadRow:
+        """The pairs of a record: one, or one for each criterion."""
+        try:
+            if record.fault:
+                raise ValueError(record.fault)
+            post = _text(record, self.layout.post)
+            self._refuse_missing(self.layout.post, post)
+            ids = tuple(_id(record, name) for name in self.layout.ids)
+            return [AskedPair(record.number, record.line, ids, post, one) for one in self._criteria_of(record)]
+        except (ValueError, UserError) as error:
+            return BadRow(record.number, record.line, error.what if isinstance(error, UserError) else str(error))
+
+    def _criteria_of(self, record: Record) -> list[Criterion]:
+        column = self.layout.criterion
+        if column is None:
+            given = [name for name, value in record.values.items() if value is not None]
+            if any(name in CRITERION_COLUMNS for name in given):
+                raise ValueError("names a criterion, which the first record does not")
+            for miss in near_misses(given, KNOWN_COLUMNS, _SYNONYMS):
+                if miss.meant in CRITERION_COLUMNS:
+                    raise ValueError(f"has {shown(miss.column)}, which the first record has not; is it {miss.meant}?")
+            return [self.asked] if self.asked else list(self.criteria.values())
+        name = _text(record, column)
+        found = find_criterion(name, self.criteria)
+        if column == "criterion_id" and not found.criterion_id:
+            raise ValueError(f"criterion_id {named(name)} is none of the run's")
+        if not found.criterion_id:
+            # An id or name of the run's may be spelt like that.
+            self._refuse_missing(column, name)
+        return [found]
+
+    def _refuse_missing(self, column: str, text: str) -> None:
+        """Raises: ValueError if `text` is what software writes for nothing, and is to be taken so."""
+        if self.missing == "empty" and is_missing(text):
+            raise ValueError(f"the {column} is empty: it holds {text.strip()} (missing=text takes it as text)")
+
+
+def _text(record: Record, column: str) -> str:
+    """Raises: ValueError, whose message holds no text."""
+    value = record.values.get(column)
+    if value is None:
+        raise ValueError(f"the {column} is missing")
+    if not isinstance(value, str):
+        raise ValueError(f"the {column} is no text")
+    if not is_unicode(value):
+        raise ValueError(f"the {column} is not UTF-8")
+    if "\0" in value:
+        raise ValueError(f"the {column} holds a NUL character")
+    if len(value) > FIELD_LIMIT:
+        raise ValueError(f"the {column} has more than {FIELD_LIMIT:,} characters")
+    if is_blank(value):
+        raise ValueError(f"the {column} is empty")
+    return value
+
+
+def _id(record: Record, column: str) -> str:
+    """The value of an id column, empty where there is none. Raises: ValueError if it could be a text."""
+    value = record.values.get(column)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise ValueError(f"{column} is neither a text nor a number")
+    text = "" if value is None else str(value).strip()
+    if text and (fault := id_fault(text, is_criterion=False)):
+        raise ValueError(f"{column} {fault}")
+    return text
+
+
+def open_source(
+    path: Path,
+    criteria: Mapping[str, Criterion],
+    criterion: str | None,
+    chunk_pairs: int | None = None,
+    missing: Missing = "empty",
+) -> PairSource:
+    """What is asked of `path`. `criterion`: the one for all its rows; `chunk_pairs`: CHUNK_PAIRS, in tests fewer.
+
+    `missing`: whether NaN and the like, alone in a cell of text, are an empty text or that text.
+
+    Raises: UserError if the file cannot be read or has not the columns, or `criterion` is given twice or is unknown.
+    """
+    try:
+        file = pair_file(path)
+        layout = find_layout(path, file.columns(), file.header)
+    except (UnreadableError, OSError) as error:
+        raise unreadable(path, error) from error
+    if layout.criterion and criterion is not None:
+        what = f"criterion is given on the command line, and {path} has a column {layout.criterion}."
+        raise UserError(what, remedies=["leave criterion out", "remove or rename the column"])
+    asked = find_criterion(criterion, criteria) if criterion is not None else None
+    of_record = 1 if layout.criterion or asked else len(criteria)
+    chunk_records = max(1, (chunk_pairs or CHUNK_PAIRS) // of_record)
+    return PairSource(path.absolute(), layout, dict(criteria), asked, chunk_records, missing)

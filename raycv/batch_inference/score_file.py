@@ -1,0 +1,285 @@
+"""A file of pairs, scored chunk by chunk: read, score, write."""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from raycv.batch_inference.input_formats import pair_file
+from raycv.batch_inference.output_formats import Progress
+from raycv.batch_inference.reader import AskedPair, BadRow, Chunk, PairSource, open_source
+from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile, check_output
+from raycv.config.schema import InferConfig, InferenceConfig
+from raycv.data.dataset import criteria_hash
+from raycv.data.problems import listed
+from raycv.data.types import Criterion
+from raycv.errors import UserError, counted
+from raycv.inference.choose import Chosen
+from raycv.inference.questions import Prediction, Predicts, shown_threshold
+from raycv.model.base_model import fetch_trained_base
+from raycv.model.checkpoint import MANIFEST, read_info
+from raycv.terminal.console import duration, say
+
+FIRST_BAD = 10
+"""Bad rows that are shown; all of them stand in `<output>.errors.csv`."""
+PLAIN_SECONDS = 30
+"""Between two lines of progress where there is no terminal."""
+IDENTITY_BYTES = 1_000_000
+
+
+class PairScorer(Predicts, Protocol):
+    """What scores chunks: `raycv.predict.Predictor`."""
+
+    def check_pair(self, post: str, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a word of `post`."""
+
+
+Engine = Callable[[PairSource, int], Generator[ScoredChunk, None, None]]
+"""Scores the chunks of a source after so many records, in their order."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a scorer is made of, wherever it is made."""
+
+    checkpoints: tuple[Path, ...]
+    infer: InferenceConfig
+    base: str | None = None
+
+    def load(self, tell: Callable[[str], None]) -> PairScorer:
+        """Raises: UserError if a checkpoint or its base cannot be had."""
+        from raycv.inference.predictor import Predictor
+
+        return Predictor(self.checkpoints, self.infer, tell, self.base)
+
+
+def check_asked(config: InferConfig) -> None:
+    """Raises: UserError if the config asks for a file and a single post at once, or has no file to write."""
+    given = [name for name in ("post", "post_file") if getattr(config, name) is not None]
+    if given:
+        what = f"input and {given[0]} are both given: many pairs, or one?"
+        raise UserError(what, remedies=[f"leave {given[0]} out", "leave input out"])
+    check_output(Path(config.output), Path(str(config.input)))
+
+
+def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Criterion], engine: Engine) -> Progress:
+    """Scores `config.input` into `config.output`; returns the counts of all that is there, earlier parts included.
+
+    Raises: UserError if the input or the base model cannot be had, no row can be scored, or the output is not to be
+        continued.
+    """
+    console = Console(stderr=True)
+    source = open_source(Path(str(config.input)), criteria, config.criterion, missing=config.missing)
+    output = ScoreFile(Path(config.output), source.layout.ids, chosen.fold, identity_of(source, chosen, config.base))
+    if source.layout.others and source.layout.criterion is None and source.asked is None:
+        unread = listed(list(source.layout.others))
+        say(console, f"no column criterion, so each post is asked for every criterion; not read: {unread}")
+    for notice in source.layout.notices:
+        say(console, notice)
+    with output.opened():
+        begun = output.progress
+        if begun.records and not begun.finished:
+            say(console, f"continues after {counted(begun.records, 'record')}")
+        try:
+            if not begun.finished:
+                _score(source, engine, output, console)
+        except KeyboardInterrupt:
+            records = output.progress.records
+            kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
+            say(console, kept if records else "stopped before the first records were scored")
+            raise
+        if not begun.finished and not _identity_of_input(source).items() <= output.progress.identity.items():
+            raise UserError(
+                f"input={source.path} changed while it was scored: the scores may be of both its states.",
+                remedies=["run the same command again: it says what to delete to start anew"],
+            )
+        output.finish()
+    say(console, summary(output))
+    return output.progress
+
+
+def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Console) -> None:
+    """Scores what is not in `output` yet."""
+    begun = output.progress
+    with closing(engine(source, begun.records)) as scored, ProgressView(console, source, begun) as view:
+        for chunk in scored:
+            output.append(chunk)
+            view.update(chunk, output.progress)
+
+
+def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
+    """What the scores depend on, by names that a message can use. The engine is not among it.
+
+    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it. `base`: where
+    the base model lies now, if not where training found it. Raises: UserError if it is not there.
+    """
+    asked = source.asked.text if source.asked else ""
+    return {
+        **_identity_of_input(source),
+        "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
+        # One for all of them.
+        "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
+        "the criteria": criteria_hash(source.criteria),
+        "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
+        "the records of a chunk": source.chunk_records,
+        # Earlier versions took such cells as text, so their outputs are continued with missing=text.
+        **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
+    }
+
+
+def _identity_of_input(source: PairSource) -> dict[str, Any]:
+    stat = source.path.stat()
+    with source.path.open("rb") as file:
+        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
+    return {
+        "the size of the input": stat.st_size,
+        "the time of the input": stat.st_mtime_ns,
+        "the beginning of the input": head,
+    }
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """Of the adapter, the head, the threshold and the prompt's rules."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
+    """Of the base model's files, wherever they lie: at one place there may be another model the next time."""
+    info = read_info(checkpoint)
+    return fetch_trained_base(info.base_model, info.base_revision, given).sums()
+
+
+def local_engine(load: Callable[[], PairScorer]) -> Engine:
+    """Scores in this process. `load` is called once, when there is something to score."""
+
+    def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
+        scorer = None
+        for chunk in source.chunks(done):
+            scorer = scorer or load()
+            yield score_chunk(chunk, scorer)
+
+    return scored
+
+
+def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
+    """The scores of a chunk. A pair that does not fit the prompt is another bad row."""
+    pairs, unfit = chunk.pairs, []
+    try:
+        predictions = _predicted(pairs, scorer)
+    except UserError:
+        # Only now are they looked at one by one: it costs as much as to prepare them for the model.
+        faults = [_unfit(pair, scorer) for pair in pairs]
+        unfit = [fault for fault in faults if fault]
+        if not unfit:
+            raise
+        pairs = [pair for pair, fault in zip(pairs, faults, strict=True) if fault is None]
+        predictions = _predicted(pairs, scorer)
+    scores = [
+        PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
+        for pair, prediction in zip(pairs, predictions, strict=True)
+    ]
+    bad = sorted([*chunk.bad, *unfit], key=lambda row: row.line)
+    return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
+
+
+def _predicted(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Prediction]:
+    return scorer.predict([(pair.post, pair.criterion.text) for pair in pairs]) if pairs else []
+
+
+def _unfit(pair: AskedPair, scorer: PairScorer) -> BadRow | None:
+    """Why `pair` does not fit the prompt, if it does not."""
+    try:
+        scorer.check_pair(pair.post, pair.criterion.text)
+    except UserError as error:
+        return BadRow(pair.row, pair.line, error.what)
+    return None
+
+
+class ProgressView:
+    """How far it is and how long it will take: a bar on a terminal, a line now and then elsewhere. Shows bad rows."""
+
+    def __init__(self, console: Console, source: PairSource, begun: Progress) -> None:
+        self._console = console
+        file = pair_file(source.path)
+        self._place, self._total = file.place, max(file.total, 1)
+        self._began = self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        self._shown = 0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(f"{begun.pairs:,} pairs", total=self._total, left="")
+
+    def __enter__(self) -> "ProgressView":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, chunk: ScoredChunk, progress: Progress) -> None:
+        """`progress`: the counts with `chunk`."""
+        for bad in chunk.bad[: max(FIRST_BAD - self._shown, 0)]:
+            say(self._console, f"{self._place} {bad.line}: {bad.reason}")
+        self._shown += len(chunk.bad)
+        left = self._left(chunk.position)
+        if self._shown > FIRST_BAD >= self._shown - len(chunk.bad):
+            say(self._console, "further bad rows are in the file of errors alone")
+        pairs = f"{progress.pairs:,} pairs scored" + (f", {counted(progress.bad, 'bad row')}" if progress.bad else "")
+        self._bar.update(self._task, completed=chunk.position, description=pairs, left=left)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            share = min(chunk.position / self._total, 1)
+            say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs}" + (left and f", {left}"))
+
+    def _left(self, position: int) -> str:
+        """At the pace since the first chunk, before which the model is loaded."""
+        if self._first is None:
+            self._first = position, time.monotonic()
+            return ""
+        start, began = self._first
+        pace = (time.monotonic() - began) / max(position - start, 1)
+        return f"about {duration(pace * max(self._total - position, 0))} left"
+
+
+def summary(output: ScoreFile) -> str:
+    """What the user reads at the end."""
+    progress = output.progress
+    lines = [
+        f"{counted(progress.pairs, 'pair')} scored, {progress.matched:,} matched (probability of "
+        f"{shown_threshold(progress.threshold or 0)} or more): {output.output}"
+    ]
+    if progress.truncated:
+        lines.append(f"{counted(progress.truncated, 'pair')}: the post was shortened to fit the prompt")
+    if progress.bad:
+        lines.append(f"{counted(progress.bad, 'bad row')} skipped: {output.errors}")
+    return "\n".join(lines)
+
+
+def facts(progress: Progress, config: InferConfig) -> tuple[dict[str, Any], dict[str, float]]:
+    """Parameters and metrics for MLflow: counts, sizes and hashes, never text."""
+    params = {
+        "engine": config.engine,
+        "threshold": progress.threshold,
+        "precision": progress.precision,
+        "input.bytes": progress.identity["the size of the input"],
+        "input.sha256_of_the_first_mb": progress.identity["the beginning of the input"],
+    }
+    names: Sequence[str] = ("records", "pairs", "matched", "truncated", "bad")
+    return params, {name: float(getattr(progress, name)) for name in names}

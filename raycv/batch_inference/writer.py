@@ -1,0 +1,324 @@
+"""The file of scores: grows chunk by chunk, continues after an interruption, moves into place at the end."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raycv.batch_inference.input_formats import FORMATS
+from raycv.batch_inference.output_formats import (
+    ERRORS_HEADER,
+    ParquetParts,
+    Progress,
+    Sink,
+    TextPart,
+    append_bytes,
+    beside,
+    clear,
+    csv_line,
+    cut_to,
+    json_line,
+    part_of,
+)
+from raycv.batch_inference.reader import BadRow
+from raycv.common.files import read_json, write_text
+from raycv.common.numerics import NUMERICS
+from raycv.data.types import LABELS
+from raycv.errors import UserError, shown
+from raycv.inference.questions import label_of
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """The score of one pair. `ids`: the values of the input's id columns."""
+
+    row: int
+    ids: tuple[str, ...]
+    criterion_id: str | None
+    score: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What became of a chunk. Holds no text."""
+
+    records: int
+    position: int
+    threshold: float
+    precision: str
+    scores: list[PairScore] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+class ScoreFile:
+    """The output of one run over a file, and of those that continue it."""
+
+    def __init__(self, output: Path, ids: Sequence[str], fold: int | str, identity: Mapping[str, Any]) -> None:
+        """`ids`: names of the id columns; `identity`: what the scores depend on, plain JSON values."""
+        self.output = output
+        self.errors = beside(output, "errors.csv")
+        self.progress = Progress(dict(identity), numerics=NUMERICS)
+        self._fold = fold
+        self._state = beside(output, "state.json")
+        self._begun = self._moved = False
+        columns = ("row", *ids, "criterion_id", "label", "score", "threshold", "fold", "truncated")
+        if output.suffix.casefold() == ".parquet":
+            self._sink: Sink = ParquetParts(part_of(output), columns, type(fold))
+        else:
+            line_of = json_line if output.suffix.casefold() == ".jsonl" else csv_line
+            self._sink = TextPart(part_of(output), columns, line_of)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["ScoreFile"]:
+        """Starts or continues the output; `progress` then says where, and whether `finish` is all that is left.
+
+        Nothing but a lock is made before the first chunk: what is refused until then leaves nothing behind.
+        Raises: UserError if it is there already, belongs to other inputs, is written by another process, or cannot be.
+        """
+        check_output(self.output)
+        with self._locked():
+            with self._writing():
+                self._resume()
+            yield self
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock, in a folder that is made for it, and goes with it if nothing else came to lie in it."""
+        lock = FileLock(beside(self.output, "lock"), mode=0o600)
+        folders = [self.output.parent, *self.output.parent.parents]
+        made: list[Path] = []
+        try:
+            with self._writing():
+                made = [folder for folder in folders if not folder.exists()]
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+            try:
+                yield
+            finally:
+                if _is_empty(Path(lock.lock_file)):
+                    Path(lock.lock_file).unlink()
+                lock.release()
+        except Timeout as error:
+            remedies = ["wait for it to end", "name another output"]
+            raise UserError(f"Another process writes {self.output}.", remedies=remedies) from error
+        finally:
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Timeout:
+            raise
+        except OSError as error:
+            remedies = ["make room or give another place: output=<file>; what is written is kept, and continued"]
+            raise UserError(f"output={self.output} cannot be written: {error.strerror}.", remedies=remedies) from error
+
+    def _resume(self) -> None:
+        found = self._found() if self._state.exists() else None
+        if _is_there(self.output):
+            if found is None or not self._made(found):
+                raise _taken(self.output, self.output)
+            self.progress = found
+            self._begun = self._moved = True
+        # What was finished and is not there was taken away; where nothing is scored, there is nothing to go on with.
+        elif found is not None and found.records and (self._sink.left() or not found.finished):
+            self.progress = self._continued(found)
+            cut_to(self.errors, self.progress.errors_bytes)
+            self._sink.resume(self.progress)
+            self._begun = True
+
+    def _begin(self) -> None:
+        """Makes the files that grow, now that there is something to write."""
+        if self._begun:
+            return
+        # It may be long since that was asked.
+        check_output(self.output)
+        # The state comes first: without it, the rest would be taken for somebody else's.
+        self._save(replace(self.progress, errors_bytes=0))
+        for path in (self.errors, self._sink.path):
+            clear(path)
+        self._save(replace(self.progress, errors_bytes=append_bytes(self.errors, ERRORS_HEADER, at=0)))
+        self._sink.resume(self.progress)
+        self._begun = True
+
+    def _made(self, found: Progress) -> bool:
+        """Whether the output is this run's, which was ended between its move into place and the state's removal."""
+        ours = self.progress
+        same = found.finished and (found.identity, found.numerics) == (ours.identity, ours.numerics)
+        return same and self._sink.finished(self.output, found)
+
+    @property
+    def _anew(self) -> str:
+        return f"delete {self._state} and {self._sink.path.name} beside it"
+
+    def _found(self) -> Progress:
+        values = read_json(self._state)
+        remedies = [f"to start anew, {self._anew}"]
+        if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
+            raise UserError(f"{self._state} is damaged.", remedies=remedies)
+        # States of earlier versions say no format.
+        written = values.pop("format", FORMAT)
+        if written != FORMAT:
+            what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
+            raise UserError(what, remedies=["continue with that version of raycv", *remedies])
+        # They held every version for another arithmetic.
+        values["identity"].pop("the version of raycv", None)
+        return Progress(**values)
+
+    def _continued(self, found: Progress) -> Progress:
+        """`found`, if its scores depend on what this run's would."""
+        wanted = self.progress.identity
+        if found.numerics != NUMERICS:
+            raise UserError(
+                f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
+                f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
+                remedies=["continue with that version of raycv", f"to start anew, {self._anew}", "name another output"],
+            )
+        names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
+        if names:
+            what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
+            remedies = ["run the command as it was", f"to start anew, {self._anew}", "name another output"]
+            raise UserError(what, remedies=remedies)
+        return found
+
+    def append(self, chunk: ScoredChunk) -> None:
+        """Writes a chunk for good. Raises: UserError if it was computed in another precision than those before."""
+        with self._writing():
+            self._begin()
+        before = self.progress
+        if before.precision not in (None, chunk.precision):
+            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        labels = [label_of(score.score, chunk.threshold) for score in chunk.scores]
+        rows = [
+            (one.row, *one.ids, one.criterion_id, label, one.score, chunk.threshold, self._fold, one.truncated)
+            for one, label in zip(chunk.scores, labels, strict=True)
+        ]
+        errors = "".join(csv_line(("row", "line", "reason"), (bad.row, bad.line, bad.reason)) for bad in chunk.bad)
+        with self._writing():
+            after = replace(
+                before,
+                records=chunk.records,
+                pairs=before.pairs + len(rows),
+                matched=before.matched + labels.count(LABELS[1]),
+                truncated=before.truncated + sum(one.truncated for one in chunk.scores),
+                bad=before.bad + len(chunk.bad),
+                precision=chunk.precision,
+                threshold=chunk.threshold,
+                part_bytes=self._sink.append(rows, before.records),
+                errors_bytes=append_bytes(self.errors, errors.encode("utf-8"), at=before.errors_bytes),
+            )
+            self._save(after)
+
+    def _save(self, progress: Progress) -> None:
+        values = {"format": FORMAT, **asdict(progress)}
+        write_text(self._state, json.dumps({**values, SUM: sum_of_state(values)}, indent=2) + "\n", private=True)
+        self.progress = progress
+
+    def finish(self) -> None:
+        """Moves the output into place.
+
+        Raises: UserError if no pair was scored, the bad rows then stay listed; or if something came to lie there.
+        """
+        with self._writing():
+            self._begin()
+            move = self.progress.pairs and not self._moved
+            if move and _is_there(self.output):
+                raise UserError(
+                    f"output={self.output} came to be there while the scores were computed, and is left as it is. They "
+                    f"are complete, in {self._sink.path}.",
+                    remedies=["move it away, and run the same command: it puts the scores in place"],
+                )
+            # What a kill leaves of the rest, the next run ends.
+            self._save(replace(self.progress, finished=True))
+            if move:
+                self._sink.finish(self.output)
+            self._sink.discard()
+            if not self.progress.bad:
+                self.errors.unlink(missing_ok=True)
+            self._state.unlink()
+        if not self.progress.pairs:
+            why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
+            raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
+
+
+FORMAT = 1
+"""How the state is written. Whoever changes it raises it by one."""
+SUM = "sha256"
+"""Of the state itself: what is continued from a damaged one would lack rows, or have some twice."""
+
+
+def sum_of_state(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+BESIDE = ("errors.csv", "state.json", "part", "parts", "lock")
+"""Endings of the files beside an output that are written and taken away."""
+
+
+def check_output(output: Path, source: Path | None = None) -> None:
+    """Raises: UserError if `output` or what it needs beside it is there already, and is not of a run that can go on.
+
+    Or if its ending tells no format, or writing it would hurt `source`.
+    """
+    taken = [output, *(beside(output, ending) for ending in BESIDE)]
+    if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
+        raise UserError(
+            f"output={output}: writing it would overwrite the input {source}.",
+            remedies=["name another file: output=<file>"],
+        )
+    if output.suffix.casefold() not in FORMATS:
+        remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
+        raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
+    try:
+        # Those beside it have longer names.
+        there = _in_the_way(output)
+    except OSError as error:
+        remedies = ["name another file: output=<file>"]
+        raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
+    if there:
+        raise _taken(output, there[0])
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at `path`, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def _in_the_way(output: Path) -> list[Path]:
+    """What lies where a run would write, and is not its own: without its state nothing tells that it is."""
+    state, errors = beside(output, "state.json"), beside(output, "errors.csv")
+    there = [place for place in (output, part_of(output), errors, state) if _is_there(place)]
+    if state.exists():
+        return []
+    if errors in there and errors.is_file() and not errors.is_symlink():
+        with errors.open("rb") as file:
+            # Of an earlier run, which keeps it when it is over.
+            if file.read(len(ERRORS_HEADER)) == ERRORS_HEADER:
+                there.remove(errors)
+    return there
+
+
+def _taken(output: Path, place: Path) -> UserError:
+    what = f"output={output}{'' if place == output else f': {place}'} is there already."
+    return UserError(what, remedies=["name another output", "delete it, or move it away"])
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False

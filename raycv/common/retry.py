@@ -1,0 +1,176 @@
+"""The one retry policy towards services that can be away for a moment: the model hub and MLflow (FR-011)."""
+
+import logging
+import random
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
+
+from raycv.common.secrets import mask_secrets
+from raycv.errors import UserError, counted
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Calls in all, the first one included (FR-011)."""
+BASE_SECONDS = 1.0
+"""Wait before the second attempt; it doubles before each further one, and jitter adds up to half of it."""
+LONGEST_WAIT_SECONDS = 60.0
+
+T = TypeVar("T")
+
+# Known by name, so that no client library need be installed or imported to recognise its errors:
+# builtins, requests, urllib3, http.client and httpx.
+_PASSING_NAMES = frozenset(
+    {
+        "ConnectionError",
+        "TimeoutError",
+        "Timeout",
+        "ChunkedEncodingError",
+        "ProtocolError",
+        "MaxRetryError",
+        "IncompleteRead",
+        "TransportError",
+    }
+)
+_PASSING_MLFLOW_CODES = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
+
+
+class ServiceError(UserError):
+    """A service failed at every attempt. `cause` is the error of the last one."""
+
+    def __init__(self, what: str, cause: Exception, *, remedies: Sequence[str]) -> None:
+        self.cause = cause
+        super().__init__(what, remedies=remedies)
+
+
+def call_with_retries(
+    what: str,
+    fn: Callable[[], T],
+    *,
+    remedies: Sequence[str],
+    passing: Callable[[Exception], bool] | None = None,
+    attempts: int = ATTEMPTS,
+    base_seconds: float = BASE_SECONDS,
+) -> T:
+    """What `fn()` returns, called up to `attempts` times (FR-011). Each failure is logged as a warning.
+
+    `what` names the call as a noun phrase ("the download of x"); `passing` says which errors can pass (default:
+    `is_passing`), all others leave unchanged at once; `base_seconds` is the wait before the second attempt.
+
+    Raises: ServiceError, with the last cause and `remedies`, when the last attempt failed too.
+    """
+    import backoff
+
+    can_pass = passing or is_passing
+
+    def gives_up(error: Exception) -> bool:
+        return isinstance(error, UserError) or not can_pass(error)
+
+    def log(details: Any) -> None:
+        logger.warning(
+            "%s: attempt %d of %d failed (%s); the next one in %.1f s",
+            *(mask_secrets(what), details["tries"], attempts, cause_of(details["exception"]), details["wait"]),
+        )
+
+    retrying = backoff.on_exception(
+        _waits,
+        Exception,
+        max_tries=attempts,
+        giveup=gives_up,
+        jitter=_jittered,
+        on_backoff=log,
+        logger=None,
+        base_seconds=base_seconds,
+    )
+    try:
+        return retrying(fn)()
+    except Exception as error:
+        if gives_up(error):
+            raise
+        if attempts > 1:
+            logger.warning("%s: attempt %d of %d failed (%s)", mask_secrets(what), attempts, attempts, cause_of(error))
+        raise ServiceError(
+            f"{mask_secrets(what)} failed {counted(attempts, 'time')}. The last cause: {cause_of(error)}",
+            error,
+            remedies=remedies,
+        ) from error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the cause of `error` may be gone in a moment: no connection, timeout, HTTP 429 or 5xx, a busy MLflow.
+
+    Decided by the first error in the chain of causes that allows a verdict; False if none does.
+    """
+    for link in _chain(error):
+        # A certificate that is not trusted now is not trusted in a second either; offline mode is the user's choice.
+        if "CERTIFICATE_VERIFY_FAILED" in str(link) or type(link).__name__ == "OfflineModeIsEnabled":
+            return False
+        status = status_of(link)
+        if status is not None:
+            return status == 429 or status >= 500
+        code = getattr(link, "error_code", None)
+        # MLflow says INTERNAL_ERROR when it could not connect, as well as for its own faults: its cause decides.
+        if isinstance(code, str) and code != "INTERNAL_ERROR":
+            return code in _PASSING_MLFLOW_CODES
+        if any(base.__name__ in _PASSING_NAMES for base in type(link).__mro__):
+            return True
+    return False
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that `error` carries, as `error.response.status_code` or `error.status_code`; else None."""
+    for holder in (getattr(error, "response", None), error):
+        status = getattr(holder, "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def cause_of(error: BaseException, most: int = 300) -> str:
+    """`error` in one line of at most `most` characters, without secrets: what may stand in a log or a message."""
+    text = mask_secrets(" ".join(without_statement(error).split()))
+    if found := re.search(r"(\[Errno -?\d+\] [^'\")>]+|Read timed out[^'\")]*)", text):
+        # The HTTP client wraps the one fact into three layers of its own objects.
+        text = found[1].rstrip()
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    name = type(error).__name__.lstrip("_")
+    return f"{name}: {text}" if text else name
+
+
+def without_statement(error: BaseException) -> str:
+    """What `error` says, but for the SQL statement, its parameters and the link that SQLAlchemy appends."""
+    return re.split(r"\s*\[SQL: |\s*\(Background on this error", str(error), maxsplit=1)[0].strip()
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error`, its cause, that one's cause, ... as a traceback would show them."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        yield link
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _waits(base_seconds: float) -> Generator[float, Any, None]:
+    """Seconds before attempt 2, 3, ...: 1, 2, 4, ... times the base, or what the server asked for if that is longer."""
+    # backoff starts the generator with None and then sends each error.
+    error = yield 0.0
+    doubled = base_seconds
+    while True:
+        error = yield min(max(doubled, _asked_wait(error)), LONGEST_WAIT_SECONDS)
+        doubled *= 2
+
+
+def _asked_wait(error: object) -> float:
+    """The Retry-After of the response (RFC 9110) in seconds; 0 if there is none, or if it is a date."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    asked = str(headers.get("Retry-After", ""))
+    return float(asked) if asked.isdigit() else 0.0
+
+
+def _jittered(seconds: float) -> float:
+    # Not backoff's own jitter: that one draws from the global `random`, whose state belongs to the seeded run (FR-009).
+    return seconds * random.SystemRandom().uniform(1.0, 1.5)

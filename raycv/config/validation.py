@@ -1,0 +1,133 @@
+"""Checks values against the schema, reports every fault at once, and describes the keys."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from raycv.common.secrets import mask_secrets
+from raycv.config.schema import Section
+from raycv.config.values import RECORDED, VERBATIM
+from raycv.errors import FaultsError, shown
+
+S = TypeVar("S", bound=Section)
+
+
+def validate(schema: type[S], values: Mapping[str, Any], *, recorded: bool = False) -> S:
+    """`values` as a checked `schema`; `recorded`: a run wrote them down, and they may hold what is refused today.
+
+    Raises: FaultsError naming every unknown key, wrong type and impossible value at once.
+    """
+    try:
+        return schema.model_validate(values, context=RECORDED if recorded else None)
+    except ValidationError as error:
+        raise FaultsError("The configuration cannot be used", _faults(schema, error)) from error
+
+
+def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of `schema` with its field; a section comes before its keys."""
+    for name, field in schema.model_fields.items():
+        yield f"{prefix}{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a key means and which words it takes; empty for a section."""
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return _said(field) + (f" [{', '.join(map(str, words))}]" if words else "")
+
+
+def _said(field: FieldInfo) -> str:
+    """The description without the number of its requirement, which is for readers of the schema."""
+    return re.sub(r" \(FR-\d+\)", "", field.description or "")
+
+
+def text_keys(schema: type[Section]) -> set[str]:
+    """The keys that take text and nothing else (but null)."""
+    return {key for key, field in fields(schema) if _is_text(field.annotation)}
+
+
+def verbatim_keys(schema: type[Section]) -> list[str]:
+    """The keys that take free text."""
+    return [key for key, field in fields(schema) if VERBATIM in str(field.annotation) + str(field.metadata)]
+
+
+def _is_text(annotation: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_text(arguments[0])
+    if origin is Literal:
+        return all(isinstance(argument, str) for argument in arguments)
+    if origin in (Union, UnionType):
+        return all(argument is NoneType or _is_text(argument) for argument in arguments)
+    return annotation is str
+
+
+def as_yaml(config: Section) -> str:
+    """The resolved config as YAML, with passwords in addresses masked (FR-004)."""
+    return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def _faults(schema: type[Section], error: ValidationError) -> list[str]:
+    known = {key: _said(field) for key, field in fields(schema)}
+    unknown: list[str] = []
+    expected: dict[str, list[str]] = {}
+    received: dict[str, str] = {}
+    for fault in error.errors():
+        if fault["type"] == "extra_forbidden":
+            unknown.append(_unknown(fault["loc"], known))
+            continue
+        key = _key(fault["loc"], known)
+        # A union reports a fault a member: one line, all that it expects.
+        if _expectation(fault) not in expected.setdefault(key, []):
+            expected[key].append(_expectation(fault))
+        # A token may be what is wrong with it, and is not repeated.
+        value = "one that is not shown" if key.endswith(".token") else _shown(fault["input"])
+        received.setdefault(key, "nothing" if fault["type"] == "missing" else value)
+    wrong = [
+        f"{key}: {', or '.join(parts)}; received {received[key]}"
+        + (f" (the key means: {known[key]})" if known.get(key) else "")
+        for key, parts in expected.items()
+    ]
+    return wrong + unknown
+
+
+def _unknown(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in loc)
+    if any("." in str(part) for part in loc):
+        return f"{key}: unknown key with a dot in its name; in a file, write sections as nested keys"
+    return f"{key}: unknown key; {_hint(key, known)}"
+
+
+def _expectation(fault: Mapping[str, Any]) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return message[0].lower() + message[1:]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return shown(value) if isinstance(value, str) or len(text) > 40 else text
+
+
+def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
+    """The config key of a pydantic location, whose tail may name a member of a union."""
+    for end in range(len(loc), 0, -1):
+        key = ".".join(str(part) for part in loc[:end])
+        if key in known:
+            return key
+    return ".".join(str(part) for part in loc)
+
+
+def _hint(key: str, known: Mapping[str, str]) -> str:
+    """What may have been meant: a near name in the same section, the same name in another, else the section's keys."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)] or elsewhere
+    return f"did you mean {near[0]}?" if near else f"the keys here are: {', '.join(siblings)}"

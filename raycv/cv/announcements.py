@@ -1,0 +1,77 @@
+"""What a run prints: its data, its place on the cluster, its end."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raycv import __version__
+from raycv.common.secrets import mask_secrets
+from raycv.config.schema import RunConfig
+from raycv.data.splits import Split, positives_table
+from raycv.data.types import Dataset
+from raycv.errors import counted
+from raycv.results.report import summary_table
+from raycv.results.run_folder import RunFolder, infer_command
+from raycv.terminal.console import say
+
+if TYPE_CHECKING:
+    from raycv.resources.placement import Placement
+
+
+def announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:
+    stats = dataset.stats
+    say(
+        console,
+        f"raycv {__version__}: {config.cv.folds} folds of {config.model.name} on {len(dataset.posts):,} posts x "
+        f"{len(dataset.criteria)} criteria = {len(dataset.pairs):,} pairs, {stats['positive_rate']:.1%} matched",
+    )
+    for warning in dataset.warnings:
+        say(console, f"Warning: {warning}", "yellow")
+    title = "Matched pairs per validation fold and criterion"
+    table = Table(box=None)
+    rows = positives_table(dataset, splits)
+    criteria = list(dataset.criteria)
+    for column in ("fold", "pairs", "matched", *criteria):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["fold"]), str(row["pairs"]), str(row["matched"]), *map(str, row["per_criterion"].values())
+        )
+    if console.measure(table).minimum > console.width:
+        say(console, f"{title}: too wide for here, data_stats.json has it")
+    else:
+        say(console, title)
+        console.print(table)
+
+
+def announce_placement(console: Console, placement: "Placement", dashboard: str | None) -> None:
+    gpus = f" and {counted(placement.gpus, 'GPU')}" if placement.gpus else ", no GPU"
+    gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
+    where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
+    at_once = f"Up to {counted(placement.concurrent, 'fold')} at once, each with {counted(placement.cpus, 'CPU core')}"
+    say(console, f"{at_once}{gpus}.{where}")
+
+
+def announce_end(
+    console: Console, config: RunConfig, folder: RunFolder, report: dict[str, Any], parent_id: str
+) -> None:
+    console.print()
+    console.print(summary_table(report))
+    uri = mask_secrets(config.tracking.uri)
+    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    say(
+        console,
+        f"Report:        {folder.report}\n"
+        f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f'Ask it:        {infer_command(folder)} post="..."\n'
+        f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
+    )
+    activate = Path(sys.executable).parent / "activate"
+    if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
+        here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        say(console, f"Before you type these, once per shell: source {here}")

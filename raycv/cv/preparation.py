@@ -1,0 +1,81 @@
+"""What the driver makes once for all folds: data set, splits, base model, token arrays."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from raycv.common.locations import resolve
+from raycv.config.schema import RunConfig
+from raycv.data.dataset import count, load_dataset
+from raycv.data.splits import Split, make_splits
+from raycv.data.types import Dataset
+from raycv.orchestration.fold_task import Prepared
+from raycv.terminal.console import say
+
+if TYPE_CHECKING:
+    from raycv.model.base_files import BaseFiles
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as the driver needs it."""
+
+    files: "BaseFiles"
+    tokenizer: Any
+    facts: dict[str, Any]
+    """for `environment.json`"""
+
+
+def load_data(config: RunConfig) -> tuple[Dataset, list[Split]]:
+    data_dir, criteria_dir = Path(resolve(config.data.dir)), Path(resolve(config.data.criteria_dir))
+    dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty, missing=config.data.missing)
+    if config.data.shuffle_labels:
+        dataset = _with_shuffled_labels(dataset, config.cv.seed)
+    if config.privacy.log_text:
+        warning = "privacy.log_text=true: predictions.csv holds posts and criteria, here and in MLflow"
+        dataset = replace(dataset, warnings=[*dataset.warnings, warning])
+    return dataset, make_splits(dataset.pairs, config.cv.folds, config.cv.seed)
+
+
+def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
+    """The control: whatever a model learns from labels permuted over all pairs is not about the posts."""
+    import random
+
+    labels = [pair.label for pair in dataset.pairs]
+    random.Random(seed).shuffle(labels)
+    pairs = [replace(pair, label=label) for pair, label in zip(dataset.pairs, labels, strict=True)]
+    warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
+    stats = dataset.stats | count(dataset.posts, dataset.criteria, pairs)
+    return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
+
+
+def prepare_base(config: RunConfig) -> Base:
+    """Fetches the base model once for all folds. Raises: UserError if it cannot be had, or is none for `config`."""
+    from raycv.model.adapters import check_model
+    from raycv.model.base_model import absolute_name, fetch_base
+    from raycv.model.loading import check_max_length, load_config, load_tokenizer, set_pad_token
+
+    # No spinner here: the hub's client shows progress bars of its own.
+    files = fetch_base(absolute_name(config.model.name), config.model.revision)
+    tokenizer, model_config = load_tokenizer(files), load_config(files)
+    check_max_length(model_config, config.prompt.max_length)
+    check_model(model_config, config.model)
+    set_pad_token(tokenizer, model_config)
+    return Base(files, tokenizer, files.describe(tokenizer, model_config))
+
+
+def tokenise(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
+    """Tokenises once for all folds."""
+    from raycv.prompts.encoder import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
+
+    criteria = [criterion.text for criterion in dataset.criteria.values()]
+    with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
+        encoder = prompt_encoder(base.tokenizer, config.prompt, criteria)
+        encoded, facts = encode_dataset(encoder, dataset)
+    warnings = encoding_warnings(facts)
+    for warning in warnings:
+        say(console, f"Warning: {warning}", "yellow")
+    say(console, encoding_summary(facts, len(dataset.posts)))
+    return Prepared(dataset, splits, base.files, encoder, encoded, base.facts, facts, warnings)

@@ -1,0 +1,256 @@
+"""Resumes an earlier run, and refuses if anything that its numbers depend on differs."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from raycv.common.environment import code_state, package_version
+from raycv.common.files import AFRESH, GOOD_COPY, read_record, sha256_of
+from raycv.common.numerics import FIRST_NUMERICS, NUMERICS, VERSIONS
+from raycv.common.secrets import mask_secrets
+from raycv.config.schema import RunConfig
+from raycv.config.validation import validate
+from raycv.data.splits import Split, splits_record
+from raycv.data.types import Dataset
+from raycv.errors import FaultsError, UserError, counted, together
+from raycv.model.base_files import RARE
+from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.tracking.lookup import recorded_uri
+
+MAY_DIFFER = {
+    "data.dir", "data.criteria_dir",  # their content is compared
+    "train.gradient_checkpointing",  # the gradients are the same
+    "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
+    "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
+}  # fmt: skip
+"""Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that goes on."""
+
+    folder: RunFolder
+    config: RunConfig
+    """as it was recorded, but for what may differ"""
+    faults: tuple[str, ...]
+    """what the command line asks for and the run is not"""
+
+    def check(self, dataset: Dataset, splits: list[Split]) -> None:
+        """Raises: FaultsError with all that differs: config, data, splits, versions."""
+        differ = [*self._recorded_config(), *self._data(dataset), *self._splits(dataset, splits), *self._versions()]
+        self._refuse([*self.faults, *differ, *self._numerics()])
+
+    def check_base(self, facts: Mapping[str, Any]) -> None:
+        """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
+        then, now = base_of(self.folder), json.loads(json.dumps(facts))
+        old, new = _base_files(then), _base_files(now)
+        lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
+        # A rare vocabulary that an earlier version did not record cannot be compared.
+        files = [file for file in sorted(old | new) if file in old or not any(fnmatch(file, rare) for rare in RARE)]
+        lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in files]
+        self._refuse([line for line in lines if line])
+
+    def check_states(self) -> None:
+        """Raises: UserError if an unfinished fold has a state that cannot be continued here. Imports torch."""
+        from raycv.training.state import StateFolder
+
+        finished, faults = self.folder.finished(self.config.cv.folds), []
+        for fold in set(range(self.config.cv.folds)) - set(finished):
+            try:
+                StateFolder(self.folder.fold(fold).state).check()
+            except UserError as error:
+                faults.append(error)
+        if faults:
+            raise together(faults)
+
+    def warnings(self) -> list[str]:
+        """What is no reason to refuse: raycv's version, and the commit of its code, as most change no number."""
+        recorded = read_record(self.folder.environment, packages=dict, git=dict | None)
+        commits = (_commit(state) for state in (recorded["git"], code_state()))
+        lines = [
+            _then_now("raycv's version", recorded["packages"].get("raycv"), package_version("raycv")),
+            _then_now("the code's git commit", *commits),
+        ]
+        return [f"{line}: folds that go on may differ if what is computed was changed" for line in lines if line]
+
+    def _refuse(self, faults: list[str]) -> None:
+        if faults:
+            raise FaultsError(
+                f"Run {self.folder.root.name} cannot go on, since not all is as it was",
+                faults,
+                remedies=[f"put it back, and go on: {resume_command(self.folder)}", f"or {AFRESH}"],
+            )
+
+    def _numerics(self) -> list[str]:
+        """That the run, or one of its finished folds, was computed with another arithmetic than raycv has now."""
+        environment = read_record(self.folder.environment, packages=dict, git=dict | None)
+        numbers = {environment.get("numerics", FIRST_NUMERICS)}
+        for fold in self.folder.finished(self.config.cv.folds):
+            # One whose result is damaged is trained again.
+            with suppress(UserError):
+                numbers.add(FoldResult.read(self.folder.fold(fold).result).numerics)
+        then = " and ".join(sorted(map(str, numbers)))
+        line = _then_now("the number of raycv's arithmetic", then, str(NUMERICS))
+        began = f"raycv {environment['packages'].get('raycv')}, commit {_commit(environment['git'])}"
+        return [f"{line}; the run began with {began}: resume it with that, or start afresh"] if line else []
+
+    def _recorded_config(self) -> list[str]:
+        # A run of an earlier version has no hash of it.
+        then, now = read_record(self.folder.environment).get("config_sha256"), sha256_of(self.folder.config)
+        line = _then_now("config.yaml was changed, its sha256", then, now)
+        return [f"{line}; MLflow's parent run has the one that was recorded"] if then is not None and line else []
+
+    def _data(self, dataset: Dataset) -> list[str]:
+        stats = read_record(self.folder.data_stats)
+        keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
+        keys |= {"data_hash": "hash of posts and labels", "criteria_hash": "hash of the criteria"}
+        lines = [_then_now(f"data, {name}", stats.get(key), dataset.stats[key]) for key, name in keys.items()]
+        return [line for line in lines if line]
+
+    def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+        then, now = read_record(self.folder.splits, folds=list), splits_record(dataset, splits, self.config.cv.seed)
+        if then == now:
+            return []
+        if then.get("rows") != now["rows"]:
+            return ["splits: splits.json is of other pairs"]
+        others = [fold["fold"] for fold in now["folds"] if fold not in then["folds"]]
+        return [f"splits: {counted(len(others), 'fold')} of {len(splits)} hold other pairs than in splits.json"]
+
+    def _versions(self) -> list[str]:
+        then = read_record(self.folder.environment, packages=dict)["packages"]
+        lines = [_then_now(name, then.get(name), package_version(name)) for name in VERSIONS]
+        return [line for line in lines if line]
+
+
+def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
+    """The run that `config.resume` names, in `config.run.dir`; `typed`: the keys that the command line sets.
+
+    Raises: UserError if there is none, or if it is finished.
+    """
+    assert config.resume is not None
+    folder = _find(Path(config.run.dir), config.resume)
+    values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
+    # The commit that a branch, or null, meant then: by now it may mean another.
+    commit = base_of(folder).get("revision")
+    if commit is not None and given["model"]["revision"] in (commit, values["model"]["revision"]):
+        given["model"]["revision"] = commit
+    values["model"]["revision"] = commit
+    for section, name in sorted(key.split(".") for key in typed if "." in key):
+        recorded, asked = values[section][name], given[section][name]
+        if f"{section}.{name}" in MAY_DIFFER:
+            values[section][name] = asked
+        elif asked != recorded:
+            faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
+    values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
+    values["run"]["dir"] = str(folder.root.parent)
+    as_it_goes_on = validate(RunConfig, values)
+    return Earlier(folder, as_it_goes_on, tuple(faults))
+
+
+@contextmanager
+def sole_process(folder: RunFolder) -> Iterator[None]:
+    """Holds the run while the block runs. Raises: UserError if another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.lock, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Run {folder.root.name} is under way: another process holds {folder.lock}.",
+            remedies=["wait until it ends, or stop it (Ctrl-C); then go on: " + resume_command(folder)],
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"Run {folder.root.name} cannot go on: {folder.root} cannot be written ({error.strerror}).",
+            remedies=["make the folder writable for you"],
+        ) from error
+    try:
+        # Another process may have ended it since it was looked for.
+        _refuse_finished(folder)
+        yield
+    finally:
+        if folder.report.is_file():
+            # Nobody may go on with a complete run.
+            folder.lock.unlink(missing_ok=True)
+            folder.share.unlink(missing_ok=True)
+        lock.release()
+
+
+def base_of(folder: RunFolder) -> dict[str, Any]:
+    """What the run recorded of its base model. Raises: UserError if that is damaged."""
+    return dict(read_record(folder.environment, base_model=dict)["base_model"])
+
+
+def _find(runs: Path, which: str) -> RunFolder:
+    if which != LATEST:
+        folder = find_run(runs, which)
+        if folder is None and (fold := next((runs / which).glob("fold_*"), None)) is not None:
+            config_file = fold.parent.absolute() / "config.yaml"
+            raise UserError(
+                f"resume={which}: {config_file} is missing, which says what the run is.", remedies=[GOOD_COPY]
+            )
+        if folder is None:
+            what = f"resume={which}: there is no such run in {runs.absolute()}."
+            raise UserError(what, remedies=runs_there(runs, which, "run.dir"))
+        _refuse_finished(folder)
+        if not folder.has_begun():
+            what = f"resume={which}: the run ended before its first fold: nothing to go on."
+            raise UserError(what, remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH])
+        return folder
+    folders = runs_in(runs)
+    unfinished = [folder for folder in folders if folder.has_begun() and not folder.report.is_file()]
+    if not unfinished:
+        complete = counted(sum(folder.report.is_file() for folder in folders), "run")
+        raise UserError(
+            f"resume=latest: there is no unfinished run in {runs.absolute()} ({complete} there finished).",
+            remedies=["name the folder that holds it: run.dir=<folder>", "start one: python -m raycv.run"],
+        )
+    return unfinished[-1]
+
+
+def _refuse_finished(folder: RunFolder) -> None:
+    if folder.report.is_file():
+        raise UserError(
+            f"resume={folder.root.name}: the run is finished, its report is {folder.report}.",
+            remedies=[f"the summary again, and into MLflow if it lacks it: {aggregate_command(folder)}", AFRESH],
+        )
+
+
+def _tracking_uri(folder: RunFolder, config: RunConfig, typed: Collection[str]) -> str:
+    """Where the run is tracked. A password was not written down, so the address that is given now may have it."""
+    given = config.tracking.uri
+    if "tracking.uri" in typed:
+        return given
+    recorded = recorded_uri(folder, "tracking.uri")
+    return given if mask_secrets(given) == recorded else recorded
+
+
+def _then_now(what: str, then: Any, now: Any) -> str | None:
+    return None if then == now else f"{what}: {_shown(then)} then, {_shown(now)} now"
+
+
+def _base_files(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Size and checksum of each file of a base model."""
+    files, sums = facts.get("files"), facts.get("sha256")
+    if not isinstance(files, dict) or not isinstance(sums, dict):
+        return {}
+    return {file: f"{size} bytes, SHA-256 {sums.get(file)}" for file, size in files.items()}
+
+
+def _commit(state: Mapping[str, Any] | None) -> str:
+    if state is None:
+        return "unknown"
+    return str(state.get("commit"))[:12] + (" with changes" if state.get("dirty") else "")
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"

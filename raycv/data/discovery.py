@@ -1,0 +1,368 @@
+"""Finds which file of a folder holds which table, by the columns."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+from raycv.data.problems import Faults, Kind, named
+from raycv.data.table_reader import UnreadableError, check_file, read_columns, separator_of
+from raycv.errors import shown
+
+POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
+
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # The order matters: a file is the first table whose columns it has. Alternatives stand together.
+    ANNOTATIONS: (("post_id",), ("sentence_id",), ("dsm5_symptom",), ("status",)),
+    GROUNDTRUTH: (("post_id",), ("criterion_id",), ("label",)),
+    POSTS: (("post_id",), ("post", "text")),
+    CRITERIA: (("criterion_id",), ("criterion", "text")),
+}
+"""What each table must have, in small letters: the specification's tables and those of the ReDSM5 release."""
+OPTIONAL: dict[str, tuple[tuple[str, ...], ...]] = {CRITERIA: (("symptom",),)}
+"""What a table may have."""
+_SPELT = {"dsm5_symptom": "DSM5_symptom"}
+_KNOWN_COLUMNS = {name for columns in COLUMNS.values() for names in columns for name in names} | {"id"}
+
+_HINTS = {
+    ANNOTATIONS: ("annotation",),
+    GROUNDTRUTH: ("groundtruth", "ground_truth", "ground-truth", "label"),
+    POSTS: ("post",),
+    CRITERIA: ("crite",),
+}
+_NAMED_LIKE = {
+    ANNOTATIONS: "redsm5_annotations.csv",
+    GROUNDTRUTH: "groundtruth.csv",
+    POSTS: "posts.csv or redsm5_posts.csv",
+    CRITERIA: "criteria.csv or criteria.json",
+}
+_SUFFIXES = (".csv", ".json")
+_MOST_NAMES = 12
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files to read; None where one is missing, which is then among the faults."""
+
+    posts: Path | None
+    groundtruth: Path | None
+    annotations: Path | None
+    criteria: Path | None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    columns: tuple[str, ...] = ()
+    problem: UnreadableError | None = None
+
+    @property
+    def table(self) -> str | None:
+        return next((table for table in COLUMNS if not missing_columns(table, self.columns)), None)
+
+    @property
+    def named_like(self) -> str | None:
+        stem = self.path.stem.casefold()
+        return next((table for table, hints in _HINTS.items() if any(hint in stem for hint in hints)), None)
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.path.name} (cannot be read: {self.problem.detail})"
+        return f"{self.path.name} ({_column_list(self.columns)})"
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    files: list[_File]
+    others: list[str]
+
+    def of(self, table: str) -> list[_File]:
+        return [file for file in self.files if file.table == table]
+
+    def found(self) -> str:
+        """What the folder holds, for a message: tables with their columns, then the names of everything else."""
+        names = [str(file) for file in self.files] + self.others
+        rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        return ", ".join(names[:_MOST_NAMES]) + rest if names else "nothing"
+
+
+def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources:
+    """The tables in `posts_dir` and the criteria in `criteria_dir`, which may be the same. Subfolders are not read."""
+    folder = _scan(posts_dir, Kind.FOLDER, faults)
+    criteria_dir = _spelt_as_on_disk(criteria_dir, faults)
+    same = os.path.realpath(posts_dir) == os.path.realpath(criteria_dir)
+    criteria_folder = folder if same else _scan(criteria_dir, Kind.NO_CRITERIA, faults)
+    posts = labels = groundtruth = annotations = criteria = None
+    if folder is not None:
+        posts = _pick(folder, (POSTS,), Kind.NO_TABLE, faults)
+        labels = _pick(folder, (GROUNDTRUTH, ANNOTATIONS), Kind.NO_TABLE, faults)
+        if labels is not None:
+            groundtruth, annotations = (labels.path, None) if labels.table == GROUNDTRUTH else (None, labels.path)
+    if criteria_folder is not None:
+        criteria = _pick(criteria_folder, (CRITERIA,), Kind.NO_CRITERIA, faults)
+    unused = [] if folder is None or same else folder.of(CRITERIA)
+    return Sources(
+        posts=posts.path if posts else None,
+        groundtruth=groundtruth,
+        annotations=annotations,
+        criteria=criteria.path if criteria else None,
+        warnings=[
+            f"{file.path} looks like criteria and is not used, since data.criteria_dir is {criteria_dir}; to use it: "
+            f"data.criteria_dir={posts_dir}"
+            for file in unused
+        ]
+        + [warning for file in (posts, labels, criteria) if file is not None for warning in _unread(file)],
+    )
+
+
+def find_criteria(criteria_dir: Path, faults: Faults) -> Path | None:
+    """The criteria in `criteria_dir`, where no posts are wanted; None, and a fault, if there are none."""
+    folder = _scan(_spelt_as_on_disk(criteria_dir, faults), Kind.NO_CRITERIA, faults)
+    found = _pick(folder, (CRITERIA,), Kind.NO_CRITERIA, faults) if folder is not None else None
+    return found.path if found else None
+
+
+def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
+    """The columns that `table` needs and `columns` lacks, for a message."""
+    return [_either(names) for names in COLUMNS[table] if not set(names) & set(columns)]
+
+
+def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
+    """What the columns that are lacking may be called in `columns`, for a message. `groups`: alternatives together."""
+    lacking = [names for names in groups if not set(names) & set(columns)]
+    free = [name for name in columns if not any(name in names for names in groups)]
+    near = {name: _closest(name, free) for names in lacking for name in names}
+    return "".join(f"; is {named(found)} the {name}?" for name, found in near.items() if found)
+
+
+def _closest(name: str, columns: Sequence[str]) -> str | None:
+    """The one of `columns` that may be meant to be `name`: a hint, so it may be wrong."""
+    near = [column for column in columns if nearest(column, (name,))]
+    return next(iter(near or difflib.get_close_matches(name, columns, n=1, cutoff=0.7)), None)
+
+
+# --- Near misses -----------------------------------------------------------------------------------------------------
+
+_PLURALS = {"criterion": "criteria"}
+"""Those that end in something else than -s."""
+_COMPOUNDS = {
+    "criterion": {"text", "words", "wording", "description", "name", "code"},
+    "post": {"text", "body"},
+    "symptom": {"name"},
+}
+"""What may stand behind a column's name and leaves its meaning."""
+_LONGEST = 40
+"""Characters of a near miss at most. The letters of one are nearly those of a known name, so a message may show it."""
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A column that is not read, and the one that it is most likely meant to be."""
+
+    column: str
+    meant: str
+    beside: str | None
+    """the column that is there and is read for it"""
+
+
+def near_misses(
+    columns: Sequence[str], groups: Sequence[Sequence[str]], synonyms: Mapping[str, str] | None = None
+) -> list[NearMiss]:
+    """The near misses among `columns` of the known ones.
+
+    `groups`: the known columns, alternatives together; `synonyms`: other names of some of them.
+    """
+    synonyms, found = synonyms or {}, []
+    for column in columns:
+        if any(column in group for group in groups) or len(column) > _LONGEST:
+            continue
+        for group in groups:
+            names = (*group, *(other for other, known in synonyms.items() if known in group))
+            if near := nearest(column, names):
+                beside = next((name for name in group if name in columns), None)
+                found.append(NearMiss(column, synonyms.get(near, near), beside))
+                break
+    return found
+
+
+@lru_cache(maxsize=4096)
+def nearest(column: str, known: tuple[str, ...]) -> str | None:
+    """The one of `known` that `column` is a misspelling of, if any: `criteria` and `Criterion ID` are.
+
+    Stricter than a mere hint, since a near miss is refused: `criteria_version`, `poster_id` and `label_2` are none.
+    """
+    near = [name for name in known if _is_near(column, name)]
+    return max(near, key=lambda name: difflib.SequenceMatcher(None, column, name).ratio(), default=None)
+
+
+def _is_near(column: str, known: str) -> bool:
+    # A number is a word: criterion_2 is another column beside criterion.
+    words, wanted = (re.findall(r"[^\W\d_]+|\d+", name.casefold()) for name in (column, known))
+    if "".join(words) in map("".join, product(*map(_forms, wanted))):
+        return True
+    if len(words) == len(wanted) + 1 and words[-1] in _COMPOUNDS.get(known, ()):
+        words = words[:-1]
+    return len(words) == len(wanted) and all(map(_is_near_word, words, wanted))
+
+
+def _is_near_word(word: str, known: str) -> bool:
+    if len(known) < len("label"):
+        # Of short words many are an edit away from another: cost, host and past from post.
+        return word in _forms(known) or (word[0] == known[0] and sorted(word) == sorted(known))
+    return bool(difflib.get_close_matches(word, _forms(known), n=1, cutoff=0.8))
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    return word, f"{word}s", _PLURALS.get(word, word)
+
+
+def text_column(table: str, columns: tuple[str, ...]) -> list[str]:
+    """The columns that may hold the text of `table` (posts or criteria); more than one is a fault."""
+    return [name for name in COLUMNS[table][1] if name in columns]
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " (or ".join(f"`{_SPELT.get(name, name)}`" for name in names) + ")" * (len(names) - 1)
+
+
+def _column_list(columns: tuple[str, ...]) -> str:
+    """The columns of a file for a message, unless none is known: then the first line may be data, and hold text."""
+    if not columns:
+        return "no columns"
+    words = {word for column in columns for word in re.split(r"[;|\t]", column)}
+    if not words & _KNOWN_COLUMNS:
+        return f"{len(columns)} column{'s' if len(columns) != 1 else ''}, no known name in the first line"
+    rest = f" and {len(columns) - _MOST_NAMES} more" if len(columns) > _MOST_NAMES else ""
+    return "columns: " + ", ".join(named(name) for name in columns[:_MOST_NAMES]) + rest
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def _scan(path: Path, kind: Kind, faults: Faults) -> _Folder | None:
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        faults.add(kind, path, f"looked for the folder {os.path.abspath(path)}: {_folder_problem(path, error)}")
+        return None
+    tables = [entry for entry in entries if entry.suffix.casefold() in _SUFFIXES and not entry.name.startswith(".")]
+    others = [entry.name for entry in entries if entry not in tables]
+    return _Folder(path, [_peek(entry) for entry in tables], others)
+
+
+def _folder_problem(path: Path, error: OSError) -> str:
+    if isinstance(error, NotADirectoryError) and path.is_file():
+        return "a file; give the folder that holds it"
+    if not isinstance(error, FileNotFoundError):
+        return str(error.strerror)
+    if path.is_symlink():
+        return "a symbolic link that cannot be followed: there is nothing where it leads"
+    parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    if parent is None:
+        return "it does not exist"
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return "it does not exist"
+    if near := difflib.get_close_matches(path.name, names, n=1):
+        return f"it does not exist; did you mean {parent / near[0]}?"
+    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"it does not exist; {parent} holds: {', '.join(names[:_MOST_NAMES]) + rest or 'nothing'}"
+
+
+def _spelt_as_on_disk(path: Path, faults: Faults) -> Path:
+    """`path`, or where that does not exist its sibling of the same name spelt otherwise: data/DSM5 for data/dsm5."""
+    if os.path.lexists(path):
+        return path
+    try:
+        siblings = sorted(sibling for sibling in path.parent.iterdir() if _plain(sibling) == _plain(path))
+    except OSError:
+        return path
+    if len(siblings) > 1:
+        names = " and ".join(sibling.name for sibling in siblings)
+        faults.add(Kind.AMBIGUOUS, path, f"does not exist, and it is not clear which of its siblings is meant: {names}")
+    return siblings[0] if siblings else path
+
+
+def _plain(path: Path) -> str:
+    return "".join(character for character in path.name.casefold() if character.isalnum())
+
+
+def _peek(path: Path) -> _File:
+    try:
+        check_file(path)
+        return _File(path, read_columns(path))
+    except UnreadableError as problem:
+        return _File(path, problem=problem)
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Faults) -> _File | None:
+    """The one file of `folder` that is one of `tables`; several or none are reported."""
+    matches = [file for table in tables for file in folder.of(table)]
+    if len(matches) == 1:
+        for miss in _near_misses(matches[0]):
+            if miss.beside is None:
+                detail = f"the column {shown(miss.column)} is not read; did you mean `{miss.meant}`?"
+                faults.add(Kind.NEAR_COLUMN, matches[0].path, detail, "line 1")
+        return matches[0]
+    if matches:
+        names = ", ".join(str(file) for file in matches)
+        faults.add(Kind.AMBIGUOUS, folder.path, f"{len(matches)} files look like {' or '.join(tables)}: {names}")
+        return None
+    suspects = [file for file in folder.files if file.table is None and file.named_like in tables]
+    suspects = suspects or [file for file in folder.files if file.table is None and _nearly(file, tables)]
+    for file in suspects:
+        _report_suspect(file, tables, faults)
+    if not suspects:
+        wanted = ", or ".join(
+            f"`{table}` with the columns {', '.join(map(_either, COLUMNS[table]))} (such as {_NAMED_LIKE[table]})"
+            for table in tables
+        )
+        where = os.path.abspath(folder.path)
+        faults.add(missing, folder.path, f"no table {wanted}; looked in {where}; found: {folder.found()}")
+    return None
+
+
+def _near_misses(file: _File) -> list[NearMiss]:
+    table = str(file.table)
+    return near_misses(file.columns, (*COLUMNS[table], *OPTIONAL.get(table, ())))
+
+
+def _unread(file: _File) -> list[str]:
+    """The columns of a file that look like those that are read beside them, for the user."""
+    return [
+        f"{file.path}: the column {shown(miss.column)} is not read, since `{miss.beside}` is."
+        for miss in _near_misses(file)
+        if miss.beside is not None
+    ]
+
+
+def _nearly(file: _File, tables: tuple[str, ...]) -> bool:
+    """All columns of a table but one, where at least two are there: most likely that table with a misnamed column."""
+    return any(len(missing_columns(table, file.columns)) == 1 and len(COLUMNS[table]) > 2 for table in tables)
+
+
+def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> None:
+    if file.problem is not None:
+        faults.add(file.problem.kind, file.path, file.problem.detail, file.problem.place)
+    elif file.path.suffix.casefold() == ".json":
+        faults.add(Kind.JSON, file.path, "holds no list of criteria")
+    else:
+        near = file.named_like if file.named_like in tables else None
+        table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
+        lacking = ", ".join(missing_columns(table, file.columns))
+        meant = misspelt(COLUMNS[table], file.columns)
+        found, separator = _column_list(file.columns), separator_of(file.columns)
+        if separator:
+            faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
+        else:
+            faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}{meant}", "line 1")

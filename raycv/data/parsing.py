@@ -1,0 +1,363 @@
+"""Rows to posts, criteria and labels by id; derives pairs from the annotations of ReDSM5."""
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from raycv.data.discovery import CRITERIA, POSTS, Sources, text_column
+from raycv.data.problems import Faults, Kind, named
+from raycv.data.table_reader import Row, Table, read_table
+from raycv.data.types import Pair
+
+SYMPTOMS = {
+    "DEPRESSED_MOOD": "A.1",
+    "ANHEDONIA": "A.2",
+    "APPETITE_CHANGE": "A.3",
+    "SLEEP_ISSUES": "A.4",
+    "PSYCHOMOTOR": "A.5",
+    "FATIGUE": "A.6",
+    "WORTHLESSNESS": "A.7",
+    "COGNITIVE_ISSUES": "A.8",
+    "SUICIDAL_THOUGHTS": "A.9",
+}
+"""ReDSM5's symptom names and the DSM-5 criteria they stand for."""
+_ALIASES = {"LEEP_ISSUES": "SLEEP_ISSUES"}
+"""Typing errors of the release."""
+_NO_SYMPTOM = "SPECIAL_CASE"
+"""A name of the release that is none of the nine: its rows are left out."""
+_LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "true": 1, "false": 0}
+_ID_LIMIT = 100
+_NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
+# Unicode's Default_Ignorable_Code_Point: characters that show nothing where a font or program does not know them.
+# Python's unicodedata lacks the property. The ranges are those of DerivedCoreProperties.txt of Unicode 18.0, reserved
+# code points among them; a test compares them with the tables of the regex package.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Controls, format characters and separators show nothing. A combining mark needs a letter below it.
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
+# These characters are symbols or letters to Unicode, and their glyphs hold no ink. Only their names tell: a name is
+# normative and never changes.
+_INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
+            "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
+
+Missing = Literal["empty", "text"]
+"""What a cell of text is that holds one of MISSING and nothing else: an empty text, or that text."""
+MISSING = frozenset({
+    # pandas reads these as missing by default, and so people let it write them (na_rep); R writes NA, Python None.
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+    # pandas, for a time that is missing.
+    "NaT",
+    # Databases, in their exports: MySQL and PostgreSQL, Oracle.
+    "\\N", "(null)",
+    # Spreadsheets, for a formula without a value: Excel, LibreOffice and Google's, and #N/A in other languages.
+    "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!", "#FIELD!", "#GETTING_DATA",
+    "#ERROR!", "#NV", "#N/D", "#N/B", "#I/T",
+})  # fmt: skip
+"""What software writes into a cell for nothing, letter by letter.
+
+A person writes `none`, `Null`, `na` or `Nan` too, so other spellings are text.
+"""
+
+
+def criterion_code(name: str) -> str | None:
+    """`A.1` to `A.9` for `A1`, `a.1`, a symptom name of ReDSM5 and the like; None for any other id."""
+    return _numbered(name) or SYMPTOMS.get(_ALIASES.get(_plain(name), _plain(name)))
+
+
+def _numbered(name: str) -> str | None:
+    match = re.fullmatch(r"A[._]?([1-9])", _plain(name))
+    return f"A.{match[1]}" if match else None
+
+
+def is_same(asked: str, known: str) -> bool:
+    """Whether `asked` means the id or name `known`: `A1` is A.1, and `sleep issues` SLEEP_ISSUES.
+
+    But a name is no number: an A.1 may be anything.
+    """
+    code = criterion_code(asked)
+    return code is not None and code == criterion_code(known) and bool(_numbered(asked) or not _numbered(known))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().upper())
+
+
+def is_blank(text: str) -> bool:
+    """Whether `text` holds nothing to read: no character, or only white space, invisible ones and combining marks."""
+    return not any(_is_seen(character) for character in text)
+
+
+def _is_seen(character: str) -> bool:
+    """Whether `character` shows something by itself.
+
+    Private characters may show something. So may unassigned ones: a later version of Unicode can make them letters, and
+    a post must not be blank to one version of Python alone. Surrogates are damage, which is reported as such.
+    """
+    if unicodedata.category(character) in _UNSEEN or _IGNORABLE.match(character):
+        return False
+    is_noncharacter = ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"
+    return not is_noncharacter and unicodedata.name(character, "") not in _INKLESS
+
+
+def is_missing(text: str) -> bool:
+    """Whether `text` is what software writes for nothing, and not what a person wrote."""
+    return text.strip() in MISSING
+
+
+# --- Posts and criteria ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The posts or the criteria of a file."""
+
+    path: Path
+    whole: bool
+    texts: dict[str, str] = field(default_factory=dict)
+    """id -> text, blank ones included."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """id -> the spelling of nothing that its cell holds, where that is taken as an empty text."""
+    places: dict[str, str] = field(default_factory=dict)
+    """id -> where it stands; also ids of rows with a fault, lest every reference to them be reported as another."""
+    looks: dict[str, str] = field(default_factory=dict)
+    """id in its compatible form (NFKC) -> the id: two that look alike are one that was typed in two ways."""
+    symptoms: dict[str, str] = field(default_factory=dict)
+    """Criteria only: id -> the name in its column `symptom`, if it is one word"""
+    codes: dict[str, str] = field(default_factory=dict)
+    """Criteria only: A.1 to A.9 -> the id that the file has for it."""
+
+    def blank(self) -> list[str]:
+        """The ids without text, sorted."""
+        return sorted(key for key, text in self.texts.items() if is_blank(text))
+
+    def kept(self) -> list[str]:
+        """The ids with text, sorted as plain strings."""
+        blank = set(self.blank())
+        return sorted(key for key in self.texts if key not in blank)
+
+    def symptom_of(self, criterion_id: str) -> str | None:
+        """The name in the file, unless it stands for another criterion too; else ReDSM5's, where the nine are all."""
+        name = self.symptoms.get(criterion_id)
+        if name and name not in self.texts and list(self.symptoms.values()).count(name) == 1:
+            return name
+        if set(self.codes) != set(SYMPTOMS.values()) or len(self.places) != len(SYMPTOMS):
+            # An A.1 among others may be anything.
+            return None
+        code = criterion_code(criterion_id)
+        return next((name for name in SYMPTOMS if SYMPTOMS[name] == code), None)
+
+    def find(self, name: str) -> str | None:
+        """The id that `name` stands for: the same string, or another spelling of the same criterion."""
+        if name in self.places:
+            return name
+        code = criterion_code(name)
+        return self.codes.get(code) if code else None
+
+
+def read_texts(path: Path | None, table: str, faults: Faults, missing: Missing) -> Texts | None:
+    """The posts or criteria of `path`, faulty rows left out; None if there is no such file.
+
+    `missing`: what NaN and the like stand for in a cell of text; ids are taken as they are.
+    """
+    if path is None:
+        return None
+    file = read_table(path, faults)
+    columns = text_column(table, file.columns)
+    if len(columns) > 1:
+        detail = f"both {' and '.join(columns)} are there: it is not clear which holds the text"
+        faults.add(Kind.AMBIGUOUS, path, detail, "line 1")
+    found = Texts(path, file.whole)
+    for row in file.rows:
+        key = _new_id(row, table, found, faults)
+        if key is not None and not row.broken and columns:
+            found.texts[key] = text = row.values[columns[0]]
+            if missing == "empty" and is_missing(text):
+                found.texts[key], found.missing[key] = "", text.strip()
+            name = row.id("symptom")
+            # Messages and tables repeat a name; what could be prose is none.
+            if table == CRITERIA and _NAME.fullmatch(name) and not (missing == "empty" and is_missing(name)):
+                found.symptoms[key] = name
+    return found
+
+
+def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
+    """The id of a row if it is a usable one that no earlier row has; it is noted in `found`."""
+    id_column = "post_id" if table == POSTS else "criterion_id"
+    key = row.id(id_column)
+    code = criterion_code(key) if table == CRITERIA else None
+    if row.broken and not key:
+        return None
+    look = unicodedata.normalize("NFKC", key)
+    same = key if key in found.places else found.looks.get(look, found.codes.get(code or ""))
+    if fault := id_fault(key, is_criterion=table == CRITERIA):
+        faults.add(Kind.ID, found.path, f"{id_column} {fault}", row.place)
+        found.places.setdefault(key, row.place)
+        return None
+    if same is not None:
+        detail = f"{id_column} {named(key)} is already on {found.places[same]}"
+        detail += f", written {named(same)}" if same != key else ""
+        faults.add(Kind.DUPLICATE_ID, found.path, detail, row.place)
+        return None
+    found.places[key] = row.place
+    found.looks[look] = key
+    if code:
+        found.codes[code] = key
+    return key
+
+
+def id_fault(key: str, *, is_criterion: bool) -> str | None:
+    """What is wrong with `key` as an id, if anything."""
+    if is_blank(key):
+        return f"holds nothing but invisible characters ({len(key)})" if key else "is empty"
+    if len(key) > _ID_LIMIT:
+        return f"has {len(key):,} characters, more than {_ID_LIMIT}: no id, perhaps a text"
+    if not key.isprintable():
+        return f"holds a line break or another character that cannot be shown ({len(key)} characters)"
+    if is_criterion and (re.search(r"[/\\]", key) or key in (".", "..")):
+        return f"{named(key)} is or holds a path separator"
+    return None
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Labels:
+    """What a label file says about the pairs."""
+
+    path: Path
+    whole: bool
+    official: bool
+    pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
+    seen: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(post id, criterion id) -> where it stands; also pairs whose label could not be read."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What happened to the annotation rows."""
+
+
+class _References:
+    """Resolves the ids of label rows and collects those that lead nowhere: once an id, however many rows name it.
+
+    An id that leads nowhere is still resolved, to itself, lest the other id of its row seem unused.
+    """
+
+    def __init__(self, posts: Texts | None, criteria: Texts | None) -> None:
+        self.posts = posts
+        self.criteria = criteria
+        self._unknown: dict[tuple[Kind, str], list[str]] = {}
+
+    def post(self, row: Row) -> str:
+        """The row's post id."""
+        key = row.id("post_id")
+        if self.posts is not None and key not in self.posts.places:
+            self._note(Kind.NO_POST, key, row, self.posts)
+        return key
+
+    def criterion(self, row: Row, name: str) -> str:
+        """The id that the criteria file has for `name`."""
+        key = self.criteria.find(name) if self.criteria is not None else None
+        if self.criteria is not None and key is None:
+            self._note(Kind.NO_CRITERION, name, row, self.criteria)
+        return key or criterion_code(name) or name
+
+    def _note(self, kind: Kind, key: str, row: Row, file: Texts) -> None:
+        if file.whole and not row.broken:
+            self._unknown.setdefault((kind, key), []).append(row.place)
+
+    def report(self, path: Path, faults: Faults) -> None:
+        """Adds the ids of `path` that lead nowhere."""
+        for (kind, key), places in self._unknown.items():
+            file = self.posts if kind is Kind.NO_POST else self.criteria
+            assert file
+            what = "post_id" if kind is Kind.NO_POST else "criterion"
+            rows = f" ({len(places):,} rows)" if len(places) > 1 else ""
+            value = named(key) if key else "(empty)"
+            faults.add(kind, path, f"{what} {value}{rows} is not in {file.path.name}", places[0])
+
+
+def read_labels(sources: Sources, posts: Texts | None, criteria: Texts | None, faults: Faults) -> Labels | None:
+    """The labels of the groundtruth or the annotations; None if there is neither, or not one of them alone."""
+    path = sources.groundtruth or sources.annotations
+    if path is None:
+        return None
+    file = read_table(path, faults)
+    references = _References(posts, criteria)
+    read = _read_groundtruth if sources.groundtruth else _read_annotations
+    labels = read(file, references, faults)
+    references.report(path, faults)
+    return labels
+
+
+def _label(row: Row, column: str, path: Path, faults: Faults) -> int | None:
+    value = row.id(column)
+    if value.casefold() not in _LABELS:
+        faults.add(Kind.LABEL, path, f"{column} {named(value) if value else '(empty)'} is unknown", row.place)
+    return _LABELS.get(value.casefold())
+
+
+def _read_groundtruth(file: Table, references: _References, faults: Faults) -> Labels:
+    """The specification's groundtruth: a row for each pair."""
+    labels = Labels(file.path, file.whole, official=False)
+    for row in file.rows:
+        post_id, criterion_id = references.post(row), references.criterion(row, row.id("criterion_id"))
+        label = None if row.broken else _label(row, "label", file.path, faults)
+        earlier = labels.seen.setdefault((post_id, criterion_id), row.place)
+        if earlier != row.place and not row.broken:
+            detail = f"post {named(post_id)} x criterion {named(criterion_id)} is already on {earlier}"
+            faults.add(Kind.DUPLICATE_PAIR, file.path, detail, row.place)
+        elif label is not None:
+            labels.pairs[post_id, criterion_id] = Pair(post_id, criterion_id, label)
+    return labels
+
+
+def _read_annotations(file: Table, references: _References, faults: Faults) -> Labels:
+    """ReDSM5's annotations: a row for each sentence and symptom. A pair is matched if a sentence of it has status 1.
+
+    Status 0 is a sentence that was looked at and is no evidence: ignoring the status would make such pairs positive.
+    """
+    labels = Labels(file.path, file.whole, official=True)
+    sentences: dict[tuple[str, str], dict[str, int]] = {}
+    for row in file.rows:
+        if row.broken:
+            continue
+        labels.counts["rows"] += 1
+        post_id = references.post(row)
+        if _plain(row.id("dsm5_symptom")) == _NO_SYMPTOM:
+            labels.counts["special_case"] += 1
+            continue
+        criterion_id = _annotated_criterion(row, labels, references, faults)
+        status = _label(row, "status", file.path, faults)
+        if criterion_id is not None and status is not None:
+            _count_sentence(row, status, sentences.setdefault((post_id, criterion_id), {}), labels.counts)
+    for pair, statuses in sentences.items():
+        n_evidence = sum(statuses.values())
+        label = int(n_evidence > 0)
+        labels.pairs[pair] = Pair(*pair, label, n_evidence, explicit_negative=label == 0)
+    return labels
+
+
+def _count_sentence(row: Row, status: int, statuses: dict[str, int], counts: Counter[str]) -> None:
+    """Notes a sentence's status; one that is annotated twice for a symptom counts once, with the larger status."""
+    # A row without a sentence id is a sentence of its own.
+    sentence_id = row.id("sentence_id") or row.place
+    counts["repeated"] += sentence_id in statuses
+    counts["contradictory"] += statuses.get(sentence_id, status) != status
+    statuses[sentence_id] = max(status, statuses.get(sentence_id, 0))
+
+
+def _annotated_criterion(row: Row, labels: Labels, references: _References, faults: Faults) -> str | None:
+    """The criterion id that an annotation row's symptom stands for."""
+    symptom = row.id("dsm5_symptom")
+    code = criterion_code(symptom)
+    if code is None:
+        value = named(symptom) if symptom else "(empty)"
+        faults.add(Kind.SYMPTOM, labels.path, f"DSM5_symptom {value} is unknown", row.place)
+        return None
+    labels.counts["aliased"] += _plain(symptom) in _ALIASES
+    return references.criterion(row, code)

@@ -1,0 +1,77 @@
+"""Sentences of the synthetic posts, from the phrase book in `phrases.txt`."""
+
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+PHRASES = Path(__file__).with_name("phrases.txt")
+"""One phrasing per line; {a|b} is a choice, {who} and {over} are slots, "~" marks a phrasing held out from
+pre-training. Mild on purpose: no methods, no graphic detail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasings:
+    """Templates of one (symptom, kind): those that the tiny base saw in pre-training, and those held out from it."""
+
+    seen: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@cache
+def phrase_book() -> dict[tuple[str, str], Phrasings]:
+    """(symptom, kind) -> phrasings, read from `phrases.txt`; neutral ones stand under FILLER and STUB."""
+    book: dict[tuple[str, str], Phrasings] = {}
+    for section in re.split(r"^\[", PHRASES.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        title, *lines = [line for line in section.splitlines() if line]
+        symptom, kind = title.rstrip("]").split()
+        seen = tuple(line for line in lines if not line.startswith("~"))
+        book[symptom, kind] = Phrasings(seen, tuple(line[2:] for line in lines if line.startswith("~")))
+    return book
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------
+
+_ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
+_SLOTS = {
+    "who": ("my brother", "my sister", "my best friend", "my dad", "my roommate", "a girl at work", "my cousin"),
+    "over": ("but that is over", "but it passed", "and that is long behind me", "now it is different"),
+}
+# Time phrases stand before evidence and hard negatives alike, so that they give nothing away.
+_OPENERS_NOW = ("lately", "these days", "this month", "since the move", "since the summer", "right now", "this week")
+_OPENERS_ANY = ("honestly,", "to be fair,", "for what it is worth,", "so", "well,", "I should say that")
+_ENDERS_NOW = ("these days", "at the moment", "this week", "right now", "as of late", "so far this year")
+
+
+def spell(template: str, rng: random.Random) -> str:
+    """`template` with one of the alternatives in the place of each {a|b|c} or {slot}."""
+    return _ALTERNATIVES.sub(lambda match: rng.choice(_options(match[1])), template)
+
+
+def expansions(template: str) -> set[str]:
+    """Every text that `template` can spell."""
+    parts = _ALTERNATIVES.split(template)  # literal, alternatives, literal, ...
+    choices = [_options(part) if i % 2 else (part,) for i, part in enumerate(parts)]
+    return {"".join(choice) for choice in product(*choices)}
+
+
+def _options(alternatives: str) -> tuple[str, ...]:
+    return tuple(alternatives.split("|")) if "|" in alternatives else _SLOTS[alternatives]
+
+
+def dress(clause: str, kind: str, rng: random.Random) -> str:
+    """`clause` as a sentence, with or without a time phrase or an opener; a past one tells its own time."""
+    draw = rng.random()
+    if draw < 0.35 and kind != "past":
+        clause = f"{rng.choice(_OPENERS_NOW)} {clause}"
+    elif draw < 0.5:
+        clause = f"{rng.choice(_OPENERS_ANY)} {clause}"
+    elif draw < 0.65 and kind != "past":
+        clause = f"{clause} {rng.choice(_ENDERS_NOW)}"
+    return capitalise(clause)
+
+
+def capitalise(clause: str) -> str:
+    return clause[0].upper() + clause[1:] + ("" if clause[-1] in ".?!" else ".")

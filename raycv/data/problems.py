@@ -1,0 +1,139 @@
+"""The kinds of fault in a data set; collects them and reports all of them together, without text."""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from raycv.errors import FaultsError, shown
+
+FIELD_LIMIT = 1_000_000
+"""Characters in one field. The longest post of ReDSM5 has 6,990 words, so more than this is a broken file."""
+
+_LISTED = 10
+_EXAMPLES = 5
+
+_ACCESS = (
+    "to get ReDSM5, ask for access to irlab-udc/redsm5 on the Hugging Face hub (by signed agreement), and put"
+    " redsm5_posts.csv and redsm5_annotations.csv into data/redsm5, or set data.dir to the folder that holds them"
+)
+_QUICKSTART = "to try raycv without it, on synthetic data: python -m raycv.run experiment=quickstart"
+_CSV = "write the file with a CSV library (pandas.DataFrame.to_csv, or Excel's `CSV UTF-8`), which quotes where it must"
+_IDS = "make the ids of the files agree: every pair needs a row in the posts and a row in the criteria"
+
+
+class Kind(Enum):
+    """The kinds of fault: what many of them are called, and what to do."""
+
+    FOLDER = "folders that cannot be used", _ACCESS, _QUICKSTART
+    NO_TABLE = "tables that are missing", "put the file there, with these column names", _ACCESS, _QUICKSTART
+    NO_CRITERIA = (
+        "criteria that are missing",
+        "set data.criteria_dir to the folder with the criteria: a CSV file with the columns criterion_id and criterion,"
+        ' or a JSON file {"criteria": [{"id": "A.1", "text": "..."}]}; raycv ships one in data/dsm5',
+    )
+    NO_FILE = "files that cannot be opened", "put a regular, readable file there"
+    AMBIGUOUS = "tables that are ambiguous", "keep the one that is meant, and remove the others or move them elsewhere"
+    ENCODING = "lines that are not UTF-8", "save the file as UTF-8 (Excel: `CSV UTF-8`), from the original if you can"
+    NUL = "lines with a NUL character", "write the file anew as UTF-8 text: a NUL character is a sign of damage"
+    QUOTING = "records with broken quotes", _CSV
+    LONG_FIELD = "fields that are too long", f"{_CSV}; no field may exceed {FIELD_LIMIT:,} characters"
+    FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
+    JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
+    COLUMN = "columns that are missing", "name the columns in the first line as the message says"
+    NEAR_COLUMN = (
+        "columns that are nearly known",
+        "rename the column to the name that is meant; to leave it unread, put x_ before its name or remove it",
+    )
+    SEPARATOR = (
+        "tables that are separated by something else than commas",
+        "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
+    )
+    DUPLICATE_COLUMN = "columns that occur twice", "keep one column of each name"
+    ID = "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"
+    DUPLICATE_ID = "duplicate ids", "keep one row for each id"
+    DUPLICATE_PAIR = "duplicate pairs", "keep one row for each pair of post and criterion"
+    LABEL = "unknown labels", "write labels as yes or no, 1 or 0, true or false"
+    SYMPTOM = (
+        "unknown symptom names",
+        "correct the name, or teach raycv/data/parsing.py the new one: to drop such rows would turn positives into"
+        " negatives",
+    )
+    NO_POST = "post ids without a post", _IDS
+    NO_CRITERION = "criterion ids without a criterion", f"{_IDS}; data.criteria_dir says which criteria are used"
+    UNUSED_POST = "posts without any pair", _IDS
+    UNUSED_CRITERION = "criteria without any pair", f"{_IDS}; data.criteria_dir says which criteria are used"
+    NO_PAIR = "missing pairs", "add the missing rows: every post is judged by every criterion, label no included"
+    EMPTY = (
+        "empty texts",
+        "fill them in or remove them; data.empty=drop leaves them out with their pairs; NaN, NULL and the like count as"
+        " empty, and data.missing=text keeps them as text",
+    )
+    CLASSES = "data sets that cannot be learnt from", "give posts with text, and labels of both classes, yes and no"
+
+    def __init__(self, many: str, *remedies: str) -> None:
+        self.many = many
+        self.remedies = remedies
+
+
+def named(value: str) -> str:
+    """An id, label or column name as a message may hold it; anything that could be prose is shown by its length only.
+
+    Fields shift when a comma is not quoted, so any field may hold a post's text: only a single ASCII word is shown,
+    and none with a quote or comma, which end a text that was cut. (Three characters of Chinese are a sentence.)
+    """
+    if re.fullmatch(r"""[!-~]{1,40}(?<!["',])|\S?""", value):
+        return shown(value)
+    return f"a value of {len(value)} character{'s' if len(value) != 1 else ''}"
+
+
+def listed(values: list[str], most: int = _LISTED) -> str:
+    """`values` quoted for a message, the first `most` of them."""
+    rest = f" and {len(values) - most:,} more" if len(values) > most else ""
+    return ", ".join(named(value) for value in values[:most]) + rest
+
+
+@dataclass
+class _Group:
+    """Faults of one kind in one file."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+class Faults:
+    """Collects faults; many of one kind in one file are counted, with a few examples."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[Kind, str], _Group] = {}
+
+    def add(self, kind: Kind, path: Path, detail: str, place: str = "") -> None:
+        """`detail`: what is wrong, with the value and without text; `place`: where in the file, such as `line 7`."""
+        group = self._groups.setdefault((kind, str(path)), _Group())
+        group.count += 1
+        if len(group.first) < _LISTED:
+            group.first.append(f"{place}: {detail}" if place else detail)
+
+    def has(self, *kinds: Kind) -> bool:
+        """Whether a fault of one of `kinds` was added."""
+        return any(kind in kinds for kind, _ in self._groups)
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def raise_any(self, title: str) -> None:
+        """Raises: FaultsError with everything that was added, if anything was."""
+        if not self._groups:
+            return
+        lines: list[str] = []
+        # File by file, the files in the order in which they were read.
+        order = list(dict.fromkeys(path for _, path in self._groups))
+        for (kind, path), group in sorted(self._groups.items(), key=lambda item: order.index(item[0][1])):
+            if group.count > _LISTED:
+                lines.append(f"{path}: {group.count:,} {kind.many}, e.g. {'; '.join(group.first[:_EXAMPLES])}")
+            else:
+                lines.extend(
+                    f"{path}, {one}" if re.match(r"(line|entry) ", one) else f"{path}: {one}" for one in group.first
+                )
+        remedies = dict.fromkeys(remedy for kind, _ in self._groups for remedy in kind.remedies)
+        raise FaultsError(title, lines, remedies=list(remedies), most=200)

@@ -1,0 +1,335 @@
+"""Synthetic (post, criterion, label) data in the specification's schema: nobody wrote these posts, nobody is in them.
+
+A post is a shuffled row of sentences: evidence for each of its positive criteria, hard negatives about criteria that it
+does not meet (negated, about somebody else, or past), and neutral filler. Every sentence comes from the phrase book at
+the end of this module. Half of the evidence and of the hard negatives use phrasings marked "~", which the tiny base in
+`models/tiny_llama` never saw in its pre-training, so that a data set made here asks for more than recall.
+
+Counts, skew and lengths follow the published figures of ReDSM5 (arXiv 2508.03399); its text was neither read nor
+paraphrased. The same arguments give the same bytes on every platform: `random.Random` is the only source of chance,
+files are UTF-8 and lines end in "\n".
+"""
+
+import csv
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from statistics import NormalDist, mean
+from typing import Any
+
+from raycv.common.files import unwritable
+from raycv.common.locations import bundled
+from raycv.data.phrases import capitalise, dress, phrase_book, spell
+from raycv.data.types import Criterion
+from raycv.errors import FaultsError, UserError
+
+# Own paraphrases, not the DSM-5 wording, and free of durations: a single sentence counts as evidence.
+CRITERIA = (
+    Criterion("A.1", "Mood is low: feels sad, empty, tearful or without hope", "DEPRESSED_MOOD"),
+    Criterion("A.2", "No longer enjoys or cares about things that used to matter", "ANHEDONIA"),
+    Criterion("A.3", "Eats far less or far more than usual, or weight shifts without trying", "APPETITE_CHANGE"),
+    Criterion("A.4", "Sleeps badly, or sleeps far too much", "SLEEP_ISSUES"),
+    Criterion("A.5", "Body has slowed down, or is too restless to keep still", "PSYCHOMOTOR"),
+    Criterion("A.6", "Is worn out, with little strength left for ordinary things", "FATIGUE"),
+    Criterion("A.7", "Thinks badly of oneself: useless, a burden or always at fault", "WORTHLESSNESS"),
+    Criterion("A.8", "Finds it hard to focus, to think clearly or to make up one's mind", "COGNITIVE_ISSUES"),
+    Criterion("A.9", "Thinks about being dead or wishes not to be alive", "SUICIDAL_THOUGHTS"),
+)
+SYMPTOMS = tuple(str(criterion.symptom) for criterion in CRITERIA)
+
+# Published counts of ReDSM5: scaled to the number of posts asked for.
+REDSM5_POSTS = 1484
+REDSM5_POSTS_WITHOUT_SYMPTOM = 392
+REDSM5_POSITIVES = dict(zip(SYMPTOMS, (328, 124, 44, 102, 35, 124, 311, 59, 165), strict=True))
+MOST_SYMPTOMS_PER_POST = 4
+
+EVIDENCE = "evidence"
+NEUTRAL = "neutral"
+HARD_NEGATIVE_KINDS = ("negated", "third_person", "past")
+HELD_OUT_RATE = 0.5
+
+SYNTHETIC_MARK = "SYNTHETIC DATA"
+DATASET_FILES = ("posts.csv", "groundtruth.csv", "criteria.csv", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class LengthProfile:
+    """Words per post: log-normal, clipped to [words_min, words_max]."""
+
+    words_mean: float
+    sigma: float
+    """Standard deviation of the natural logarithm of the words."""
+    words_min: int
+    words_max: int
+    stub_rate: float
+    """Share of posts that are a title or a greeting only, 2 to 4 words; none of them meets a criterion."""
+    sentences_per_paragraph: int
+
+    def words(self, posts: int) -> list[int]:
+        """Word targets of `posts` posts, ascending: the quantile midpoints, so that every size has the same shape."""
+        normal = NormalDist(math.log(self.words_mean) - self.sigma**2 / 2, self.sigma)
+        drawn = [round(math.exp(normal.inv_cdf((i + 0.5) / posts))) for i in range(posts)]
+        return [min(max(words, self.words_min), self.words_max) for words in drawn]
+
+
+LENGTH_PROFILES = {
+    # A few sentences: trains in seconds on a CPU.
+    "short": LengthProfile(34, 0.45, 10, 90, stub_rate=0.0, sentences_per_paragraph=1000),
+    # ReDSM5: mean 294.7, min 2, max 6990; about a quarter of the prompts exceed 512 Llama tokens.
+    "realistic": LengthProfile(295, 1.0, 2, 6990, stub_rate=0.005, sentences_per_paragraph=6),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One sentence: `kind` is EVIDENCE, NEUTRAL or one of HARD_NEGATIVE_KINDS; a neutral one has no symptom."""
+
+    text: str
+    kind: str
+    symptom: str | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticPost:
+    """A post as the sentences that it was made of, in reading order, and the symptoms that it is positive for."""
+
+    post_id: str
+    text: str
+    symptoms: frozenset[str]
+    sentences: tuple[Sentence, ...]
+
+
+def write_dataset(
+    out: Path, *, posts: int, seed: int, profile: str = "realistic", words_mean: float | None = None, criteria: int = 9
+) -> dict[str, Any]:
+    """Write DATASET_FILES into `out` and return the statistics that the README states.
+
+    Args:
+        out: made if missing; may hold an earlier synthetic data set, but no other data.
+        posts: number of posts; 1484 is the size of ReDSM5.
+        seed: two data sets of different seeds share phrasings, not posts.
+        profile: a key of LENGTH_PROFILES.
+        words_mean: mean words per post instead of the profile's.
+        criteria: grid width; above nine the criteria repeat under suffixed ids, with equal labels (for cost studies).
+
+    Raises:
+        UserError: a value out of range, or `out` holds data that is not synthetic, or cannot be read or written.
+    """
+    _check_arguments(posts, profile, words_mean, criteria)
+    with _told_of(out):
+        _refuse_to_mix(out)
+    lengths = LENGTH_PROFILES[profile]
+    if words_mean is not None:
+        lengths = replace(lengths, words_mean=words_mean)
+    made = generate_posts(posts, seed=seed, lengths=lengths)
+    grid = criteria_grid(criteria)
+    command = f"python -m raycv.synthesize posts={posts} seed={seed} profile={profile}"
+    command += f" words_mean={words_mean}" if words_mean is not None else ""
+    command += f" criteria={criteria}" if criteria != len(CRITERIA) else ""
+    stats = _statistics(made, grid)
+
+    with _told_of(out):
+        out.mkdir(parents=True, exist_ok=True)
+        # The README first: a folder whose writing was cut short is still marked as synthetic.
+        (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
+        _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
+        _write_csv(
+            out / "groundtruth.csv",
+            ("post_id", "criterion_id", "label"),
+            ((p.post_id, c.criterion_id, "yes" if c.symptom in p.symptoms else "no") for p in made for c in grid),
+        )
+        _write_csv(
+            out / "criteria.csv",
+            ("criterion_id", "criterion", "symptom"),
+            ((c.criterion_id, c.text, c.symptom) for c in grid),
+        )
+    return stats
+
+
+def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[SyntheticPost]:
+    """`posts` posts with ReDSM5's share of posts without symptom and its skew over the criteria, in random order."""
+    rng = random.Random(f"raycv-dataset-{seed}")
+    symptoms = _assign_symptoms(posts, rng)
+    words = lengths.words(posts)
+    rng.shuffle(words)
+    stubs = set([i for i, present in enumerate(symptoms) if not present][: round(lengths.stub_rate * posts)])
+    width = max(4, len(str(posts - 1)))
+    made = []
+    for index, present in enumerate(symptoms):
+        if index in stubs:
+            sentences = [Sentence(spell(rng.choice(phrase_book()["STUB", NEUTRAL].seen), rng), NEUTRAL)]
+        else:
+            sentences = compose(rng, sorted(present), words[index], held_out_rate=HELD_OUT_RATE)
+        text = paragraphs(sentences, lengths.sentences_per_paragraph)
+        made.append(SyntheticPost(f"s{index:0{width}d}", text, frozenset(present), tuple(sentences)))
+    return made
+
+
+def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_rate: float) -> list[Sentence]:
+    """Sentences of a post that is positive for `present`, about `words` words, shuffled: evidence stands anywhere.
+
+    The evidence is always there, so a post can be longer than `words`; hard negatives and filler only fill up.
+    `held_out_rate` is the chance of a phrasing that pre-training leaves out: 0 for the pre-training corpus itself.
+    """
+
+    def labelled(kind: str, symptom: str) -> Sentence:
+        held_out = rng.random() < held_out_rate
+        phrasings = phrase_book()[symptom, kind]
+        template = rng.choice(phrasings.held_out if held_out else phrasings.seen)
+        return Sentence(dress(spell(template, rng), kind, rng), kind, symptom, held_out)
+
+    sentences = [labelled(EVIDENCE, symptom) for symptom in present for _ in range(1 + (rng.random() < 0.25))]
+    absent = [symptom for symptom in SYMPTOMS if symptom not in present]
+    rng.shuffle(absent)
+    count = sum(_words(sentence.text) for sentence in sentences)
+    for symptom in absent[: 1 + rng.randrange(2) + words // 150]:
+        if sentences and count + 8 > words:
+            break
+        sentences.append(labelled(rng.choice(HARD_NEGATIVE_KINDS), symptom))
+        count += _words(sentences[-1].text)
+    templates = list(phrase_book()["FILLER", NEUTRAL].seen)
+    rng.shuffle(templates)
+    for template in cycle(templates):
+        if count + 5 > words:  # half a filler sentence: neither above nor below the target on average
+            break
+        sentences.append(Sentence(capitalise(spell(template, rng)), NEUTRAL))
+        count += _words(sentences[-1].text)
+    rng.shuffle(sentences)
+    return sentences
+
+
+def criteria_grid(count: int) -> list[Criterion]:
+    """The first `count` criteria; from the tenth on they repeat as A.1.2, A.2.2, ... with the same wording."""
+    grid = []
+    for index in range(count):
+        criterion, copy = CRITERIA[index % len(CRITERIA)], 1 + index // len(CRITERIA)
+        suffix = f".{copy}" if copy > 1 else ""
+        grid.append(replace(criterion, criterion_id=criterion.criterion_id + suffix))
+    return grid
+
+
+def _assign_symptoms(posts: int, rng: random.Random) -> list[set[str]]:
+    """One set of symptoms per post: scaled published counts, every labelled post at least one, in random order."""
+    scale = posts / REDSM5_POSTS
+    deck = [symptom for symptom, count in REDSM5_POSITIVES.items() for _ in range(round(count * scale))]
+    rng.shuffle(deck)
+    labelled = min(posts - round(REDSM5_POSTS_WITHOUT_SYMPTOM * scale), len(deck))
+    symptoms: list[set[str]] = [{symptom} for symptom in deck[:labelled]]
+    for symptom in deck[labelled:]:
+        rng.choice([s for s in symptoms if symptom not in s and len(s) < MOST_SYMPTOMS_PER_POST]).add(symptom)
+    symptoms += [set() for _ in range(posts - labelled)]
+    rng.shuffle(symptoms)
+    return symptoms
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def paragraphs(sentences: Sequence[Sentence], per_paragraph: int) -> str:
+    """The sentences as text, a blank line after every `per_paragraph` of them."""
+    texts = [sentence.text for sentence in sentences]
+    starts = range(0, len(texts), per_paragraph)
+    return "\n\n".join(" ".join(texts[start : start + per_paragraph]) for start in starts)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(posts: int, profile: str, words_mean: float | None, criteria: int) -> None:
+    faults = []
+    if posts < 1:
+        faults.append(f"posts={posts}: must be at least 1")
+    if profile not in LENGTH_PROFILES:
+        faults.append(f"profile={profile!r}: must be one of {', '.join(LENGTH_PROFILES)}")
+    if words_mean is not None and not 5 <= words_mean <= 5000:
+        faults.append(f"words_mean={words_mean}: must lie in 5..5000 words")
+    if not 1 <= criteria <= 3 * len(CRITERIA):
+        faults.append(f"criteria={criteria}: must lie in 1..{3 * len(CRITERIA)}")
+    if faults:
+        raise FaultsError("Synthetic data set", faults)
+
+
+@contextmanager
+def _told_of(out: Path) -> Iterator[None]:
+    """Raises: UserError in the place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        remedies = ["choose a folder that you may write to: out=<folder>"]
+        raise unwritable("The data set", out, error, remedies) from error
+
+
+def _refuse_to_mix(out: Path) -> None:
+    """Gated or own data must never be overwritten by, or mistaken for, synthetic posts."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is not a folder.", remedies=["Give a new folder as out=..."])
+    if out.resolve() == bundled("data/sample").resolve():
+        raise UserError(
+            f"{out} is the sample that ships with raycv and that the quickstart runs on.",
+            remedies=["give another folder as out=...", "to make it anew, remove it first"],
+        )
+    readme = out / "README.md"
+    marked = readme.is_file() and SYNTHETIC_MARK in readme.read_text(encoding="utf-8", errors="replace")
+    strangers = sorted(path.name for path in out.iterdir() if not marked or path.name not in DATASET_FILES)
+    if strangers:
+        raise UserError(
+            f"{out} holds files that are not a synthetic data set: {', '.join(strangers[:5])}",
+            remedies=["Give an empty or a new folder as out=..."],
+        )
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _statistics(made: Sequence[SyntheticPost], grid: Sequence[Criterion]) -> dict[str, Any]:
+    """Counts of the data set, text-free. Words are split at white space."""
+    words = [_words(post.text) for post in made]
+    per_symptom = Counter(symptom for post in made for symptom in post.symptoms)
+    positives = {criterion.criterion_id: per_symptom[str(criterion.symptom)] for criterion in grid}
+    return {
+        "posts": len(made),
+        "criteria": len(grid),
+        "pairs": len(made) * len(grid),
+        "positives": sum(positives.values()),
+        "positive_rate": sum(positives.values()) / (len(made) * len(grid)),
+        "positives_per_criterion": positives,
+        "posts_without_symptom": sum(not post.symptoms for post in made),
+        "words_mean": mean(words),
+        "words_min": min(words),
+        "words_max": max(words),
+    }
+
+
+def _readme(command: str, stats: dict[str, Any]) -> str:
+    positives = ", ".join(f"{name} {count}" for name, count in stats["positives_per_criterion"].items())
+    return f"""# {SYNTHETIC_MARK}: not about real people, not ReDSM5
+
+Every post here was put together by a program from a fixed book of phrases. No person wrote these posts and none is
+described in them; no text of ReDSM5 or of any other corpus was used. Scores on this data say that the software works,
+and nothing about real posts. Not for diagnosis.
+
+Made by (`out` is this folder):
+
+    {command} out=...
+
+- {stats["posts"]} posts x {stats["criteria"]} criteria = {stats["pairs"]} pairs
+- {stats["positives"]} positive ({100 * stats["positive_rate"]:.2f} %): {positives}
+- {stats["posts_without_symptom"]} posts meet no criterion
+- words per post: mean {stats["words_mean"]:.1f}, min {stats["words_min"]}, max {stats["words_max"]}
+
+Files: `posts.csv` (post_id, post), `groundtruth.csv` (post_id, criterion_id, label: yes or no) and `criteria.csv`
+(criterion_id, criterion, symptom). The criteria are own paraphrases, not the wording of the DSM-5.
+"""

@@ -1,0 +1,66 @@
+"""Which run answered last from a folder of runs: `latest` moves when another run finishes."""
+
+import os
+import shlex
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from raycv.common.environment import recorded_moment
+from raycv.common.files import read_record, write_json
+from raycv.errors import UserError
+from raycv.inference.questions import shown_finish
+
+FILE = ".last_answer.json"
+MOST_BYTES = 2_000
+"""More than raycv ever writes: a larger file is somebody else's."""
+
+
+def warn_if_moved(runs: Path, model: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    """Tells that `latest` in the folder `runs` means another run than the one that answered last from there.
+
+    Args:
+        runs: The folder that holds the runs.
+        model: What `latest` means now: its run, and when that finished, if that is known.
+        tell: Gets the sentence.
+    """
+    last = _last(runs)
+    if last is None or _is_same(last, model):
+        return
+    other = str(last["run"])
+    there = other != model["run"] and os.path.isfile(runs / other / "config.yaml")
+    again = f" To ask that run again: run={shlex.quote(other)}" if there else ""
+    tell(f"run=latest is now {_named(model)}. The last answer here came from {_named(last)}.{again}")
+
+
+def remember(runs: Path, model: Mapping[str, Any]) -> None:
+    """Writes down in the folder `runs`, if it exists, that `model` answered."""
+    answered = {"run": model["run"], "finished": model.get("finished")}
+    # Most answers come from the same run, so we write only what changes: the folder may be slow or read-only.
+    if os.path.isdir(runs) and _last(runs) != answered:
+        with suppress(OSError, UserError):
+            write_json(runs / FILE, answered)
+
+
+def _last(runs: Path) -> dict[str, str | None] | None:
+    """Run and finish time of what answered last; None if no readable file says so."""
+    file = runs / FILE
+    with suppress(OSError, UserError):
+        status = file.stat()
+        # Others may write into the folder, and opening a pipe would wait for ever.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES:
+            values = read_record(file, "run")
+            return {"run": values["run"], "finished": recorded_moment(values.get("finished"))}
+    return None
+
+
+def _is_same(last: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether both are the same run: a run may have been removed, and another made under its name."""
+    moments = {last["finished"], model.get("finished")} - {None}
+    return last["run"] == model["run"] and len(moments) <= 1
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    return f"run {model['run']} ({shown_finish(model.get('finished'))})"

@@ -1,0 +1,300 @@
+"""Checkpoints to the probabilities of pairs."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raycv.common.devices import CPU_FOR_INFERENCE, inference_device
+from raycv.config.schema import InferenceConfig, Precision
+from raycv.data.problems import listed
+from raycv.errors import UserError
+from raycv.inference.questions import SCORE_DECIMALS, ModelIdentity, Prediction
+from raycv.model.base_files import BaseFiles
+from raycv.model.base_model import fetch_trained_base
+from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
+from raycv.model.int8 import check_int8, to_int8
+from raycv.model.kernels import KERNEL, PLAIN, attention_of
+from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.prompts.encoder import EncodedPairs, PromptEncoder
+from raycv.prompts.template import FittedPost, render
+from raycv.training.forward import Layout, RowScorer, in_order
+from raycv.training.memory import MicroBatch
+from raycv.utils import pin_kernels
+
+CHUNK_PAIRS = 2304
+"""Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
+
+REMEDIES = (
+    "compute in half the memory where the device is fast at it: infer.precision=bf16",
+    f"use a device with more memory, or compute on the CPU: {CPU_FOR_INFERENCE}",
+)
+Computed = Literal["fp32", "bf16", "int8"]
+
+
+class Predictor:
+    """Scores (post, criterion) pairs with one checkpoint, or with the mean of several of one run."""
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Path],
+        config: InferenceConfig,
+        tell: Callable[[str], None] = lambda text: None,
+        base: str | None = None,
+    ) -> None:
+        """`tell`: gets what a user should know: a fallback, a smaller batch; `base`: where the base model lies now.
+
+        Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
+            cannot be computed in the precision that is asked for, or there is a GPU that torch cannot use.
+        """
+        pin_kernels()
+        infos = [read_info(folder) for folder in checkpoints]
+        _check_kin(infos, checkpoints)
+        self.info = infos[0]
+        self.identity = ModelIdentity(
+            self.info.run, "ensemble" if len(infos) > 1 else self.info.fold, self.info.base_model
+        )
+        self.threshold = round(statistics.fmean(info.threshold for info in infos), SCORE_DECIMALS)
+        self.device = inference_device(config.device)
+        self.precision = choose_precision(config.precision, self.info.precision, self.device)
+        if self.precision == "int8":
+            check_int8(self.device, len(infos))
+        # int8 is rounded from the weights that training computed with.
+        wide = self.info.precision if self.precision == "int8" else self.precision
+        self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
+        files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
+        _check_base(files, self.info, base, tell)
+        tokenizer = load_tokenizer(files)
+        if base is not None:
+            _check_words(tokenizer, checkpoints[0], base)
+        self.encoder = PromptEncoder(tokenizer, self.info.rules)
+        classifier = load_classifier(
+            files,
+            tokenizer,
+            self._dtype,
+            seed=0,
+            device=str(self.device),
+            plain_attention=any(info.attention == PLAIN for info in infos),
+            tell=tell,
+        )
+        _check_attention(classifier, infos, tell)
+        # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
+        self.model = load_adapter(classifier, *checkpoints)
+        self.adapters = list(self.model.peft_config)
+        self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
+        self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
+        if self.precision == "int8":
+            # After the check: a step of int8 would hide whether the plain and the packed logits agree.
+            self.model, self.adapters = to_int8(self.model), []
+
+    @property
+    def computed_in(self) -> str:
+        """fp32, bf16 or int8."""
+        return self.precision
+
+    @property
+    def precision_of_auto(self) -> str:
+        """What it would compute in if `auto` were asked."""
+        return choose_precision("auto", self.info.precision, self.device)
+
+    def check_pair(self, post: str, criterion: str) -> None:
+        """Raises: UserError if `criterion` leaves no room for a word of `post` in the prompt."""
+        self._fit(post, self._post_limit(criterion))
+
+    @torch.inference_mode()
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
+        """A prediction for each (post text, criterion text), in their order; neither may be empty.
+
+        A post is computed once for all its criteria. Raises: UserError if a pair does not fit the prompt.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(pairs), CHUNK_PAIRS):
+            encoded, truncated = self._encode(pairs[start : start + CHUNK_PAIRS])
+            scores = self._scores(encoded)
+            predictions += [Prediction(float(score), cut) for score, cut in zip(scores, truncated, strict=True)]
+        return predictions
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> tuple[EncodedPairs, list[bool]]:
+        """The pairs as token rows, and of each whether its post was cut."""
+        fitted: dict[tuple[str, int], tuple[int, FittedPost]] = {}
+        prompts: list[str] = []
+        pair_of_row: list[int] = []
+        post_of_pair: list[int] = []
+        truncated: list[bool] = []
+        limits = {criterion: self._post_limit(criterion) for criterion in {criterion for _, criterion in pairs}}
+        for index, (post, criterion) in enumerate(pairs):
+            key = (post, limits[criterion])
+            if key not in fitted:
+                fitted[key] = (len(fitted), self._fit(*key))
+            number, fit = fitted[key]
+            prompts += [render(text, criterion) for text in fit.texts]
+            pair_of_row += [index] * len(fit.texts)
+            post_of_pair.append(number)
+            mode, most = self.encoder.rules.long_post, self.encoder.rules.max_length
+            cut = self.encoder.count(prompts[-1]) > most if mode == "none" else fit.shortened and mode != "sliding"
+            truncated.append(bool(cut))
+        input_ids, lengths = self.encoder.tokens(prompts)
+        encoded = EncodedPairs(
+            input_ids=input_ids,
+            lengths=lengths,
+            pair_of_row=np.array(pair_of_row, dtype=np.int32),
+            labels=np.zeros(len(pairs), dtype=np.int64),
+            post_of_pair=np.array(post_of_pair, dtype=np.int32),
+            pad_id=int(self.encoder.tokenizer.pad_token_id),
+        )
+        return encoded, truncated
+
+    def _post_limit(self, criterion: str) -> int:
+        """Tokens that a post may take beside `criterion`: training's limit, less where the criterion is longer."""
+        rules, count = self.encoder.rules, self.encoder.count
+        empty = count(render("", ""))
+        room = rules.max_length - (count(render("", criterion)) - empty)
+        if rules.long_post != "none" and room <= empty:
+            raise UserError(
+                f"The criterion and the question take {rules.max_length - room + empty} of the prompt's "
+                f"{rules.max_length} tokens, which leaves no room for a post.",
+                remedies=["shorten the criterion"],
+            )
+        return min(rules.post_limit, room)
+
+    def _fit(self, post: str, limit: int) -> FittedPost:
+        """`post` in at most `limit` tokens of the prompt. Raises: UserError if nothing of it fits."""
+        rules = self.encoder.rules
+        try:
+            return PromptEncoder(self.encoder.tokenizer, replace(rules, post_limit=limit)).fit(post)
+        except UserError as error:
+            # The keys of training are none of inference's.
+            short = limit < rules.post_limit
+            raise UserError(
+                f"The {'criterion' if short else 'longest criterion of the run'} and the question leave no room for a "
+                f"word of the post in the prompt's {rules.max_length} tokens.",
+                remedies=["shorten the criterion" if short else "take a run with a larger prompt.max_length"],
+            ) from error
+
+    def _scores(self, encoded: EncodedPairs) -> np.ndarray:
+        """float64 [P]: the probability of each pair, the maximum over its windows, the mean over the folds."""
+        scorer = RowScorer(self.model, encoded, self.device, self._autocast)
+        rows = scorer.sorted(np.arange(len(encoded.lengths)), self._layout)
+        probabilities = []
+        for _ in self._as_each_fold():
+            logits = self._logits(scorer, rows).double()
+            scores = np.zeros(len(encoded.labels))
+            if not bool(logits.isfinite().all()):
+                raise UserError(
+                    "The model's answer is no number (NaN or infinity), so it is no answer.",
+                    remedies=["compute in single precision: infer.precision=fp32", *DAMAGED],
+                )
+            np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())
+            probabilities.append(scores)
+        return np.mean(probabilities, axis=0)
+
+    def _as_each_fold(self) -> Iterator[None]:
+        """Makes the model that of one fold after the other; in int8 there is one, and its adapter is merged."""
+        if not self.adapters:
+            yield
+        for adapter in self.adapters:
+            self.model.set_adapter(adapter)
+            yield
+
+    def _logits(self, scorer: RowScorer, rows: np.ndarray) -> torch.Tensor:
+        """Logits [R, 2] of sorted `rows`, in batches that fit the memory."""
+        done: list[tuple[np.ndarray, torch.Tensor]] = []
+
+        def work(size: int) -> torch.Tensor:
+            for batch in scorer.batches(rows, size, self._layout):
+                done.append((batch.rows, scorer.logits(batch).cpu()))
+            return in_order(rows, done)
+
+        return self._batch.run(work, done.clear)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self._dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def _may_pack(self, tell: Callable[[str], None]) -> bool:
+        """Whether pairs may be packed, a post computed once for several criteria: seen from a short one's logits."""
+        encoded, _ = self._encode([("a post", "one"), ("a post", "another")])
+        trouble = RowScorer(self.model, encoded, self.device, self._autocast).check_packing(
+            self.encoder.rules.max_length
+        )
+        if trouble is not None:
+            tell(f"every pair is computed on its own: {trouble}")
+        return trouble is None
+
+
+def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell: Callable[[str], None]) -> None:
+    """Raises: UserError if the base model is not the one of training, and none was `given`: that one may be converted.
+
+    `tell` gets what is said of one that was.
+    """
+    now = files.sums()
+    other = [name for name, known in info.base_sums.items() if now.get(name) != known]
+    if not other:
+        return
+    if given is not None:
+        tell(f"base={given} is not, file by file, the model that was trained on ({listed(other)}): scores may be off")
+        return
+    raise UserError(
+        f"The base model in {files.path} is not the one that was trained on: {listed(other)} changed.",
+        remedies=[
+            "put the files of training back, or name the folder that has them: base=<folder>",
+            f"if these are to answer all the same: base={files.path}",
+        ],
+    )
+
+
+def _check_attention(classifier: Any, infos: Sequence[CheckpointInfo], tell: Callable[[str], None]) -> None:
+    """Tells if a checkpoint was trained with another attention than `classifier` computes."""
+    now = attention_of(classifier)
+    # Earlier versions recorded none, and used the kernel wherever the family has it.
+    before = {info.attention or (KERNEL if classifier._supports_sdpa else PLAIN) for info in infos}
+    if before != {now}:
+        tell(
+            f"Warning: the checkpoint was trained with {KERNEL} attention and is computed with {now}: scores may be "
+            "off, so train it again"
+        )
+
+
+def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
+    """Raises: UserError if the base model `given` has not the words that the checkpoint was trained with."""
+    from transformers import AutoTokenizer
+
+    try:
+        trained = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):  # of stock PEFT, say
+        return
+    if trained.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"base={given}: its tokenizer has other words than the checkpoint's, so it is another model.",
+            remedies=["give the very model that the run was trained on: base=<folder or hub id>", "leave base out"],
+        )
+
+
+def choose_precision(asked: Precision, trained: str, device: torch.device) -> Computed:
+    """The type that a model computes in. `auto` is the one that it was trained in, if `device` is fast at it."""
+    if asked != "auto":
+        return asked
+    if trained != "bf16":
+        return "fp32"
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _check_kin(infos: Sequence[CheckpointInfo], folders: Sequence[Path]) -> None:
+    """Raises: UserError if the checkpoints do not belong together."""
+    for info, folder in zip(infos, folders, strict=True):
+        for field in ("base_model", "base_revision", "rules", "criteria_hash"):
+            if getattr(info, field) != getattr(infos[0], field):
+                raise UserError(f"{folder} is of another run than {folders[0]}: its {field} differs.")

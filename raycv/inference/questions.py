@@ -1,0 +1,251 @@
+"""Questions and answers of inference, the same whoever computes them: the command itself, or a resident scorer.
+
+Imports nothing heavy: a client of the scorer needs no more than this.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from raycv.data.parsing import criterion_code, is_blank, is_same
+from raycv.data.types import LABELS, Criterion
+from raycv.errors import UserError, counted
+
+SCORE_DECIMALS = 6
+"""Of an answer's score; a model computed in float32 means no more."""
+
+CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
+"""What ids look like: A.4, z.9, PHQ-9, A.1.2, 4."""
+CODES = re.compile(rf"{CODE.pattern}(?:\s*,\s*{CODE.pattern})+", re.IGNORECASE)
+"""Several, of which each is asked for on its own."""
+NAME = re.compile(r"[a-z]+(?:_[a-z]+)+", re.IGNORECASE)
+"""What symptom names look like: SLEEP_ISSUES."""
+
+Answer = dict[str, Any]
+"""label, score, threshold, criterion_id, model {run, fold, base, finished}, truncated: plain JSON values, no text."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A post and a criterion: free text, or an id or symptom name of the run's criteria; None is each of them."""
+
+    post: str
+    criterion: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model answers."""
+
+    run: str
+    fold: int | Literal["ensemble"]
+    base: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one pair."""
+
+    score: float
+    """probability of `matched`"""
+    truncated: bool
+    """whether part of the post was left out to fit the prompt"""
+
+
+class Predicts(Protocol):
+    """What scores pairs: `raycv.predict.Predictor`."""
+
+    identity: ModelIdentity
+    threshold: float
+    device: Any
+    """the torch device that it computes on"""
+
+    @property
+    def computed_in(self) -> str:
+        """fp32, bf16 or int8."""
+
+    @property
+    def precision_of_auto(self) -> str:
+        """What it would compute in if `auto` were asked."""
+
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
+        """A prediction for each (post, criterion), in their order."""
+
+
+class Answerer:
+    """Turns questions into answers: finds the criteria they name, scores all pairs together, compares, labels."""
+
+    def __init__(self, predictor: Predicts, criteria: Mapping[str, Criterion], finished: str | None = None) -> None:
+        """`finished`: when the predictor's run was complete, if that is known."""
+        self.predictor = predictor
+        self.criteria = criteria
+        self.finished = finished
+
+    def answer(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        """The answers to each question: one, or where no criterion is given one for each of the run's.
+
+        Raises: UserError naming what is wrong with a question (and its number, of several).
+        """
+        asked = [
+            (index, question.post, criterion)
+            for index, (question, criteria) in enumerate(
+                zip(questions, asked_for(questions, self.criteria), strict=True)
+            )
+            for criterion in criteria
+        ]
+        answers: list[list[Answer]] = [[] for _ in questions]
+        predictions = self.predictor.predict([(post, criterion.text) for _, post, criterion in asked])
+        for (index, _, criterion), prediction in zip(asked, predictions, strict=True):
+            answers[index].append(self._answer(criterion, prediction))
+        return answers
+
+    def _answer(self, criterion: Criterion, prediction: Prediction) -> Answer:
+        threshold = self.predictor.threshold
+        return {
+            "label": label_of(prediction.score, threshold),
+            "score": rounded(prediction.score, threshold),
+            "threshold": threshold,
+            "criterion_id": criterion.criterion_id or None,
+            "model": {**asdict(self.predictor.identity), "finished": self.finished},
+            "truncated": prediction.truncated,
+        }
+
+
+def label_of(score: float, threshold: float) -> str:
+    """What a score means, be it of one pair or of a file of them. `score`: as it was computed, not rounded."""
+    return LABELS[int(score >= threshold)]
+
+
+def rounded(score: float, threshold: float, decimals: int = SCORE_DECIMALS) -> float:
+    """`score` as an answer has it: on the side of `threshold` that its label says."""
+    near = round(score, decimals)
+    if label_of(near, threshold) == label_of(score, threshold):
+        return near
+    step = 10.0**-decimals
+    return round(near + (step if score >= threshold else -step), decimals)
+
+
+def asked_for(questions: Sequence[Question], criteria: Mapping[str, Criterion]) -> list[list[Criterion]]:
+    """Those of `criteria`, or the user's own, that each question asks for.
+
+    Raises: UserError naming what is wrong with a question: a text is empty, or its criterion none of the run's.
+    """
+    asked = []
+    for number, question in enumerate(questions, start=1):
+        try:
+            asked.append(_asked_by(question, criteria))
+        except UserError as error:
+            if len(questions) == 1:
+                raise
+            raise UserError(f"Pair {number}: {error.what}", remedies=error.remedies) from error
+    return asked
+
+
+def _asked_by(question: Question, criteria: Mapping[str, Criterion]) -> list[Criterion]:
+    if is_blank(question.post):
+        raise UserError("The post is empty.", remedies=["give the text of a post"])
+    if question.criterion is None:
+        return list(criteria.values())
+    return [find_criterion(question.criterion, criteria)]
+
+
+def is_own_words(criterion: str) -> bool:
+    """Whether `criterion` looks like a description, not like an id or a symptom name."""
+    name = criterion.strip()
+    return not (criterion_code(name) or CODE.fullmatch(name) or CODES.fullmatch(name) or NAME.fullmatch(name))
+
+
+def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
+    """The criterion that `asked` names by id, symptom name or wording; else `asked` itself, without an id.
+
+    Raises: UserError if `asked` is empty, or looks like an id or a symptom name and is none of the run's.
+    """
+    if is_blank(asked):
+        remedies = ["give a text, or an id like A.4", "leave criterion out to ask for each of the run's"]
+        raise UserError("The criterion is empty.", remedies=remedies)
+    name = asked.strip()
+    for criterion in criteria.values():
+        names = (criterion.criterion_id, criterion.symptom or "")
+        if name in (*names, criterion.text) or asked == criterion.text or any(is_same(name, each) for each in names):
+            return criterion
+    for criterion in criteria.values():
+        if name.casefold() in (criterion.criterion_id.casefold(), (criterion.symptom or "").casefold()):
+            return criterion
+    near = _near_name(name, criteria)
+    if near or not is_own_words(asked):
+        ids = [f"{key} ({criterion.symptom})" if criterion.symptom else key for key, criterion in criteria.items()]
+        raise UserError(
+            f"criterion={name}: the run has no such criterion.",
+            remedies=[
+                *([f"did you mean {near}?"] if near else []),
+                f"choose one of its ids or names: {', '.join(ids)}",
+                "or describe it in your own words; leave criterion out to ask for each of them",
+            ],
+        )
+    return Criterion("", asked)
+
+
+def _near_name(name: str, criteria: Mapping[str, Criterion]) -> str | None:
+    """The symptom name that a word in capitals stands for, begun or misspelt."""
+    if not re.fullmatch("[A-Z]{4,}", name):
+        return None
+    # Here, since the client of a scorer would pay for it at each start.
+    import difflib
+
+    names = [criterion.symptom for criterion in criteria.values() if criterion.symptom]
+    begun = [each for each in names if each.startswith(name)]
+    return next(iter(begun or difflib.get_close_matches(name, names, n=1, cutoff=0.75)), None)
+
+
+def as_json(answers: Sequence[Answer], *, single: bool) -> str:
+    """One JSON object for a single pair, else a list."""
+    return json.dumps(answers[0] if single else list(answers), ensure_ascii=False) + "\n"
+
+
+def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, single: bool) -> str:
+    """For people: two lines for a single pair, else a table; then which model answered."""
+    first = answers[0]
+    name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
+    threshold = shown_threshold(first["threshold"])
+    if single:
+        key = first["criterion_id"]
+        lines = [
+            f"{first['label']}  (probability {_shown_score(first, threshold)}, threshold {threshold})",
+            f"criterion: {key}{name.get(key, '')}" if key else "criterion: as given",
+        ]
+    else:
+        width = max(len(f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}") for answer in answers)
+        lines = [f"{'criterion':<{width}}  probability  label"]
+        for answer in answers:
+            shown = f"{answer['criterion_id']}{name.get(answer['criterion_id'], '')}"
+            lines.append(f"{shown:<{width}}  {_shown_score(answer, threshold):>11}  {answer['label']}")
+        lines.append(f"matched: a probability of {threshold} or more")
+    lines.append(model_line(first["model"]))
+    cut = sum(answer["truncated"] for answer in answers)
+    if cut:
+        lines.append("the post was shortened to fit the prompt" + ("" if single else f" ({counted(cut, 'pair')})"))
+    return "\n".join(lines) + "\n"
+
+
+def model_line(model: Mapping[str, Any]) -> str:
+    """Which model answered: run, fold, when the run finished, base."""
+    fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
+    return f"model: run {model['run']}, {fold}, {shown_finish(model.get('finished'))}; {model['base']}"
+
+
+def shown_finish(finished: str | None) -> str:
+    """When a run finished, for people."""
+    return f"finished {finished}" if finished else "finish time not recorded"
+
+
+def shown_threshold(threshold: float) -> str:
+    """Two decimals, which tuned ones have; a mean of several has more."""
+    return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:.{SCORE_DECIMALS}f}".rstrip("0")
+
+
+def _shown_score(answer: Answer, threshold: str) -> str:
+    """Three decimals, or as many more as it takes to see on which side of the printed `threshold` the score lies."""
+    texts = [f"{answer['score']:.{decimals}f}" for decimals in range(3, SCORE_DECIMALS + 1)]
+    return next((text for text in texts if label_of(float(text), float(threshold)) == answer["label"]), texts[-1])

@@ -1,0 +1,165 @@
+"""Base model to classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from raycv.config.schema import DoraConfig, ModelConfig
+from raycv.errors import UserError
+from raycv.model.dora import factored_layers, start_at_the_base, use_factored, without_autocast
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Precision = Literal["bf16", "fp32"]
+
+POOLER = "pooler"
+
+
+class Float32Head(nn.Linear):
+    """A linear head that computes in float32 whatever runs around it.
+
+    In bf16 small updates of the head vanish and scores fall on a coarse grid. The parameters keep the names of
+    `nn.Linear`, so checkpoints stay plain PEFT folders.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
+        with without_autocast(hidden.device):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
+def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision, str]:
+    """The precision that training will use, and why, in words for the log (FR-007)."""
+    if asked == "fp32":
+        return "fp32", "fp32 as asked"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16", "bf16 autocast on the GPU"
+    if asked == "bf16":
+        return "bf16", "bf16 autocast as asked (slow on most CPUs)"
+    return "fp32", "fp32: no GPU with bf16 support was found"
+
+
+def base_dtype(precision: Precision) -> torch.dtype:
+    """The type that the frozen base is loaded in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_model(config: Any, model: ModelConfig) -> None:
+    """Whether DoRA can be given to the classifier of a transformers `config`, seen without its weights.
+
+    Raises: UserError if it has no classification head, or lacks one of the target modules.
+    """
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    _check_targets(classifier, model, head_modules(classifier))
+
+
+def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":
+    """Freezes `model`, gives DoRA to `config.target_modules`, and makes its head trainable in float32.
+
+    DoRA: Liu et al. 2024, arXiv 2402.09353. Adapters are float32 whatever the base is.
+    Raises: UserError if a target module does not exist in the model.
+    """
+    head = head_modules(model)
+    _check_targets(model, config, head)
+    float32_head(model)
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        use_dora=True,
+        r=dora.r,
+        lora_alpha=dora.alpha,
+        lora_dropout=dora.lora_dropout,
+        target_modules=config.target_modules,
+        modules_to_save=head,
+        # all-linear, or a name like `dense`, would also find the head's own layers, which are trained in full.
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in head),
+    )
+    if dora.implementation == "factored":
+        use_factored(lora)
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    for layer in factored_layers(adapted):
+        layer.dropout_path = dora.dropout
+    start_at_the_base(adapted)
+    for parameter in trainable(adapted):
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The modules that make up the classification head, trained and saved in full: all that is not the backbone's.
+
+    A backbone's pooler counts in: many checkpoints lack it, and it is then as fresh as the rest of the head.
+    Raises: UserError if `model` has no head beside its backbone.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    names = [name for name, child in model.named_children() if child is not backbone and list(child.parameters())]
+    if backbone is None or not names:
+        raise UserError(
+            f"{type(model).__name__} has no classification head beside its backbone, so there is nothing to train.",
+            remedies=["choose a base model whose AutoModelForSequenceClassification has one, as Llama and BERT do"],
+        )
+    pooler = getattr(backbone, POOLER, None)
+    return names + ([f"{prefix}.{POOLER}"] if isinstance(pooler, nn.Module) and list(pooler.parameters()) else [])
+
+
+def float32_head(model: nn.Module) -> None:
+    """Turns the head's linear layers into Float32Heads, and the rest of it to float32."""
+    for name in head_modules(model):
+        head = model.get_submodule(name).float()
+        inner = [f"{name}.{part}".rstrip(".") for part, module in head.named_modules() if type(module) is nn.Linear]
+        for linear in inner:
+            model.set_submodule(linear, _in_float32(model.get_submodule(linear)))
+
+
+def _in_float32(linear: nn.Module) -> Float32Head:
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        replacement = Float32Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    replacement.weight, replacement.bias = linear.weight, linear.bias
+    return replacement.train(linear.training)
+
+
+def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that training changes."""
+    return (parameter for _, parameter in trainable_by_name(model))
+
+
+def trainable_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same with their names, in the same order."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of all and of trainable parameters."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model)),
+    }
+
+
+def _check_targets(model: nn.Module, config: ModelConfig, head: list[str]) -> None:
+    if config.target_modules == "all-linear":
+        return
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{part}.") for part in head)
+    }
+    missing = [
+        target for target in config.target_modules if not any(f".{name}".endswith(f".{target}") for name in linear)
+    ]
+    if missing:
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(
+            f"model.target_modules: {', '.join(missing)} not found in {type(model).__name__} ({config.name}).",
+            remedies=[f"choose among its linear modules: {', '.join(names)}", "model.target_modules=all-linear"],
+        )

@@ -1,0 +1,182 @@
+"""The files of a base model in a folder: which belong to it, whether they are complete, their checksums."""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from raycv.common.files import sha256_of
+from raycv.common.retry import cause_of
+from raycv.errors import UserError
+
+WeightFormat = Literal["safetensors", "pytorch_bin"]
+
+CONFIG = "config.json"
+
+# In order of preference: the weights in one file, or the index that names the shards.
+_ENTRIES: tuple[tuple[WeightFormat, str, str], ...] = (
+    ("safetensors", "model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+INDEXES = frozenset(index for _, _, index in _ENTRIES)
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's: where transformers finds it, it loads the base model that it names instead of the weights beside it."""
+RARE = ("bpe.codes", "dict.txt", "*.spm", "prophetnet.tokenizer")
+"""Vocabularies of a few tokenizers, which earlier versions did not record."""
+# Config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Never code, nor an adapter.
+_SMALL = ("*.json", "*.model", "vocab*", "merges*.txt", *RARE)
+_ADAPTER = "adapter_*"
+_GIT_LFS_POINTER = b"version https://git-lfs"
+WHOLE_BYTES, BLOCK_BYTES, SAMPLE_BYTES = 64 * 2**20, 2 * 2**20, 4096
+"""Up to what size a file's sum is that of all of it; of a larger one, how much of each block is read."""
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The files of one base model, complete and on this node."""
+
+    name: str
+    """as the config has it: hub id, folder, or raycv://..."""
+    path: Path
+    """the folder that holds the files"""
+    revision: str | None
+    """commit on the hub; None for a folder"""
+    weight_format: WeightFormat
+    files: Mapping[str, int]
+    """the files that may be read, and no others: name -> bytes"""
+
+    def sums(self) -> dict[str, str]:
+        """What tells the files from another model's: name -> SHA-256 (of samples, where a file is large)."""
+        return {file: checksum(self.path / file) for file in self.files}
+
+    def describe(self, tokenizer: Any, config: Any) -> dict[str, Any]:
+        """What was found, as plain values for `environment.json`; `tokenizer` and `config` were loaded from here."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weight_format": self.weight_format,
+            "files": dict(self.files),
+            "sha256": self.sums(),
+            "architectures": list(config.architectures or []),
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "tokenizer": type(tokenizer).__name__,
+            "tokenizer_is_fast": bool(tokenizer.is_fast),
+            "tokenizer_size": len(tokenizer),
+            "pad_token": tokenizer.pad_token,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+
+def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
+    """Raises: UserError if `folder` does not hold a config and all of the weights."""
+    if not os.path.isdir(folder):
+        raise UserError(f"There is no folder {folder}, which is to hold the base model.", remedies=["correct the path"])
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if CONFIG not in present:
+        raise UserError(
+            f"{folder} is no model: it has no {CONFIG}; it holds {listed_files(present)}.",
+            remedies=[
+                "model.name wants a base model; a fold's checkpoint is an adapter, which belongs on top of one"
+                if ADAPTER_CONFIG in present
+                else "set model.name to a folder written by save_pretrained or by `hf download`"
+            ],
+        )
+    weight_format, entry = find_entry(name, present)
+    weights = weight_files(folder, entry)
+    faults = [file for file in weights if file not in present or _is_pointer(folder / file)]
+    if faults:
+        raise UserError(
+            f"{folder} lacks weights: {listed_files(faults)} missing, or only a git-lfs pointer.",
+            remedies=[
+                "copy or download the folder again",
+                "after a git clone without git-lfs: `git lfs install && git lfs pull` in that folder",
+            ],
+        )
+    if ADAPTER_CONFIG in present and revision is None:
+        raise UserError(
+            f"{folder} holds a whole model and an adapter ({ADAPTER_CONFIG}): raycv trains on the whole model alone.",
+            remedies=_without_adapter(folder),
+        )
+    used = sorted({file for file in present if is_small_file(file)} | {entry, *weights})
+    return BaseFiles(name, folder, revision, weight_format, {file: (folder / file).stat().st_size for file in used})
+
+
+def find_entry(name: str, present: Iterable[str]) -> tuple[WeightFormat, str]:
+    """Format and entry file of the weights among the files `present`: safetensors if there are any, else .bin."""
+    names = set(present)
+    for weight_format, single, index in _ENTRIES:
+        for entry in (single, index):
+            if entry in names:
+                return weight_format, entry
+    raise UserError(
+        f"The base model {name} has no weights that PyTorch can read; it holds {listed_files(names)}.",
+        remedies=[
+            "choose a model with model.safetensors or pytorch_model.bin, whole or in shards (GGUF, GPTQ, TensorFlow "
+            "and .pth files cannot be fine-tuned here)"
+        ],
+    )
+
+
+def weight_files(folder: Path, entry: str) -> list[str]:
+    """The weight files behind `entry`, whether they are there or not."""
+    if entry not in INDEXES:
+        return [entry]
+    try:
+        shards = sorted(set(json.loads((folder / entry).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{folder / entry} is damaged: {cause_of(error)}.", remedies=["copy or download the folder again"]
+        ) from error
+    # The index comes from outside: it must not lead out of the folder.
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise UserError(f"{folder / entry} does not name plain files of its own folder; it is not used.")
+    return shards
+
+
+def _without_adapter(folder: Path) -> list[str]:
+    """What to do with a folder that holds an adapter beside a whole model."""
+    here, aside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-adapter")))
+    return [
+        f"if the whole model is meant, move the adapter away: mkdir {aside} && mv {here}/{_ADAPTER} {aside}/",
+        "if the adapter is meant, merge it into its base and give that folder: PeftModel.from_pretrained(base, "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained(<new folder>)",
+    ]
+
+
+def is_small_file(file: str) -> bool:
+    if file in INDEXES or fnmatch(file, _ADAPTER):
+        return False
+    return any(fnmatch(file, pattern) for pattern in _SMALL)
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; of one of more than WHOLE_BYTES that of the first bytes of each block, so that it is quick.
+
+    Every matrix of a model that needs more lies in many blocks: other weights have another sum.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as opened:
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(os.pread(opened.fileno(), SAMPLE_BYTES, start))
+        digest.update(os.pread(opened.fileno(), SAMPLE_BYTES, size - SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def listed_files(names: Iterable[str], most: int = 8) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more or "no files"

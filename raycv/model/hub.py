@@ -1,0 +1,342 @@
+"""Fetches a base model from the Hugging Face hub once for all folds; retries, cache, offline (FR-011)."""
+
+import difflib
+import errno
+import glob
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from raycv.common.retry import ServiceError, call_with_retries, cause_of, is_passing, status_of
+from raycv.common.secrets import mask_secrets
+from raycv.errors import UserError, shown
+from raycv.model.base_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEXES,
+    BaseFiles,
+    find_entry,
+    inspect_folder,
+    is_small_file,
+    listed_files,
+    weight_files,
+)
+
+logger = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+# ------------------------------------------------------------------------------------------------------------ hub
+
+
+def fetch_from_hub(name: str, revision: str | None, base_seconds: float) -> BaseFiles:
+    from huggingface_hub import constants
+
+    wanted = revision or constants.DEFAULT_REVISION
+    is_commit = _COMMIT.fullmatch(wanted) is not None
+    if is_commit or constants.HF_HUB_OFFLINE:
+        found = _cached(name, wanted)
+        if found is not None:
+            return found
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold {name} at revision {wanted}.",
+                remedies=["unset HF_HUB_OFFLINE", *_without_hub(name, revision)],
+            )
+    with explained_hub_errors(name, revision), _single_attempts():
+        try:
+            commit, files = _listing(name, wanted, base_seconds)
+        except ServiceError as error:
+            found = _cached(name, wanted)
+            if found is None:
+                raise
+            logger.warning(
+                "the hub cannot be reached (%s): using commit %s of %s from the cache, which may not be the newest",
+                *(cause_of(error.cause), found.revision, name),
+            )
+            return found
+        if ADAPTER_CONFIG in files and CONFIG in files:
+            logger.warning("%s also holds an adapter (%s): raycv loads the whole model alone", name, ADAPTER_CONFIG)
+        found = _cached(name, commit, files) or _download(name, commit, files, base_seconds)
+        if not is_commit:
+            _remember(found.path, wanted, commit)
+        return found
+
+
+def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[str]]:
+    """The commit behind `revision`, and the files at the root of that commit."""
+    from huggingface_hub import HfApi
+
+    info = call_with_retries(
+        f"asking the hub for the files of {name}",
+        partial(HfApi().model_info, name, revision=revision),
+        passing=_can_pass,
+        remedies=_without_hub(name, revision),
+        base_seconds=base_seconds,
+    )
+    if info.sha is None or info.siblings is None:
+        raise UserError(f"The hub's answer about {name} names no commit or no files.", remedies=["check HF_ENDPOINT"])
+    return info.sha, {sibling.rfilename for sibling in info.siblings if "/" not in sibling.rfilename}
+
+
+def _cached(name: str, revision: str, present: Iterable[str] = ()) -> BaseFiles | None:
+    """What the cache holds of `revision` if that is complete, as far as is known: `present` is the hub's list of files.
+
+    No network, no lock.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with explained_hub_errors(name, revision):
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+    try:
+        found = inspect_folder(name, folder, folder.name)
+    except UserError as error:
+        logger.info("the cache's copy of %s cannot be used as it is: %s", name, error.what)
+        return None
+    return found if {file for file in present if is_small_file(file)} <= found.files.keys() else None
+
+
+def _download(name: str, commit: str, present: set[str], base_seconds: float) -> BaseFiles:
+    weight_format, entry = find_entry(name, present)
+    small = {file for file in present if is_small_file(file)}
+    if CONFIG not in small:
+        raise UserError(f"{name} on the hub is no model: it has no {CONFIG}.", remedies=["check model.name"])
+    with _alone(name):
+        # Another process may have fetched it while this one waited.
+        found = _cached(name, commit, present)
+        if found is not None:
+            return found
+        # Weights go last: where they are complete, so is the rest, which `_cached` relies on.
+        folder = _snapshot(name, commit, small | ({entry} & INDEXES), base_seconds)
+        weights = set(weight_files(folder, entry))
+        if not weights <= present:
+            raise UserError(
+                f"{name} on the hub is incomplete: {entry} names {listed_files(weights - present)}, "
+                "which is not there.",
+                remedies=["choose another model.revision"],
+            )
+        logger.info("downloading %s at %s: %d %s file(s)", name, commit, len(weights), weight_format)
+        _snapshot(name, commit, weights, base_seconds)
+        return inspect_folder(name, folder, commit)
+
+
+def _snapshot(name: str, commit: str, files: Iterable[str], base_seconds: float) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(file) for file in sorted(files)]
+    fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
+    remedies = ["run again: the download goes on where it stopped", *_without_hub(name, commit)]
+    what = f"the download of {name} from the hub"
+    return Path(call_with_retries(what, fetch, passing=_can_pass, remedies=remedies, base_seconds=base_seconds))
+
+
+def _remember(snapshot: Path, revision: str, commit: str) -> None:
+    """Notes in the cache which commit `revision` was, as huggingface_hub does, so that it is found without the hub."""
+    reference = snapshot.parents[1] / "refs" / revision
+    try:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit, encoding="utf-8")
+    except OSError as error:  # a cache that was made elsewhere may be read-only
+        logger.info("cannot note %s in the cache: %s", revision, cause_of(error))
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """One process at a time among those that share the cache: the folds of a node do not all fetch 13 GB at once."""
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HUB_CACHE) / ".locks" / f"raycv--{name.replace('/', '--')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that downloads %s", name)
+        lock.acquire()
+    except NotImplementedError:
+        logger.info("the file system of %s knows no locks: processes may fetch the same file", path.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# What `_single_attempts` changes is one for the whole process.
+_CLIENT = threading.Lock()
+
+
+class _HubError(ConnectionError):
+    """A failed request to the hub, of a type that huggingface_hub neither repeats nor answers with half a snapshot."""
+
+    def __init__(self, message: str, response: Any = None) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+@contextmanager
+def _single_attempts() -> Iterator[None]:
+    """Within it a request of huggingface_hub fails at once, so that `call_with_retries` alone decides (FR-011).
+
+    By itself huggingface_hub 0.36 sends a failing HEAD or GET 6 times, takes up a stalled stream 5 times, waits for
+    ever for a file list, and returns an incomplete snapshot when that list fails; the Xet transport was seen to go on
+    for 219 s against a refused connection. Three attempts on top would be 18 requests, or eleven minutes.
+    """
+    from huggingface_hub import configure_http_backend, constants
+    from huggingface_hub.utils import _http
+
+    with _CLIENT:
+        outer: Callable[[], Any] = _http._GLOBAL_BACKEND_FACTORY
+        without_xet = constants.HF_HUB_DISABLE_XET
+
+        def session() -> Any:
+            made = outer()
+            made.request = partial(_request_once, made.request)
+            return made
+
+        configure_http_backend(session)
+        constants.HF_HUB_DISABLE_XET = True
+        try:
+            yield
+        finally:
+            configure_http_backend(outer)
+            constants.HF_HUB_DISABLE_XET = without_xet
+
+
+def _request_once(request: Callable[..., Any], method: str, url: str, **options: Any) -> Any:
+    import requests
+    from huggingface_hub import constants
+
+    if options.get("timeout") is None:
+        options["timeout"] = constants.HF_HUB_ETAG_TIMEOUT
+    passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    try:
+        response = request(method=method, url=url, **options)
+    except passing as error:
+        raise _HubError(f"no answer to {method} {url} ({_root(error)})") from error
+    if response.status_code == 429 or response.status_code >= 500:
+        raise _HubError(f"HTTP {response.status_code} for {method} {url}", response)
+    stream = response.iter_content
+
+    def iter_content(*args: Any, **kwargs: Any) -> Iterator[bytes]:
+        try:
+            yield from stream(*args, **kwargs)
+        except passing as error:
+            raise _HubError(f"the answer to {method} {url} broke off ({_root(error)})") from error
+
+    response.iter_content = iter_content
+    return response
+
+
+def _root(error: BaseException) -> str:
+    """The innermost cause, which says it best: `Connection refused` rather than four wrappers around it."""
+    link = error
+    while link.__cause__ or link.__context__:
+        link = link.__cause__ or link.__context__ or link
+    return cause_of(link)
+
+
+def _can_pass(error: Exception) -> bool:
+    # huggingface_hub's OSError for a file that ended early without an error on the line
+    return is_passing(error) or "Consistency check failed" in str(error)
+
+
+@contextmanager
+def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a UserError; what it does not know leaves unchanged."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(
+            f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
+            remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
+        ) from error
+    except OSError as error:  # requests' and huggingface_hub's errors are OSErrors as well
+        raise _refusal(error, name, revision) or _disk_fault(error, name, revision) from error
+
+
+def _refusal(error: OSError, name: str, revision: str | None) -> UserError | None:
+    """The hub's own no, which no second attempt would change: 401, 403, 404."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it, on every node"
+    url = mask_secrets(f"{constants.ENDPOINT}/{name}")
+    status = status_of(error)
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{name} is gated (HTTP {status}): its owner gives access to accounts that accept its license.",
+            remedies=[f"open {url} and accept the license with your account", log_in],
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(
+            f"{name} has no revision {revision or constants.DEFAULT_REVISION} on the hub.",
+            remedies=[f"choose a branch, tag or commit from {url}/commits, or set model.revision=null"],
+        )
+    if status in (401, 403, 404):
+        return UserError(
+            f"The hub has no {name} that you may read (HTTP {status}): it does not exist, or it is private or gated.",
+            remedies=[f"check the spelling of model.name: does {url} exist?", log_in],
+        )
+    return None
+
+
+def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
+    """Whatever else kept the files from arriving: this machine's disk, or an answer that is not the hub's."""
+    from huggingface_hub import constants
+
+    cache = constants.HF_HUB_CACHE
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The disk is full: {name} does not fit into {cache}.",
+            remedies=["free some space", "set HF_HOME to a folder on a larger disk, on every node"],
+        )
+    # The last two where HOME is missing, or no folder.
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        return UserError(
+            f"{name} cannot be written to {cache}: {error.strerror}.",
+            remedies=["set HF_HOME to a folder that you may write to, on every node"],
+        )
+    return UserError(
+        f"{name} cannot be fetched from the hub: {cause_of(error)}.",
+        remedies=[
+            "behind a proxy that has a certificate of its own: set REQUESTS_CA_BUNDLE to its file",
+            *_without_hub(name, revision),
+        ],
+    )
+
+
+def _near_folders(name: str) -> list[str]:
+    """A hint, if `name` may be meant as a folder that is spelt otherwise."""
+    path = Path(name)
+    if not path.parent.is_dir() or path.parent == Path():
+        return []
+    names = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir() if each.is_dir()], n=1)
+    near = f"; did you mean {path.parent / names[0]}?" if names else ""
+    return [f"if a folder is meant: there is no {path.absolute()}{near}"]
+
+
+def _without_hub(name: str, revision: str | None) -> list[str]:
+    from huggingface_hub import constants
+
+    at = f" --revision {revision}" if revision not in (None, constants.DEFAULT_REVISION) else ""
+    return [
+        *_near_folders(name),
+        "check the network of this node, and HTTPS_PROXY if there is a proxy",
+        f"set HF_ENDPOINT to a mirror (now {mask_secrets(constants.ENDPOINT)})",
+        f"download it beforehand where there is a network: `hf download {name}{at}`, then copy HF_HOME over",
+        "set model.name to the absolute path of a folder that holds the model",
+    ]

@@ -1,0 +1,126 @@
+"""Linear layers that multiply in 8 bits on a CPU: dynamic, symmetric, a scale per row of weights and per token.
+
+On torch's own `torch._int_mm`, the operator that torchao's int8 stands on too. docs/int8.md compares the libraries:
+on CPUs without AMX torchao sums the weights anew in every call, and torch.ao.quantization is about to be removed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from raycv.errors import UserError
+
+LEVELS = 127
+"""Largest magnitude of a code. -128 is left out, so that scales are symmetric."""
+BLOCK = 2**19
+"""Numbers of a layer's input or output that are converted at a time."""
+
+
+class Int8Linear(nn.Module):
+    """y = W x + bias with W in int8 and x rounded to int8 token by token; sums are exact, in int32."""
+
+    codes: torch.Tensor
+    """int8 [out, in]"""
+    scale: torch.Tensor
+    """float32 [out]"""
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """`linear` may be of any float type; a copy in float32 exists while it is rounded."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = _scale(weight)
+        self.register_buffer("codes", (weight / scale).round_().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0])
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`: [..., in]; returns [..., out] in the type of `x`."""
+        rows = x.reshape(-1, x.shape[-1])
+        codes = rows.new_empty(rows.shape, dtype=torch.int8)
+        scale = rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for part, codes_of, scale_of in _blocks(rows, codes, scale):
+            scale_of.copy_(_scale(part))
+            codes_of.copy_(part.to(torch.float32, copy=True).mul_(scale_of.reciprocal()).round_())
+        sums = torch._int_mm(codes, self.codes.t())
+        out = rows.new_empty(sums.shape)
+        for part, out_of, scale_of in _blocks(sums, out, scale):
+            product = part.float().mul_(self.scale).mul_(scale_of)
+            out_of.copy_(product if self.bias is None else product.add_(self.bias))
+        return out.reshape(*x.shape[:-1], -1)
+
+
+def _blocks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """`rows` and `others`, all [n, ...], a few rows at a time: what is computed of a block stays in the cache."""
+    size = max(1, BLOCK // rows.shape[1])
+    return zip(*(each.split(size) for each in (rows, *others)), strict=True)
+
+
+def _scale(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [n, 1]: what a code of 1 stands for in each row of `rows` [n, m]."""
+    # A row of zeros has codes of zero, whatever its scale.
+    return rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
+
+
+def check_int8(device: torch.device, folds: int) -> None:
+    """Raises: UserError if `folds` checkpoints cannot be computed in int8 on `device`, or only slowly."""
+    asked = "infer.precision=int8"
+    if device.type != "cpu":
+        raise UserError(
+            f"{asked} computes on a CPU, and this machine has a GPU.",
+            remedies=["infer.precision=bf16", "hide the GPU: CUDA_VISIBLE_DEVICES= python -m raycv.infer ..."],
+        )
+    if not has_fast_int8():
+        raise UserError(
+            f"{asked}: this CPU has no 8-bit products (AVX-512 VNNI or AMX), so it would be slower than float32.",
+            remedies=["infer.precision=auto"],
+        )
+    if folds > 1:
+        raise UserError(
+            f"{asked} merges a fold's adapter into the weights, so the ensemble would hold {folds} whole models.",
+            remedies=["take one fold: fold=best", "infer.precision=auto, where all folds share one base"],
+        )
+
+
+def has_fast_int8() -> bool:
+    """Whether this CPU multiplies int8 in hardware."""
+    return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def to_int8(model: Any) -> Any:
+    """The classifier under `model` (a PeftModel with one adapter) with that merged and its linear layers in int8.
+
+    Merging is PEFT's, in float32 and layer by layer: no second copy of the model exists. The head stays as it is.
+    `model` is used up. Raises: UserError if it has no linear layer outside the head.
+    """
+    base = model.get_base_model()
+    for name in _names(base, BaseTunerLayer):
+        layer: Any = base.get_submodule(name)
+        layer.get_base_layer().float()
+        layer.merge(safe_merge=True)
+        base.set_submodule(name, layer.get_base_layer())
+        quantise(base, name)
+    classifier = model.unload()  # the trained head comes out of PEFT's wrapper
+    for name in _names(classifier, nn.Linear):
+        quantise(classifier, name)
+    if not any(isinstance(module, Int8Linear) for module in classifier.modules()):
+        raise UserError(
+            f"infer.precision=int8: {type(classifier).__name__} has no nn.Linear outside its head.",
+            remedies=["infer.precision=auto"],
+        )
+    return classifier.eval()
+
+
+def _names(classifier: nn.Module, kind: type) -> list[str]:
+    """The names of the modules of `kind`: a list of the modules would keep all that are replaced in memory."""
+    return [name for name, module in classifier.named_modules() if isinstance(module, kind)]
+
+
+def quantise(classifier: nn.Module, name: str) -> None:
+    """Puts an Int8Linear in the place of the plain linear layer `name`; the head's are Float32Heads."""
+    linear = classifier.get_submodule(name)
+    if type(linear) is nn.Linear:
+        classifier.set_submodule(name, Int8Linear(linear))

@@ -1,0 +1,341 @@
+"""The base model's files -> tokenizer, config, classifier with a fresh head. Nothing of the model's own code is run."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from raycv.common.retry import cause_of
+from raycv.data.types import LABELS
+from raycv.errors import UserError, shown
+from raycv.model.base_files import CONFIG, BaseFiles
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+POSITIONS_AFTER_PAD = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer",
+    "mpnet", "ibert", "esm",
+)  # fmt: skip
+"""Model types whose first position is the pad id + 1: 514 positions hold 512 tokens."""
+
+
+COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
+"""Buffers that old files hold though the model computes them."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def load_config(files: BaseFiles) -> Any:
+    """The model's transformers config. Raises: UserError if it is damaged or asks for code of its own."""
+    from transformers import AutoConfig
+
+    with _loading("config", files) as folder:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _rename(config, folder, files)
+    weights = getattr(config, "transformers_weights", None)
+    if weights is not None and weights not in files.files:
+        raise _outside(files, CONFIG, "transformers_weights", weights)
+    return config
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens that the model takes at once; None if it sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+        positions -= (config.pad_token_id or 0) + 1
+    return positions
+
+
+def check_max_length(config: Any, max_length: int) -> None:
+    """Raises: UserError if the model has fewer positions than `max_length` tokens (FR-002)."""
+    positions = positions_of(config)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"prompt.max_length={max_length}, but the base model has {positions} positions.",
+            remedies=[f"set prompt.max_length to {positions} or less", "choose a base model with a longer context"],
+        )
+
+
+def load_tokenizer(files: BaseFiles) -> Any:
+    """The model's tokenizer, padding and cutting on the right, with a pad token that the model has an embedding for.
+
+    Fast if it is or can be made so, else slow (sentencepiece). Never adds a token: the embedding would not match.
+    Raises: UserError if the folder has no tokenizer that can be read, or none that can pad.
+    """
+    from transformers import AutoTokenizer
+
+    _check_vocabularies(files)
+    load = partial(
+        AutoTokenizer.from_pretrained,
+        trust_remote_code=False,
+        local_files_only=True,
+        padding_side="right",
+        truncation_side="right",
+    )
+    try:
+        with _loading("tokenizer", files) as folder:
+            tokenizer = load(folder, use_fast=True)
+            _rename(tokenizer, folder, files)
+    except UserError as error:
+        with _loading("tokenizer", files) as folder:
+            tokenizer = load(folder, use_fast=False)
+            _rename(tokenizer, folder, files)
+        logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
+    vocab_size = load_config(files).vocab_size
+    _choose_pad_token(tokenizer, vocab_size)
+    if len(tokenizer) > vocab_size:
+        logger.warning(
+            "%d token(s) of the tokenizer have no embedding in %s; a text that spells one of them fails",
+            *(len(tokenizer) - vocab_size, files.name),
+        )
+    return tokenizer
+
+
+def _check_vocabularies(files: BaseFiles) -> None:
+    """Raises: UserError if the tokenizer's config names a vocabulary on this machine that is none of `files`."""
+    if TOKENIZER_CONFIG not in files.files:
+        return
+    try:
+        named = json.loads((files.path / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return
+    own = {os.path.realpath(files.path / file) for file in files.files}
+    for key, value in named.items() if isinstance(named, dict) else ():
+        # transformers looks for these two elsewhere, whatever stands here.
+        names_a_file = key.endswith("_file") and key not in ("special_tokens_map_file", "tokenizer_config_file")
+        if names_a_file and isinstance(value, str) and os.path.isfile(value) and os.path.realpath(value) not in own:
+            raise _outside(files, TOKENIZER_CONFIG, key, value)
+
+
+def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
+    """The error of a `key` in `file` that would let transformers read what raycv has not looked at."""
+    return UserError(
+        f"{files.path / file}: {key}={shown(value, 200)} names a file that is not one of the base model's own.",
+        remedies=[f"remove {key} from {file}, and put the file into {files.path} under its usual name"],
+    )
+
+
+def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
+    def is_usable(token_id: int | None) -> bool:
+        # Some Llama derivatives ship a [PAD] beyond the rows of their embedding.
+        return token_id is not None and token_id < vocab_size
+
+    if is_usable(tokenizer.pad_token_id):
+        return
+    before = tokenizer.pad_token
+    for token, token_id in (
+        (tokenizer.unk_token, tokenizer.unk_token_id),
+        (tokenizer.eos_token, tokenizer.eos_token_id),
+    ):
+        if is_usable(token_id):
+            tokenizer.pad_token = token
+            logger.info("pad token %s -> %s (id %d)", before, token, token_id)
+            return
+    raise UserError(
+        "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded.",
+        remedies=["set pad_token in the model's tokenizer_config.json to one of its tokens"],
+    )
+
+
+def set_pad_token(tokenizer: Any, config: Any) -> None:
+    """Gives `config` the tokenizer's pad id: the head pools at the last token that is not *the config's* pad token.
+
+    Raises: UserError if the tokenizer has none, or one without an embedding.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {config.vocab_size}.",
+            remedies=["load the tokenizer with raycv.base.load_tokenizer, which chooses one"],
+        )
+    config.pad_token_id = pad_id
+
+
+def load_classifier(
+    files: BaseFiles,
+    tokenizer: Any,
+    dtype: "torch.dtype",
+    *,
+    seed: int,
+    device: str = "cpu",
+    plain_attention: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """The base as `AutoModelForSequenceClassification` with two labels and a fresh head (FR-001), in eval mode.
+
+    Args:
+        files: the base model's.
+        tokenizer: the base model's.
+        dtype: the type of the weights.
+        seed: what the head is drawn from. It does not depend on format, dtype, device or the global random state,
+            which is left as it was (FR-009).
+        device: where the weights lie.
+        plain_attention: computes attention by transformers' plain code, as training did, and not by PyTorch's kernel.
+        tell: gets what a user should know: why the attention is not PyTorch's kernel.
+
+    Raises: UserError if the weights are damaged, unsafe, or not those of the config's architecture.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from raycv.model.kernels import PLAIN, choose_attention, fuse_norms, with_right_attention
+
+    config = load_config(files)
+    config.num_labels = len(LABELS)
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: i for i, label in enumerate(LABELS)}
+    config.use_cache = False
+    set_pad_token(tokenizer, config)
+    chosen, why = choose_attention(config)
+    config._attn_implementation = PLAIN if plain_attention else chosen
+    # Parts that the checkpoint lacks are drawn from the global generator. torch.manual_seed would also seed the GPUs'.
+    with torch.random.fork_rng(devices=[]), _loading("weights", files) as folder:
+        torch.default_generator.manual_seed(seed)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=files.weight_format == "safetensors",
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        for part in (model, model.config):
+            _rename(part, folder, files)
+    lacking = _check_loaded(model, found, files)
+    _renew_head(model, lacking, seed)
+    model, found_wrong = with_right_attention(model.eval(), tokenizer, positions_of(config))
+    for reason in filter(None, (why, found_wrong)):
+        logger.info("%s: %s", files.name, reason)
+        tell(reason)
+    fuse_norms(model)
+    return model
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:
+    """The keys that the checkpoint lacks, all of them the head's: transformers only warns, and trains random values."""
+    from raycv.model.adapters import head_modules
+
+    head = tuple(f"{name}." for name in head_modules(model))
+    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
+    broken = [key for key in lacking if not key.startswith(head)]
+    if broken:
+        raise UserError(
+            f"The weights of {files.name} do not fit its {CONFIG}: {len(broken)} tensor(s) are missing or of another "
+            f"shape, the first being {sorted(broken)[0]}.",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
+    left = _left_out(model, found["unexpected_keys"])
+    if left:
+        raise UserError(
+            f"The weights of {files.name} do not fit its {CONFIG}: {len(left)} tensor(s) of its layers have no place "
+            f"in the model that it describes, the first being {left[0]}.",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
+    logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
+    return set(lacking)
+
+
+def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Those of the `unexpected` keys that are of the backbone's layers: with them left out it is another model.
+
+    Heads of other tasks are to be left out, and so are old buffers (inv_freq), which are computed.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def is_of_a_layer(key: str) -> bool:
+        # A bare backbone's keys are without the prefix.
+        named = key if key.startswith(prefix) else prefix + key
+        return re.sub(r"\.\d+\.", ".#.", named) in kinds or (
+            key.startswith(prefix) and re.search(r"\.\d+\.", key) is not None and not key.endswith(COMPUTED)
+        )
+
+    kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
+    return sorted(key for key in unexpected if is_of_a_layer(key))
+
+
+def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
+    """Draws what the checkpoint lacks, and the last layer always, as transformers does: normal, biases zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", 0.02)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        in_backbone = name.startswith(f"{model.base_model_prefix}.")
+        if f"{name}.weight" in lacking or (module.out_features == len(LABELS) and not in_backbone):
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+@contextmanager
+def _loading(part: str, files: BaseFiles) -> Iterator[str]:
+    """Gives a folder of links to `files` and nothing else, for transformers reads whatever it finds beside them.
+
+    Such as an adapter, which would replace the model, or weights in another format, which would replace those that were
+    looked at. What transformers raises for unusable files becomes a UserError; its own warnings are kept quiet.
+    """
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    folder = ""
+    try:
+        with TemporaryDirectory(prefix="raycv-base-") as folder:
+            for file in files.files:
+                os.symlink(files.path / file, os.path.join(folder, file))
+            yield folder
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        cause = cause_of(error).replace(folder or str(files.path), str(files.path))
+        raise UserError(
+            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause}", remedies=_mended(files)
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _rename(loaded: Any, folder: str, files: BaseFiles) -> None:
+    """Names the base model's own folder where `loaded` names the `folder` of links: a tokenizer copies files later."""
+    for values in (vars(loaded), getattr(loaded, "init_kwargs", {})):
+        for key, value in values.items():
+            if isinstance(value, str) and folder in value:
+                values[key] = value.replace(folder, str(files.path))
+
+
+def _mended(files: BaseFiles) -> list[str]:
+    remedies = ["if a file may be damaged, delete the folder and download or copy it again"]
+    if files.weight_format == "pytorch_bin":
+        remedies.append(
+            "a .bin that holds more than tensors is refused, since it could run code: use a safetensors version"
+        )
+    remedies.append("a model that needs code of its own (trust_remote_code) is never run; choose another base model")
+    return remedies

@@ -1,0 +1,285 @@
+"""Joins or starts Ray, watches that it stays, and checks that its nodes share the run folder."""
+
+import _thread
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray.exceptions
+import ray.train
+from ray._private import services
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raycv.common.locations import BUNDLED_SCHEME
+from raycv.common.retry import cause_of
+from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
+from raycv.errors import FaultsError, RunFailedError, UserError
+from raycv.orchestration.fold_task import FoldTask
+from raycv.resources import survey
+from raycv.resources.nodes import NodeNeeds, Share, node_name
+from raycv.results.run_folder import RunFolder, resume_command
+
+if TYPE_CHECKING:
+    from raycv.model.base_files import BaseFiles
+
+logger = logging.getLogger(__name__)
+
+
+def node_survey() -> Callable[..., dict[str, Any]]:
+    """`survey`, made ready to travel by value: a node may have another raycv, or none."""
+    ray.cloudpickle.register_pickle_by_value(survey)
+    return survey.survey
+
+
+def share_of(task: FoldTask) -> Share:
+    """The run's folder as this process sees it."""
+    return task.needs.share_at(ray.get_runtime_context().get_node_id(), own_node_name())
+
+
+def own_node_name() -> str:
+    return node_name(ray.util.get_node_ip_address(), socket.gethostname())
+
+
+GONE_SECONDS = 30.0
+"""Without an answer, and the head of the cluster is gone. After 60 Ray ends the process."""
+JOIN_REMEDIES = (
+    "see that the cluster is up: ray status",
+    "start one on this machine: ray start --head",
+    "where it asks for a token, and this machine has it: RAY_AUTH_MODE=token",
+    "unset RAY_ADDRESS, and a local Ray is started for the run",
+)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """The resources of each node that is alive, as Ray names them."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[str | None]:
+    """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address.
+
+    `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
+    """
+    _provide_token()
+    level = logging.INFO if ray_logs else logging.ERROR
+    try:
+        address = _cluster_to_join()
+        with _interruptible():
+            context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+    except UserError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
+    except Exception as error:
+        # Ray has no type of its own for it.
+        if "timed out" not in str(error) and not isinstance(error, ray.exceptions.RaySystemError):
+            raise
+        remedies = ["wait until the machine is less busy, and try again", JOIN_REMEDIES[1]]
+        raise UserError(f"Ray did not start in time: {error}", remedies=remedies) from error
+    logging.getLogger("ray").setLevel(level)
+    if not ray_logs:
+        # Tune would print the whole traceback of a failed trial; the fold's own error is shown, and error.json has all.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Ray's own handler of SIGTERM would end the process where it stands.
+    stop_like_ctrl_c()
+    try:
+        yield context.dashboard_url or None
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and what else stops a run end the block, in which Ray starts, and what was started.
+
+    Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork or a
+    `__del__`: there it is raised a moment later. What is dropped elsewhere is heeded at the end of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    asked = False
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        while frame is not None:
+            if frame.f_code.co_filename == subprocess.__file__ or frame.f_code.co_name == "__del__":
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    numbers = (*STOP_SIGNALS, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+        if asked:
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, SystemExit) as error:
+        # For SIGTERM Ray sets handlers of its own on the way, which exit.
+        _end_ray()
+        raise KeyboardInterrupt from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_ray() -> None:
+    """Ends a Ray that is not whole: it ends what it knows of, other processes would look for parents for a minute."""
+    started = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _provide_token() -> None:
+    """Ray keeps the token of a cluster below HOME; where nothing can be kept there, this run's processes share one."""
+    if any(f"RAY_AUTH_{name}" in os.environ for name in ("MODE", "TOKEN", "TOKEN_PATH")):
+        return
+    folder = Path(os.environ.get("HOME", "")) / ".ray"
+    if folder.is_absolute() and (folder / "auth_token").is_file():
+        return
+    try:
+        if not folder.is_absolute():
+            raise FileNotFoundError
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _cluster_to_join() -> str | None:
+    """The address of RAY_ADDRESS, or of the cluster that was started on this machine; None if there is neither.
+
+    Ray itself would look for one that is gone for a quarter of an hour.
+    Raises: UserError if nothing listens at RAY_ADDRESS; ConnectionError if that is `auto` and there is no cluster.
+    """
+    address = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]  # it takes None
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit() or "://" in host:
+        return address
+    asked = os.environ.get("RAY_ADDRESS")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        if asked:
+            raise UserError(f"RAY_ADDRESS={asked}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
+        # What `ray start` wrote down outlives a cluster that was killed, or whose machine was.
+        logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
+        return "local"
+    # Only of a cluster that it finds itself does Ray take it that it asks for the token below HOME.
+    return address if asked else "auto"
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
+    """Asks all other nodes whether they see the run's folder and a local base model, and have the driver's code.
+
+    A node that joins later is asked when a worker starts there.
+    Raises: FaultsError with all faults of all nodes.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    needs = NodeNeeds.of(folder)
+    paths = [str(base.path)] if base.revision is None and not base.name.startswith(BUNDLED_SCHEME) else []
+    ask = ray.remote(num_cpus=0)(node_survey())
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
+            asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
+    faults, remedies = [], []
+    for name, answer in asked.values():
+        try:
+            found = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            faults.append(f"{name} cannot be asked: {cause_of(error)}")
+            remedies.append("see that the node is up, with the driver's versions of Python and Ray: ray status")
+            continue
+        differ, what_to_do = needs.compare(name, found)
+        faults += differ
+        remedies += what_to_do
+    if faults:
+        title = "The cluster's nodes do not have what the folds need"
+        raise FaultsError(title, faults, remedies=list(dict.fromkeys(remedies)))
+
+
+@contextmanager
+def watched_cluster(root: RunFolder) -> Iterator[None]:
+    """Raises: RunFailedError in the main thread if the cluster's head (GCS) or this node (raylet) is gone.
+
+    Ray would end the process where it stands: the head is waited for, since it may be restarted.
+    """
+    address = ray.get_runtime_context().gcs_address
+    node = ray._private.worker.global_worker.node.raylet_socket_name  # type: ignore[union-attr]
+    over, gone = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not over.wait(GONE_SECONDS / 10):
+            if _answers(address):
+                answered = time.monotonic()
+            if time.monotonic() - answered > GONE_SECONDS or not _answers(node):
+                # What stops the run may have been sent to all its processes: then Ray is gone because of it.
+                if over.wait(GONE_SECONDS / 10):
+                    return
+                gone.set()
+                # A run in the background may have SIGINT ignored.
+                _thread.interrupt_main(signal.SIGTERM)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not gone.is_set():
+            raise
+        _end_ray()
+        raise RunFailedError(
+            f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
+            remedies=[
+                "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
+                f"the folds go on from their last states: {resume_command(root)}",
+            ],
+        ) from None
+    finally:
+        over.set()
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at `host:port`, or at a Unix socket."""
+    host, _, port = address.rpartition(":")
+    try:
+        if not port.isdigit():
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(5)
+                connection.connect(address)
+        else:
+            socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True

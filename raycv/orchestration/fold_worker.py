@@ -1,0 +1,287 @@
+"""The worker of a fold: loads the model, runs the training loop, writes checkpoint and predictions."""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+
+from raycv.common.environment import seldom_collecting
+from raycv.common.files import unwritable
+from raycv.common.numerics import NUMERICS
+from raycv.orchestration.cluster import share_of
+from raycv.orchestration.fold_task import FoldTask, SharedArrays
+from raycv.resources.nodes import Share
+from raycv.resources.placement import Placement
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.training.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from raycv.data.splits import Split
+    from raycv.model.adapters import Precision
+    from raycv.model.base_files import BaseFiles
+    from raycv.model.checkpoint import CheckpointInfo
+    from raycv.training.loop import TrainResult
+    from raycv.training.progress import EpochResult
+    from raycv.training.state import StateFolder, TrainState
+
+STEP_POST_SECONDS = 1.0
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions.
+
+    Goes on from the fold's training state if there is one; leaves the checkpoint in the fold's folder.
+    """
+    started = time.monotonic()
+    task: FoldTask = arguments["task"]
+    fold: int = arguments["fold"]
+    task.board.post.remote(fold, {"state": "loading"})
+    # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
+    with seldom_collecting():
+        import torch
+        from ray.train.torch import get_device
+
+        from raycv.common.environment import describe_device
+        from raycv.model.adapters import add_dora, base_dtype, choose_precision, count_parameters
+        from raycv.model.base_model import fetch_base
+        from raycv.model.kernels import attention_of
+        from raycv.model.loading import load_classifier, load_tokenizer
+        from raycv.training.loop import FoldTrainer
+        from raycv.training.progress import spent
+        from raycv.training.state import StateFolder
+        from raycv.utils import set_seed
+
+    config = task.config
+    shared: SharedArrays = ray.get(task.shared)
+    split = shared.splits[fold]
+    precision, why = choose_precision(config.train.precision)
+    # On the driver's node this only finds the files; another node fetches them once for all of its folds.
+    base = fetch_base(task.base.name, task.base.revision)
+    tokenizer = load_tokenizer(base)
+    device = get_device()
+    told: list[str] = []
+    dtype = base_dtype(precision)
+    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=told.append)
+    set_seed(config.train.seed)
+    adapted = add_dora(model, config.model, config.dora)
+    rank = ray.train.get_context().get_world_rank()
+    if rank:
+        # The same weights on every worker, but other rows: dropout must differ.
+        torch.manual_seed(config.train.seed + rank)
+    folder = RunFolder(Path(task.root)).fold(fold)
+    states = StateFolder(folder.state)
+    share = share_of(task)
+    if not rank:
+        with share.held():
+            states.take()
+    listener = _RayListener(task, fold, rank, states, share)
+    listener.on_event(f"{why}, {attention_of(model)} attention, on {describe_device(device)}")
+    for text in told:
+        listener.on_event(text)
+    memory = _memory_share(task.placement, device)
+    trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
+    state = states.newest(listener.on_event)
+    if state is not None:
+        listener.goes_on(state)
+        # The time that the fold took, not this process alone.
+        started -= spent(state)
+    outcome = trainer.fit(split.train_indices, split.val_indices, state)
+    labels = shared.encoded.labels[split.val_indices]
+    collapsed = collapse_reasons(outcome.best.metrics, int(labels.sum()), len(labels), outcome.val_scores)
+    if collapsed:
+        outcome.events.append(collapsed_because(collapsed))
+        if not rank:
+            listener.on_event(f"Warning: {collapsed_because(collapsed)}")
+    if not rank:
+        info = _checkpoint_info(task, fold, base, outcome.best, precision, attention_of(model))
+        with share.held():
+            states.check_writer()
+            save_fold_checkpoint(folder, adapted, tokenizer, info)
+            sums = folder.checkpoint_sums()
+    else:
+        sums = {}
+    worker = {
+        "host": socket.gethostname(),
+        "address": ray.util.get_node_ip_address(),
+        "device": describe_device(device),
+        "precision": precision,
+        "precision_reason": why,
+        "attention": attention_of(model),
+        "workers": trainer.workers.size,
+        "gradient_checkpointing": trainer.checkpointing.on,
+        **count_parameters(adapted),
+    }
+    seconds = time.monotonic() - started
+    result = _fold_result(fold, split, shared.encoded.labels, outcome, seconds, worker, collapsed)
+    return {
+        "result": replace(result, sha256=sums),
+        "predictions": _predictions(shared, split, outcome.val_scores),
+        "node": share.node,
+    }
+
+
+def _checkpoint_info(
+    task: FoldTask, fold: int, base: "BaseFiles", best: "EpochResult", precision: "Precision", attention: str
+) -> "CheckpointInfo":
+    from raycv.model.checkpoint import CheckpointInfo
+
+    return CheckpointInfo(
+        base_model=task.base.name,
+        base_revision=task.base.revision,
+        rules=task.rules,
+        threshold=best.threshold,
+        criteria=task.criteria,
+        criteria_hash=task.criteria_hash,
+        criteria_dir=task.criteria_dir,
+        run=task.run,
+        fold=fold,
+        epoch=best.epoch,
+        precision=precision,
+        base_sums=base.sums(),
+        attention=attention,
+        missing=task.config.data.missing,
+    )
+
+
+def save_fold_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "CheckpointInfo") -> None:
+    """Writes the fold's checkpoint whole or not at all."""
+    from safetensors import SafetensorError
+
+    from raycv.model.checkpoint import save_checkpoint
+
+    try:
+        folder.root.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
+            save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
+            # Of a process that was killed before the fold's result was written.
+            shutil.rmtree(folder.checkpoint, ignore_errors=True)
+            os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
+    except (OSError, SafetensorError) as error:
+        remedies = ["resume the run when the folder can be written: the training itself is done and kept"]
+        raise unwritable("The checkpoint", folder.root, error, remedies) from error
+
+
+def _memory_share(placement: Placement, device: Any) -> float:
+    """The part of a worker's device that is its own: of a GPU as asked for, of the machine one among all workers."""
+    if device.type == "cuda":
+        return min(1.0, placement.gpus / placement.workers)
+    return 1 / (placement.concurrent * placement.workers)
+
+
+def _fold_result(
+    fold: int,
+    split: "Split",
+    labels: "np.ndarray",
+    outcome: "TrainResult",
+    seconds: float,
+    worker: dict[str, Any],
+    collapsed: list[str],
+) -> FoldResult:
+    return FoldResult(
+        fold=fold,
+        threshold=outcome.best.threshold,
+        best_epoch=outcome.best.epoch,
+        epochs=len(outcome.epochs),
+        metrics=outcome.best.metrics,
+        seconds=seconds,
+        train_pairs=len(split.train_indices),
+        val_pairs=len(split.val_indices),
+        val_matched=int(labels[split.val_indices].sum()),
+        history=[epoch_metrics(epoch) for epoch in outcome.epochs],
+        events=outcome.events,
+        worker=worker,
+        collapsed=collapsed,
+        numerics=NUMERICS,
+    )
+
+
+def _predictions(shared: SharedArrays, split: "Split", scores: "np.ndarray") -> Any:
+    """A DataFrame: post_id, criterion_id, label, score; a row per validation pair; text only if it was asked for."""
+    import pandas as pd
+
+    pairs = [shared.pairs[index] for index in split.val_indices]
+    columns = {
+        "post_id": [pair.post_id for pair in pairs],
+        "criterion_id": [pair.criterion_id for pair in pairs],
+        "label": [pair.label for pair in pairs],
+        "score": scores,
+    }
+    if shared.texts is not None:
+        posts, criteria = shared.texts
+        columns["post"] = [posts[pair.post_id] for pair in pairs]
+        columns["criterion"] = [criteria[pair.criterion_id] for pair in pairs]
+    return pd.DataFrame(columns)
+
+
+def epoch_metrics(result: "EpochResult") -> dict[str, float]:
+    """An epoch as plain numbers: what goes to Tune, to MLflow and into `result.json`."""
+    return {
+        EPOCH_KEY: result.epoch,
+        TRAIN_LOSS: result.train_loss,
+        VAL_LOSS: result.val_loss,
+        **result.metrics,
+        THRESHOLD: result.threshold,
+        "learning_rate": result.learning_rate,
+        "micro_batch": result.micro_batch,
+        "seconds": result.seconds,
+    }
+
+
+class _RayListener:
+    """Carries the loop's news on: epochs through Ray Train, steps to the progress board, states to their folder."""
+
+    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share) -> None:
+        self.task = task
+        self.fold = fold
+        self.rank = rank
+        self.states = states
+        self.share = share
+        self._posted = 0.0
+
+    def goes_on(self, state: "TrainState") -> None:
+        """Training will go on from `state`."""
+        if self.rank:
+            return
+        self.on_event(f"goes on after {state}")
+        best = max((epoch["metrics"][F1] for epoch in state.facts["epochs"]), default=0.0)
+        self.task.board.post.remote(self.fold, {"earlier_f1": best})
+
+    def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
+        now = time.monotonic()
+        if self.rank or (now - self._posted < STEP_POST_SECONDS and step < steps):
+            return
+        self._posted = now
+        post = {
+            "state": "training" if step < steps else "validating",
+            "epoch": epoch,
+            "step": step,
+            "steps": steps,
+            "loss": loss,
+            "micro_batch": micro_batch,
+        }
+        self.task.board.post.remote(self.fold, post)
+
+    def on_epoch(self, result: "EpochResult", scores: "np.ndarray", is_best: bool) -> None:
+        metrics = epoch_metrics(result)
+        if not self.rank:
+            self.task.board.post.remote(self.fold, {"history": metrics})
+        # All workers report, the first for them all: Ray Train waits for each.
+        ray.train.report(metrics)
+
+    def on_state(self, state: "TrainState") -> None:
+        # One for all workers: it holds what each has for itself.
+        if not self.rank:
+            with self.share.held():
+                self.states.save(state)
+
+    def on_event(self, text: str) -> None:
+        self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)

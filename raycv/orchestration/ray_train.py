@@ -1,0 +1,199 @@
+"""Ray Train: a trial trains its fold in a TorchTrainer, and again after the death of a process."""
+
+import hashlib
+import shutil
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from raycv.common.environment import seldom_collecting
+from raycv.common.files import is_full, unwritable, write_json, write_text
+from raycv.common.secrets import mask_secrets
+from raycv.errors import RunFailedError, UserError, counted
+from raycv.orchestration.cluster import own_node_name, share_of
+from raycv.orchestration.fold_task import FOLD_KEY, FoldTask
+from raycv.resources import survey
+from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
+from raycv.resources.placement import places
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import FoldFolder, RunFolder
+
+TRIAL_DIED = "the process that drives the fold died"
+
+
+def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
+    """The Tune trainable: trains fold `trial["fold"]` under Ray Train and leaves its files in the run folder.
+
+    A fold that fails for good leaves `error.json` instead of a result and ends like any other: what Tune sees as an
+    error is then the death of this process, and that alone is tried again.
+    """
+    fold = trial[FOLD_KEY]
+    if RunFolder(Path(task.root)).fold(fold).result.is_file():
+        # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
+        return
+    try:
+        _fit(task, fold)
+    except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
+        _keep_error(task, fold, error)
+
+
+def _fit(task: FoldTask, fold: int) -> None:
+    """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times in all.
+
+    Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
+    in advance (a preemption) are its own to retry, without limit. A node that cannot train the fold is left out from
+    then on, and another is tried: that costs no retry.
+    Raises: whatever the worker raised; RunFailedError if its processes died too often, or if no node is left.
+    """
+    with seldom_collecting():
+        from raycv.orchestration.trainer import Trainer, unfit_node, what_died
+
+    attempt = ray.get(task.board.begin.remote(fold))
+    if attempt > 1:
+        free_place(task.board, fold)
+        _tried_again(task, fold, TRIAL_DIED, attempt)
+    folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
+    while True:
+        # Ray Train would make the run's folder where this node does not see it.
+        share_of(task).check()
+        # It would also go on from what it finds under the same name; what training goes on from is ours.
+        shutil.rmtree(folder, ignore_errors=True)
+        left_out = ray.get(task.board.left_out.remote())
+        _check_nodes_left(task, left_out)
+        try:
+            _keep_fold(task, fold, Trainer(task, fold, folder, left_out).fit())
+            return
+        except Exception as error:
+            free_place(task.board, fold)
+            unfit = unfit_node(error)
+            if unfit is not None:
+                _leave_out(task, fold, unfit)
+                continue
+            died = what_died(error)
+            if died is None:
+                raise
+            attempt = ray.get(task.board.begin.remote(fold))
+            _tried_again(task, fold, died, attempt, error)
+
+
+def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
+    """Leaves the node of `unfit` out for the rest of the run, and tells so.
+
+    Raises: `unfit` if it is this process's own node: what it does not find, it cannot find after another training.
+    """
+    if unfit.node == ray.get_runtime_context().get_node_id():
+        raise unfit
+    ray.get(task.board.leave_out.remote(unfit.node, unfit.what, unfit.remedies))
+    task.board.tell.remote(fold, f"{unfit.what} This node is left out from now on.")
+
+
+def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str]]]) -> None:
+    """Raises: RunFailedError if no node but those of `left_out` can take a fold, instead of waiting for one for ever.
+
+    A cluster that grows can always give one more: there it is raised when more than `resources.retries` are left out.
+    """
+    given = task.placement
+    others = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
+    if task.config.resources.autoscaling:
+        over = len(left_out) > task.config.resources.retries
+    else:
+        over = bool(left_out) and places(others, given.gpus, given.cpus, given.workers) == 0
+    if over:
+        remedies = [remedy for _, each in left_out.values() for remedy in each]
+        raise RunFailedError(
+            "\n".join(["No node is left that can take the fold:", *(why for why, _ in left_out.values())]),
+            remedies=list(dict.fromkeys(remedies)),
+        )
+
+
+def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exception | None = None) -> None:
+    """Tells that attempt number `attempt` begins, since a process died.
+
+    Raises: RunFailedError if it is one too many.
+    """
+    retries = task.config.resources.retries
+    if attempt > retries + 1:
+        raise died_too_often(died, retries, attempt - 1) from error
+    task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
+
+
+def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
+    """The error of a fold that was begun `attempts` times, `died` being what ended the last of them."""
+    return RunFailedError(
+        f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
+        remedies=["where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent"],
+    )
+
+
+def free_place(board: Any, fold: int) -> None:
+    """Gives back the cores and GPUs of an attempt: if its trial died they are held until the run ends.
+
+    `board`: handle of the ProgressBoard actor.
+    """
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    place = ray.get(board.held.remote(fold))
+    if place is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
+
+
+def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
+    """Writes why the fold failed where the driver and the user find it."""
+    folder = RunFolder(Path(task.root)).fold(fold)
+    # Of a worker, or of Ray's controller where a worker failed before its training began.
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None) or error]
+    cause = getattr(failures[0], "_base_exc", failures[0])
+    text = "".join(traceback.format_exception(cause))
+    if not isinstance(cause, UserError) and is_full(cause):
+        # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
+        cause = unwritable("What Ray keeps of a fold", Path(task.root), cause)
+    what, remedies = f"{type(cause).__name__}: {cause}", []
+    if isinstance(cause, UserError):
+        what, remedies = cause.what, cause.remedies
+    message = mask_secrets(what)
+    record = {"message": message, "remedies": remedies, "traceback": mask_secrets(f"{error}\n{text}")}
+    try:
+        with share_of(task).held():
+            write_json(folder.error, record)
+    except (OSError, UserError):
+        # The disk or share that it failed for: the driver hears of it all the same.
+        ray.get(task.board.fail.remote(fold, message, remedies))
+
+
+def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
+    """Writes what the worker returned beside the checkpoint that it left; `result.json` comes last.
+
+    The checksums in it are the worker's own, and not those of what is found here: the driver compares.
+    Raises: NodeError if the checkpoint is not the one that the worker wrote, or this node lost the run's folder.
+    """
+    folder = RunFolder(Path(task.root)).fold(fold)
+    result: FoldResult = trained.return_value["result"]
+    predictions = trained.return_value["predictions"].to_csv(index=False, lineterminator="\n")
+    with share_of(task).held():
+        fault = survey.settled(lambda: _unseen(folder, result.sha256))
+        if fault is not None:
+            # The states are still there, so another node has little to train.
+            where = node_name(result.worker["address"], result.worker["host"])
+            what = f"{fault} {where} trained the fold; {own_node_name()} does not find what it wrote."
+            raise NodeError(what, trained.return_value["node"], remedies=[SHARE_REMEDY])
+        folder.root.mkdir(exist_ok=True)
+        folder.error.unlink(missing_ok=True)
+        # Scores say something about the authors of posts.
+        write_text(folder.predictions, predictions, private=True)
+        sums = {folder.predictions.name: hashlib.sha256(predictions.encode()).hexdigest(), **result.sha256}
+        write_json(folder.result, asdict(replace(result, sha256=sums)))
+    shutil.rmtree(folder.state, ignore_errors=True)
+
+
+def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:
+    """The first file of the checkpoint that is missing here, or another than the worker wrote; None if there is none.
+
+    `sums`: the worker's own checksums.
+    """
+    there = folder.checkpoint_sums()
+    name = next((name for name in sums if there.get(name) != sums[name]), None)
+    return None if name is None else f"{folder.root / name} is {'another file' if name in there else 'missing'}."

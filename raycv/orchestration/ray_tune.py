@@ -1,0 +1,261 @@
+"""Ray Tune: each fold is a trial; why a trial failed, and what the live view shows of it."""
+
+import contextlib
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.exceptions
+from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
+
+from raycv.common.files import read_json, unwritable
+from raycv.common.locations import absolute_folder
+from raycv.config.schema import RunConfig
+from raycv.errors import RunFailedError, UserError
+from raycv.orchestration.cluster import this_node, watched_cluster
+from raycv.orchestration.fold_task import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays
+from raycv.orchestration.fold_worker import train_worker
+from raycv.orchestration.ray_train import TRIAL_DIED, died_too_often, fold_trial, free_place
+from raycv.resources.nodes import NodeNeeds, node_name
+from raycv.resources.placement import Placement
+from raycv.resources.survey import settled
+from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import RunFolder, resume_command
+from raycv.terminal.live_view import DONE, FAILED, STARTING, LiveView
+from raycv.training.metrics import F1
+
+if TYPE_CHECKING:
+    from raycv.orchestration.fold_task import Prepared
+
+HEAD_NODE = "node:__internal_head__"
+POLL_SECONDS = 0.25
+STOPPED = "it was stopped before it ended"
+
+
+def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
+    """What trials and workers get. The arrays go through the object store once; weights never do."""
+    dataset = prepared.dataset
+    texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
+    return FoldTask(
+        # Trials and workers write logs and state of their own, and none of them talks to the tracking store.
+        config=config.without_secrets(),
+        run=folder.root.name,
+        root=str(folder.root),
+        shared=ray.put(
+            SharedArrays(prepared.encoded, prepared.splits, dataset.pairs, texts if config.privacy.log_text else None)
+        ),
+        base=prepared.base,
+        rules=prepared.encoder.rules,
+        criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
+        criteria_dir=absolute_folder(config.data.criteria_dir),
+        criteria_hash=dataset.stats["criteria_hash"],
+        placement=placement,
+        needs=NodeNeeds.of(folder),
+        board=progress_board(folder),
+        worker=train_worker,
+    )
+
+
+def progress_board(folder: RunFolder) -> Any:
+    """Starts the board of a run. Returns the actor's handle; the actor is started anew if its process dies."""
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
+    # On this node: any other may be lost while the run goes on.
+    return board.options(scheduling_strategy=this_node()).remote(str(folder.ray / "board.json"))
+
+
+def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:
+    """Runs `folds` as Tune trials, which leave their results in the run's folder.
+
+    Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
+    """
+    root = RunFolder(Path(task.root))
+    states = _FoldStates(view, root, task.board, task.config.resources.retries)
+    # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
+    trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
+    tuner = tune.Tuner(
+        trainable,
+        param_space={FOLD_KEY: tune.grid_search(folds)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=placement.concurrent,
+            # A trial's process, once it has imported Ray Train and torch, serves the next fold too.
+            reuse_actors=True,
+            trial_name_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
+            trial_dirname_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(root.ray),
+            # First of all it is decided whether a fold is finished: MLflow is told the same.
+            callbacks=[states, runs],
+            # What a trial raises is the death of its process; a fold that fails says so in its files.
+            failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
+            verbose=0,
+        ),
+    )
+    otherwise = STOPPED
+    with watched_cluster(root), _followed(task.board, view):
+        try:
+            tuner.fit()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            # Tune's own files, which a full disk leaves half: what became of the folds is told by theirs.
+            otherwise = str(unwritable("What Ray keeps of the run", root.root, error))
+    failed = [fold for fold in folds if not states.finished(fold)]
+    if failed:
+        lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
+        lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
+        remedies = [
+            *dict.fromkeys(states.remedies),
+            f"mend the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
+            f"what is finished is kept in {root.root}",
+        ]
+        raise RunFailedError("\n".join(lines), remedies=remedies)
+    shutil.rmtree(root.ray, ignore_errors=True)
+
+
+def _causes(errors: dict[int, str]) -> list[str]:
+    """A line for each cause, with its folds."""
+    folds_of: dict[str, list[int]] = {}
+    for fold, error in errors.items():
+        folds_of.setdefault(error, []).append(fold)
+    return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
+
+
+class _FoldStates(TrialProgressCallback):
+    """Tells the live view when trials start and end, and why they failed. In place of Tune's own, which prints."""
+
+    def __init__(self, view: LiveView, root: RunFolder, board: Any, retries: int) -> None:
+        super().__init__()
+        self.view = view
+        self.root = root
+        self.board = board
+        self.retries = retries
+        self.errors: dict[int, str] = {}
+        self.remedies: list[str] = []
+        self._finished: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks; a terminal cannot be
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        pass  # The board has it.
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.view.update(trial.config[FOLD_KEY], {"state": STARTING})
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        fold = trial.config[FOLD_KEY]
+        result = self.root.fold(fold).result
+        # A trial on another node writes one or the other; both may be seen late here.
+        settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
+        said = None if result.is_file() else self._said(fold)
+        if said is not None:
+            self._failed(fold, *said)
+        elif not self.finished(fold):
+            self._failed(fold, self.errors.get(fold, STOPPED))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The process of the trial died, once too often."""
+        fold = trial.config[FOLD_KEY]
+        free_place(self.board, fold)
+        if self.finished(fold):
+            return
+        if fold in self.errors:
+            self._failed(fold, self.errors[fold])
+            return
+        error = trial.get_error()
+        if error is None or isinstance(error, ray.exceptions.RayActorError):
+            died = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
+            self._failed(fold, died.what, died.remedies)
+        else:
+            self._failed(fold, str(error).strip().splitlines()[-1])
+
+    def _said(self, fold: int) -> tuple[str, Sequence[str]] | None:
+        """Why the fold failed, and what to do, if its trial said so."""
+        file = self.root.fold(fold).error
+        if file.is_file():
+            record = read_json(file)
+            return f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"]
+        # There was no room for the file, or its node does not see the run's folder.
+        told: tuple[str, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
+        return told
+
+    def finished(self, fold: int) -> bool:
+        """Whether the fold is finished, whatever became of its trial: its files are here, and as the worker left them.
+
+        A result whose files are not here is set aside, so that a resumed run trains the fold again.
+        """
+        files = self.root.fold(fold)
+        if fold in self._finished or not files.result.is_file():
+            return fold in self._finished
+        fault = settled(lambda: _fault(self.root, fold))
+        if fault is not None:
+            self.errors[fold] = f"{fault} {_trained_at(files.result)}; the driver does not find what it wrote there."
+            files.set_result_aside()
+            return False
+        self._finished.add(fold)
+        shutil.rmtree(files.state, ignore_errors=True)
+        self.view.update(fold, {"state": DONE})
+        return True
+
+    def _failed(self, fold: int, error: str, remedies: Sequence[str] = ()) -> None:
+        """What to do comes at the run's end, once for all folds."""
+        self.errors[fold] = error
+        self.remedies += remedies
+        self.view.update(fold, {"state": FAILED})
+        self.view.tell(fold, error)
+
+
+def _fault(root: RunFolder, fold: int) -> str | None:
+    """What is wrong with the files of a fold that has its result."""
+    try:
+        FoldResult.of(root, fold)
+    except UserError as error:
+        return error.what
+    return None
+
+
+def _trained_at(result: Path) -> str:
+    """Says where the fold of `result` was trained, as far as the file can tell."""
+    try:
+        worker = FoldResult.read(result).worker
+        return f"The fold was trained at {node_name(worker['address'], worker['host'])}"
+    except (UserError, KeyError):
+        return "The fold was trained at a node that its result does not name"
+
+
+@contextmanager
+def _followed(board: Any, view: LiveView) -> Iterator[None]:
+    """Carries what workers post on `board` to `view` while the block runs."""
+    over = threading.Event()
+    best: dict[int, float] = {}
+
+    def carry() -> None:
+        posts, events = ray.get(board.read.remote())
+        for fold, post in posts.items():
+            if "history" in post:
+                best[fold] = max(best.get(fold, post.get("earlier_f1", 0.0)), post["history"][F1])
+                post = {**post, "best_f1": best[fold]}
+            view.update(fold, post)
+        for fold, text in events:
+            view.tell(fold, text)
+
+    def follow() -> None:
+        while not over.wait(POLL_SECONDS):
+            # While the board is started anew.
+            with contextlib.suppress(ray.exceptions.RayError):
+                carry()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+        with contextlib.suppress(ray.exceptions.RayError):
+            carry()  # what came since the last look

@@ -1,0 +1,198 @@
+"""Prompts to token arrays; counts what was shortened."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raycv.data.types import Dataset
+from raycv.errors import UserError
+from raycv.prompts.template import FittedPost, PromptRules, Spans, fit_post, render
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from raycv.config.schema import PromptConfig
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Token arrays of P pairs in R rows; R = P except for `sliding`, where a pair has a row per window."""
+
+    input_ids: "np.ndarray"
+    """int32 [R, max_length], padded on the right"""
+    lengths: "np.ndarray"
+    """int32 [R]: tokens before the padding"""
+    pair_of_row: "np.ndarray"
+    """int32 [R], ascending: index of the row's pair"""
+    labels: "np.ndarray"
+    """int64 [P]"""
+    post_of_pair: "np.ndarray"
+    """int32 [P]: number of the pair's post"""
+    pad_id: int
+
+    def group_of_row(self) -> "np.ndarray":
+        """int64 [R]: rows of one group hold the same post text (the same window of it) under different criteria."""
+        import numpy as np
+
+        windows = np.bincount(self.pair_of_row)
+        first = np.cumsum(windows) - windows
+        window = np.arange(len(self.pair_of_row)) - first[self.pair_of_row]
+        return self.post_of_pair[self.pair_of_row].astype(np.int64) * int(windows.max()) + window
+
+    def rows_of(self, pairs: "np.ndarray") -> "np.ndarray":
+        """The rows of `pairs` (indices [n]), in the order of `pairs`."""
+        import numpy as np
+
+        first = np.searchsorted(self.pair_of_row, pairs, side="left")
+        last = np.searchsorted(self.pair_of_row, pairs, side="right")
+        if (last - first == 1).all():
+            return first
+        return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+
+
+class PromptEncoder:
+    """The tokenizer under one set of prompt rules: text in, token ids out. Training and inference share it."""
+
+    def __init__(self, tokenizer: Any, rules: PromptRules) -> None:
+        self.tokenizer = tokenizer
+        self.rules = rules
+
+    def count(self, prompt: str) -> int:
+        """Tokens of `prompt`, special tokens included, nothing cut."""
+        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+
+    def spans(self, text: str) -> Spans:
+        """Where `text` may be cut: its tokens if the tokenizer knows their positions, else its characters."""
+        if not self.tokenizer.is_fast:
+            return [(i, i + 1) for i in range(len(text))]
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(start, end) for start, end in encoding["offset_mapping"] if end > start]
+
+    def fit(self, post: str) -> FittedPost:
+        """`post` as it enters the prompts. Raises: UserError if nothing of it fits."""
+        return fit_post(post, self.rules, self.count, self.spans)
+
+    def tokens(self, prompts: Sequence[str]) -> tuple["np.ndarray", "np.ndarray"]:
+        """The literal call of FR-002. Returns input_ids int32 [n, max_length] and lengths int32 [n]."""
+        import numpy as np
+
+        batch = self.tokenizer(
+            list(prompts),
+            max_length=self.rules.max_length,
+            truncation="longest_first",
+            padding="max_length",
+            verbose=False,
+        )
+        lengths = np.array([sum(mask) for mask in batch["attention_mask"]], dtype=np.int32)
+        return np.array(batch["input_ids"], dtype=np.int32), lengths
+
+
+def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[str]) -> PromptEncoder:
+    """An encoder whose post limit leaves room for the longest of `criteria`.
+
+    Raises: UserError if a criterion and the question alone exceed `prompt.max_length`.
+    """
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    reserved = max(count(render("", criterion)) for criterion in criteria) - count(render("", ""))
+    post_limit = prompt.max_length - reserved
+    if prompt.long_post != "none" and post_limit <= count(render("", "")):
+        raise UserError(
+            f"prompt.max_length={prompt.max_length}: the longest criterion and the question take "
+            f"{reserved + count(render('', ''))} tokens, which leaves no room for a post.",
+            remedies=["raise prompt.max_length", "shorten the criteria", "prompt.long_post=none (cuts on the right)"],
+        )
+    rules = PromptRules(prompt.long_post, prompt.max_length, prompt.head_fraction, prompt.stride_fraction, post_limit)
+    return PromptEncoder(tokenizer, rules)
+
+
+def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPairs, dict[str, Any]]:
+    """All pairs of `dataset` as token arrays, and statistics of what was shortened (counts only, no text)."""
+    import numpy as np
+
+    fitted = {post_id: encoder.fit(post) for post_id, post in dataset.posts.items()}
+    number = {post_id: index for index, post_id in enumerate(dataset.posts)}
+    prompts, pair_of_row = [], []
+    for index, pair in enumerate(dataset.pairs):
+        for text in fitted[pair.post_id].texts:
+            prompts.append(render(text, dataset.criteria[pair.criterion_id].text))
+            pair_of_row.append(index)
+    input_ids, lengths = encoder.tokens(prompts)
+    encoded = EncodedPairs(
+        input_ids=input_ids,
+        lengths=lengths,
+        pair_of_row=np.array(pair_of_row, dtype=np.int32),
+        labels=np.array([pair.label for pair in dataset.pairs], dtype=np.int64),
+        post_of_pair=np.array([number[pair.post_id] for pair in dataset.pairs], dtype=np.int32),
+        pad_id=int(encoder.tokenizer.pad_token_id),
+    )
+    return encoded, _statistics(encoder, dataset, fitted, prompts, lengths)
+
+
+def _statistics(
+    encoder: PromptEncoder,
+    dataset: Dataset,
+    fitted: dict[str, FittedPost],
+    prompts: Sequence[str],
+    lengths: "np.ndarray",
+) -> dict[str, Any]:
+    rules = encoder.rules
+    # Windows together hold all of a post.
+    removed = [fit.tokens - fit.kept for fit in fitted.values() if fit.shortened and rules.long_post != "sliding"]
+    full = [index for index in range(len(prompts)) if lengths[index] == rules.max_length]
+    cut = [index for index in full if encoder.count(prompts[index]) > rules.max_length]
+    statistics = {
+        "long_post": rules.long_post,
+        "max_length": rules.max_length,
+        "post_limit_tokens": rules.post_limit,
+        "prompts": len(prompts),
+        "posts_shortened": len(removed),
+        "posts_in_windows": sum(len(fit.texts) > 1 for fit in fitted.values()),
+        "tokens_removed_mean": sum(removed) / len(removed) if removed else 0.0,
+        "tokens_removed_max": max(removed, default=0),
+        "prompt_tokens_mean": float(lengths.mean()),
+        "prompt_tokens_max": int(lengths.max()),
+        "prompts_cut_by_tokenizer": len(cut),
+    }
+    if rules.long_post == "none":
+        statistics |= _losses(encoder, dataset)
+    return statistics
+
+
+def _losses(encoder: PromptEncoder, dataset: Dataset) -> dict[str, int]:
+    """How many prompts the literal right cut robs of (part of) the question, and of the whole criterion."""
+    question = criterion = 0
+    for pair in dataset.pairs:
+        post, text = dataset.posts[pair.post_id], dataset.criteria[pair.criterion_id].text
+        question += encoder.count(render(post, text)) > encoder.rules.max_length
+        criterion += encoder.count(f"post: {post}, criterion:") >= encoder.rules.max_length
+    return {"prompts_without_question": question, "prompts_without_criterion": criterion}
+
+
+def encoding_summary(statistics: dict[str, Any], posts: int) -> str:
+    """One line on the lengths of the prompts and on how long posts were fitted."""
+    mode, windowed, shortened = statistics["long_post"], statistics["posts_in_windows"], statistics["posts_shortened"]
+    if mode == "none":
+        fitted = f"{statistics['prompts_cut_by_tokenizer']:,} of {statistics['prompts']:,} cut on the right"
+    elif mode == "sliding":
+        fitted = f"{windowed:,} of {posts:,} posts ({windowed / posts:.0%}) in several windows"
+    else:
+        fitted = f"{shortened:,} of {posts:,} posts ({shortened / posts:.0%}) shortened ({mode})"
+    mean, most = statistics["prompt_tokens_mean"], statistics["prompt_tokens_max"]
+    return f"Prompts: {mean:.0f} tokens on average, {most} at most; {fitted}"
+
+
+def encoding_warnings(statistics: dict[str, Any]) -> list[str]:
+    """What the user should know about how the prompts were cut."""
+    warnings = []
+    if statistics.get("prompts_without_question"):
+        warnings.append(
+            f"prompt.long_post=none: {statistics['prompts_without_question']} of {statistics['prompts']} prompts lost "
+            f"the question and {statistics['prompts_without_criterion']} of them the whole criterion, so pairs of one "
+            "post look alike; prompt.long_post=head_tail keeps both"
+        )
+    elif statistics["prompts_cut_by_tokenizer"]:
+        warnings.append(f"{statistics['prompts_cut_by_tokenizer']} prompts were cut by the tokenizer after fitting")
+    return warnings

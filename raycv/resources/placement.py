@@ -1,0 +1,71 @@
+"""How many folds run at once, and the cores and GPUs of each. Pure functions of what the nodes have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raycv.config.schema import RunConfig
+from raycv.errors import UserError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one fold gets, and how many folds run at once."""
+
+    gpus: float
+    """of the fold, shared by its workers"""
+    cpus: float
+    workers: int
+    concurrent: int
+    alone: bool = False
+    """whether the cluster is one machine, and stays it"""
+
+
+def places(nodes: Sequence[Mapping[str, float]], gpus: float, cpus: float, workers: int) -> int:
+    """How many folds fit on `nodes` (their resources) at once; `gpus` and `cpus` are a fold's."""
+    return sum(_workers_that_fit(node, gpus / workers, cpus / workers) for node in nodes) // workers
+
+
+def _workers_that_fit(node: Mapping[str, float], gpus: float, cpus: float) -> int:
+    by_gpu = node.get("GPU", 0) / gpus if gpus else float("inf")
+    return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
+
+
+def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
+    """What a fold gets on the cluster as it is now. `nodes`: the resources of each node, as Ray names them.
+
+    Raises: UserError if no node could ever hold a fold and the cluster does not grow (resources.autoscaling).
+    """
+    asked = config.resources
+    at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
+    workers = asked.workers_per_fold
+    has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
+    gpus = float(has_gpus * workers) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    if asked.cpus_per_fold == "auto":
+        cpus = workers * _even_share(nodes, gpus / workers, at_most * workers)
+    else:
+        cpus = asked.cpus_per_fold
+    if asked.autoscaling:
+        return Placement(gpus, cpus, workers, at_most)
+    fit = places(nodes, gpus, cpus, workers)
+    if fit == 0:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        shared = f" for {workers} workers" if workers > 1 else ""
+        raise UserError(
+            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{shared}, and no node has them (nodes: {have}).",
+            remedies=[
+                "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
+                "on a cluster that grows on demand: resources.autoscaling=true",
+            ],
+        )
+    return Placement(gpus, cpus, workers, min(fit, at_most), alone=len(nodes) == 1)
+
+
+def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
+    """Whole cores for each of the workers that can run at once (`at_most`), at least 1; `gpus` is a worker's."""
+    if gpus:
+        shares = [
+            node.get("CPU", 0) // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus
+        ]
+        return max(1.0, min(shares, default=1.0))
+    cores = [node.get("CPU", 0.0) for node in nodes]
+    return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))

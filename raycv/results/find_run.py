@@ -1,0 +1,129 @@
+"""Finds a run folder by its name or as `latest`, and reads the config that it recorded."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from raycv.common.environment import recorded_moment
+from raycv.common.files import AFRESH, GOOD_COPY, read_record
+from raycv.config.schema import RunConfig
+from raycv.config.validation import validate
+from raycv.errors import FaultsError, UserError, shown
+from raycv.results.run_folder import RunFolder
+
+LATEST = "latest"
+MOST_NAMES = 5
+QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
+
+
+def find_run(runs: Path, run: str) -> RunFolder | None:
+    """The folder of the run named `run`, or for `latest` of the newest whose folds are all finished, else the newest.
+
+    None if there is none of that name.
+
+    Raises: UserError if `latest` is asked for and there is no run at all, or if a folder may not be looked into.
+    """
+    with looking_for(run):
+        if run != LATEST:
+            # A name, or the path of the folder, as the shell completes it.
+            named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
+            return next((RunFolder(folder.absolute()) for folder in named), None)
+        made = runs_in(runs)
+        if not made:
+            remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
+            raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
+        return ([folder for folder in made if is_finished(folder)] or made)[-1]
+
+
+@contextmanager
+def looking_for(run: str) -> Iterator[None]:
+    """Raises: UserError if a place cannot be looked at: `run` is too long for a name, or leads where one may not."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{shown(str(error.filename), most=200)}: {error.strerror}"
+        remedies = [
+            "give a run's name or folder, an MLflow run id, a checkpoint folder, or latest",
+            "see to the permissions of that folder",
+        ]
+        raise UserError(f"run={shown(run)} cannot be looked for: {where}.", remedies=remedies) from error
+
+
+def runs_in(runs: Path) -> list[RunFolder]:
+    """All runs in the folder `runs`, the newest last."""
+    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
+    return [RunFolder(path.parent) for path in made]
+
+
+def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
+    """What to do when there is no run named `meant` in the folder `runs`, which `folder_key` sets."""
+    names = [folder.root.name for folder in reversed(runs_in(runs))]
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
+        there = f"did you mean {near[0]}?"
+    elif names:
+        there = f"the runs there are ({LATEST} is the newest): {', '.join(names[:MOST_NAMES])}{rest}"
+    else:
+        there = QUICKSTART
+    return [there, f"another folder: {folder_key}=<folder>"]
+
+
+def make_newest(folder: RunFolder) -> None:
+    """Sees to it that `latest` means the run in `folder`, also when the clock was set back since another was made."""
+    others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
+    newest = max((path.stat().st_mtime for path in others), default=0.0)
+    if folder.config.stat().st_mtime <= newest:
+        # File systems count whole seconds at worst, or two.
+        os.utime(folder.config, (newest + 2, newest + 2))
+
+
+def folds_of(config_file: Path) -> int:
+    """How many folds the run was asked for. Raises: UserError if its config does not say."""
+    try:
+        return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+    except OSError as error:
+        raise UserError(f"{config_file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
+
+
+def finished_at(folder: RunFolder) -> str | None:
+    """When the run in `folder` was complete; None if it is not, or if its report does not say."""
+    try:
+        return recorded_moment(read_record(folder.report).get("finished"))
+    except (UserError, OSError):
+        # A report that is missing or damaged keeps no checkpoint from answering.
+        return None
+
+
+def recorded_config(folder: RunFolder) -> RunConfig:
+    """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
+    remedies = [GOOD_COPY, AFRESH]
+    try:
+        values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("data"), dict):
+            # Earlier versions had no such key and kept NaN and the like as text: the run must see the same data.
+            values["data"].setdefault("missing", "text")
+        return validate(RunConfig, values, recorded=True)
+    except OSError as error:
+        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=remedies) from error
+    except FaultsError as error:
+        what = f"{folder.config} is damaged, or of another version of raycv.\n{error.what}"
+        raise UserError(what, remedies=remedies) from error
+
+
+def is_finished(folder: RunFolder) -> bool:
+    try:
+        return len(finished_folds(folder)) == folds_of(folder.config)
+    except UserError:
+        return False
+
+
+def finished_folds(folder: RunFolder) -> list[int]:
+    return folder.finished(folds_of(folder.config))

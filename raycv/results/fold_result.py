@@ -1,0 +1,88 @@
+"""FoldResult: a finished fold as it stands in `result.json`."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raycv.common.files import read_json
+from raycv.common.numerics import FIRST_NUMERICS
+from raycv.errors import UserError
+from raycv.results.run_folder import RunFolder
+from raycv.training.metrics import METRICS, collapse_reasons
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A finished fold, as it stands in `result.json`. `fold` counts from 0, epochs from 1."""
+
+    fold: int
+    threshold: float
+    best_epoch: int
+    epochs: int
+    metrics: dict[str, float]
+    """the five metrics on the validation pairs at `threshold`, after the best epoch"""
+    seconds: float
+    """wall time of the training loop, model loading included"""
+    train_pairs: int
+    val_pairs: int
+    val_matched: int
+    history: list[dict[str, float]]
+    """a dict per epoch: epoch, losses, the five metrics, threshold, learning_rate, micro_batch, seconds"""
+    events: list[str]
+    """what a reader should know: out-of-memory events, early stopping"""
+    worker: dict[str, Any]
+    """where and how it trained: host, device, precision, parameters"""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """of the fold's other files, by their path in its folder"""
+    collapsed: list[str] | None = None
+    """why the classifier counts as collapsed, empty if it does not; None: an earlier version recorded no reasons"""
+    numerics: int = FIRST_NUMERICS
+    """the number of the arithmetic that it was computed with (raycv.utils.NUMERICS)"""
+
+    def collapse(self) -> list[str]:
+        """Why the classifier counts as collapsed: as recorded, else as far as the metrics alone tell."""
+        if self.collapsed is not None:
+            return self.collapsed
+        return collapse_reasons(self.metrics, self.val_matched, self.val_pairs)
+
+    @classmethod
+    def read(cls, path: Path) -> "FoldResult":
+        """Raises: UserError if the file is missing, damaged, or not a fold's result."""
+        from pydantic import TypeAdapter, ValidationError
+
+        # As JSON, of which alone pydantic makes a dataclass without making numbers of texts.
+        values = json.dumps(read_json(path))
+        try:
+            result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
+            raise UserError(f"{path} is no fold result of this version of raycv: {faults}.") from error
+        shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
+        if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
+            what = f"{', '.join(wrong)} must lie in 0..1"
+            raise UserError(f"{path} is no fold result of this version of raycv: {what}.")
+        return result
+
+    @classmethod
+    def of(cls, folder: RunFolder, fold: int) -> "FoldResult":
+        """The result of a finished fold, whose files are as it left them.
+
+        Raises: UserError if one of them is missing, damaged, or another fold's.
+        """
+        files = folder.fold(fold)
+        result = cls.read(files.result)
+        if result.fold != fold:
+            raise UserError(f"{files.result} is that of fold {result.fold}.")
+        try:
+            there = files.sums()
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        # Results of earlier versions say nothing of them.
+        for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/raycv.json"):
+            if name not in there:
+                raise UserError(f"{files.root / name} is missing.")
+            if there[name] != result.sha256.get(name, there[name]):
+                raise UserError(f"{files.root / name} is damaged: it does not have its checksum.")
+        return result

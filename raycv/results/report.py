@@ -1,0 +1,117 @@
+"""Fold results -> the summary: `report.json`, the table at the end of a run. Pure: no Ray, no MLflow, no torch."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from raycv.errors import RunFailedError
+from raycv.results.fold_result import FoldResult
+from raycv.training.metrics import F1, METRICS, ROC_AUC, THRESHOLD, all_matched_f1, collapsed_because
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+COLUMNS = (*METRICS, THRESHOLD)
+
+
+def summarize(
+    run: str,
+    results: Sequence[FoldResult],
+    folds: int,
+    data_stats: Mapping[str, Any] | None = None,
+    finish: str | None = None,
+    finished: str | None = None,
+) -> dict[str, Any]:
+    """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
+
+    `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of; `finish` is
+    what to type where folds are missing; `finished` is when the run was complete, None if nobody recorded it.
+    Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
+    """
+    present = {result.fold for result in results}
+    finish = finish or f"python -m raycv.run resume={run}"
+    missing = [fold for fold in range(folds) if fold not in present]
+    if missing:
+        raise RunFailedError(
+            f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
+            "and nothing is averaged over fewer folds than asked for.",
+            remedies=[f"finish it: {finish} (fold_<k>/error.json says why a fold failed)"],
+        )
+    if len(results) != folds:
+        raise RunFailedError(
+            f"Run {run}: {len(results)} fold results for {folds} folds (a fold twice, or one too many)."
+        )
+    stats = data_stats or {}
+    ordered = sorted(results, key=lambda result: result.fold)
+    values = {key: [_value(result, key) for result in ordered] for key in COLUMNS}
+    pairs = sum(result.val_pairs for result in ordered)
+    prevalence = sum(result.val_matched for result in ordered) / pairs
+    unrecorded = [str(one.fold) for one in ordered if one.collapsed is None]
+    marked = [replace(one, collapsed=one.collapse()) for one in ordered]
+    collapsed = {one.fold: one.collapsed for one in marked if one.collapsed}
+    warnings = list(stats.get("warnings", []))
+    if unrecorded:
+        warnings.append(
+            f"fold {', '.join(unrecorded)}: an earlier version of raycv did not record whether the scores vary; "
+            "its labels and its F1 were checked"
+        )
+    warnings += [f"fold {fold}: {collapsed_because(reasons)}" for fold, reasons in collapsed.items()]
+    return {
+        "run": run,
+        "finished": finished,
+        "control": bool(stats.get("labels_shuffled", False)),
+        "folds": [asdict(result) for result in marked],
+        "mean": {key: statistics.fmean(column) for key, column in values.items()},
+        "std": {key: statistics.stdev(column) for key, column in values.items()},
+        "std_kind": "sample standard deviation over the folds (ddof=1)",
+        "best_fold": best_fold(ordered),
+        "pairs": pairs,
+        "prevalence": prevalence,
+        "floors": {"all_matched_f1": all_matched_f1(prevalence), "all_unmatched_accuracy": 1 - prevalence},
+        "threshold_note": "tuned on the fold that it is reported on, as specified: F1 is flattered a little",
+        "collapsed_folds": list(collapsed),
+        "warnings": warnings,
+    }
+
+
+def best_fold(results: Sequence[FoldResult]) -> int:
+    """The fold with the highest F1; of equal ones the higher ROC-AUC, then the lower number."""
+    return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold
+
+
+def summary_table(report: dict[str, Any]) -> "Group":
+    """What ends a run: a row per fold, then mean and deviation, under a title that says if it is a control."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
+    title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    collapsed = report.get("collapsed_folds", [])
+    for fold in report["folds"]:
+        mark = " *" if fold["fold"] == report["best_fold"] else ""
+        mark += " !" if fold["fold"] in collapsed else ""
+        cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
+        cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
+        table.add_row(f"{fold['fold']}{mark}", *cells)
+    table.add_section()
+    for name, row in (("mean", report["mean"]), ("std", report["std"])):
+        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
+    floors = report["floors"]
+    caption = Text(
+        f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
+        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
+        "dim",
+    )
+    marked = [fold for fold in report["folds"] if fold["fold"] in collapsed]
+    warnings = [f"! fold {fold['fold']}: {collapsed_because(fold.get('collapsed') or [])}" for fold in marked]
+    return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
+
+
+def _value(result: FoldResult, key: str) -> float:
+    return result.threshold if key == THRESHOLD else result.metrics[key]

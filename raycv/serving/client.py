@@ -1,0 +1,220 @@
+"""Decides whether a scorer can answer as this process would, and asks it. Imports nothing heavy."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from raycv.common.locations import absolute_folder, absolute_uri
+from raycv.common.secrets import mask_secrets
+from raycv.config.schema import InferConfig
+from raycv.data.types import Criterion
+from raycv.errors import UserError
+from raycv.inference.choose import Chosen, choose
+from raycv.inference.log import NOT_TRACKED, store_of
+from raycv.inference.questions import Question
+from raycv.model.base_model import absolute_name
+from raycv.model.checkpoint import MANIFEST
+from raycv.results.find_run import LATEST
+from raycv.serving.connection import (
+    NO_SCORER,
+    TOKEN_VARIABLE,
+    Connection,
+    RefusedError,
+    Unavailable,
+    checked_address,
+    checked_token,
+)
+from raycv.serving.discovery import PATTERN, first_changed, read_announcement, remove_announcement
+from raycv.serving.messages import Announcement, Reply, Served, ServedModel
+from raycv.tracking.lookup import LOCAL_URI
+
+AUTO = "auto"
+IN_PROCESS = "none"
+TOO_LARGE = (413, 422)
+"""Of REFUSED_INPUT: what a scorer's limits refuse, and this process may compute."""
+
+Tell = Callable[[str], None]
+
+
+def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
+    """The answers of a scorer, or None where this process is to compute them.
+
+    Raises: UserError if the scorer that `config` names cannot be reached or has another model, or refuses a question.
+    """
+    if config.server == IN_PROCESS:
+        return None
+    if config.server == AUTO:
+        return _ask_found(config, questions, tell)
+    address, token = checked_address(config.server), checked_token(os.environ.get(TOKEN_VARIABLE))
+    try:
+        with Connection(address, token) as connection:
+            _check_model(config, connection.health().model)
+            return _ask(connection, config, questions, tell)
+    except (Unavailable, ConnectionRefusedError) as error:
+        raise UserError(
+            f"server={address}: the scorer there cannot answer: {error}.",
+            remedies=[
+                "see that it runs, and on that port: python -m raycv.serve",
+                f"if it asks for a token, set the environment variable {TOKEN_VARIABLE} to that",
+                "compute in this process: server=none",
+            ],
+        ) from error
+
+
+def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
+    # Alone: the same bytes as from this process, whatever else the scorer is asked meanwhile.
+    body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
+    answer = connection.post("/score", body | {"alone": True})
+    try:
+        served = Served.model_validate(answer)
+    except ValidationError as error:
+        raise Unavailable(NO_SCORER) from error
+    if len(served.answers) != len(questions):
+        raise Unavailable(NO_SCORER)
+    for warning in served.warnings:
+        tell(warning)
+    # As they came: what is printed is their very digits, in their order.
+    return Reply(answer["answers"], {key: Criterion(key, "", symptom) for key, symptom in served.criteria.items()})
+
+
+def _check_model(config: InferConfig, model: ServedModel) -> None:
+    """Raises: UserError if the scorer's model is not the one asked for; `run=latest fold=best` takes what it has."""
+    whatever = config.run == LATEST and config.fold in ("best", model.fold, model.fold_asked)
+    if not whatever and not _is_named(config, model):
+        raise UserError(
+            f"server={config.server}: the scorer has run {model.named}, fold {model.fold}, "
+            f"not run={config.run} fold={config.fold}.",
+            remedies=["leave run and fold out, and take what it has", "compute in this process: server=none"],
+        )
+    if config.infer.precision not in (AUTO, model.precision):
+        raise UserError(
+            f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
+            remedies=["leave infer.precision out", "compute in this process: server=none"],
+        )
+    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": _store(config)}
+    given = [key for key, value in own.items() if value]
+    if given:
+        raise UserError(
+            f"{given[0]}: is the scorer's own at {config.server}.",
+            remedies=[f"give it where the scorer starts: python -m raycv.serve {given[0]}=...", "server=none"],
+        )
+
+
+def _store(config: InferConfig) -> str | None:
+    return None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
+
+
+def _is_named(config: InferConfig, model: ServedModel) -> bool:
+    path = Path(config.run)
+    # The path of a folder that is here says more than its name: other folders hold runs too.
+    by_name = path.name == config.run or not path.is_dir()
+    if by_name and path.name in (model.named, model.run):
+        return config.fold in (model.fold, model.fold_asked)
+    if config.run == LATEST:
+        return False
+    # An MLflow id, or a checkpoint folder.
+    return _is_tracked_as(config, model) or _same_files(
+        choose(config.run, config.fold, Path(config.dir), _store(config)), model
+    )
+
+
+def _is_tracked_as(config: InferConfig, model: ServedModel) -> bool:
+    """Whether `run` and `fold` name the scorer's model by MLflow's id of its run or its fold: MLflow is not loaded."""
+    if config.run == model.parent_id:
+        return config.fold in (model.fold, model.fold_asked)
+    return config.run == model.fold_id and config.fold in ("best", model.fold)
+
+
+def _same_files(chosen: Chosen, model: ServedModel) -> bool:
+    return [str(folder) for folder in chosen.checkpoints] == model.checkpoints
+
+
+def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
+    given = Path(config.run).absolute()
+    # A run that was given by its place, or a checkpoint of it, lies where its scorer may have announced itself.
+    folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
+    try:
+        files = [file for folder in folders for file in sorted(folder.glob(PATTERN))]
+    except OSError:
+        # Who then looks for the run in there says so.
+        return None
+    found = [(file, record) for file in files if (record := read_announcement(file)) is not None]
+    if not found:
+        return None
+    same, chosen = _with_model(found, config)
+    if not same:
+        # Who started a scorer would wonder why it takes so long.
+        others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
+        tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
+    reasons = []
+    for file, record in same:
+        why = _difference(record, chosen, config)
+        try:
+            if why is None:
+                return _ask_announced(record, config, questions, tell)
+        except ConnectionRefusedError:
+            remove_announcement(file)
+            why = "is gone"
+        except Unavailable as error:
+            why = f"cannot answer ({error})"
+        except RefusedError as error:
+            if error.status not in TOO_LARGE:
+                raise
+            why = "takes no question as large as this"
+        reasons.append(f"the scorer at {record.url} {why}")
+    if reasons:
+        tell(f"{'; '.join(reasons)}: computing in this process")
+    return None
+
+
+def _ask_announced(record: Announcement, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
+    with Connection(record.url, record.token) as connection:
+        # The port may be another program's by now, which is to get no post.
+        if connection.health().instance != record.instance:
+            raise Unavailable("another program answers on its port")
+        return _ask(connection, config, questions, tell)
+
+
+def _with_model(
+    found: Sequence[tuple[Path, Announcement]], config: InferConfig
+) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
+    """Those of `found` that have what this process would load, and what that is; None if an MLflow id names them."""
+    named = [each for each in found if _is_tracked_as(config, each[1].model)]
+    if named:
+        return named, None
+    chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
+    return [each for each in found if _same_files(chosen, each[1].model)], chosen
+
+
+def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig) -> str | None:
+    """Why the scorer, which has the right checkpoints, would answer otherwise than this process; None if it would not.
+
+    `chosen`: what this process would load; None if MLflow's id names the scorer's run.
+    """
+    model = record.model
+    if chosen is not None and chosen.finished != model.finished:
+        return "does not know when its run finished, and has to be started again"
+    tracked = chosen.tracking_uri if chosen is not None else _store(config) or LOCAL_URI
+    if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
+        return "does not say which files it answers from"
+    if (changed := first_changed(record.stamps)) is not None:
+        return f"started before {changed} changed, and has to be started again"
+    if config.infer.device == "cpu" and model.device != "cpu":
+        return f"computes on {model.device or 'a device that it does not name'}, and asked for is the CPU"
+    asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
+    if asked != model.precision:
+        return f"computes in {model.precision}, and asked for is {asked}"
+    if (config.criteria_dir and absolute_folder(config.criteria_dir)) != model.criteria_dir:
+        return "has other criteria (criteria_dir)"
+    if config.base is not None and absolute_name(config.base) != (model.base_given or model.base):
+        return "has its base model from elsewhere (base)"
+    store = store_of(config.tracking.uri, tracked)
+    if store is not None and (mask_secrets(absolute_uri(store)), config.tracking.experiment) != (
+        record.tracking_uri,
+        record.experiment,
+    ):
+        return "logs elsewhere (tracking.uri, tracking.experiment)"
+    return None

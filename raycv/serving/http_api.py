@@ -1,0 +1,243 @@
+"""The scorer's HTTP interface: bodies, limits, token, errors, OpenAPI page."""
+
+import asyncio
+import hmac
+import logging
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raycv import __version__
+from raycv.config.schema import ServerConfig
+from raycv.errors import UserError
+from raycv.inference.questions import Question
+
+logger = logging.getLogger(__name__)
+
+PAGE_FILES = "/static"
+OPEN_PATHS = ("/docs", "/openapi.json", f"{PAGE_FILES}/")
+"""What they begin with holds nothing of a model or a post; a browser has no token to bring."""
+
+BODY_SECONDS = 30.0
+"""For all of a body: who sends half of one and waits would hold a place in the queue for ever."""
+
+ALONE = (
+    "compute this request by itself, not with others that arrive at the same time: the same scores whenever it is "
+    "asked, for more time. Else they move with what is computed beside them: by 1e-6 in fp32, by some 1e-4 in bf16, "
+    "which can flip the label of a score at the threshold"
+)
+
+
+class Overloaded(Exception):  # noqa: N818
+    """More requests wait than may."""
+
+
+class TooManyPairsError(UserError):
+    """A request asks for more pairs than one may."""
+
+
+class Scores(Protocol):
+    """What the interface stands before."""
+
+    async def score(self, questions: Sequence[Question], log: bool, alone: bool) -> dict[str, Any]:
+        """Answers and what goes with them. Raises: UserError, TooManyPairsError, Overloaded."""
+
+    def health(self) -> dict[str, Any]:
+        """Which model, since when, how much it did."""
+
+
+class Score(BaseModel):
+    """An answer. `threshold`: what `score`, the probability of matched, was held against."""
+
+    label: Literal["matched", "unmatched"]
+    score: float
+    threshold: float
+    criterion_id: str | None
+    model: dict[str, Any] = Field(description="run, fold, base, and when the run finished (UTC; null: not recorded)")
+    truncated: bool
+
+
+class Scored(BaseModel):
+    """`answers`: for each pair one, or where it names no criterion one for each of the run's."""
+
+    answers: list[list[Score]]
+    criteria: dict[str, str | None] = Field(description="the run's criteria: id -> symptom name")
+    model: dict[str, Any]
+    warnings: list[str]
+
+
+class Refused(BaseModel):
+    """What is wrong, and what to do about it."""
+
+    error: str
+    remedies: list[str]
+
+
+def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
+    """The application; `limits` has the token too."""
+    text = Annotated[str, Field(max_length=limits.max_post_characters)]
+    logged = Annotated[bool, Field(description="keep the inference in MLflow, without its text")]
+    by_itself = Annotated[bool, Field(description=ALONE)]
+
+    class Pair(BaseModel):
+        """A post, and a criterion: its id, symptom name or any words; without one each of the run's criteria."""
+
+        model_config = ConfigDict(extra="forbid", strict=True)
+        post: text
+        criterion: text | None = None
+
+    class OnePair(Pair):
+        """One pair."""
+
+        log: logged = False
+        alone: by_itself = False
+
+    class ManyPairs(BaseModel):
+        """Many pairs at once; those that share a post share its computation."""
+
+        model_config = ConfigDict(extra="forbid", strict=True)
+        pairs: Annotated[list[Pair], Field(min_length=1, max_length=limits.max_pairs)]
+        log: logged = False
+        alone: by_itself = False
+
+    body_kind = Annotated[
+        Annotated[OnePair, Tag("one")] | Annotated[ManyPairs, Tag("many")], Discriminator(_kind_of_body)
+    ]
+    known = {"body", "pairs", *OnePair.model_fields}
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refused} for code in (400, 401, 413, 422, 503)}
+
+    # Offline: the page's scripts come from the package, since a node that holds such posts often has no web.
+    app = FastAPIOffline(
+        title="raycv scorer", version=__version__, responses=refusals, redoc_url=None, static_url=PAGE_FILES
+    )
+    app.add_middleware(Gate, token=limits.token, most_bytes=limits.max_body_bytes)
+
+    @app.post("/score", response_model=Scored)
+    async def score(body: body_kind) -> JSONResponse:
+        """Matched or unmatched, for one pair or many. A research tool, not for diagnosis."""
+        pairs = body.pairs if isinstance(body, ManyPairs) else [body]
+        questions = [Question(pair.post, pair.criterion) for pair in pairs]
+        try:
+            # The tests check its shape, not pydantic at every request.
+            return JSONResponse(await scorer.score(questions, body.log, body.alone))
+        except (UserError, Overloaded):
+            raise
+        except Exception as error:  # noqa: BLE001  (its message, which the server would log, may hold a text)
+            logger.error("a request failed: %s at %s", type(error).__name__, _origin(error))
+            return refusal(500, f"The scorer failed: {type(error).__name__}.", ["see its log"])
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Which model answers, since when, and what it did."""
+        return scorer.health()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            remedies = ["send the header Content-Type: application/json", "see the page /docs"]
+            return refusal(422, "The body is not said to be JSON.", remedies)
+        faults = "; ".join(_told(fault, known) for fault in error.errors()[:20])
+        return refusal(422, f"The body cannot be read: {faults}", ["see the page /docs"])
+
+    app.add_exception_handler(HTTPException, _http_refusal)
+    app.add_exception_handler(Overloaded, _overloaded)
+    app.add_exception_handler(UserError, _user_error)
+    return app
+
+
+def refusal(status: int, error: str, remedies: Sequence[str], headers: dict[str, str] | None = None) -> JSONResponse:
+    """`error` as every refusal of the scorer looks."""
+    return JSONResponse({"error": error, "remedies": list(remedies)}, status, headers)
+
+
+def _kind_of_body(value: Any) -> str:
+    return "many" if isinstance(value, dict) and "pairs" in value else "one"
+
+
+def _told(fault: dict[str, Any], known: set[str]) -> str:
+    if fault["type"] == "json_invalid":
+        return f"it is no JSON from character {fault['loc'][-1]} on"
+    return f"{_place(fault['loc'], known)}: {fault['msg']}"
+
+
+def _place(loc: Sequence[int | str], known: set[str]) -> str:
+    """Where a fault is. A key that is not ours is not named: it can be anything, a text too."""
+    parts = [str(part) if isinstance(part, int) or part in known else "(unknown key)" for part in loc]
+    return ".".join(part for part, raw in zip(parts, loc, strict=True) if raw not in ("one", "many", "body")) or "body"
+
+
+async def _http_refusal(_: Request, error: Any) -> JSONResponse:
+    # The detail is starlette's or ours, never the client's.
+    return refusal(error.status_code, str(error.detail), ["see the page /docs"], error.headers)
+
+
+async def _overloaded(_: Request, error: Exception) -> JSONResponse:
+    return refusal(503, "The scorer has too many requests waiting.", ["try again in a moment"], {"Retry-After": "1"})
+
+
+async def _user_error(_: Request, error: Any) -> JSONResponse:
+    return refusal(413 if isinstance(error, TooManyPairsError) else 400, error.what, error.remedies)
+
+
+def _origin(error: BaseException) -> str:
+    """File and line that raised `error`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
+
+
+class Gate:
+    """Before anything is read: the token, and the size of the body."""
+
+    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
+        self._app = app
+        self._body_seconds = body_seconds
+        self._token = token
+        self._most = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refused = self._refusal(scope)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        seen, whole = 0, False
+        ends = time.monotonic() + self._body_seconds
+
+        async def counted() -> Message:
+            nonlocal seen, whole
+            # Behind the body comes the end of the connection alone, for which it may wait.
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else max(0.0, ends - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"The body did not come within {self._body_seconds:g} seconds.") from None
+            whole = not message.get("more_body", False)
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                raise HTTPException(413, f"The body has more than {self._most} bytes.")
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = dict(scope["headers"])
+        if self._token and not scope["path"].startswith(OPEN_PATHS):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(given, self._token.encode()) or scheme.lower() != b"bearer":
+                remedies = ["send Authorization: Bearer <token>"]
+                return refusal(401, "The token is missing or wrong.", remedies, {"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._most:
+            return refusal(413, f"The body has more than {self._most} bytes.", ["send fewer pairs at a time"])
+        return None

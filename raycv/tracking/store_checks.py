@@ -1,0 +1,99 @@
+"""Checks before a run whether the MLflow store can be used: database, schema, folder of artifacts."""
+
+import contextlib
+import os
+import sqlite3
+from functools import partial
+from pathlib import Path
+
+from raycv.common.files import check_writable
+from raycv.common.locations import SQLITE, absolute_uri
+from raycv.config.schema import TrackingConfig
+from raycv.errors import UserError
+
+NO_ENTRY = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+LOG_IN = (
+    "log in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), "
+    "or write user:password@ before the host in tracking.uri; the user must have the right to do this"
+)
+LOCK_SECONDS = 60
+"""For another process to make or migrate the tables of a SQLite file."""
+
+
+def new_database(config: TrackingConfig) -> Path | None:
+    """The SQLite database that is still to be made; None if it is there, or the store a server's."""
+    uri = absolute_uri(config.uri)
+    database = Path(uri.removeprefix(SQLITE))
+    return database if uri.startswith(SQLITE) and not os.path.exists(database) else None
+
+
+def new_store_faults(config: TrackingConfig) -> list[UserError]:
+    """Why a store that is not there yet cannot be made; empty if it can, or if it is there or a server's."""
+    database = new_database(config)
+    if database is None:
+        return []
+    faults = []
+    for check in (partial(_check_new_database, database), partial(check_new_artifacts, config)):
+        try:
+            check()
+        except UserError as error:
+            faults.append(error)
+    return faults
+
+
+def check_database(database: Path, seconds: int | None) -> None:
+    """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes.
+
+    So it would with one that is locked, which is refused after `seconds`; None: left to it.
+    """
+    if not os.path.exists(database):
+        _check_new_database(database)
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # Asked for its schema, one that is not there would be made.
+        if os.path.exists(database):
+            with contextlib.closing(sqlite3.connect(database, timeout=seconds or 5)) as connection:
+                connection.execute("PRAGMA schema_version")
+        # A lock that cannot be made would be waited for.
+        open(lock_of(database), "a").close()
+    except (OSError, sqlite3.Error) as error:
+        if "locked" in str(error) and seconds is None:
+            return  # by another process, for a while: what the retries are for
+        raise _no_database(database, error) from error
+
+
+def _check_new_database(database: Path) -> None:
+    """Raises: UserError if `database` cannot be made."""
+    try:
+        check_writable(database.parent)
+    except OSError as error:
+        raise _no_database(database, error) from error
+
+
+def _no_database(database: Path, error: Exception) -> UserError:
+    remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
+    if "locked" in str(error):
+        remedies = ["wait until the other process has let go of it"]
+    return UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies)
+
+
+def check_new_artifacts(config: TrackingConfig) -> None:
+    check_artifacts(Path(config.artifacts).absolute(), ["tracking.artifacts=<a folder that you may write to>"])
+
+
+def check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold the artifacts") -> None:
+    """Raises: UserError if `folder` cannot be written: MLflow would bind the experiment to it all the same."""
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}), and {why}.", remedies=remedies) from error
+
+
+def place_of(error: BaseException, otherwise: Path) -> Path:
+    """The folder of the file that could not be written; the copy of an artifact names both of its files."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None) or otherwise
+    return Path(file).parent
+
+
+def lock_of(database: Path) -> str:
+    return f"{database}.lock"

@@ -1,0 +1,200 @@
+"""Rows of tokens to logits, plain or packed; checks that packing changes no logit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from raycv.common.devices import is_out_of_memory
+from raycv.model.kernels import KERNEL, PLAIN, attention_of, attention_window, far_apart
+from raycv.prompts.encoder import EncodedPairs
+from raycv.training.packing import (
+    FILL,
+    Group,
+    Lines,
+    can_pack,
+    common_prefix,
+    groups_of,
+    in_lines,
+    pack,
+    packed_logits,
+    steady_positions,
+)
+from raycv.training.workers import Workers
+
+Layout = Literal["padded", "packed", "shared"]
+"""padded: a line for each row, as long as the longest of the batch; packed: rows one after another in lines; shared:
+packed, and a post computed once for all its criteria that are in the batch."""
+
+
+class Batch(NamedTuple):
+    """Rows that are computed at once."""
+
+    rows: np.ndarray
+    """int [n], in the order of their logits"""
+    lines: Lines | None = None
+    """the same rows by line and group; None: padded"""
+
+    @classmethod
+    def packed(cls, lines: Lines) -> "Batch":
+        """The batch of `lines`."""
+        return cls(np.concatenate([group.rows for line in lines for group in line]), lines)
+
+
+def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
+    """Logits [n, 2] of `rows` [n] from the rows and logits of batches, which hold the same rows in another order."""
+    place = np.empty(len(rows), dtype=np.int64)
+    place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")
+    joined = torch.cat([logits for _, logits in done])
+    return joined[torch.from_numpy(place).to(joined.device)]
+
+
+class RowScorer:
+    """Computes logits of encoded rows with one model, on its device."""
+
+    def __init__(
+        self,
+        model: Any,
+        encoded: EncodedPairs,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.device = device
+        self.autocast = autocast
+        self.group_of_row = encoded.group_of_row()
+        longest = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
+        np.maximum.at(longest, self.group_of_row, encoded.lengths)
+        self._longest_of_group = longest[self.group_of_row]
+
+    def sorted(self, rows: np.ndarray, layout: Layout) -> np.ndarray:
+        """`rows` longest first, so that batches hold little padding; to be shared, those of a post side by side."""
+        if layout != "shared":
+            return rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
+        return rows[np.lexsort((rows, self.group_of_row[rows], -self._longest_of_group[rows]))]
+
+    def part(self, rows: np.ndarray, workers: Workers, layout: Layout) -> np.ndarray:
+        """Positions in sorted `rows` [n] that are this worker's: rows, or to be shared whole posts, dealt in turn."""
+        if layout != "shared":
+            return np.arange(workers.rank, len(rows), workers.size)
+        groups = self.group_of_row[rows]
+        place = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
+        return np.flatnonzero(place % workers.size == workers.rank)
+
+    def batches(self, rows: np.ndarray, size: int, layout: Layout) -> Iterator[Batch]:
+        """Sorted `rows` in batches: padded, of `size` rows, else of at most as many positions as the longest so many.
+
+        Several short rows fill a line, and a post with all its criteria is little more than one row, so a count of rows
+        would leave memory unused, and split posts (which computes them twice).
+        """
+        if not len(rows):  # a worker without a part of a small step
+            return
+        lengths = self.encoded.lengths
+        if layout == "padded":
+            yield from (Batch(rows[start : start + size]) for start in range(0, len(rows), size))
+            return
+        budget = size * int(lengths[rows].max())
+        if layout == "packed":
+            groups = [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
+        else:
+            groups = list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
+        for lines in in_lines(groups, budget, FILL.get(self.device.type, FILL["cpu"])):
+            yield Batch.packed(lines)
+
+    @cached_property
+    def _prefix_of_group(self) -> np.ndarray:
+        """int64 [G]: tokens that all rows of a group share."""
+        order = np.argsort(self.group_of_row, kind="stable")
+        prefixes = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
+        for rows in np.split(order, np.flatnonzero(np.diff(self.group_of_row[order])) + 1):
+            prefixes[self.group_of_row[rows[0]]] = common_prefix(self._tokens(rows))
+        return prefixes
+
+    def _tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The tokens of each of `rows`, without padding."""
+        return [self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows]
+
+    @property
+    def attention(self) -> str:
+        """The attention that the model computes: sdpa or eager."""
+        return attention_of(self._classifier())
+
+    @property
+    def earlier_attention(self) -> str:
+        """The attention that versions which recorded none computed: the kernel's wherever the family has it."""
+        return KERNEL if self._classifier()._supports_sdpa else PLAIN
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """float32 logits [n, 2] of the rows of `batch`, in their order."""
+        with self.autocast():
+            logits = self._plain(batch.rows) if batch.lines is None else self._packed(batch.lines)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def check_packing(self, longest_row: int | None = None) -> str | None:
+        """None if packing is right for this model, else why not: seen from the logits of a post, not believed.
+
+        `longest_row`: tokens of the longest row there will be, if it is not among these.
+
+        A model that is not causal (BERT) reads the prompt's end when it computes its beginning.
+        """
+        classifier = self._classifier()
+        name = type(classifier).__name__
+        if not can_pack(classifier):
+            return f"{name} has no causal backbone that takes a mask of its own"
+        if attention_of(classifier) != KERNEL:
+            # Other implementations would add a boolean mask to the scores, or ignore it.
+            return f"the {attention_of(classifier)} attention of {name} takes no mask of its own"
+        longest_row = longest_row or int(self.encoded.lengths.max())
+        window = attention_window(classifier.config)
+        if window is not None and window < longest_row:
+            return f"the attention of {name} sees {window} tokens, and prompts have {longest_row}"
+        steady = steady_positions(classifier.config)
+        if steady is not None and steady < longest_row:
+            return (
+                f"beyond {steady} tokens {name} embeds positions by the longest prompt, and prompts have {longest_row}"
+            )
+        # The longest post with two criteria shows most, and a few rows of it hardly take memory.
+        several = np.bincount(self.group_of_row)[self.group_of_row] > 1
+        longest = np.where(several | ~several.any(), self.encoded.lengths, -1).argmax()
+        rows = np.flatnonzero(self.group_of_row == self.group_of_row[longest])[[0, -1]]
+        # Two that share a prefix, and one after them that shares nothing.
+        lines = [[Group(each, int(self.encoded.lengths[each].sum())) for each in (rows, rows[:1])]]
+        training = self.model.training
+        self.model.eval()
+        plain = torch.cat([self.logits(Batch(rows[[i]])) for i in (0, 1, 0)])
+        try:
+            packed = self.logits(Batch.packed(lines))
+        except (RuntimeError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            # As Jamba's and MiniMax's other layers than attention.
+            return f"{name} does not take a mask of its own: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            self.model.train(training)
+        with self.autocast():
+            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
+        worst = far_apart(plain, packed, dtype or next(self.model.parameters()).dtype)
+        if worst is None:
+            return None
+        return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"
+
+    def _plain(self, rows: np.ndarray) -> torch.Tensor:
+        # Columns that are padding for every row are never computed: with padding on the right they change nothing.
+        width = int(self.encoded.lengths[rows].max())
+        input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(self.device)
+        lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(self.device)
+        mask = (torch.arange(width, device=self.device)[None, :] < lengths[:, None]).long()
+        return self.model(input_ids=input_ids, attention_mask=mask).logits
+
+    def _packed(self, lines: Lines) -> torch.Tensor:
+        tokens = [[self._tokens(group.rows) for group in line] for line in lines]
+        return packed_logits(self._classifier(), pack(tokens, self.encoded.pad_id, self.device))
+
+    def _classifier(self) -> Any:
+        """The Hugging Face model under PEFT's wrapper; the adapters sit in its layers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -1,0 +1,194 @@
+"""Prompts one after another in lines, without padding; what those of a post share is computed once."""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+FILL = {"cpu": 0.9, "cuda": 0.0}
+"""A batch computes at most the rest as padding. On a GPU one more batch costs more than padding does: each takes the
+host as long to launch, however small it is (`benchmarks.gpu`)."""
+WIDEST = 1024
+"""Positions of a group above which it is split, unless they are less than two rows: attention over a line and its mask
+grow with the square of the line."""
+
+
+class Group(NamedTuple):
+    """Rows that share a prefix: of one post, or a single one."""
+
+    rows: np.ndarray
+    """int [n]"""
+    positions: int
+    """tokens that are computed, at most"""
+
+
+Lines = list[list[Group]]
+"""The groups of each line of a batch."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """B lines of groups of rows in one batch; R rows in all."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]"""
+    position_ids: torch.Tensor
+    """int64 [B, L]"""
+    mask: torch.Tensor
+    """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
+    ends: torch.Tensor
+    """int64 [R, 2]: batch index and position at which each row's logits are read, in the order the rows came in"""
+
+
+def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: torch.device) -> PackedRows:
+    """Packs `lines` of groups of token sequences (each int [n], no padding); a group shares its longest common prefix.
+
+    Every suffix keeps at least one token, since a row's logits are read at its own last token. As in Hugging Face's
+    heads that is the last other than `pad_id`, which a text too may hold: a tokenizer may pad with <unk> or </s>.
+    """
+    packed = [[_pack_group(group, pad_id) for group in line] for line in lines]
+    width = max(sum(len(ids) for ids, _, _, _ in line) for line in packed)
+    shape = (len(packed), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    # Of each position the number of its segment, and of the prefix that it sees; padding is a segment of its own, for
+    # a query that attends to nothing would be NaN.
+    segments, prefixes = np.zeros((2, *shape), dtype=np.int64)
+    ends = []
+    for index, line in enumerate(packed):
+        start = segment = 0
+        for ids, position, own_segments, last in line:
+            place = index, slice(start, start + len(ids))
+            input_ids[place] = ids
+            positions[place] = position
+            prefixes[place] = segment + 1
+            segments[place] = segment + 1 + own_segments
+            ends += [(index, start + end) for end in last]
+            start += len(ids)
+            segment += 1 + len(last)
+    return PackedRows(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        mask=_mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device)),
+        ends=torch.tensor(ends, device=device),
+    )
+
+
+def _pack_group(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, positions, segments [n] of one group, and the index of each row's last token other than `pad_id`.
+
+    The prefix is segment 0, and suffixes count from 1.
+    """
+    shared = common_prefix(rows)
+    suffixes = [row[shared:] for row in rows]
+    sizes = [len(suffix) for suffix in suffixes]
+    ids = np.concatenate([rows[0][:shared], *suffixes])
+    positions = np.concatenate([np.arange(shared), *(np.arange(shared, shared + size) for size in sizes)])
+    segments = np.repeat(np.arange(len(rows) + 1), [shared, *sizes])
+    last = np.array([np.flatnonzero(row != pad_id).max(initial=0) for row in rows])
+    starts = shared + np.cumsum(sizes) - sizes
+    return ids, positions, segments, np.where(last < shared, last, starts + last - shared)
+
+
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """Length of the longest common prefix of `rows` that leaves each at least one token of its own."""
+    most = min(len(row) for row in rows) - 1
+    if len(rows) == 1:
+        return most
+    heads = np.stack([row[:most] for row in rows])
+    differs = (heads != heads[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else most
+
+
+def _mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, L, L] from the number of each position's segment and of the prefix that it sees, both [B, L]."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    key = segments[:, None, :]
+    return (causal & ((key == segments[:, :, None]) | (key == prefixes[:, :, None])))[:, None]
+
+
+def groups_of(
+    rows: np.ndarray, group_of_row: np.ndarray, lengths: np.ndarray, prefix_of_group: np.ndarray, budget: int
+) -> Iterator[Group]:
+    """The groups of `rows` (those of a group adjacent), of at most `budget` positions each.
+
+    Args:
+        rows: indices [n] into `group_of_row` and `lengths`.
+        lengths: tokens of each row [R].
+        prefix_of_group: tokens that the rows of each group share [G].
+        budget: at least the longest row; a group that takes more, or passes WIDEST, is split, each part computing the
+            prefix again.
+    """
+    budget = min(budget, max(WIDEST, 2 * int(lengths[rows].max())))
+    borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
+    for group in np.split(rows, borders):
+        prefix = int(prefix_of_group[group_of_row[group[0]]])
+        start, positions = 0, prefix
+        for index, size in enumerate((lengths[group] - prefix).tolist()):
+            if index > start and positions + size > budget:
+                yield Group(group[start:index], positions)
+                start, positions = index, prefix
+            positions += size
+        yield Group(group[start:], positions)
+
+
+def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Lines]:
+    """`groups` in batches of filled lines, of at most `budget` positions each, which the largest must not pass.
+
+    Best fit, largest first: a batch has lines of the size of the largest group that is left, as many as `budget`
+    allows, and each group after it goes where least room remains. The emptiest lines are left to the next batch where
+    less than `fill` of the positions would be used.
+    """
+    # Ascending, and of equal ones the first last: taken from the end.
+    left = sorted((group.positions, -index) for index, group in enumerate(groups))
+    while left:
+        width = left[-1][0]
+        # Ascending too: what is left of each line.
+        rooms = [(width, line) for line in range(budget // width)]
+        lines: list[list[tuple[int, int]]] = [[] for _ in rooms]
+        while fitting := bisect_right(left, (rooms[-1][0], 0)):
+            group = left.pop(fitting - 1)
+            room, line = rooms.pop(bisect_left(rooms, (group[0], 0)))
+            insort(rooms, (room - group[0], line))
+            lines[line].append(group)
+        used = [(room, line) for room, line in rooms if lines[line]]
+        while sum(width - room for room, _ in used) < fill * width * len(used):
+            for group in lines[used.pop()[1]]:
+                insort(left, group)
+        yield [[groups[-index] for _, index in lines[line]] for _, line in used]
+
+
+def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
+    """Logits [R, 2] of the packed rows. `classifier`: a Hugging Face causal model, backbone `model` and head `score`.
+
+    The stock forward pools one position per batch row, so the backbone is called and its states are gathered here.
+    """
+    states = classifier.model(
+        input_ids=packed.input_ids,
+        attention_mask=packed.mask,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return classifier.score(states[packed.ends[:, 0], packed.ends[:, 1]])
+
+
+def can_pack(classifier: Any) -> bool:
+    """Whether `classifier` has the shape that `packed_logits` needs; that it is causal must be seen from its logits."""
+    return hasattr(classifier, "model") and hasattr(classifier, "score")
+
+
+def steady_positions(config: Any) -> int | None:
+    """Tokens up to which a token's rotary embedding is its own; beyond, it depends on the longest prompt of the batch.
+
+    None: it always is.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope"):
+        return None
+    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return trained or config.max_position_embeddings
