@@ -1,4 +1,4 @@
-"""The errors that are meant for the user, printed without a traceback; their exit code is 2, or 1 for a failed run."""
+"""The errors that are meant for the user: printed without a traceback, exit code 2, or 1 for a failed run."""
 
 import re
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class UserError(Exception):
         super().__init__(self._text())
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors travel from workers to the driver, and pickle would call the constructor with the whole text, so we pass
+        # Errors travel from workers to the driver. Pickle would call the constructor with the whole text, so we pass
         # the parts.
         return _rebuild, (self.what, self.remedies)
 

@@ -24,9 +24,9 @@ def pin_kernels() -> None:
 
     The memory-efficient kernel computes attention on a GPU. Flash does not take a mask there, so it would compute only
     the batches that happen to have no padding. The kernel of cuDNN is off, since it chooses its plan at run time. The
-    price is small: at 512 tokens attention is a fiftieth of the products of a 7B model, and padded and packed batches
-    could not use Flash anyway. The math kernel computes what the memory-efficient one does not take. On a CPU Flash takes masks, so it
-    computes all batches.
+    price is small: at 512 tokens attention is a fiftieth of the products of a 7B model. Padded and packed batches could
+    not use Flash anyway. The math kernel computes what the memory-efficient one does not take. On a CPU Flash takes
+    masks, so it computes all batches.
 
     An operation without a deterministic kernel warns, so that it does not stop a run of hours. The backward pass of
     attention is such an operation. PyTorch uses its deterministic form only with warn_only=False, under which other

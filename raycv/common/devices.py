@@ -19,7 +19,7 @@ HIDING = {
     "NVIDIA": ("CUDA_VISIBLE_DEVICES",),
     "AMD": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
 }
-"""The variables that choose among the GPUs of each maker. One that does not begin with a GPU hides all of them."""
+"""The variables that choose among the GPUs of each maker. One that is set to no GPU hides all of them."""
 CPU_FOR_RUNS, CPU_FOR_INFERENCE = "resources.gpus_per_fold=0", "infer.device=cpu"
 """The arguments that choose the CPU."""
 BUILDS = "https://pytorch.org/get-started/locally/"

@@ -1,4 +1,4 @@
-"""The number of raycv's arithmetic, and the packages whose versions numbers depend on."""
+"""The number of raycv's arithmetic, and the packages whose versions change numerical results."""
 
 from typing import TYPE_CHECKING
 
@@ -17,4 +17,4 @@ Such a change gives other losses, weights or scores, beyond the last digits, fro
 or a file of scores that has another number is not continued, since the result would mix both.
 """
 FIRST_NUMERICS = 1
-"""The number of records that are older than these numbers."""
+"""The number for records that were written before these numbers existed."""
