@@ -62,7 +62,7 @@ class PromptEncoder:
         return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
     def spans(self, text: str) -> Spans:
-        """The pieces that a cut of `text` keeps whole: tokens if the tokenizer gives their positions, else characters."""
+        """The pieces that a cut of `text` keeps whole: tokens if the tokenizer has their positions, else characters."""
         if not self.tokenizer.is_fast:
             return [(i, i + 1) for i in range(len(text))]
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
