@@ -12,7 +12,6 @@ from raycv.common.environment import describe_environment, utc_now
 from raycv.common.files import read_json, read_record, write_json
 from raycv.common.signals import ignore_stops
 from raycv.config.schema import RunConfig
-from raycv.cv.announcements import announce_data, announce_end, announce_placement
 from raycv.cv.new_run import check_run_folder, start_run
 from raycv.cv.preparation import load_data, prepare_base, tokenise
 from raycv.cv.resume import Earlier, earlier_run, sole_process
@@ -22,6 +21,7 @@ from raycv.orchestration.fold_task import Prepared
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.terminal.announcements import announce_data, announce_end, announce_placement
 from raycv.terminal.console import say
 from raycv.tracking.lookup import tracked_run
 
