@@ -1,6 +1,7 @@
-"""The typed schema of the configuration: the meaning of each key, whose value is in a YAML file in `configs/`.
+"""Every key of every command: its type, its meaning, its allowed words.
 
-The report of a faulty config names every fault, with the received value and the expectation of the key (FR-004).
+YAML files in `configs/` hold the values. The report of a faulty config names every fault, with the received value and
+the expectation of the key (FR-004).
 """
 
 from typing import Annotated, Any, Literal

@@ -1,7 +1,8 @@
-"""Reads files into validated pairs (FR-012), and reports all faults at once, with their places and without text.
+"""Loads the data set: tables to validated pairs, counts, hashes, and warnings about the data (FR-012).
 
-The columns tell two layouts apart. One is the specification's: posts, groundtruth and criteria. The other is the ReDSM5
-release, whose sentence annotations `parsing.py` turns into pairs.
+All faults are reported at once, with their places and without text. The columns tell two layouts apart. One is the
+specification's: posts, groundtruth and criteria. The other is the ReDSM5 release, whose sentence annotations
+`parsing.py` turns into pairs.
 """
 
 import hashlib

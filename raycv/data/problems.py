@@ -1,4 +1,4 @@
-"""Collects the faults of a data set by kind, and reports all of them together, without text."""
+"""The kinds of fault in a data set, with their remedies; collects them and reports all together, without text."""
 
 import re
 from dataclasses import dataclass, field
