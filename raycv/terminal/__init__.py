@@ -1,5 +1,5 @@
-"""What the user sees while a command runs: lines, and the live view of the folds.
+"""Shows the user how a command proceeds: lines, and the live view of the folds.
 
-Comes in: texts, and how far the folds are. Goes out: characters on the terminal, secrets masked.
-Does not belong here: deciding anything.
+Comes in: texts, and the progress of the folds. Goes out: characters on the terminal, with secrets masked.
+Does not belong here: any decision.
 """
