@@ -1,4 +1,4 @@
-"""Loads what answers from the chosen checkpoints: the model with the criteria of its run."""
+"""Loads the chosen checkpoints together with the criteria of their run. Imports nothing heavy before it loads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Records which run answered last from a folder of runs, because `latest` moves when another run finishes."""
+"""Remembers which run answered last from a folder of runs, to warn when `latest` is another one now."""
 
 import os
 import shlex

@@ -1,6 +1,6 @@
-"""Questions and answers of inference, the same for the command and for a resident scorer.
+"""Questions and answers: finds a criterion by id or name, labels a score, prints answers as JSON or text.
 
-Imports nothing heavy, because a client of the scorer needs no more than this.
+The command and a resident scorer share it. Imports nothing heavy, because a client of the scorer needs only this.
 """
 
 import json

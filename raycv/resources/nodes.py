@@ -1,4 +1,7 @@
-"""Compares every node with the driver: the run folder, versions, and raycv's source. Does not use Ray."""
+"""Compares a node with the driver: the run folder, versions of packages, raycv's code. Faults name the node.
+
+Does not use Ray.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Surveys a node before it trains. Ray sends this module by value, so it imports only the standard library."""
+"""The question to a node. Ray sends this module by value, so it imports only the standard library."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""The live view: a table of the folds on a terminal, plain lines elsewhere."""
+"""The live view: its columns on a terminal, and the lines that it prints elsewhere."""
 
 import time
 from collections.abc import Iterable

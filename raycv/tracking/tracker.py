@@ -1,4 +1,4 @@
-"""MLflow: the parent run, a child run per fold, a run per inference. The only module that imports mlflow.
+"""Logs a run, its folds and an inference to MLflow: parameters, metrics, tags, files. Imports mlflow.
 
 The driver alone logs a cross-validation: workers write files, and the driver logs them. Several processes that open a
 new SQLite store at once would break it. The run folder holds all that is logged of a cross-validation, so a lost server

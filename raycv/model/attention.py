@@ -1,4 +1,8 @@
-"""Which kernels a base model computes with: attention, checked against the model's own code, and Llama's norm."""
+"""Attention and norm of the base model: PyTorch's kernels, checked against the model's own code.
+
+transformers passes a kernel only what it takes. Gemma 2 caps its attention scores, and sdpa drops the cap silently. So
+the config shows the known cases, and one prompt's logits show the others.
+"""
 
 import copy
 import re

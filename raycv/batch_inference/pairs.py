@@ -1,4 +1,4 @@
-"""Turns records into chunks of pairs that can be scored, and lists bad rows with their reasons."""
+"""Turns records of a file into pairs that can be scored, and gives the reasons for records that cannot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
