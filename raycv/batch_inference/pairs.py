@@ -94,7 +94,7 @@ def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.heade
         header: The place of these names, for messages.
 
     Raises:
-        UserError: There is no column of posts, two columns could be meant, or a name is misspelt.
+        UserError: There is no column of posts, a column occurs twice, two could be meant, or a name is misspelt.
     """
     if twice := repeated(columns):
         remedies = ["keep one column of each name"]

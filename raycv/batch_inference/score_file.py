@@ -126,7 +126,7 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
     Args:
         source: The file and the criteria.
         chosen: The checkpoints.
-        base: The place of the base model now, if it is not where training found it.
+        base: Folder or hub id of the base model now; None for where training found it.
 
     Raises:
         UserError: The base model is not there.

@@ -28,7 +28,7 @@ def load_answerer(
         config: Device, precision and batch size.
         criteria_dir: The folder of the criteria; None for those of the run.
         tell: Gets each warning for the user.
-        base: The place of the base model now, if it is not where training found it.
+        base: Folder or hub id of the base model now; None for where training found it.
         questions: The questions to come, if they are known.
 
     Raises:

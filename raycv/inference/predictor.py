@@ -53,7 +53,7 @@ class Predictor:
             checkpoints: One checkpoint folder, or those of several folds of one run.
             config: Device, precision and batch size.
             tell: Gets each warning for the user, such as a fallback or a smaller batch.
-            base: The place of the base model now; None for where training found it.
+            base: Folder or hub id of the base model now; None for where training found it.
 
         Raises:
             UserError: A checkpoint is missing, damaged or from another run. The base model cannot be loaded. The

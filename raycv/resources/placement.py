@@ -31,10 +31,10 @@ def _workers_that_fit(node: Mapping[str, float], gpus: float, cpus: float) -> in
 
 
 def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
-    """Plans the resources of a fold on the cluster of now.
+    """Plans the resources of a fold on the cluster as it is now.
 
     Args:
-        config: The run's config; `resources` and `cv` count.
+        config: The run's config, for its `resources` and `cv`.
         nodes: The resources of each node, as Ray names them.
 
     Raises:

@@ -67,7 +67,7 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply
 
 
 def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
-    # The bytes must be those that this process would print, whichever requests come meanwhile, so we ask alone.
+    # The answer must have the bytes that this process would give, even if other requests come in, so we ask alone.
     body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
     answer = connection.post("/score", body | {"alone": True})
     try:
@@ -121,7 +121,7 @@ def _is_named(config: InferConfig, model: ServedModel) -> bool:
         return config.fold in (model.fold, model.fold_asked)
     if config.run == LATEST:
         return False
-    # The rest is an MLflow id, or the path of a run or a checkpoint.
+    # `run` is now an MLflow id, or the path of a run or a checkpoint.
     return _is_tracked_as(config, model) or _same_files(
         choose(config.run, config.fold, Path(config.dir), _store(config)), model
     )
@@ -187,7 +187,7 @@ def _ask_announced(record: Announcement, config: InferConfig, questions: Sequenc
 def _with_model(
     found: Sequence[tuple[Path, Announcement]], config: InferConfig
 ) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
-    """Chooses the scorers that have the checkpoints which this process would load.
+    """Chooses the scorers that have the checkpoints that this process would load.
 
     Returns:
         The scorers among `found`, and the checkpoints; None for the checkpoints if an MLflow id names the scorers.

@@ -204,7 +204,7 @@ def _origin(error: BaseException) -> str:
 
 
 class Gate:
-    """Checks the token and the size of the body before anything reads the body, and limits its time."""
+    """Checks the token before anything reads the body, and limits the size and the time of the body."""
 
     def __init__(self, app: ASGIApp, token: str | None, most_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
         self._app = app

@@ -52,7 +52,7 @@ class ServedModel(BaseModel):
     fold_id: str | None = None
     """MLflow's id of the fold"""
     base_given: str | None = None
-    """place of the base model, if it is not where training found it"""
+    """folder or hub id of the base model; None: where training found it"""
     finished: str | None = None
     """when the run was complete, if that is known"""
 

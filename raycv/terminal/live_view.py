@@ -25,7 +25,7 @@ MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", 
 class LiveView:
     """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
 
-    Any thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
+    Another thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
     """
 
     def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
