@@ -19,7 +19,7 @@ from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer, read_criteria
-from raycv.inference.choose import Chosen, choose
+from raycv.inference.choose import Chosen, choose, warn_of_control
 from raycv.inference.last_answer import remember, warn_if_moved
 from raycv.inference.log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
 from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
@@ -87,6 +87,7 @@ def score_many(config: InferConfig) -> None:
     chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
     needed = config.criterion is None or not is_own_words(config.criterion)
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
+    warn_of_control(chosen, logger.warning)
     recipe = Recipe(chosen.checkpoints, config.infer, config.base and absolute_name(config.base))
     if config.engine == "ray":
         from raycv.orchestration.ray_data import ray_engine

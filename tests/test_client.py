@@ -245,7 +245,7 @@ def test_a_scorer_that_answers_from_another_run_than_the_last_is_named(scorer, t
     assert answered("some", "latest") == []
     assert answered("some", "latest") == []
     assert answered("other", "latest") == [
-        f"run=latest is now run other (finished {MARCH}). The last answer here came from run some (finished {MARCH})."
+        f"run=latest is run other (finished {MARCH}). The last answer here came from run some (finished {MARCH})."
     ]
     assert answered("other", "latest") == []
     assert answered("some", "some") == []

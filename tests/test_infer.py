@@ -300,13 +300,13 @@ def test_where_latest_is_another_run_than_the_one_that_answered_last_it_is_told(
     assert answers("a run", MARCH) == []
     assert (tmp_path / ".last_answer.json").stat().st_ino == before, "written although nothing changed"
     assert answers("b", APRIL) == [
-        f"run=latest is now run b (finished {APRIL}). The last answer here came from run a run (finished {MARCH}). "
+        f"run=latest is run b (finished {APRIL}). The last answer here came from run a run (finished {MARCH}). "
         "To ask that run again: run='a run'"
     ]
     assert answers("b", APRIL) == []
     # The old run is gone, another took its name; a time that was not recorded tells no two runs apart.
     assert answers("b", MARCH) == [
-        f"run=latest is now run b (finished {MARCH}). The last answer here came from run b (finished {APRIL})."
+        f"run=latest is run b (finished {MARCH}). The last answer here came from run b (finished {APRIL})."
     ]
     assert answers("b", None) == []
     assert answers("b", APRIL) == []
@@ -353,7 +353,7 @@ def test_the_command_says_where_latest_moved_and_names_its_run(run, monkeypatch,
         assert (model["run"], model["fold"], model["finished"], said) == ("first", 1, MARCH, "")
     renamed(run, "second", APRIL)
     moved = (
-        f"WARNING: run=latest is now run second (finished {APRIL}). The last answer here came from run first "
+        f"WARNING: run=latest is run second (finished {APRIL}). The last answer here came from run first "
         f"(finished {MARCH}). To ask that run again: run=first\n"
     )
     model, said = asked("latest")

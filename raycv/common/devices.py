@@ -53,6 +53,9 @@ def visible_gpu(root: Path | None = None, variables: Mapping[str, str] = os.envi
         gpu = Gpu("NVIDIA", _found(root / "proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+(?:\.\d+)+)"))
     elif os.access(root / "dev/kfd", os.R_OK | os.W_OK) and (root / "opt/rocm").is_dir():
         gpu = Gpu("AMD", _found(root / "sys/module/amdgpu/version", r"(\S+)"))
+    elif os.access(root / "dev/dxg", os.R_OK | os.W_OK) and (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+        # Windows' driver, which WSL shows by a device of its own.
+        gpu = Gpu("NVIDIA", None)
     else:
         return None
     hidden = [variables[name] for name in HIDING[gpu.maker] if _chooses_none(variables.get(name, "0"))]

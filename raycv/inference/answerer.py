@@ -6,7 +6,7 @@ from pathlib import Path
 from raycv.config.schema import InferenceConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.inference.choose import Chosen
+from raycv.inference.choose import Chosen, warn_of_control
 from raycv.inference.questions import Answerer, Question, asked_for, is_own_words
 
 Tell = Callable[[str], None]
@@ -38,6 +38,7 @@ def load_answerer(
         question.criterion is None or not is_own_words(question.criterion) for question in questions
     )
     criteria = read_criteria(chosen.checkpoints[0], criteria_dir, tell, needed=needed)
+    warn_of_control(chosen, tell)
     asked_for(questions, criteria)
     # We import torch only here, so that a mistyped run, an empty post or an unknown criterion is refused at once.
     from raycv.inference.predictor import Predictor

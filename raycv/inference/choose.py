@@ -1,6 +1,6 @@
 """Finds the checkpoint folders that answer for a run and a fold. Imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from raycv.results.find_run import (
     finished_at,
     finished_folds,
     folds_of,
+    is_control,
     is_finished,
     looking_for,
     runs_there,
@@ -45,6 +46,8 @@ class Chosen:
     """MLflow's id of the fold, if it is known without a request for it"""
     finished: str | None = None
     """when the whole run was complete; None if it is not complete, or if nobody recorded it"""
+    control: bool = False
+    """whether the run learned from permuted labels (data.shuffle_labels)"""
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
@@ -88,6 +91,15 @@ def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
     return replace(chosen, fold_id=str(found.info.run_id)) if found else chosen
 
 
+def warn_of_control(chosen: Chosen, tell: Callable[[str], None]) -> None:
+    """Tells if the run that answers is a control: whatever it learned is not about posts."""
+    if chosen.control:
+        tell(
+            f"run {chosen.run} is a control with permuted labels (data.shuffle_labels=true), so its answers mean "
+            "nothing; name another run: run=<name>"
+        )
+
+
 def _finished_run(runs: Path) -> RunFolder:
     folder = find_run(runs, LATEST)
     assert folder is not None
@@ -115,7 +127,9 @@ def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
     uri, parent_id = _tracked_at(run)
     if info.run != run.root.name:
         return Chosen(info.run, info.fold, (folder,), uri, info.fold)
-    return Chosen(info.run, info.fold, (folder,), uri, info.fold, parent_id, finished=finished_at(run))
+    return Chosen(
+        info.run, info.fold, (folder,), uri, info.fold, parent_id, finished=finished_at(run), control=is_control(run)
+    )
 
 
 def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
@@ -139,7 +153,8 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
         _check_manifest(folder, number)
     checkpoints = tuple(folder.fold(number).checkpoint for number in taken)
     uri, parent_id = _tracked_at(folder)
-    return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id, finished=finished_at(folder))
+    moment, control = finished_at(folder), is_control(folder)
+    return Chosen(folder.root.name, fold, checkpoints, uri, fold_asked, parent_id, finished=moment, control=control)
 
 
 def _check_manifest(folder: RunFolder, fold: int) -> None:

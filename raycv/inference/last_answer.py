@@ -32,7 +32,7 @@ def warn_if_moved(runs: Path, model: Mapping[str, Any], tell: Callable[[str], No
     other = str(last["run"])
     there = other != model["run"] and os.path.isfile(runs / other / "config.yaml")
     again = f" To ask that run again: run={shlex.quote(other)}" if there else ""
-    tell(f"run=latest is now {_named(model)}. The last answer here came from {_named(last)}.{again}")
+    tell(f"run=latest is {_named(model)}. The last answer here came from {_named(last)}.{again}")
 
 
 def remember(runs: Path, model: Mapping[str, Any]) -> None:

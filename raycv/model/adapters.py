@@ -1,5 +1,6 @@
 """Base model to classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from raycv.common.retry import cause_of
 from raycv.config.schema import DoraConfig, ModelConfig
 from raycv.errors import UserError
+from raycv.model.attention import choose_attention
 from raycv.model.dora import factored_layers, start_at_the_base, use_factored, without_autocast
 
 if TYPE_CHECKING:
@@ -57,8 +60,17 @@ def check_model(config: Any, model: ModelConfig) -> None:
 
     Raises: UserError if it has no classification head, or lacks one of the target modules.
     """
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
+    config = copy.deepcopy(config)
+    # Not the config's own wish, such as flash_attention_2, which may not be installed: raycv chooses the attention.
+    config._attn_implementation = choose_attention(config)[0]
+    try:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # transformers raises anything, from AssertionError to ZeroDivisionError
+        raise UserError(
+            f"The config of {model.name} describes no classifier that transformers can build: {cause_of(error)}",
+            remedies=["correct the model's config.json", "choose another base model: model.name=<hub id or folder>"],
+        ) from error
     _check_targets(classifier, model, head_modules(classifier))
 
 

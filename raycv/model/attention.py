@@ -38,10 +38,7 @@ def choose_attention(config: Any) -> tuple[str, str | None]:
 
     Kernels are pinned in one place (raycv.utils.pin_kernels). Families without PyTorch's kernel compute their own code.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    classes: Any = AutoModelForSequenceClassification._model_mapping
-    if type(config) not in classes or not classes[type(config)]._supports_sdpa:
+    if earlier_attention(config) == PLAIN:
         return PLAIN, None
     for name, value in _caps(config.to_dict()):
         return (
@@ -49,6 +46,14 @@ def choose_attention(config: Any) -> tuple[str, str | None]:
             f"attention is {PLAIN}: {name}={value:g} caps its scores, and PyTorch's kernel ({KERNEL}) does not",
         )
     return KERNEL, None
+
+
+def earlier_attention(config: Any) -> str:
+    """The attention that versions of raycv which recorded none computed: the kernel's wherever the family has it."""
+    from transformers import AutoModelForSequenceClassification
+
+    classes: Any = AutoModelForSequenceClassification._model_mapping
+    return KERNEL if type(config) in classes and classes[type(config)]._supports_sdpa else PLAIN
 
 
 def _caps(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -80,8 +85,8 @@ def with_right_attention(model: Any, tokenizer: Any, positions: int | None) -> t
     rows = _rows(model.config, tokenizer, positions)
     try:
         plain = in_plain_code(model)
-        for batch in (rows, rows[:1]):  # with a mask for the padding, and without one
-            expected, computed = (_logits(each, batch, tokenizer.pad_token_id) for each in (plain, model))
+        for compute in (_logits, _logits_alone):  # with a mask for the padding, and without one
+            expected, computed = (compute(each, rows, tokenizer.pad_token_id) for each in (plain, model))
             worst = far_apart(expected, computed, model.dtype)
             # Where the plain code gives NaN or infinity, the weights are at fault.
             if worst is not None and bool(expected.isfinite().all()):
@@ -162,6 +167,11 @@ def _logits(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _logits_alone(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:
+    """The same for each row in a batch of its own. All are compared at once, so that the largest logit is the scale."""
+    return torch.cat([_logits(model, [row], pad_id) for row in rows])
 
 
 class FusedRMSNorm(LlamaRMSNorm):

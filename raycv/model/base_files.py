@@ -75,6 +75,8 @@ class BaseFiles:
 
 def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     """Raises: UserError if `folder` does not hold a config and all of the weights."""
+    # The hub's client gives a relative folder where HF_HOME is one, and transformers gets links to these files.
+    folder = folder.absolute()
     if not os.path.isdir(folder):
         raise UserError(f"There is no folder {folder}, which is to hold the base model.", remedies=["correct the path"])
     present = {path.name for path in folder.iterdir() if path.is_file()}

@@ -76,7 +76,9 @@ def source_hash() -> str | None:
         return None
     folder = Path(found.origin).parent
     total = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
+    # Editors leave links of their own there (`.#x.py`), which may lead nowhere.
+    files = [path for path in folder.rglob("*.py") if path.is_file() and not path.name.startswith(".")]
+    for file in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
         for part in (file.relative_to(folder).as_posix().encode(), file.read_bytes()):
             # Without the length, text could move from one file to the next and leave the hash the same.
             total.update(len(part).to_bytes(8, "big") + part)

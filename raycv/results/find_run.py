@@ -91,6 +91,14 @@ def folds_of(config_file: Path) -> int:
         raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
 
 
+def is_control(folder: RunFolder) -> bool:
+    """Whether the run learned from permuted labels; False if its record cannot be read."""
+    try:
+        return bool(read_record(folder.data_stats).get("labels_shuffled", False))
+    except UserError:
+        return False
+
+
 def finished_at(folder: RunFolder) -> str | None:
     """When the run in `folder` was complete; None if it is not, or if its report does not say."""
     try:

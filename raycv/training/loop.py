@@ -376,7 +376,7 @@ class FoldTrainer:
             raise UserError(
                 f"The fold was trained with {then} attention, and would be computed with {self.scorer.attention} here.",
                 remedies=[
-                    "resume the run on the kind of device that it began on",
+                    "resume the run with the version of raycv, and on the kind of device, that began it",
                     "or start it afresh under another name: run.name=<new>",
                 ],
             )

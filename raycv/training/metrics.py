@@ -1,5 +1,6 @@
 """Scores -> numbers: the decision threshold and the five metrics of the specification."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ LEAST_SPREAD = 0.005
 Scores that all lie within one step (0.01) cannot deviate more, so at most one threshold tells them apart. The range
 alone would let a single odd pair hide that all others get the same score.
 """
+RANKS_WELL = 0.9
+"""ROC-AUC from which scores that hardly vary are no sign of a useless classifier: it ranks well in a narrow range."""
+CHANCE_ERRORS = 1.645
+"""Standard errors above 0.5 up to which a ROC-AUC is within chance: one useless classifier in twenty lies above."""
 ROUNDING = 1e-9
 """Two ways to compute the same F1 may differ in the last digits."""
 COLLAPSED = "the classifier has collapsed"
@@ -45,7 +50,8 @@ def collapse_reasons(
         scores: Their probabilities; without them nobody can tell whether they vary.
 
     Returns:
-        A phrase with its numbers for each of the signs: one label for all, no gain over that label, equal scores.
+        A phrase with its numbers for each of the signs: one label for all, no gain over that label, scores that
+        rank no better than chance, equal scores.
     """
     reasons = []
     missed = round(matched * (1 - metrics[RECALL]))
@@ -60,7 +66,12 @@ def collapse_reasons(
     floor = all_matched_f1(matched / pairs)
     if metrics[F1] <= floor + ROUNDING:
         reasons.append(f"F1 {metrics[F1]:.3f} is not above {floor:.3f}, which the label matched for all pairs gives")
-    if scores is not None and scores.std() < LEAST_SPREAD:
+    chance = highest_chance_auc(matched, pairs)
+    if metrics[ROC_AUC] <= chance:
+        reasons.append(
+            f"the ROC-AUC {metrics[ROC_AUC]:.3f} is within chance, which reaches {chance:.3f} on these pairs"
+        )
+    if scores is not None and scores.std() < LEAST_SPREAD and metrics[ROC_AUC] < RANKS_WELL:
         ends = f"from {scores.min():.4f} to {scores.max():.4f}"
         deviation = f"their standard deviation {scores.std():.5f} is below {LEAST_SPREAD}"
         reasons.append(f"the scores hardly vary ({ends}): {deviation}")
@@ -71,6 +82,16 @@ def collapsed_because(reasons: Sequence[str]) -> str:
     """That a classifier has collapsed, and why."""
     # Reports of earlier versions have no reasons.
     return f"{COLLAPSED}: {'; '.join(reasons)}" if reasons else COLLAPSED
+
+
+def highest_chance_auc(matched: int, pairs: int) -> float:
+    """The ROC-AUC below which scores that have nothing to do with the labels lie 19 times of 20.
+
+    Scores without ties have the standard error of the Mann-Whitney statistic (Hanley and McNeil 1982); the threshold
+    that is tuned on the same pairs lifts F1 above its floor even then, so F1 alone does not show such scores.
+    """
+    unmatched = pairs - matched
+    return 0.5 + CHANCE_ERRORS * math.sqrt((pairs + 1) / (12 * matched * unmatched))
 
 
 def all_matched_f1(prevalence: float) -> float:
