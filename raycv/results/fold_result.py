@@ -33,7 +33,7 @@ class FoldResult:
     events: list[str]
     """events that a reader should know: out-of-memory, early stopping"""
     worker: dict[str, Any]
-    """where and how the fold was trained: host, device, precision, parameters"""
+    """host, device, precision and parameters of the training"""
     sha256: dict[str, str] = field(default_factory=dict)
     """checksums of the fold's other files, by their path in its folder"""
     collapsed: list[str] | None = None
