@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raycv.model.attention import fuse_norms
 from raycv.model.dora import start_at_the_base, use_factored
-from raycv.model.kernels import fuse_norms
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers that get adapters, those of raycv's default config."""

@@ -1,4 +1,4 @@
-"""Seeds (FR-009), random states, and the kernels that torch computes with."""
+"""Seeds (FR-009), random states, and the switches that make torch repeat itself."""
 
 import os
 import random

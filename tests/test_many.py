@@ -25,9 +25,9 @@ from builders import files_of_a_gpu, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
-from raycv.batch_inference import reader as pairs_module
+from raycv.batch_inference import pairs as pairs_module
 from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.reader import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
 from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
 from raycv.config.command_line import compose
@@ -957,7 +957,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
             pass
 
 
-SMALL_CHUNKS = "from raycv.batch_inference import reader; reader.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
+SMALL_CHUNKS = "from raycv.batch_inference import pairs; pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
 
 
 @pytest.mark.slow
@@ -1213,13 +1213,13 @@ SLOW_FIRST = """
 import json, os, sys, time
 from pathlib import Path
 import ray
-import raycv.batch_inference.reader
+import raycv.batch_inference.pairs
 from raycv.inference.questions import Prediction
 from raycv.config.schema import InferenceConfig
 from raycv.orchestration.ray_data import ray_engine
 from raycv.data.types import Criterion
 
-raycv.batch_inference.reader.CHUNK_PAIRS = 2
+raycv.batch_inference.pairs.CHUNK_PAIRS = 2
 
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
@@ -1239,7 +1239,7 @@ class Recipe:
     def load(self, tell):
         return SlowFirst()
 
-source = raycv.batch_inference.reader.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
+source = raycv.batch_inference.pairs.open_source(Path(sys.argv[1]), {"C0": Criterion("C0", "w1")}, "C0")
 chunks = ray_engine(Recipe())(source, 0)
 print(json.dumps([[score.row, score.score] for chunk in chunks for score in chunk.scores]))
 """

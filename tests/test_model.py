@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from raycv.config.schema import DoraConfig, ModelConfig
 from raycv.errors import UserError
 from raycv.model.adapters import Float32Head, add_dora, choose_precision, count_parameters, trainable
+from raycv.model.attention import attention_of, choose_attention, far_apart, in_plain_code
 from raycv.model.base_model import fetch_base
 from raycv.model.dora import factored_layers
-from raycv.model.kernels import attention_of, choose_attention, far_apart, in_plain_code
 from raycv.model.loading import load_classifier, load_tokenizer
 
 DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implementation="factored")
@@ -300,10 +300,10 @@ def test_a_window_that_the_kernel_forgets_is_found(tmp_path, kernel):
 @pytest.mark.long
 def test_the_comparison_is_made_for_any_family_and_finds_nothing(tmp_path, monkeypatch, architecture, dtype):
     """Those too that fix their attention when they are built (BERT), which the other model shares all tensors with."""
-    import raycv.model.kernels
+    import raycv.model.attention
 
     compared = []
-    monkeypatch.setattr(raycv.model.kernels, "far_apart", lambda *args: compared.append(args) or far_apart(*args))
+    monkeypatch.setattr(raycv.model.attention, "far_apart", lambda *args: compared.append(args) or far_apart(*args))
     torch.manual_seed(5)
     before = torch.get_rng_state()
     model, told = told_of(tiny_model(tmp_path, architecture), dtype)
@@ -322,12 +322,12 @@ def test_the_plain_model_holds_no_tensor_of_its_own(tmp_path):
 
 
 def test_a_family_that_cannot_be_compared_is_told_and_kept(tmp_path, kernel, monkeypatch):
-    import raycv.model.kernels
+    import raycv.model.attention
 
     def fails(model):
         raise error
 
-    monkeypatch.setattr(raycv.model.kernels, "in_plain_code", fails)
+    monkeypatch.setattr(raycv.model.attention, "in_plain_code", fails)
     error = ValueError("no eager here")
     model, told = told_of(tiny_llama(tmp_path))
     assert attention_of(model) == "sdpa"

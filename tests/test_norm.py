@@ -5,8 +5,8 @@ import torch
 from builders import tiny_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from raycv.model.attention import FusedRMSNorm, fuse_norms
 from raycv.model.base_model import fetch_base
-from raycv.model.kernels import FusedRMSNorm, fuse_norms
 from raycv.model.loading import load_classifier, load_tokenizer
 
 

@@ -17,8 +17,8 @@ from transformers import Gemma3Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from raycv.model.adapters import Float32Head
+from raycv.model.attention import attention_window
 from raycv.model.base_model import fetch_base
-from raycv.model.kernels import attention_window
 from raycv.model.loading import load_classifier, load_tokenizer
 from raycv.prompts.encoder import encode_dataset, prompt_encoder
 from raycv.training.forward import Batch, RowScorer, in_order

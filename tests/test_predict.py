@@ -19,10 +19,10 @@ from raycv.config.schema import InferenceConfig
 from raycv.errors import UserError
 from raycv.inference.predictor import Predictor, choose_precision
 from raycv.model.adapters import Float32Head
+from raycv.model.attention import attention_of
 from raycv.model.base_model import fetch_base
 from raycv.model.checkpoint import save_checkpoint
 from raycv.model.int8 import Int8Linear, has_fast_int8, quantise, to_int8
-from raycv.model.kernels import attention_of
 from raycv.training.loop import FoldTrainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -13,7 +13,8 @@ from rich.console import Console
 from raycv.common.files import write_json
 from raycv.errors import RunFailedError
 from raycv.results.fold_result import FoldResult
-from raycv.results.report import best_fold, summarize, summary_table
+from raycv.results.report import best_fold, summarize
+from raycv.terminal.summary_table import summary_table
 from raycv.training.metrics import METRICS
 
 
@@ -124,6 +125,15 @@ def test_best_fold_by_f1_then_roc_auc_then_the_first() -> None:
 
 USELESS = {"precision": 22 / 201, "recall": 1.0, "f1": 44 / 223, "accuracy": 22 / 201, "roc_auc": 0.58}
 """All 201 pairs of fold 1 labelled matched, which 22 are."""
+
+
+def test_folds_that_computed_attention_in_different_ways_are_warned_of() -> None:
+    """An earlier version, which recorded no attention, computed another function for models that cap their scores."""
+    assert summarize("r", RESULTS, 5)["warnings"] == []
+    eager = [replace(one, worker={**one.worker, "attention": "eager"}) for one in RESULTS]
+    assert summarize("r", eager, 5)["warnings"] == []
+    (warning,) = summarize("r", [*RESULTS[:2], *eager[2:]], 5)["warnings"]
+    assert "(fold 0, 1: not recorded by an earlier version; fold 2, 3, 4: eager)" in warning
 
 
 def test_a_collapsed_fold_is_marked_with_its_reasons() -> None:

@@ -35,9 +35,10 @@ from raycv.common.numerics import NUMERICS
 from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
-from raycv.cv.pipeline import cross_validate, earlier_store
+from raycv.cv.pipeline import cross_validate
 from raycv.cv.preparation import load_data, prepare_base
 from raycv.cv.resume import earlier_run, sole_process
+from raycv.cv.resumed_run import earlier_store
 from raycv.errors import FaultsError, RunFailedError, UserError, counted
 from raycv.model.base_files import checksum as base_sha256
 from raycv.model.base_model import fetch_base

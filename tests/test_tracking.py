@@ -33,7 +33,7 @@ from raycv.config.schema import AggregateConfig, RunConfig, TrackingConfig
 from raycv.config.validation import as_yaml, validate
 from raycv.config.values import STORES
 from raycv.cv.aggregation import aggregate
-from raycv.cv.pipeline import ends_parent_run
+from raycv.cv.open_run import OpenRun
 from raycv.cv.resume import sole_process
 from raycv.errors import UserError
 from raycv.orchestration.mlflow_callback import FoldRuns
@@ -332,7 +332,7 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def broken_off(complete, error):
-        with sole_process(folder), ends_parent_run(tracker, parent_id, folder, settings, Console()):
+        with sole_process(folder), OpenRun(settings, folder, tracker, parent_id, Console()).under_way():
             if complete:
                 write_json(folder.report, {})
             raise error

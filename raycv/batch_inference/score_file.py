@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from raycv.batch_inference.input_formats import pair_file
 from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.reader import AskedPair, BadRow, Chunk, PairSource, open_source
+from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairSource, open_source
 from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile, check_output
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.data.dataset import criteria_hash

@@ -1,4 +1,4 @@
-"""The file of scores: grows chunk by chunk, continues after an interruption, moves into place at the end."""
+"""Writes the file of scores and the list of bad rows, chunk by chunk; continues them after an interruption."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ from raycv.batch_inference.output_formats import (
     json_line,
     part_of,
 )
-from raycv.batch_inference.reader import BadRow
+from raycv.batch_inference.pairs import BadRow
 from raycv.common.files import read_json, write_text
 from raycv.common.numerics import NUMERICS
 from raycv.data.types import LABELS

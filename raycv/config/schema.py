@@ -1,7 +1,4 @@
-"""The typed schema of the configuration. YAML files in `configs/` hold the values, this file holds their meaning.
-
-Every fault of a config is reported at once, with the value received and what the key expects (FR-004).
-"""
+"""Every key of every command: its type, its meaning, its allowed words."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""The types of single values in the config: a path, a share, the address of a store, free text."""
+"""Limits and forms of single values: the least share of a core or GPU, paths, store addresses, free text."""
 
 import os
 import re

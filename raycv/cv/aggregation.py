@@ -14,9 +14,10 @@ from raycv.config.schema import AggregateConfig
 from raycv.errors import UserError
 from raycv.results.find_run import find_run, finished_at, folds_of, runs_there
 from raycv.results.fold_result import FoldResult
-from raycv.results.report import summarize, summary_table
+from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, resume_command
 from raycv.terminal.console import say
+from raycv.terminal.summary_table import summary_table
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, recorded_uri, tracked_run
 
 

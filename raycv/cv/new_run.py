@@ -1,23 +1,27 @@
-"""Makes the folder of a new run, writes its inputs, and opens its MLflow parent."""
+"""A new run: checks its folder, makes it, writes its inputs, and starts its MLflow parent."""
 
+import contextlib
 import itertools
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from rich.console import Console
 
 from raycv.common.environment import describe_environment
 from raycv.common.files import check_writable, sha256_of, write_json, write_text
 from raycv.config.schema import RunConfig
 from raycv.config.validation import as_yaml
-from raycv.data.splits import positives_table, splits_record
-from raycv.errors import UserError
+from raycv.cv.open_run import OpenRun
+from raycv.cv.resume import sole_process
+from raycv.data.splits import Split, positives_table, splits_record
+from raycv.data.types import Dataset
+from raycv.errors import UserError, together
 from raycv.orchestration.fold_task import Prepared
 from raycv.results.find_run import make_newest
 from raycv.results.run_folder import RunFolder, resume_command
-
-if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+from raycv.terminal.console import say
 
 
 def check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
@@ -71,6 +75,7 @@ def new_run_folder(config: RunConfig) -> RunFolder:
 
 
 def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> None:
+    """Writes what the folds depend on: config, splits, counts of the data, environment."""
     write_text(folder.config, as_yaml(config))
     make_newest(folder)
     write_json(folder.splits, splits_record(prepared.dataset, prepared.splits, config.cv.seed))
@@ -90,24 +95,47 @@ def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> No
     write_json(folder.environment, describe_environment() | recorded)
 
 
-def start_run(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, RunFolder, "Tracker", str]:
-    """Makes the run's folder and its MLflow parent; takes both back if not all of it can be had.
+class NewRun:
+    """A run that does not exist yet. It keeps other processes out of its folder from `open` until `held` ends."""
 
-    Returns the config under the name that the run has now, however it came to it, the folder, the store, and the id
-    of the parent there.
-    """
-    from raycv.orchestration.cluster import check_nodes
-    from raycv.tracking.tracker import Tracker
+    def __init__(self, config: RunConfig, console: Console, held: contextlib.ExitStack) -> None:
+        self.config = config
+        self._console = console
+        self._held = held
 
-    folder = new_run_folder(config)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.root.name})})
-    try:
-        write_inputs(folder, config, prepared)
-        check_nodes(folder, prepared.base)
-        tracker = Tracker(config.tracking.uri)
-        parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
-    except BaseException:
-        # Nothing is computed yet, and the name is free again.
-        shutil.rmtree(folder.root, ignore_errors=True)
-        raise
-    return config, folder, tracker, parent_id
+    def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
+        """Raises: UserError if the run's folder cannot be made, with all that is wrong with a new MLflow store."""
+        try:
+            check_run_folder(self.config)
+        except UserError as error:
+            from raycv.tracking.store_checks import new_store_faults
+
+            # Where one folder cannot be written, others cannot either.
+            raise together([error, *new_store_faults(self.config.tracking)]) from error
+
+    def check_base(self, facts: dict[str, Any]) -> None:
+        """Raises: UserError if the MLflow store cannot be used. The run records the base model as it is."""
+        from raycv.tracking.tracker import check_store
+
+        check_store(self.config.tracking)
+
+    def open(self, prepared: Prepared) -> OpenRun:
+        """Makes the run's folder and its MLflow parent; takes both back if one of them cannot be made."""
+        from raycv.orchestration.cluster import check_nodes
+        from raycv.tracking.tracker import Tracker
+
+        folder = new_run_folder(self.config)
+        config = self.config.model_copy(update={"run": self.config.run.model_copy(update={"name": folder.root.name})})
+        try:
+            write_inputs(folder, config, prepared)
+            check_nodes(folder, prepared.base)
+            tracker = Tracker(config.tracking.uri)
+            parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
+        except BaseException:
+            # Nothing is computed yet, and the name is free again.
+            shutil.rmtree(folder.root, ignore_errors=True)
+            raise
+        self._held.enter_context(sole_process(folder))
+        resume = resume_command(folder)
+        say(self._console, f"Run folder: {folder.root}   (if the run is broken off: {resume})")
+        return OpenRun(config, folder, tracker, parent_id, self._console)

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from raycv.common.devices import CPU_FOR_RUNS, check_gpu_before_ray
 from raycv.common.locations import resolve
 from raycv.config.schema import RunConfig
 from raycv.data.dataset import count, load_dataset
 from raycv.data.splits import Split, make_splits
 from raycv.data.types import Dataset
+from raycv.model.base_model import check_name
 from raycv.orchestration.fold_task import Prepared
 from raycv.terminal.console import say
 
@@ -29,6 +31,7 @@ class Base:
 
 
 def load_data(config: RunConfig) -> tuple[Dataset, list[Split]]:
+    """The data set of `config` and its folds. Raises: FaultsError with every fault of the data."""
     data_dir, criteria_dir = Path(resolve(config.data.dir)), Path(resolve(config.data.criteria_dir))
     dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty, missing=config.data.missing)
     if config.data.shuffle_labels:
@@ -49,6 +52,13 @@ def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
     warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
     stats = dataset.stats | count(dataset.posts, dataset.criteria, pairs)
     return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
+
+
+def check_base_and_gpu(config: RunConfig) -> None:
+    """Raises: UserError if the base model's name or the GPU cannot be used, as far as torch is not needed to see it."""
+    check_name(config.model.name, config.model.revision)
+    if config.resources.gpus_per_fold != 0:
+        check_gpu_before_ray(CPU_FOR_RUNS)
 
 
 def prepare_base(config: RunConfig) -> Base:

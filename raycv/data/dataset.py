@@ -1,8 +1,4 @@
-"""Files -> validated pairs (FR-012). All faults of a data set are reported at once, with their places, without text.
-
-Two layouts are read, told apart by their columns: the specification's posts, groundtruth and criteria; and the ReDSM5
-release, whose sentence annotations are turned into pairs (`labels.py`).
-"""
+"""Loads the data set: tables to validated pairs, counts, hashes, and warnings about the data (FR-012)."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Chosen checkpoints to what answers: the model with the criteria of its run."""
+"""Loads the chosen checkpoints together with the criteria of their run. Imports nothing heavy by itself."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which run answered last from a folder of runs: `latest` moves when another run finishes."""
+"""Remembers which run answered last from a folder of runs, to tell when `latest` is another one now."""
 
 import os
 import shlex

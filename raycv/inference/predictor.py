@@ -15,11 +15,11 @@ from raycv.config.schema import InferenceConfig, Precision
 from raycv.data.problems import listed
 from raycv.errors import UserError
 from raycv.inference.questions import SCORE_DECIMALS, ModelIdentity, Prediction
+from raycv.model.attention import KERNEL, PLAIN, attention_of
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
 from raycv.model.int8 import check_int8, to_int8
-from raycv.model.kernels import KERNEL, PLAIN, attention_of
 from raycv.model.loading import load_classifier, load_tokenizer
 from raycv.prompts.encoder import EncodedPairs, PromptEncoder
 from raycv.prompts.template import FittedPost, render

@@ -1,4 +1,4 @@
-"""Questions and answers of inference, the same whoever computes them: the command itself, or a resident scorer.
+"""Questions and answers: finds a criterion by id or name, labels a score, prints answers as JSON or text.
 
 Imports nothing heavy: a client of the scorer needs no more than this.
 """

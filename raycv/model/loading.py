@@ -208,7 +208,7 @@ def load_classifier(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from raycv.model.kernels import PLAIN, choose_attention, fuse_norms, with_right_attention
+    from raycv.model.attention import PLAIN, choose_attention, fuse_norms, with_right_attention
 
     config = load_config(files)
     config.num_labels = len(LABELS)

@@ -1,4 +1,4 @@
-"""Joins or starts Ray, watches that it stays, and checks that its nodes share the run folder."""
+"""Joins or starts Ray, watches that it stays, and puts a question to every node."""
 
 import _thread
 import contextlib

@@ -1,4 +1,4 @@
-"""What travels between the driver, the trials and the workers: the task of a fold, and the progress board."""
+"""What travels between the driver, the trials and the workers: the task of a fold, and the board where they post."""
 
 import contextlib
 from collections.abc import Callable

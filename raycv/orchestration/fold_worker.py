@@ -52,8 +52,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
         from raycv.common.environment import describe_device
         from raycv.model.adapters import add_dora, base_dtype, choose_precision, count_parameters
+        from raycv.model.attention import attention_of
         from raycv.model.base_model import fetch_base
-        from raycv.model.kernels import attention_of
         from raycv.model.loading import load_classifier, load_tokenizer
         from raycv.training.loop import FoldTrainer
         from raycv.training.progress import spent

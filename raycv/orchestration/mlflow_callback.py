@@ -1,4 +1,4 @@
-"""Ray's MLflow callback: what Tune passes on becomes a child run per fold."""
+"""Ray's MLflow callback: hands on what Tune reports. The tracker chooses what MLflow gets."""
 
 import logging
 import time

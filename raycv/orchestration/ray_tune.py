@@ -1,4 +1,4 @@
-"""Ray Tune: each fold is a trial; why a trial failed, and what the live view shows of it."""
+"""Ray Tune: each fold is a trial; tells whether a trial's fold is finished, or why it failed."""
 
 import contextlib
 import pickle

@@ -1,4 +1,4 @@
-"""What every node must have as the driver has it: the run folder, versions, and raycv's code. Knows no Ray."""
+"""Compares a node with the driver: the run folder, versions of packages, raycv's code. Faults name the node."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

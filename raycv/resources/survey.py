@@ -1,4 +1,4 @@
-"""What a node is asked before it trains. Travels by value, so it imports the standard library alone."""
+"""The question to a node. It travels by value, so it imports the standard library alone."""
 
 import hashlib
 import importlib.util

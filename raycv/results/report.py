@@ -1,4 +1,4 @@
-"""Summarises the results of folds: `report.json`, and the table at the end of a run. Needs no Ray, MLflow or torch."""
+"""Summarises the results of folds for `report.json`: mean, deviation, best fold, warnings. No Ray, MLflow or torch."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from raycv.results.fold_result import FoldResult
 from raycv.training.metrics import F1, METRICS, ROC_AUC, THRESHOLD, all_matched_f1, collapsed_because
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    pass
 
 COLUMNS = (*METRICS, THRESHOLD)
 
@@ -67,6 +67,7 @@ def summarize(
             "its labels and its F1 were checked"
         )
     warnings += [f"fold {fold}: {collapsed_because(reasons)}" for fold, reasons in collapsed.items()]
+    warnings += _mixed_attention(ordered)
     return {
         "run": run,
         "finished": finished,
@@ -90,40 +91,17 @@ def best_fold(results: Sequence[FoldResult]) -> int:
     return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold
 
 
-def summary_table(report: dict[str, Any]) -> "Group":
-    """Returns the table at the end of a run: a row per fold, then mean and deviation.
-
-    Its title tells whether the run is a control.
-    """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
-    title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    collapsed = report.get("collapsed_folds", [])
-    for fold in report["folds"]:
-        mark = " *" if fold["fold"] == report["best_fold"] else ""
-        mark += " !" if fold["fold"] in collapsed else ""
-        cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
-        cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
-        table.add_row(f"{fold['fold']}{mark}", *cells)
-    table.add_section()
-    for name, row in (("mean", report["mean"]), ("std", report["std"])):
-        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
-    floors = report["floors"]
-    caption = Text(
-        f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
-        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
-        "dim",
-    )
-    marked = [fold for fold in report["folds"] if fold["fold"] in collapsed]
-    warnings = [f"! fold {fold['fold']}: {collapsed_because(fold.get('collapsed') or [])}" for fold in marked]
-    return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
+def _mixed_attention(results: Sequence[FoldResult]) -> list[str]:
+    """Returns a warning if the folds computed attention in different ways, and so are not of one model."""
+    folds_of: dict[str, list[str]] = {}
+    for result in results:
+        folds_of.setdefault(result.worker.get("attention", "not recorded by an earlier version"), []).append(
+            str(result.fold)
+        )
+    if len(folds_of) < 2:
+        return []
+    ways = "; ".join(f"fold {', '.join(folds)}: {attention}" for attention, folds in folds_of.items())
+    return [f"the folds differ in the attention that they computed ({ways}), so their numbers may not be comparable"]
 
 
 def _value(result: FoldResult, key: str) -> float:

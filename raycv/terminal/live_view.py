@@ -1,4 +1,4 @@
-"""The live view: a table of the folds on a terminal, lines where there is none."""
+"""The live view: its columns on a terminal, and the lines that it prints where there is none."""
 
 import time
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""MLflow: the parent run, a child run per fold, a run per inference. The only module that imports mlflow.
+"""What a run, its folds and an inference have in MLflow: parameters, metrics, tags, files. Imports mlflow.
 
-One writer, the driver: workers write files, and the driver logs them (several processes opening a new SQLite store at
-once break it). Everything that is logged also lies in the run folder, so a lost server loses nothing.
+One writer, the driver: workers write files, and the driver logs them. Several processes that open a new SQLite store at
+once break it. The run folder has everything that is logged, so a lost server loses nothing.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raycv.common.devices import is_out_of_memory
-from raycv.model.kernels import KERNEL, PLAIN, attention_of, attention_window, far_apart
+from raycv.model.attention import KERNEL, PLAIN, attention_of, attention_window, far_apart
 from raycv.prompts.encoder import EncodedPairs
 from raycv.training.packing import (
     FILL,

@@ -1,4 +1,9 @@
-"""Chooses the kernels of a base model: attention, checked against the model's own code, and Llama's norm."""
+"""Chooses attention and norm of the base model: PyTorch's kernels, checked against the model's own code.
+
+transformers passes a kernel only the arguments that it takes. Gemma 2 caps its attention scores, and sdpa drops the cap
+silently.
+The config therefore shows the known cases, and the logits of one prompt show the others.
+"""
 
 import copy
 import re

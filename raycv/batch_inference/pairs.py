@@ -1,4 +1,4 @@
-"""Records to chunks of pairs that can be scored; bad rows with their reasons."""
+"""Records of a file to pairs that can be scored, and the reasons for records that cannot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

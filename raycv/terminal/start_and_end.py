@@ -1,4 +1,4 @@
-"""What a run prints: its data, its place on the cluster, its end."""
+"""The lines that a run prints at its start and its end: data, places, and where everything lies."""
 
 import shutil
 import sys
@@ -14,9 +14,9 @@ from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
 from raycv.data.types import Dataset
 from raycv.errors import counted
-from raycv.results.report import summary_table
 from raycv.results.run_folder import RunFolder, infer_command
 from raycv.terminal.console import say
+from raycv.terminal.summary_table import summary_table
 
 if TYPE_CHECKING:
     from raycv.resources.placement import Placement

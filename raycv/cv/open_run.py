@@ -1,0 +1,84 @@
+"""A run that is under way: its config, folder and MLflow parent, and what becomes of them at its end."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from raycv.common.signals import ignore_stops
+from raycv.config.schema import RunConfig
+from raycv.errors import RunFailedError, UserError
+from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.terminal.console import say
+
+if TYPE_CHECKING:
+    from raycv.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder and MLflow parent exist."""
+
+    config: RunConfig
+    """with the name that the run has now"""
+    folder: RunFolder
+    tracker: "Tracker"
+    parent_id: str
+    """of the parent run in MLflow"""
+    console: Console
+    make_ready: Callable[[], None] = lambda: None
+    """what an earlier run needs before its folds start"""
+    resumed: bool = False
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Ends the MLflow parent run as FINISHED, FAILED or KILLED whatever happens in the block.
+
+        A run that has its report is complete; only MLflow may lack something.
+        """
+        status = "FAILED"
+        try:
+            self.make_ready()
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            ignore_stops()
+            status = "KILLED"
+            finished = len(self.folder.finished(self.config.cv.folds))
+            kept = f"{finished} of {self.config.cv.folds} folds are finished, and kept in {self.folder.root}"
+            say(self.console, f"Interrupted: {kept}\n{self._what_is_left()}\nStopping Ray ...")
+            raise
+        except RunFailedError:
+            raise  # Its message has the command to resume.
+        except Exception:
+            say(self.console, f"The run stopped before its end.\n{self._what_is_left()}")
+            raise
+        finally:
+            if self.folder.report.is_file():
+                status = "FINISHED"
+            # A store that is away may hide neither a result nor the error that ended the run.
+            with contextlib.suppress(UserError):
+                self.tracker.finish_family(self.parent_id, status)
+
+    def log(self, report: dict[str, Any]) -> None:
+        """Logs the summary and whatever folds MLflow lacks; only warns if MLflow does not take it."""
+        from raycv.tracking.tracker import flat_params
+
+        try:
+            params = flat_params(self.config.model_dump())
+            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, params)
+            self.tracker.log_report(self.parent_id, report, self.folder.report)
+            if self.resumed:
+                self.tracker.log_files(self.parent_id, [self.folder.environment])
+        except UserError as error:
+            later = f"Log it later: {aggregate_command(self.folder)}"
+            say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
+
+    def _what_is_left(self) -> str:
+        """What to type after a run that ended before its time."""
+        if self.folder.report.is_file():
+            log = f"Log it into MLflow: {aggregate_command(self.folder)}"
+            return f"The run is complete, its report is {self.folder.report}\n{log}"
+        return f"Go on where it stopped: {resume_command(self.folder)}"

@@ -1,0 +1,99 @@
+"""A run that resumes: compared with what it recorded, then opened again where it stopped."""
+
+import contextlib
+import shutil
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from raycv.common.environment import describe_environment
+from raycv.common.files import read_record, write_json
+from raycv.config.schema import RunConfig
+from raycv.cv.new_run import check_run_folder
+from raycv.cv.open_run import OpenRun
+from raycv.cv.resume import Earlier, earlier_run, sole_process
+from raycv.data.splits import Split
+from raycv.data.types import Dataset
+from raycv.errors import UserError, counted
+from raycv.orchestration.fold_task import Prepared
+from raycv.results.fold_result import FoldResult
+from raycv.terminal.console import say
+from raycv.tracking.lookup import tracked_run
+
+if TYPE_CHECKING:
+    from raycv.tracking.tracker import Tracker
+
+
+class ResumedRun:
+    """The run that `config.resume` names. It keeps other processes out of its folder until `held` ends."""
+
+    def __init__(self, config: RunConfig, typed: Collection[str], console: Console, held: contextlib.ExitStack) -> None:
+        """`typed`: keys that the command line sets. Raises: UserError if there is no such run, or it is finished."""
+        self._earlier = earlier_run(config, typed)
+        self._typed = typed
+        self._console = console
+        self.config = self._earlier.config
+        held.enter_context(sole_process(self._earlier.folder))
+        root = self._earlier.folder.root
+        say(console, f"Resuming run {root.name} in {root.parent}")
+
+    def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
+        """Raises: UserError if data, splits, config or versions differ from what the run recorded."""
+        self._earlier.check(dataset, splits)
+        for warning in self._earlier.warnings():
+            say(self._console, f"Warning: {warning}", "yellow")
+        check_run_folder(self.config, taken=True)
+
+    def check_base(self, facts: dict[str, Any]) -> None:
+        """Raises: UserError if the base model is another, a state cannot be continued, or MLflow lacks the run."""
+        self._earlier.check_base(facts)
+        self._earlier.check_states()
+        self._tracker, self._parent_id = earlier_store(self._earlier, self._typed)
+
+    def open(self, prepared: Prepared) -> OpenRun:
+        """Raises: UserError if a node does not see the run's folder, or has other code."""
+        from raycv.orchestration.cluster import check_nodes
+
+        folder = self._earlier.folder
+        check_nodes(folder, prepared.base)
+        return OpenRun(
+            self.config,
+            folder,
+            self._tracker,
+            self._parent_id,
+            self._console,
+            make_ready=self._make_ready,
+            resumed=True,
+        )
+
+    def _make_ready(self) -> None:
+        """Marks the run as under way, records where, and removes what its earlier processes left half done."""
+        folder, folds = self._earlier.folder, self.config.cv.folds
+        for fold in folder.finished(folds):
+            try:
+                FoldResult.of(folder, fold)
+            except UserError as error:
+                say(self._console, f"Warning: fold {fold} is trained again: {error.what}", "yellow")
+                folder.fold(fold).set_result_aside()
+        finished = folder.finished(folds)
+        kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
+        say(self._console, f"Going on with run {folder.root.name}: {kept}")
+        for fold in range(folds):
+            files = folder.fold(fold)
+            files.error.unlink(missing_ok=True)
+            if fold in finished:
+                shutil.rmtree(files.state, ignore_errors=True)
+            for half in files.root.glob(".*"):
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
+        # Ray Train would resume from its own files under the same name; training resumes from ours.
+        shutil.rmtree(folder.ray, ignore_errors=True)
+        environment = read_record(folder.environment)
+        resumed = [*environment.get("resumed", []), describe_environment()]
+        write_json(folder.environment, environment | {"resumed": resumed})
+        self._tracker.reopen(self._parent_id)
+
+
+def earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["Tracker", str]:
+    """The MLflow store of an earlier run, and the id of its parent there."""
+    return tracked_run(earlier.folder, earlier.config.tracking.uri, "tracking.uri", given="tracking.uri" in typed)
