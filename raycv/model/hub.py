@@ -157,8 +157,8 @@ def _remember(snapshot: Path, revision: str, commit: str) -> None:
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit, encoding="utf-8")
-    # A cache that was made elsewhere may be read-only, so we only log this.
     except OSError as error:
+        # A cache that was made elsewhere may be read-only, so we only log this.
         logger.info("cannot note %s in the cache: %s", revision, cause_of(error))
 
 
@@ -281,8 +281,8 @@ def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
             remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
         ) from error
-    # Errors of requests and huggingface_hub are instances of `OSError` as well.
     except OSError as error:
+        # Errors of requests and huggingface_hub are instances of `OSError` as well.
         raise _refusal(error, name, revision) or _disk_fault(error, name, revision) from error
 
 

@@ -252,7 +252,8 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
     transformers only warns of missing keys, and would train random values.
 
     Raises:
-        UserError: The backbone lacks a key, or the checkpoint has keys of layers that the model lacks.
+        UserError: A key of the backbone is missing or has another shape, or the checkpoint has layers that the model
+            lacks.
     """
     from raycv.model.adapters import head_modules
 

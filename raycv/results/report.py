@@ -92,7 +92,7 @@ def best_fold(results: Sequence[FoldResult]) -> int:
 
 
 def _mixed_attention(results: Sequence[FoldResult]) -> list[str]:
-    """Returns a warning if the folds computed attention in different ways, and so are not of one model."""
+    """Returns a warning if the folds computed attention in different ways. They are then not of one model."""
     folds_of: dict[str, list[str]] = {}
     for result in results:
         folds_of.setdefault(result.worker.get("attention", "not recorded by an earlier version"), []).append(

@@ -52,8 +52,8 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
     """Returns the logits [n, 2] of `rows` [n] in their order.
 
     Args:
-        rows: The rows.
-        done: Rows and logits of each batch. All batches hold the same rows in another order.
+        rows: The rows in the wanted order.
+        done: Rows and logits of each batch. All batches together hold the same rows in another order.
     """
     place = np.empty(len(rows), dtype=np.int64)
     place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")

@@ -208,7 +208,7 @@ The key counts the part of the use (cached files) that the kernel takes back bef
 
 
 def left_to_containers(own: Path, mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yields the bytes left to each control group with a limit that a process is in (Docker, Slurm, systemd).
+    """Yields the bytes left to each control group of a process that has a limit (Docker, Slurm, systemd).
 
     `/proc/meminfo` shows the machine's memory, also within a container.
 
