@@ -1,4 +1,4 @@
-"""The one error type that is meant for the user: printed without a traceback, exit code 2."""
+"""The errors that are meant for the user: printed without a traceback, exit code 2, or 1 for a failed run."""
 
 import re
 from collections.abc import Sequence
@@ -7,21 +7,27 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
-    """Something that the user can mend: a config value, a file, a missing model, an unreachable service.
+    """A fault that the user can fix: a config value, a file, a missing model, an unreachable service.
 
-    The message says what happened, with which value, and what to do next. It never holds post text.
+    The message names the fault, the value and the next step. It never holds the text of a post.
     """
 
     exit_code = 2
 
     def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
-        """`what`: one or more sentences; `remedies`: what to do next, printed numbered when there are several."""
+        """Stores the parts of the message.
+
+        Args:
+            what: The fault in one or more sentences.
+            remedies: The next steps. Several are printed with numbers.
+        """
         self.what = what
         self.remedies = list(remedies)
         super().__init__(self._text())
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors travel from workers to the driver, and the default would call the constructor with the whole text.
+        # Errors travel from workers to the driver. Pickle would call the constructor with the whole text, so we pass
+        # the parts.
         return _rebuild, (self.what, self.remedies)
 
     def _text(self) -> str:
@@ -34,7 +40,7 @@ class UserError(Exception):
 
 
 def together(errors: Sequence[UserError]) -> UserError:
-    """One or more errors as one, with what to do about each."""
+    """Joins one or more errors into one, with the remedies of each."""
     if len(errors) == 1:
         return errors[0]
     remedies = [remedy for error in errors for remedy in error.remedies]
@@ -46,16 +52,23 @@ def _rebuild(what: str, remedies: Sequence[str]) -> UserError:
 
 
 class RunFailedError(UserError):
-    """The run itself failed: a fold died, training broke down. Printed like any user error, but not a wrong input."""
+    """A failure of the run itself, not of its input: a fold died, or training failed. Printed like any user error."""
 
     exit_code = 1
 
 
 class FaultsError(UserError):
-    """Several faults found in one pass over a config or a data set, reported together."""
+    """All faults that one pass over a config or a data set found, reported together."""
 
     def __init__(self, title: str, faults: Sequence[str], *, remedies: Sequence[str] = (), most: int = 50) -> None:
-        """`title` names what was checked; at most `most` faults are printed, the rest are counted."""
+        """Builds the list of faults.
+
+        Args:
+            title: The first line of the message, before the number of faults.
+            faults: The faults, a line each.
+            remedies: The next steps.
+            most: Faults to print at most. The message counts the rest.
+        """
         self.faults = list(faults)
         shown = [f"  - {fault}" for fault in self.faults[:most]]
         if len(self.faults) > most:
@@ -64,17 +77,17 @@ class FaultsError(UserError):
 
 
 def counted(number: float, noun: str) -> str:
-    """`1 fold`, `2 folds`, `0.5 folds`, `1,000,000 folds`."""
+    """A number with its noun: `1 fold`, `2 folds`, `0.5 folds`, `1,000,000 folds`."""
     shown = f"{number:,g}" if isinstance(number, float) else f"{number:,}"
     return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: control characters, but for line breaks and tabs, by their codes."""
+    """`text` for a terminal: codes replace control characters, except line breaks and tabs."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shown(value: object, most: int = 40) -> str:
-    """`value` for a message: quoted if short, else only its length, since a shifted column can hold post text."""
+    """`value` for a message: quoted if short, else its length only, since a shifted column can hold post text."""
     text = str(value)
     return repr(text) if len(text) <= most else f"a value of {len(text)} characters"

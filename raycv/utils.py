@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def set_seed(seed: int) -> None:
-    """Seeds Python, NumPy and torch (all devices), and pins the kernels."""
+    """Seeds Python, NumPy and torch (all devices), and pins the kernels (FR-009)."""
     import numpy as np
     import torch
 
@@ -20,29 +20,31 @@ def set_seed(seed: int) -> None:
 
 
 def pin_kernels() -> None:
-    """Asks torch for the same kernels in every batch and on every GPU: in training, inference and benchmarks alike.
+    """Makes torch use the same kernels in every batch and on every GPU: in training, inference and benchmarks.
 
-    Attention on a GPU is the memory-efficient kernel's. Flash takes no mask there, so it would compute the batches that
-    happen to have no padding, and no others; cuDNN chooses its plan at run time. The price is small: at 512 tokens
-    attention is a fiftieth of the products of a 7B, and padded and packed batches could not have used Flash at all.
-    Math remains for what that kernel does not take. On a CPU Flash takes masks, and computes all batches.
+    The memory-efficient kernel computes attention on a GPU. Flash does not take a mask there, so it would compute only
+    the batches that happen to have no padding. The kernel of cuDNN is off, since it chooses its plan at run time. The
+    price is small: at 512 tokens attention is a fiftieth of the products of a 7B model. Padded and packed batches could
+    not use Flash anyway. The math kernel computes what the memory-efficient one does not take. On a CPU Flash takes
+    masks, so it computes all batches.
 
-    An operation without a deterministic kernel warns instead of stopping a run of hours. The backward of attention is
-    one: PyTorch takes its deterministic form only where others would raise (warn_only=False). So a training on a GPU
-    repeats itself to rounding, not to the bit (SC-003 asks for 0.5 % F1).
+    An operation without a deterministic kernel warns, so that it does not stop a run of hours. The backward pass of
+    attention is such an operation. PyTorch uses its deterministic form only with warn_only=False, under which other
+    operations would raise. So training on a GPU repeats itself up to rounding, not bit for bit (SC-003 asks for 0.5 %
+    F1).
     """
-    # cuBLAS reads it when its handle is made, so before the first product on a GPU.
+    # cuBLAS reads this variable when it makes its handle, so we set it before the first product on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling fresh memory with NaN finds bugs, not nondeterminism, and costs a pass over every tensor.
+    # The fill with NaN finds bugs, not nondeterminism, and costs a pass over every new tensor, so it is off.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    # The same products on every GPU, whatever its defaults.
+    # Defaults differ between GPUs, so we turn TF32 off to get the same products on each.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    # Of all devices, whatever its name: without it a CPU computes attention four times as long.
+    # This switch holds for the CPU too, despite its name. A CPU without Flash takes four times as long for attention.
     torch.backends.cuda.enable_flash_sdp(not torch.cuda.is_available())
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(True)
@@ -50,7 +52,7 @@ def pin_kernels() -> None:
 
 
 def random_state(device: "torch.device") -> dict[str, "torch.Tensor"]:
-    """What dropout on `device` draws from next, by the kind of generator."""
+    """The states of the generators that dropout on `device` draws from, by kind of device."""
     import torch
 
     state = {"cpu": torch.get_rng_state()}
@@ -60,7 +62,7 @@ def random_state(device: "torch.device") -> dict[str, "torch.Tensor"]:
 
 
 def set_random_state(state: dict[str, "torch.Tensor"], device: "torch.device") -> None:
-    """Puts back what `random_state` gave."""
+    """Restores the states that `random_state` returned."""
     import torch
 
     torch.set_rng_state(state["cpu"])

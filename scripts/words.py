@@ -1,7 +1,7 @@
 """Checks that the docs are in plain English: no banned phrase, no sentence that opens oddly, none that is too long.
 
-python -m scripts.words                 README and its companions, docs, --help, the comments in configs/
-python -m scripts.words FILE.md ...     these files alone
+python -m scripts.words             README and its companions, docs, --help, configs/, and the code in CHECKED
+python -m scripts.words FILE ...    these Markdown or Python files alone
 """
 
 import re
@@ -14,6 +14,7 @@ import yaml
 from raycv.config import schema as schema
 from raycv.config.schema import Section
 from raycv.config.validation import fields, meaning
+from scripts.docstrings import code_passages, python_files
 from scripts.markdown import ROOT, Passage, name_of, pages, passages
 
 MOST_WORDS = 25
@@ -31,10 +32,20 @@ BANNED = {
     r"of (it|them|these|those) alone|for itself|by itself": "write: only, or automatically",
     r"the very": "write: exactly, or the same",
     r"at hand|lies at|stands in": "write: is in, is at",
+    r"lest|save for|as it stands": "write: so that ... not, except, unchanged",
 }
 """Phrases that a reader must read twice, and what to write instead."""
 FROM_CODE = {"docs/development/modules.md"}
-"""Pages whose prose is that of docstrings, which are not checked yet."""
+"""Pages whose prose is that of docstrings, which are not all checked yet."""
+CHECKED = (
+    "raycv/common",
+    "raycv/config",
+    "raycv/data",
+    "raycv/errors.py",
+    "raycv/prompts",
+    "raycv/utils.py",
+)
+"""Rooms and modules whose docstrings and comments are checked."""
 
 
 def breaches(passage: Passage) -> Iterator[str]:
@@ -92,8 +103,9 @@ def config_comments() -> Iterator[Passage]:
 def main(files: Iterable[str]) -> None:
     """Prints every breach; exit code 1 if there is one."""
     given = [Path(file) for file in files]
-    checked = given or [page for page in pages() if name_of(page) not in FROM_CODE]
-    read = [passage for page in checked for passage in passages(page)]
+    code = [file for place in CHECKED for file in python_files(ROOT / place)]
+    checked = given or [*(page for page in pages() if name_of(page) not in FROM_CODE), *code]
+    read = [each for file in checked for each in (code_passages if file.suffix == ".py" else passages)(file)]
     if not given:
         read += [*help_passages(), *config_comments()]
     found = [breach for passage in read for breach in breaches(passage)]

@@ -12,6 +12,7 @@ import yaml
 pytest.importorskip("scripts.words", reason="the docs are in the checkout, not in the wheel")
 
 from scripts import doc_commands, links, reference, words
+from scripts.docstrings import code_passages
 from scripts.markdown import ROOT, Passage, anchors, code_blocks, inline_code, pages, passages
 
 
@@ -78,7 +79,39 @@ def test_a_breach_names_its_line(tmp_path: Path) -> None:
     assert breach.startswith(f"{page}:8: ")
 
 
-def test_readme_docs_and_help_are_in_plain_english(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("code", "line", "found"),
+    [
+        ('"""The run goes on."""\n', 1, "'goes on' is banned"),
+        ('def f():\n    """Ends.\n\n    Where it ends, it stays.\n    """\n', 4, "opens with 'Where'"),
+        ('"""Ends.\n\nArgs:\n    a: it is good\n    b: what it takes\n"""\n', 5, "opens with 'what'"),
+        ('"""Ends.\n\nRaises: the loss is no number\n"""\n', 3, "'is no' is banned"),
+        ('class C:\n    x: int\n    """the loss is no number"""\n', 3, "'is no' is banned"),
+        ("x = 1  # the loss is no number\n", 1, "'is no' is banned"),
+        ("# One.\n#\n# The loss is\n# no number.\n", 1, "'is no' is banned"),
+    ],
+)
+def test_a_planted_breach_of_code_is_found(tmp_path: Path, code: str, line: int, found: str) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(code, encoding="utf-8")
+    (breach,) = [breach for passage in code_passages(module) for breach in words.breaches(passage)]
+    assert breach.startswith(f"{module}:{line}: ")
+    assert found in breach
+
+
+def test_code_in_docstrings_and_strings_of_the_code_are_not_words(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    text = 'x = "the loss is no number"  # noqa: goes on\n"""`goes on`, goes_on and on(goes on=1)."""\n# fmt: goes on\n'
+    module.write_text(text, encoding="utf-8")
+    assert [breach for passage in code_passages(module) for breach in words.breaches(passage)] == []
+
+
+def test_the_checked_rooms_are_there_and_sorted() -> None:
+    assert list(words.CHECKED) == sorted(words.CHECKED)
+    assert [place for place in words.CHECKED if not (ROOT / place).exists()] == []
+
+
+def test_readme_docs_help_and_code_are_in_plain_english(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         words.main([])
     assert ended.value.code == 0, capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Which device computes, and whether torch can use the GPU that is there."""
+"""Chooses the device that computes, and checks that torch can use the GPU of the machine."""
 
 import os
 import re
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
-"""Where the files of the drivers are looked for."""
+"""The folder under which the files of the drivers are."""
 HIDING = {
     "NVIDIA": ("CUDA_VISIBLE_DEVICES",),
     "AMD": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
 }
-"""The variables that choose among the GPUs of each maker, and hide them all if they begin with no GPU."""
+"""The variables that choose among the GPUs of each maker. One that is set to no GPU hides all of them."""
 CPU_FOR_RUNS, CPU_FOR_INFERENCE = "resources.gpus_per_fold=0", "infer.device=cpu"
-"""What to type to ask for the CPU."""
+"""The arguments that choose the CPU."""
 BUILDS = "https://pytorch.org/get-started/locally/"
 
 
@@ -31,19 +31,22 @@ class Gpu:
 
     maker: str
     driver: str | None
-    """its version, if the driver says it"""
+    """Version of the driver; None if its files do not have it."""
 
 
 def visible_gpu(root: Path | None = None, variables: Mapping[str, str] = os.environ) -> Gpu | None:
-    """The GPU of this machine; None if it has none for this process, or a variable hides them: the CPU is asked for.
+    """Finds the GPU that this process may use, without torch, which may be a build for CPUs only.
 
-    It is seen without torch, which may be built for CPUs alone. A container, or a job of a scheduler, that was given no
-    GPU cannot open the machine's, although the driver shows itself there too. An AMD GPU counts where ROCm is
-    installed, since many processors have a small one that nobody computes with.
+    The driver also shows its files to containers and scheduled jobs without a GPU. They cannot open the device, so the
+    function tries that. An AMD GPU counts only if ROCm is installed, since many processors have a small GPU that
+    nobody computes with.
 
     Args:
-        root: Where the files of the drivers lie; None for those of this machine.
-        variables: The environment variables.
+        root: The folder under which the files of the drivers are; None means those of this machine.
+        variables: The environment variables. A user who hides all GPUs with one of them wants the CPU.
+
+    Returns:
+        The GPU; None if this process may open none, or if a variable hides all of them.
     """
     root = root or ROOT
     if any(os.access(device, os.R_OK | os.W_OK) for device in (root / "dev").glob("nvidia[0-9]*")):
@@ -65,14 +68,15 @@ def _found(file: Path, pattern: str) -> str | None:
 
 
 def _chooses_none(value: str) -> bool:
-    """Whether a variable chooses no GPU: it is empty, or begins with -1 or a word like NoDevFiles."""
+    """Whether a variable chooses no GPU: it is empty, or begins with -1 or with a word like NoDevFiles."""
     return re.match(r"\s*(\d|GPU-|MIG-)", value) is None
 
 
 def inference_device(asked: Literal["auto", "cpu"]) -> "torch.device":
     """The device that inference computes on in this process.
 
-    Raises: UserError if there is a GPU that torch cannot use and the CPU is not asked for.
+    Raises:
+        UserError: The machine has a GPU that torch cannot use, and `asked` is not `cpu`.
     """
     import torch
 
@@ -86,37 +90,53 @@ def inference_device(asked: Literal["auto", "cpu"]) -> "torch.device":
 
 
 def check_gpu_before_ray(cpu: str) -> None:
-    """The same check of the machine that starts a Ray of its own, in seconds; on a cluster each worker makes it.
+    """Checks the GPU of this machine before Ray starts on it, which takes seconds.
+
+    The check runs if RAY_ADDRESS is empty, `local` or `auto`. On another cluster each worker checks its own GPU.
 
     Args:
-        cpu: The `key=value` that asks for the CPU.
-    Raises: UserError if this machine has a GPU that torch cannot use.
+        cpu: The `key=value` that chooses the CPU, for the remedy.
+
+    Raises:
+        UserError: This machine has a GPU that torch cannot use.
     """
     if os.environ.get("RAY_ADDRESS", "") in ("", "local", "auto"):
         check_own_gpu(cpu)
 
 
 def check_own_gpu(cpu: str) -> None:
-    """Raises: UserError if this machine has a GPU for this process that torch cannot use; `cpu`: as above."""
+    """Checks that torch can use the GPU that this process may use, if there is one.
+
+    Args:
+        cpu: The `key=value` that chooses the CPU, for the remedy.
+
+    Raises:
+        UserError: torch cannot use the GPU.
+    """
     gpu = visible_gpu()
     if gpu is None:
         return
     import torch
 
-    # Neither call makes anything on the GPU: a driver would keep its memory there as long as it lives.
+    # This process may be a driver, which keeps what it allocates on a GPU until it ends. Neither call allocates.
     if not torch.cuda.is_available():
         try:
-            # It tells why, where is_available only says no.
+            # is_available gives no reason, so we ask init, whose error has one.
             torch.cuda.init()
         except (AssertionError, RuntimeError) as error:
             raise _unusable(gpu, cpu, error) from error
 
 
 def check_given_gpu(cpu: str) -> None:
-    """Computes on the GPU that this process was given; `cpu`: as above.
+    """Computes on the GPU that this process was given.
 
-    torch may find a GPU and have no kernels for it, which only a computation shows.
-    Raises: UserError if torch cannot use it.
+    torch may find a GPU and lack the kernels for it, which only a computation shows.
+
+    Args:
+        cpu: The `key=value` that chooses the CPU, for the remedy.
+
+    Raises:
+        UserError: torch cannot use the GPU.
     """
     import torch
 
@@ -125,13 +145,13 @@ def check_given_gpu(cpu: str) -> None:
     try:
         (torch.zeros(1, device="cuda") + 1).item()
     except (AssertionError, RuntimeError) as error:
-        # A full GPU can be used: who loads the model there says what to do.
+        # torch can use a full GPU. The code that loads the model there reports the lack of memory.
         if not is_out_of_memory(error):
             raise _unusable(visible_gpu(), cpu, error) from error
 
 
 def _unusable(gpu: Gpu | None, cpu: str, error: Exception) -> UserError:
-    """That torch cannot use `gpu` (None: one that shows no files here), with its driver and torch's build."""
+    """The error for a GPU that torch cannot use, with its driver and torch's build; None: a GPU without files here."""
     import torch
 
     name, driver = (f"{gpu.maker} GPU", gpu.driver) if gpu else ("GPU", None)
@@ -150,7 +170,7 @@ def _unusable(gpu: Gpu | None, cpu: str, error: Exception) -> UserError:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether less memory might help."""
+    """Whether `error` reports a lack of memory, so that smaller batches might help."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 

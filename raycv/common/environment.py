@@ -29,22 +29,25 @@ MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 def utc_now() -> str:
-    """The present moment for a record: ISO 8601, in UTC."""
+    """The present time for a record: ISO 8601, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def recorded_moment(value: object) -> str | None:
-    """`value` if it is a moment of a record, as `utc_now` makes them; None for anything else."""
+    """`value` if it is a time in the format of `utc_now`; None for anything else."""
     return value if isinstance(value, str) and MOMENT.fullmatch(value) else None
 
 
 SELDOM = 20_000
-"""Objects that are made between two searches for garbage; Python's own is 700."""
+"""New objects between two garbage collections; the default of Python 3.11 is 700."""
 
 
 @contextmanager
 def seldom_collecting() -> Iterator[None]:
-    """Garbage is seldom looked for: in imports of torch and the like, which make none, it takes a sixth of the time."""
+    """Collects garbage less often within the block.
+
+    Imports of packages such as torch make no garbage, yet collection takes a sixth of their time.
+    """
     before = gc.get_threshold()
     gc.set_threshold(SELDOM, *before[1:])
     try:
@@ -54,7 +57,7 @@ def seldom_collecting() -> Iterator[None]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, hardware and the commit of the code, for `environment.json`. Imports nothing heavy."""
+    """Versions, hardware and the commit of the code, for `environment.json`. Imports no slow package."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -68,7 +71,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_device(device: Any) -> str:
-    """The name of a torch device as a person knows it: `NVIDIA H200`, or `cpu (2 threads)`."""
+    """The name of a torch device for people: `NVIDIA H200`, or `cpu (2 threads)`."""
     import torch
 
     if device.type == "cuda":
@@ -78,7 +81,7 @@ def describe_device(device: Any) -> str:
 
 def package_version(name: str) -> str | None:
     """The installed version of a package; None if it is not installed."""
-    if name == "raycv":  # also from a checkout that nobody installed, beside installed dependencies
+    if name == "raycv":  # A checkout runs without being installed, so it has no metadata.
         return __version__
     try:
         return metadata.version(name)
@@ -96,11 +99,11 @@ def _processor() -> str:
 
 
 def code_state() -> dict[str, Any] | None:
-    """The commit of the checkout that raycv runs from, and whether it has changes; None outside a checkout."""
+    """The commit of the checkout that raycv runs from, and whether tracked files differ; None outside a checkout."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         if os.path.realpath(_git_says(here, "rev-parse", "--show-toplevel")) != os.path.dirname(os.path.realpath(here)):
-            return None  # installed somewhere inside another project's repository
+            return None  # raycv is installed inside the repository of another project.
         commit = _git_says(here, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git_says(here, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):

@@ -17,21 +17,28 @@ from raycv.errors import UserError
 GOOD_COPY = (
     "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
 )
-"""What to do about a damaged record of a run."""
+"""The remedy for a damaged record of a run."""
 AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` says that a disk is full, or the user's share of it."""
+    """Whether `error` reports a full disk, or a user's exhausted quota."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # The error of a library in another language, or of another process, is a text.
+    # A library in another language, or another process, passes on the text of its error only.
     texts = ("No space left on device", "Disk quota exceeded", "database or disk is full")
     return any(text in str(error) for text in texts)
 
 
 def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[str] = ()) -> UserError:
-    """That `what` cannot be written to `place`; where its disk is full, which one that is."""
+    """The error for a file that cannot be written. It names the disk if that is full.
+
+    Args:
+        what: The file as a noun, with which the message begins.
+        place: The file or folder that was to be written.
+        error: The cause.
+        remedies: Further steps for the user.
+    """
     cause = getattr(error, "strerror", None) or str(error)
     if not is_full(error):
         return UserError(f"{what} cannot be written to {place}: {cause}.", remedies=remedies)
@@ -48,14 +55,21 @@ def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[
 
 @contextmanager
 def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block ends well: a reader never sees half.
+    """Yields a temporary path that replaces `path` when the block succeeds, so readers never see half a file.
 
-    A `private` file can be read by the user alone, others as the user's umask says.
-    Raises: UserError if the disk is full; `path` is then as it was.
+    If the block fails, `path` stays unchanged.
+
+    Args:
+        path: The file to replace. Its folder is made if only that is missing.
+        private: Only the user may read the file. Otherwise the umask decides.
+
+    Raises:
+        UserError: The disk is full.
+        OSError: The file cannot be written for another reason.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        # One level alone: where a share is not mounted, nobody may make the run's folder anew.
+        # We make one level only: if a share is not mounted, a new folder for the run would hide that.
         path.parent.mkdir(exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         yield temporary
@@ -69,24 +83,29 @@ def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal. Raises: OSError if it cannot be read."""
+    """The SHA-256 of a file's content in hexadecimal. Raises: OSError if the file cannot be read."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Writes `text` whole or not at all."""
+    """Writes `text` as UTF-8, whole or not at all. Raises: UserError if the disk is full."""
     with replaced(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
-    """Writes `value` as JSON, whole or not at all; NaN is refused, since JSON has none."""
+    """Writes `value` as JSON, whole or not at all.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, which JSON cannot.
+        UserError: The disk is full.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", private=private)
 
 
 def read_json(path: Path) -> Any:
-    """Raises: UserError if the file is missing or no JSON."""
+    """Reads a JSON file. Raises: UserError if it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,9 +117,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
-    """A JSON object of the run folder, which has the keys `texts`, each a text, and those of `kinds`, of that type.
+    """Reads a JSON object of the run folder and checks its keys.
 
-    Raises: UserError if the file is missing or damaged, or has not these keys.
+    Args:
+        path: The file.
+        texts: Keys that must be there with a text as value.
+        kinds: Further keys that must be there, each with the type of its value.
+
+    Raises:
+        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
     """
     try:
         values = read_json(path)
@@ -118,15 +143,16 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises: OSError, its `filename` the folder that it is about, if files cannot be made in `folder`, or it itself.
+    """Checks that `folder` can be made if it is missing, and that files can be made in it. Leaves no file behind.
 
-    Leaves nothing behind.
+    Raises:
+        OSError: They cannot be made. Its `filename` is the existing folder that refused.
     """
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     try:
-        # Tried, not asked: permissions do not tell of file systems that cannot be written.
+        # A file system may be read-only in spite of the permissions, so we try.
         tempfile.TemporaryDirectory(dir=place).cleanup()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(place)) from error

@@ -1,4 +1,4 @@
-"""Where things lie: what ships with the package (raycv://...), absolute folders and store addresses."""
+"""Resolves locations: files that ship with the package (raycv://...), absolute folders and store addresses."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ from raycv.errors import UserError
 SQLITE = "sqlite:///"
 BUNDLED_SCHEME = "raycv://"
 DEFAULT_CRITERIA = "data/dsm5"
-"""The default criteria ship with raycv: where the working directory has no such folder, those are meant."""
+"""Folder of the default criteria. If the working directory lacks it, the copy that ships with raycv is used."""
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of the package `raycv`."""
 
 
 def bundled(relative: str) -> Path:
-    """The path of something that ships with raycv: inside the package in a wheel, at top level in a checkout.
+    """The path of a file or folder that ships with raycv: in the package in a wheel, at top level in a checkout.
 
-    Raises: UserError if it is in neither place (a broken installation).
+    Raises:
+        UserError: It is in neither place, so the installation is broken.
     """
     for root in (PACKAGE / "bundled", PACKAGE.parent):
         if (root / relative).exists():
@@ -28,9 +29,13 @@ def bundled(relative: str) -> Path:
 
 
 def resolve(location: str) -> str:
-    """A config's location as it is on this node: `raycv://x` is what ships with the package, all else is unchanged.
+    """Turns the location of a config into one that holds on this node: `raycv://x` becomes the path in the package.
 
-    Resolved at the point of use, not in the driver, since nodes may have the package installed in different places.
+    Other locations stay unchanged, except DEFAULT_CRITERIA where no such folder exists. Nodes may have the package in
+    different places, so each caller resolves a location where it uses it, not in the driver.
+
+    Raises:
+        UserError: The package lacks the file.
     """
     location = _or_bundled(location)
     if location.startswith(BUNDLED_SCHEME):
@@ -39,7 +44,7 @@ def resolve(location: str) -> str:
 
 
 def absolute_folder(location: str) -> str:
-    """`location` as it holds from any working directory; what ships with the package stays by its raycv:// name."""
+    """`location` as an absolute path; a file that ships with the package keeps its raycv:// name."""
     location = _or_bundled(location)
     return location if location.startswith(BUNDLED_SCHEME) else str(Path(location).absolute())
 
@@ -49,7 +54,11 @@ def _or_bundled(location: str) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """A tracking URI as it holds from any working directory: Ray changes it, and SQLite paths are relative to it."""
+    """Makes the path in a SQLite URI absolute, since Ray changes the working directory. Other URIs stay unchanged.
+
+    Raises:
+        UserError: The absolute path holds `?`, `#` or `%`, which a database URI cannot hold.
+    """
     if uri.startswith(SQLITE):
         path = str(Path(uri.removeprefix(SQLITE)).absolute())
         if set(path) & set("?#%"):

@@ -1,4 +1,4 @@
-"""What must be equal for numbers to be comparable: the number of raycv's arithmetic, and versions."""
+"""The number of raycv's arithmetic, and the packages whose versions change numerical results."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ Weights, tokens, the order of pairs, folds and metrics come from them.
 """
 
 NUMERICS = 1
-"""The number of raycv's arithmetic. Whoever changes what training or inference computes raises it by one.
+"""The number of raycv's arithmetic. Raise it by one with each change to what training or inference computes.
 
-That is: the same inputs under the same versions of other packages would give other losses, weights or scores, beyond
-the last digits. Runs and files of scores that another number began are not continued, since they would mix the two.
+Such a change gives other losses, weights or scores, beyond the last digits, from the same inputs and versions. A run
+or a file of scores that has another number is not continued, since the result would mix both.
 """
 FIRST_NUMERICS = 1
-"""The number of what was recorded before there were numbers."""
+"""The number for records that were written before these numbers existed."""

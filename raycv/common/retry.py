@@ -1,4 +1,4 @@
-"""The one retry policy towards services that can be away for a moment: the model hub and MLflow (FR-011)."""
+"""The one retry policy for services that can fail for a moment: the model hub and MLflow (FR-011)."""
 
 import logging
 import random
@@ -12,15 +12,15 @@ from raycv.errors import UserError, counted
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Calls in all, the first one included (FR-011)."""
+"""Calls in total, the first one included (FR-011)."""
 BASE_SECONDS = 1.0
-"""Wait before the second attempt; it doubles before each further one, and jitter adds up to half of it."""
+"""Wait before the second attempt. It doubles before each further one, and jitter adds up to half of it."""
 LONGEST_WAIT_SECONDS = 60.0
 
 T = TypeVar("T")
 
-# Known by name, so that no client library need be installed or imported to recognise its errors:
-# builtins, requests, urllib3, http.client and httpx.
+# We compare names, so raycv recognises the errors of a client library without importing or installing it. The names are
+# those of builtins, requests, urllib3, http.client and httpx.
 _PASSING_NAMES = frozenset(
     {
         "ConnectionError",
@@ -53,12 +53,22 @@ def call_with_retries(
     attempts: int = ATTEMPTS,
     base_seconds: float = BASE_SECONDS,
 ) -> T:
-    """What `fn()` returns, called up to `attempts` times (FR-011). Each failure is logged as a warning.
+    """Calls `fn` up to `attempts` times (FR-011) and logs a warning for each attempt whose error can pass.
 
-    `what` names the call as a noun phrase ("the download of x"); `passing` says which errors can pass (default:
-    `is_passing`), all others leave unchanged at once; `base_seconds` is the wait before the second attempt.
+    Args:
+        what: The call as a noun phrase, such as "the download of x".
+        fn: The call.
+        remedies: Steps for the user if every attempt fails.
+        passing: Tells whether an error can pass; the default is `is_passing`. A `UserError` cannot.
+        attempts: Calls in total. With 1 a failure is not logged.
+        base_seconds: Wait before the second attempt.
 
-    Raises: ServiceError, with the last cause and `remedies`, when the last attempt failed too.
+    Returns:
+        The value that `fn` returns.
+
+    Raises:
+        ServiceError: The last attempt failed too. It holds the last cause and `remedies`.
+        Exception: An error of `fn` that cannot pass, at once and unchanged.
     """
     import backoff
 
@@ -98,19 +108,19 @@ def call_with_retries(
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the cause of `error` may be gone in a moment: no connection, timeout, HTTP 429 or 5xx, a busy MLflow.
+    """Whether the cause of `error` may pass: a lost connection, a timeout, HTTP 429 or 5xx, a busy MLflow.
 
-    Decided by the first error in the chain of causes that allows a verdict; False if none does.
+    The first error in the chain of causes that allows a verdict decides. If no error does, the answer is False.
     """
     for link in _chain(error):
-        # A certificate that is not trusted now is not trusted in a second either; offline mode is the user's choice.
+        # An untrusted certificate stays untrusted, and the user chose offline mode, so another attempt is useless.
         if "CERTIFICATE_VERIFY_FAILED" in str(link) or type(link).__name__ == "OfflineModeIsEnabled":
             return False
         status = status_of(link)
         if status is not None:
             return status == 429 or status >= 500
         code = getattr(link, "error_code", None)
-        # MLflow says INTERNAL_ERROR when it could not connect, as well as for its own faults: its cause decides.
+        # MLflow reports INTERNAL_ERROR both for a lost connection and for its own faults, so the cause decides.
         if isinstance(code, str) and code != "INTERNAL_ERROR":
             return code in _PASSING_MLFLOW_CODES
         if any(base.__name__ in _PASSING_NAMES for base in type(link).__mro__):
@@ -128,10 +138,10 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause_of(error: BaseException, most: int = 300) -> str:
-    """`error` in one line of at most `most` characters, without secrets: what may stand in a log or a message."""
+    """`error` as one line for a log or a message: without secrets, its text cut to about `most` characters."""
     text = mask_secrets(" ".join(without_statement(error).split()))
     if found := re.search(r"(\[Errno -?\d+\] [^'\")>]+|Read timed out[^'\")]*)", text):
-        # The HTTP client wraps the one fact into three layers of its own objects.
+        # The HTTP client wraps the fact in three layers of its own objects, so we take only that.
         text = found[1].rstrip()
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
@@ -140,12 +150,12 @@ def cause_of(error: BaseException, most: int = 300) -> str:
 
 
 def without_statement(error: BaseException) -> str:
-    """What `error` says, but for the SQL statement, its parameters and the link that SQLAlchemy appends."""
+    """The text of `error` without the SQL statement, the parameters and the link that SQLAlchemy appends."""
     return re.split(r"\s*\[SQL: |\s*\(Background on this error", str(error), maxsplit=1)[0].strip()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, its cause, that one's cause, ... as a traceback would show them."""
+    """`error`, its cause, the cause of that, and so on, as a traceback shows them."""
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
@@ -155,8 +165,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _waits(base_seconds: float) -> Generator[float, Any, None]:
-    """Seconds before attempt 2, 3, ...: 1, 2, 4, ... times the base, or what the server asked for if that is longer."""
-    # backoff starts the generator with None and then sends each error.
+    """Seconds before attempts 2, 3, 4, ...: the base times 1, 2, 4, ...
+
+    If the server asks for a longer wait, that counts. No wait exceeds LONGEST_WAIT_SECONDS.
+    """
+    # backoff starts the generator with None and then sends each error, so the first value is not used.
     error = yield 0.0
     doubled = base_seconds
     while True:
@@ -165,12 +178,12 @@ def _waits(base_seconds: float) -> Generator[float, Any, None]:
 
 
 def _asked_wait(error: object) -> float:
-    """The Retry-After of the response (RFC 9110) in seconds; 0 if there is none, or if it is a date."""
+    """The Retry-After of the response (RFC 9110) in seconds; 0 if it is missing or a date."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked = str(headers.get("Retry-After", ""))
     return float(asked) if asked.isdigit() else 0.0
 
 
 def _jittered(seconds: float) -> float:
-    # Not backoff's own jitter: that one draws from the global `random`, whose state belongs to the seeded run (FR-009).
+    # backoff's own jitter draws from the global `random`, whose state belongs to the seeded run (FR-009).
     return seconds * random.SystemRandom().uniform(1.0, 1.5)

@@ -1,19 +1,19 @@
-"""Masks passwords and tokens in whatever is printed, logged or written."""
+"""Masks passwords and tokens in texts that are printed, logged or written."""
 
 import re
 
 _SECRETS = (
-    # user:password@ and token@ of a URL, up to the last @ before a slash: passwords may hold one
-    # (a path made of an address has one slash less)
+    # A URL holds `user:password@` or `token@`. We mask up to the last @ before a slash, since a password may hold an @.
+    # A path that was made from an address has one slash less.
     (re.compile(r"(:/{1,2})[^/\s]*@"), r"\1***@"),
-    # the same with an unescaped slash in the password, which database drivers accept
+    # Database drivers accept an unescaped slash in the password.
     (re.compile(r"(:/{1,2})[^/\s:@]+:[^\s@]*@"), r"\1***@"),
-    # and with an unescaped space, which HTTP clients send
+    # HTTP clients send an unescaped space in the password.
     (re.compile(r"(:/{1,2})[^/\s:@]*:[^/\n@]*@"), r"\1***@"),
     (re.compile(r"(?i)(authorization\W+\w+\s+|\bbearer\s+)[\w.~+/=-]{4,}"), r"\1***"),
-    # a hub token has 34 letters; a folder may well be called hf_something
+    # A hub token has 34 letters. A folder may be named hf_something, so shorter names stay.
     (re.compile(r"(?<![\w/])hf_[A-Za-z0-9]{30,}"), "hf_***"),
-    # query strings and key=value connection strings
+    # Query strings, and connection strings of key=value.
     (
         re.compile(
             r"(?i)((?:token|passw(?:or)?d|pwd|secret|signature|credential|api.?key|access.?key)[\w-]*=)[^&;\s'\"]+"
@@ -24,7 +24,7 @@ _SECRETS = (
 
 
 def mask_secrets(text: str) -> str:
-    """`text` with `***` for passwords in URLs, tokens, and signatures in query strings."""
+    """`text` with `***` for passwords in URLs, for tokens, and for signatures in query strings."""
     for pattern, masked in _SECRETS:
         text = pattern.sub(masked, text)
     return text

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run in the same way; a closed standard stream ends nothing."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run in the same way; a closed standard stream does not end it."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ from contextlib import suppress
 from typing import TextIO
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What stops a run: Ctrl-C, a scheduler at the end of the time, a terminal that is closed."""
+"""The signals that stop a run: from Ctrl-C, from a scheduler at the end of the time, from a closed terminal."""
 
 
 def stop_like_ctrl_c() -> None:
-    """All of STOP_SIGNALS end in KeyboardInterrupt from here on, but those that are ignored (nohup)."""
+    """Makes STOP_SIGNALS raise KeyboardInterrupt, except ignored ones (nohup). Acts in the main thread only."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -19,13 +19,16 @@ def stop_like_ctrl_c() -> None:
 
 
 def ignore_stops() -> None:
-    """A second Ctrl-C would only break off what the first began: marking the runs and ending Ray's processes."""
+    """Ignores STOP_SIGNALS from now on. Acts in the main thread only.
+
+    After the first Ctrl-C raycv marks the runs and ends Ray's processes, which a second one would interrupt.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
 def discard(stream: TextIO | None) -> None:
-    """Gives up a standard stream that cannot be written: what is in its buffer would be tried once more at the end."""
+    """Sends a standard stream that cannot be written to /dev/null, since Python writes its buffer once more at exit."""
     with suppress(AttributeError, OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]

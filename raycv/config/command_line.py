@@ -1,4 +1,4 @@
-"""The command line: Hydra composes it, the schema checks it, errors are printed without tracebacks."""
+"""Reads the command line: Hydra composes the config, the schema checks it, errors print without tracebacks."""
 
 import contextlib
 import io
@@ -27,7 +27,8 @@ HYDRA_OPTIONS = (
     "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--shell-completion", "-sc", "--experimental-rerun",
 )  # fmt: skip
 
-# As in our own files: a file of the user's may lack it, and Hydra would make a folder and a log before it is refused.
+# Our own files set these. A user's file may lack them, and Hydra would then make a folder and a log before we refuse
+# the file.
 SILENT_HYDRA = (
     "hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled",
 )  # fmt: skip
@@ -36,12 +37,21 @@ SILENT_HYDRA = (
 def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     """Composes `configs/<name>.yaml` with the command line, checks it against `schema` and calls `body`.
 
-    Exit codes: 0 done; 2 something that the user can mend (printed without a traceback); 130 it was interrupted; 1
-    anything else.
+    Exit codes:
+
+    - 0: done
+    - 1: the run failed (`RunFailedError`), or an unexpected error
+    - 2: a fault that the user can fix, printed without a traceback
+    - 130: interrupted
+
+    Args:
+        name: The command, such as `run`.
+        schema: The schema of its config.
+        body: The work of the command.
     """
     sys.excepthook = _show_traceback
     if sys.stderr is None:
-        # It was closed: the next file that is opened would get its number, and what libraries write to it.
+        # The stream is closed. The next file to be opened would get its number, and with it the output of libraries.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         config = _composed(name, schema)
@@ -57,15 +67,20 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
 
 
 def _composed(name: str, schema: type[S]) -> S | None:
-    """The config that the command line asks for, checked; None if it asked for an answer, which is then printed.
+    """Composes and checks the config of the command line.
 
-    Raises: UserError if it cannot be composed.
+    Returns:
+        The config; None if the user asked for an answer such as `--help`, which is then printed.
+
+    Raises:
+        UserError: The config cannot be composed, or has a fault.
     """
     configs: list[S] = []
     faults: list[UserError] = []
 
     def take(config: object) -> None:
-        # No work in here, and no error out of here: Hydra would print the command line with it, passwords and all.
+        # On an error in here Hydra prints the command line with its passwords. So we work outside, and only collect the
+        # errors here.
         try:
             configs.append(validate(schema, _plain(config) | verbatim))
         except UserError as error:
@@ -73,7 +88,7 @@ def _composed(name: str, schema: type[S]) -> S | None:
 
     typed: list[str] = []
     said = io.StringIO()
-    # Hydra then raises what it finds, and it is printed here like every other fault.
+    # With this Hydra raises its errors, so that they are printed here like every other fault.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         typed, verbatim = without_verbatim(sys.argv[1:], schema)
@@ -85,7 +100,7 @@ def _composed(name: str, schema: type[S]) -> S | None:
             return None
         import hydra
 
-        # Options first: argparse does not know again the key=value behind one that follows others.
+        # argparse does not recognise a key=value behind an option that follows others, so options come first.
         sys.argv[1:] = [*(part for part in for_hydra if part not in overrides), *SILENT_HYDRA, *overrides]
         with contextlib.redirect_stderr(said):
             hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
@@ -95,10 +110,10 @@ def _composed(name: str, schema: type[S]) -> S | None:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # Of argparse, with its usage; it repeats what was typed, so a password is masked like in every other message.
+        # argparse prints its usage and repeats the typed words, so we take its reason only and mask passwords in it.
         raise _unread(name, schema, said.getvalue().strip().rpartition("error: ")[2], typed) from None
     except Exception as error:
-        # Hydra could not compose the command line: it raises anything from its own errors to ValueError.
+        # Hydra raises many types of error if it cannot compose the command line, from its own to ValueError.
         raise _unread(name, schema, error, typed) from error
     if faults:
         raise faults[0]
@@ -112,21 +127,21 @@ def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> 
     ]
     what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
     if verbatim_keys(schema):
-        # Behind a mistyped key there may be a text, which is not repeated; the reason quotes it too.
+        # A text may follow a mistyped key, and the reason quotes it too. We must not repeat it, so we name only keys.
         keys = [part.partition("=")[0] for part in typed if re.match(r"[\w./@~+:-]{1,40}=", part)]
         what = f"The command line cannot be read; its keys: {shown(' '.join(keys), most=300)}"
     return UserError(what, remedies=remedies)
 
 
 def typed_keys(name: str) -> set[str]:
-    """The keys that this process's command line sets, singly or by whole groups (experiment=x)."""
+    """The keys that the command line of this process sets, singly or by whole groups (`experiment=x`)."""
     from hydra.core.global_hydra import GlobalHydra
 
-    # What composed this command is done, and Hydra composes one thing at a time.
+    # Hydra composes one config at a time, and that of this command is done, so we clear it.
     GlobalHydra.instance().clear()
     overrides = [part for part in _overrides(sys.argv[1:]) if part not in SILENT_HYDRA]
     values, defaults = _flat(compose(name, overrides)), _flat(compose(name, []))
-    # A key that is set to its default is set all the same.
+    # A user may set a key to its default, so we look at the typed names too.
     named = {part.partition("=")[0].lstrip("+~") for part in overrides}
     return {
         key
@@ -136,12 +151,12 @@ def typed_keys(name: str) -> set[str]:
 
 
 def _overrides(arguments: list[str]) -> list[str]:
-    """Those of `arguments` that set a key or a group, in Hydra's grammar."""
+    """The arguments that set a key or a group, in Hydra's grammar."""
     return [part for part in arguments if re.match(r"[~+\w]\S*=|~", part)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`section.key` -> value."""
+    """The values of all sections in one dictionary: `section.key` -> value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -149,9 +164,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:
-    """`arguments` without those of the keys that take free text, and these: Hydra would read grammar into a text.
+    """Separates the keys that take free text, since Hydra would read grammar into a text.
 
-    Raises: UserError if a text is not UTF-8, or lacks its quotes.
+    Returns:
+        The other arguments, and the texts by key.
+
+    Raises:
+        UserError: A text is not UTF-8, or the user did not quote it for the shell.
     """
     keys = verbatim_keys(schema)
     rest: list[str] = []
@@ -180,7 +199,7 @@ def without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[
 
 
 def _show_warnings() -> None:
-    """Hydra's logging is off; what raycv warns of (retries, fallbacks) goes to stderr all the same."""
+    """Sends raycv's warnings (retries, fallbacks) to standard error, since Hydra's logging is off."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Masked("%(levelname)s: %(message)s"))
     logger = logging.getLogger("raycv")
@@ -198,12 +217,12 @@ class _Masked(logging.Formatter):
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own, but for passwords: an unexpected error of a client may hold the whole address."""
+    """Prints Python's traceback with masked passwords: an unexpected error of a client can hold a whole address."""
     sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _say(text: str) -> None:
-    """To standard error. That nobody takes it, as on a full disk, is no reason to fail."""
+    """Writes to standard error. A command does not fail because that fails, as on a full disk."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -221,7 +240,7 @@ def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
         raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
     known = {key for key, _ in fields(schema)}
-    # Hydra takes no null for a group, although that is what `experiment` is unless it is given.
+    # Hydra refuses null for a group, although null is the default of `experiment`, so we leave the argument out.
     given = [argument for argument in arguments if argument != "experiment=null"]
     return [_forced(argument, groups, known, texts) for argument in given]
 
@@ -232,10 +251,13 @@ def _groups() -> dict[str, set[str]]:
 
 
 def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: set[str]) -> str:
-    """`a.b=c` as `++a.b=c`, so that an unknown key reaches our schema, which reports all faults at once with a remedy.
+    """Turns `a.b=c` into `++a.b=c`, so that an unknown key reaches our schema, which reports all faults with remedies.
 
-    The value of a key that takes text is quoted, so that numbers, spaces, commas and ~ need no second set of quotes.
-    Raises: UserError if a whole group is set to a value, or to a file that it does not have.
+    The value of a key that takes text gets quotes, so that the user need not quote numbers, spaces and commas twice. A
+    leading `~` becomes the home folder.
+
+    Raises:
+        UserError: A group is set to a value that is not one of its files.
     """
     match = re.match(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
     if match is None or match[2].split(".")[0] == "hydra":
@@ -251,7 +273,8 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
             )
         return argument
     if key not in known:
-        # Our schema refuses it, by its name alone: a mistyped post= must not be parsed, and repeated in the complaint.
+        # A mistyped post= holds a text, which Hydra would parse and repeat in an error. So we quote the value, and our
+        # schema refuses the key by its name only.
         value = _quoted(value)
     elif key in texts and value != "null" and value[:1] not in ("'", '"'):
         value = _quoted(os.path.expanduser(value))
@@ -259,7 +282,7 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
 
 
 def _quoted(text: str) -> str:
-    """`text` as a quoted value of Hydra's grammar, where backslashes count only before a quote or at the end."""
+    """`text` as a quoted value of Hydra's grammar, in which backslashes count only before a quote or at the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
 
@@ -267,15 +290,26 @@ def _quoted(text: str) -> str:
 def _answer(
     name: str, schema: type[Section], typed: list[str], overrides: list[str], verbatim: dict[str, str]
 ) -> str | None:
-    """What the command prints instead of doing its work, if it was asked to; `overrides` as Hydra takes them."""
+    """The answer that the command prints instead of its work, if the user asked for one.
+
+    Args:
+        name: The command.
+        schema: The schema of its config.
+        typed: The typed arguments, without those of free text.
+        overrides: Those that set a key or a group, as Hydra takes them.
+        verbatim: The free texts by key.
+
+    Raises:
+        UserError: An option is unknown, or the config to print has a fault.
+    """
     if {"-h", "--help"} & set(typed):
         return _usage(name, schema, overrides)
     if "--version" in typed:
         return f"raycv {__version__}\n"
-    # Hydra's own would show the values as they stand in the files, unknown keys and all.
+    # Hydra's own --cfg prints the values without a check, unknown keys included, so we answer it.
     if re.search(r"(?:^|\n)(?:--cfg|-c)(?:=|\n)job(?:$|\n)", "\n".join(typed)):
         return as_yaml(validate(schema, compose(name, overrides) | verbatim))
-    # By their names alone: what is written behind one may be a text.
+    # A text may follow the = of an option, so we repeat only its name.
     options = [part.partition("=")[0] for part in typed]
     if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
@@ -284,7 +318,7 @@ def _answer(
 
 
 def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
-    """What `--help` prints: every key with its value under `overrides`, and its meaning."""
+    """The output of `--help`: every key with its value under `overrides`, and its meaning."""
     import yaml
 
     file = yaml.safe_load(bundled(f"configs/{name}.yaml").read_text(encoding="utf-8"))
@@ -312,9 +346,15 @@ def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
 
 
 def compose(name: str, overrides: list[str], *, missing_ok: bool = False) -> dict[str, Any]:
-    """The plain values of `configs/<name>.yaml` under `overrides`, outside a command (tests, notebooks).
+    """Composes the plain values of `configs/<name>.yaml` without the command line of this process.
 
-    With `missing_ok` a value that must be given (???) is left as it is.
+    Args:
+        name: The command.
+        overrides: `key=value` in Hydra's grammar.
+        missing_ok: Whether a required value (???) may stay unset.
+
+    Raises:
+        UserError: A required value is missing, or a reference cannot be resolved.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

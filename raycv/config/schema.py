@@ -1,4 +1,8 @@
-"""Every key of every command: its type, its meaning, its allowed words."""
+"""Every key of every command: its type, its meaning, its allowed words.
+
+YAML files in `configs/` hold the values. The report of a faulty config names every fault, with the received value and
+the expectation of the key (FR-004).
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -21,9 +25,9 @@ from raycv.data.parsing import Missing
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are refused, and `"5"` is not 5."""
+    """A part of the config. It refuses unknown keys, and does not convert types: `"5"` is not 5."""
 
-    # defer_build: a command pays for its own schema alone, not for those of all commands.
+    # defer_build spares a command the time to build the schemas of the other commands.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
@@ -69,7 +73,7 @@ class DataConfig(Section):
     empty: Literal["drop", "refuse"] = Field(
         description="an empty post or criterion: drop it with its pairs and warn, or refuse the data"
     )
-    # The default is for whole config files that users wrote, or copied from a run, before there was this key.
+    # Whole config files that users wrote, or copied from a run, may be older than this key, so it has a default.
     missing: Missing = Field(
         default="empty",
         description="a cell that holds nothing but NaN, NULL or the like: empty (data.empty then decides), or text",
@@ -150,7 +154,7 @@ class TrainConfig(Section):
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
-        # YAML reads a bare on or off as a boolean.
+        # YAML reads a bare on or off as a boolean, so we turn it back.
         return {"True": "on", "False": "off", "true": "on", "false": "off"}.get(str(value), value)
 
     @field_validator("imbalance")
@@ -250,7 +254,7 @@ class RunConfig(Section):
     )
 
     def without_secrets(self) -> "RunConfig":
-        """The config as those may have it who do not talk to the tracking store."""
+        """The config with a masked tracking URI, for processes that do not talk to the tracking store."""
         tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
         return self.model_copy(update={"tracking": tracking})
 
@@ -292,7 +296,7 @@ class InferTrackingConfig(Section):
     experiment: NonEmpty = Field(description="MLflow experiment of inferences, apart from the cross-validations")
 
 
-# Which model answers, for raycv.infer and raycv.serve alike.
+# raycv.infer and raycv.serve both choose the model that answers, so they share these types.
 AnsweringRun = Annotated[
     PathText,
     Field(

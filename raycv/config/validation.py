@@ -19,9 +19,18 @@ S = TypeVar("S", bound=Section)
 
 
 def validate(schema: type[S], values: Mapping[str, Any], *, recorded: bool = False) -> S:
-    """`values` as a checked `schema`; `recorded`: a run wrote them down, and they may hold what is refused today.
+    """Checks values against a schema.
 
-    Raises: FaultsError naming every unknown key, wrong type and impossible value at once.
+    Args:
+        schema: The schema.
+        values: The values of its keys; those of a section are nested.
+        recorded: Whether an earlier run recorded the values. They may then hold addresses that are refused today.
+
+    Returns:
+        The typed config.
+
+    Raises:
+        FaultsError: The values have faults. The error names every unknown key, wrong type and impossible value.
     """
     try:
         return schema.model_validate(values, context=RECORDED if recorded else None)
@@ -30,7 +39,7 @@ def validate(schema: type[S], values: Mapping[str, Any], *, recorded: bool = Fal
 
 
 def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of `schema` with its field; a section comes before its keys."""
+    """Yields every key of `schema` with its field. A section comes before its keys."""
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}", field
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -38,18 +47,18 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def meaning(field: FieldInfo) -> str:
-    """What a key means and which words it takes; empty for a section."""
+    """The meaning of a key and the words that it takes; empty for a section."""
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     return _said(field) + (f" [{', '.join(map(str, words))}]" if words else "")
 
 
 def _said(field: FieldInfo) -> str:
-    """The description without the number of its requirement, which is for readers of the schema."""
+    """The description of a key without the number of its requirement, which only readers of the schema need."""
     return re.sub(r" \(FR-\d+\)", "", field.description or "")
 
 
 def text_keys(schema: type[Section]) -> set[str]:
-    """The keys that take text and nothing else (but null)."""
+    """The keys that take only text, or text and null."""
     return {key for key, field in fields(schema) if _is_text(field.annotation)}
 
 
@@ -84,10 +93,10 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
             unknown.append(_unknown(fault["loc"], known))
             continue
         key = _key(fault["loc"], known)
-        # A union reports a fault a member: one line, all that it expects.
+        # A union reports a fault for each of its types, so we join them into one line with all that it expects.
         if _expectation(fault) not in expected.setdefault(key, []):
             expected[key].append(_expectation(fault))
-        # A token may be what is wrong with it, and is not repeated.
+        # A token is secret even if it is faulty, so we do not repeat it.
         value = "one that is not shown" if key.endswith(".token") else _shown(fault["input"])
         received.setdefault(key, "nothing" if fault["type"] == "missing" else value)
     wrong = [
@@ -116,7 +125,7 @@ def _shown(value: Any) -> str:
 
 
 def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
-    """The config key of a pydantic location, whose tail may name a member of a union."""
+    """The config key of a pydantic location, the end of which may name a type of a union."""
     for end in range(len(loc), 0, -1):
         key = ".".join(str(part) for part in loc[:end])
         if key in known:
@@ -125,7 +134,7 @@ def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
 
 
 def _hint(key: str, known: Mapping[str, str]) -> str:
-    """What may have been meant: a near name in the same section, the same name in another, else the section's keys."""
+    """The likely intended key: a near name in the section, or the same name in another. Else the section's keys."""
     parent, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]

@@ -14,7 +14,7 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LEAST_SHARE = 0.01
-"""Of a core or a GPU; Ray counts in steps of 1e-4."""
+"""The smallest share of a core or a GPU. Ray counts in steps of 1e-4."""
 
 
 def check_share(value: float) -> float:
@@ -33,9 +33,9 @@ def check_text(text: str) -> str:
 
 
 RECORDED = {"recorded": True}
-"""Validation context of a config that a run wrote down: earlier versions made a local folder of any address."""
+"""Validation context for the config of an earlier run. Earlier versions took any address for a local folder."""
 _ADDRESS = re.compile(r"[^/]+:\.{0,2}(/|\Z)")
-"""An address: its first name ends in a colon, as in `s3://b`, `s3:/b` (what pathlib makes of it) and `file:./b`."""
+"""An address, whose first name ends in a colon: `s3://b`, `file:./b`, or `s3:/b`, which pathlib makes of the first."""
 
 
 def check_path(text: str, info: ValidationInfo) -> str:
@@ -44,8 +44,7 @@ def check_path(text: str, info: ValidationInfo) -> str:
             "must be a path, and this is an address: mount that storage and name its folder here, or name a local or "
             "shared folder (one whose own name ends in a colon is written ./name:/...)"
         )
-    # What is longer can on Linux neither be there nor be made: each look at it would be an error. Deeper folders are
-    # more than Python can make.
+    # Linux has no longer paths, so each look at one would be an error. Python cannot make deeper folders.
     names = [len(os.fsencode(name)) for name in text.split("/")]
     if max(names) > 255 or len(names) > 256 or sum(names) + len(names) > 4096:
         raise ValueError("is too long for a path: 4,095 bytes, 255 between two slashes, and 255 slashes at most")
@@ -79,18 +78,18 @@ def check_store(uri: str, info: ValidationInfo) -> str:
 
 DATABASES = ("mssql", "mysql", "postgresql")
 PLUGINS = "mlflow.tracking_store"
-"""The entry points of further stores."""
+"""The group of entry points under which plugins add further stores."""
 BARE = ("databricks", "databricks-uc")
-"""Stores whose name alone is an address."""
+"""Stores whose name is a whole address."""
 STORES = (*DATABASES, "http", "https", *BARE, "uc")
-"""Schemes that MLflow has a store for, but for sqlite and plain folders, which it no longer supports."""
+"""Schemes for which MLflow has a store, without sqlite, which has its own check. MLflow no longer supports folders."""
 
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 PathText = Annotated[NonEmpty, AfterValidator(check_path)]
-"""The path of a file or folder, or a name that is looked for in one: the type of every key that becomes a path."""
+"""The path of a file or folder, or a name in a folder. Every key that becomes a path has this type."""
 Location = Annotated[NonEmpty, AfterValidator(check_location)]
-"""The same for what may also ship with raycv (raycv://...), or be an id on the hub."""
+"""The same for a file that may also ship with raycv (raycv://...), or be an id on the hub."""
 StoreAddress = Annotated[NonEmpty, AfterValidator(check_store)]
 VERBATIM = "verbatim"
 FreeText = Annotated[str, VERBATIM]
-"""Text that the command line hands over as it stands, whatever it holds."""
+"""Text that the command line passes on unchanged, with any characters."""

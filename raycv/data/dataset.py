@@ -1,4 +1,9 @@
-"""Loads the data set: tables to validated pairs, counts, hashes, and warnings about the data (FR-012)."""
+"""Loads the data set: tables to validated pairs, counts, hashes, and warnings about the data (FR-012).
+
+All faults are reported at once, with their places and without text. The columns tell two layouts apart. One is the
+specification's: posts, groundtruth and criteria. The other is the ReDSM5 release, whose sentence annotations
+`parsing.py` turns into pairs.
+"""
 
 import hashlib
 import json
@@ -15,22 +20,28 @@ from raycv.data.types import Criterion, Dataset, Pair
 from raycv.errors import counted
 
 EXPECTED_COUNTS = {"posts": 1484, "criteria": 9, "pairs": 13356}
-"""FR-012."""
+"""Size of ReDSM5 (FR-012)."""
 EXPECTED_IN_RELEASE = {"positives": 1292, "posts_without_positive": 392}
-"""What the ReDSM5 release gives beside these: check sums of the derivation."""
+"""Further counts of the ReDSM5 release, which check the derivation of pairs."""
 
 
 def load_dataset(
     posts_dir: Path, criteria_dir: Path, *, empty: Literal["drop", "refuse"] = "drop", missing: Missing = "empty"
 ) -> Dataset:
-    """The data set whose posts and labels are in `posts_dir` and whose criteria are in `criteria_dir` (or both in one).
+    """Reads and validates a data set.
 
-    Posts, criteria and pairs are sorted by their ids as plain strings, so "A.10" comes before "A.2", and the order of
-    the files' rows does not matter. Texts are kept as they are, to the character. `empty` says what becomes of a post
-    or criterion without text: dropped with its pairs and a warning, or a fault (the specification's edge cases).
-    `missing` says what NaN, NULL and the like, alone in a cell, are: such an empty text, or the text itself.
+    Posts, criteria and pairs are sorted by their ids as plain strings, so "A.10" comes before "A.2". The order of the
+    rows in the files does not matter. Every character of a text is kept.
 
-    Raises: FaultsError naming every fault of every file.
+    Args:
+        posts_dir: The folder with the posts and the labels.
+        criteria_dir: The folder with the criteria, which may be the same.
+        empty: Whether a post or criterion without text is dropped with its pairs and a warning, or is a fault (the
+            specification's edge cases).
+        missing: Whether a cell that holds only NaN, NULL or the like counts as an empty text, or as that text.
+
+    Raises:
+        FaultsError: The files have faults. The error names every fault of every file.
     """
     posts_dir, criteria_dir = Path(posts_dir), Path(criteria_dir)
     faults = Faults()
@@ -53,9 +64,10 @@ def load_dataset(
 
 
 def load_criteria(folder: Path, *, missing: Missing = "empty") -> dict[str, Criterion]:
-    """The criteria in `folder` that hold text, sorted by id; `missing` as in `load_dataset`.
+    """The criteria in `folder` that hold text, by id, in the order of the ids; `missing` as in `load_dataset`.
 
-    Raises: FaultsError naming every fault of the file.
+    Raises:
+        FaultsError: The file has faults. The error names every one.
     """
     faults = Faults()
     criteria = read_texts(find_criteria(Path(folder), faults), CRITERIA, faults, missing)
@@ -70,7 +82,7 @@ def load_criteria(folder: Path, *, missing: Missing = "empty") -> dict[str, Crit
 
 
 def _pairs(posts: Texts, criteria: Texts, labels: Labels) -> list[Pair]:
-    """All posts x criteria that hold text, sorted. In the release, a pair that nobody annotated is unmatched."""
+    """All labelled posts x criteria with text, sorted. In the release a pair that nobody annotated is unmatched."""
     grid = product(posts.kept(), criteria.kept())
     if labels.official:
         return [labels.pairs.get(pair) or Pair(*pair, label=0) for pair in grid]
@@ -86,7 +98,10 @@ def _refuse_empty(posts: Texts | None, criteria: Texts | None, faults: Faults) -
 
 
 def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -> None:
-    """Both directions: each post and criterion is used, and each of their pairs is there."""
+    """Reports posts and criteria that no label uses, and pairs without a label.
+
+    The release labels every pair, so only a criterion that its annotations cannot name is a fault there.
+    """
     if labels.official:
         for key in sorted(criteria.texts.keys() - criteria.codes.values()):
             detail = f"criterion_id {named(key)} is none of A.1 to A.9, so the annotations cannot name it"
@@ -101,7 +116,7 @@ def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -
 
 
 def _used(seen: set[str], file: Texts, kind: Kind, labels: Labels, faults: Faults) -> list[str]:
-    """The ids with text that the labels mention; for one that they do not, its missing pairs are a single fault."""
+    """The ids with text that the labels use. An unused id is one fault, however many pairs it would have."""
     what = "post_id" if kind is Kind.UNUSED_POST else "criterion_id"
     for key in file.kept():
         if key not in seen:
@@ -146,7 +161,7 @@ def _dataset(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], s
 
 
 def data_hash(posts: Mapping[str, str], pairs: Iterable[Pair]) -> str:
-    """Hex sha256 of what is learnt from: post texts, pairs and labels, whatever the layout and order of the files."""
+    """Hex sha256 of the training data: post texts, pairs and labels. Layout and order of the files do not change it."""
     digest = hashlib.sha256()
     for post_id, text in sorted(posts.items()):
         _update(digest, post_id, hashlib.sha256(text.encode("utf-8")).hexdigest())
@@ -156,7 +171,7 @@ def data_hash(posts: Mapping[str, str], pairs: Iterable[Pair]) -> str:
 
 
 def criteria_hash(criteria: Mapping[str, Criterion]) -> str:
-    """Hex sha256 of the criteria's ids and wording. The wording is model input, so inference compares this."""
+    """Hex sha256 of the criteria's ids and wording. The wording is model input, so inference compares this hash."""
     digest = hashlib.sha256()
     for criterion_id, criterion in sorted(criteria.items()):
         _update(digest, criterion_id, criterion.text)
@@ -178,7 +193,10 @@ def file_stats(path: Path) -> dict[str, Any]:
 
 
 def count(posts: Mapping[str, str], criteria: Mapping[str, Criterion], pairs: list[Pair]) -> dict[str, Any]:
-    """Counts, prevalence (positives / pairs) and words per post (separated by white space) of a data set with pairs."""
+    """Counts, prevalence (positives / pairs), words per post (separated by white space) and hashes of a data set.
+
+    The data set must have a pair.
+    """
     positives = [pair for pair in pairs if pair.label == 1]
     per_criterion = Counter(pair.criterion_id for pair in positives)
     words = sorted(len(text.split()) for text in posts.values())
@@ -207,7 +225,7 @@ def count(posts: Mapping[str, str], criteria: Mapping[str, Criterion], pairs: li
 
 
 def warnings_about(stats: Mapping[str, Any]) -> list[str]:
-    """What the user should know about a usable data set: unexpected counts (FR-012) and what was dropped or mended."""
+    """Warnings about a usable data set: unexpected counts (FR-012), dropped texts, empty cells, repeated rows."""
     return [
         *size_warning(stats),
         *_repeat_warning(stats),

@@ -1,4 +1,4 @@
-"""Finds which file of a folder holds which table, by the columns."""
+"""Finds by the columns which file of a folder holds which table."""
 
 import difflib
 import os
@@ -16,15 +16,15 @@ from raycv.errors import shown
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
 
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    # The order matters: a file is the first table whose columns it has. Alternatives stand together.
+    # A file counts as the first table whose columns it has, so the order matters. Alternative names are in one tuple.
     ANNOTATIONS: (("post_id",), ("sentence_id",), ("dsm5_symptom",), ("status",)),
     GROUNDTRUTH: (("post_id",), ("criterion_id",), ("label",)),
     POSTS: (("post_id",), ("post", "text")),
     CRITERIA: (("criterion_id",), ("criterion", "text")),
 }
-"""What each table must have, in small letters: the specification's tables and those of the ReDSM5 release."""
+"""The required columns of each table of the specification and of the ReDSM5 release, in small letters."""
 OPTIONAL: dict[str, tuple[tuple[str, ...], ...]] = {CRITERIA: (("symptom",),)}
-"""What a table may have."""
+"""The optional columns of a table."""
 _SPELT = {"dsm5_symptom": "DSM5_symptom"}
 _KNOWN_COLUMNS = {name for columns in COLUMNS.values() for names in columns for name in names} | {"id"}
 
@@ -46,7 +46,7 @@ _MOST_NAMES = 12
 
 @dataclass(frozen=True)
 class Sources:
-    """The files to read; None where one is missing, which is then among the faults."""
+    """The files to read. None stands for the unused label table, or for a missing file, which is then a fault."""
 
     posts: Path | None
     groundtruth: Path | None
@@ -86,14 +86,14 @@ class _Folder:
         return [file for file in self.files if file.table == table]
 
     def found(self) -> str:
-        """What the folder holds, for a message: tables with their columns, then the names of everything else."""
+        """The content of the folder for a message: tables with their columns, then the names of all other entries."""
         names = [str(file) for file in self.files] + self.others
         rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         return ", ".join(names[:_MOST_NAMES]) + rest if names else "nothing"
 
 
 def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources:
-    """The tables in `posts_dir` and the criteria in `criteria_dir`, which may be the same. Subfolders are not read."""
+    """Finds the tables in `posts_dir` and the criteria in `criteria_dir` (maybe the same), but not in subfolders."""
     folder = _scan(posts_dir, Kind.FOLDER, faults)
     criteria_dir = _spelt_as_on_disk(criteria_dir, faults)
     same = os.path.realpath(posts_dir) == os.path.realpath(criteria_dir)
@@ -122,7 +122,7 @@ def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources
 
 
 def find_criteria(criteria_dir: Path, faults: Faults) -> Path | None:
-    """The criteria in `criteria_dir`, where no posts are wanted; None, and a fault, if there are none."""
+    """Finds the criteria in `criteria_dir` without posts; None, with a fault, for no such file or several."""
     folder = _scan(_spelt_as_on_disk(criteria_dir, faults), Kind.NO_CRITERIA, faults)
     found = _pick(folder, (CRITERIA,), Kind.NO_CRITERIA, faults) if folder is not None else None
     return found.path if found else None
@@ -134,7 +134,12 @@ def missing_columns(table: str, columns: tuple[str, ...]) -> list[str]:
 
 
 def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
-    """What the columns that are lacking may be called in `columns`, for a message. `groups`: alternatives together."""
+    """Guesses the names that missing columns have in a file, for a message.
+
+    Args:
+        groups: The required columns, alternative names together.
+        columns: The columns of the file.
+    """
     lacking = [names for names in groups if not set(names) & set(columns)]
     free = [name for name in columns if not any(name in names for names in groups)]
     near = {name: _closest(name, free) for names in lacking for name in names}
@@ -142,7 +147,7 @@ def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
 
 
 def _closest(name: str, columns: Sequence[str]) -> str | None:
-    """The one of `columns` that may be meant to be `name`: a hint, so it may be wrong."""
+    """The one of `columns` that may stand for `name`. This is a hint, so it may be wrong."""
     near = [column for column in columns if nearest(column, (name,))]
     return next(iter(near or difflib.get_close_matches(name, columns, n=1, cutoff=0.7)), None)
 
@@ -150,33 +155,36 @@ def _closest(name: str, columns: Sequence[str]) -> str | None:
 # --- Near misses -----------------------------------------------------------------------------------------------------
 
 _PLURALS = {"criterion": "criteria"}
-"""Those that end in something else than -s."""
+"""Plurals that do not end in -s."""
 _COMPOUNDS = {
     "criterion": {"text", "words", "wording", "description", "name", "code"},
     "post": {"text", "body"},
     "symptom": {"name"},
 }
-"""What may stand behind a column's name and leaves its meaning."""
+"""Words that can follow the name of a column without a change of its meaning."""
 _LONGEST = 40
-"""Characters of a near miss at most. The letters of one are nearly those of a known name, so a message may show it."""
+"""Characters of a near miss at most. Its letters are nearly those of a known name, so a message may show it."""
 
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A column that is not read, and the one that it is most likely meant to be."""
+    """A column that is not read, with the known column that its author most likely meant."""
 
     column: str
     meant: str
     beside: str | None
-    """the column that is there and is read for it"""
+    """The column that is read instead, if the file has one."""
 
 
 def near_misses(
     columns: Sequence[str], groups: Sequence[Sequence[str]], synonyms: Mapping[str, str] | None = None
 ) -> list[NearMiss]:
-    """The near misses among `columns` of the known ones.
+    """Finds the columns whose names are near misses of known ones.
 
-    `groups`: the known columns, alternatives together; `synonyms`: other names of some of them.
+    Args:
+        columns: The columns of a file.
+        groups: The known columns, alternative names together.
+        synonyms: Further names of some known columns: the synonym -> the known name.
     """
     synonyms, found = synonyms or {}, []
     for column in columns:
@@ -193,16 +201,17 @@ def near_misses(
 
 @lru_cache(maxsize=4096)
 def nearest(column: str, known: tuple[str, ...]) -> str | None:
-    """The one of `known` that `column` is a misspelling of, if any: `criteria` and `Criterion ID` are.
+    """The name in `known` that `column` misspells, if any: `criteria` and `Criterion ID` misspell known names.
 
-    Stricter than a mere hint, since a near miss is refused: `criteria_version`, `poster_id` and `label_2` are none.
+    raycv refuses a near miss, so this is stricter than a hint. It does not take `criteria_version`, `poster_id` and
+    `label_2` for misspellings.
     """
     near = [name for name in known if _is_near(column, name)]
     return max(near, key=lambda name: difflib.SequenceMatcher(None, column, name).ratio(), default=None)
 
 
 def _is_near(column: str, known: str) -> bool:
-    # A number is a word: criterion_2 is another column beside criterion.
+    # We count a number as a word, since criterion_2 is not the column criterion.
     words, wanted = (re.findall(r"[^\W\d_]+|\d+", name.casefold()) for name in (column, known))
     if "".join(words) in map("".join, product(*map(_forms, wanted))):
         return True
@@ -213,7 +222,8 @@ def _is_near(column: str, known: str) -> bool:
 
 def _is_near_word(word: str, known: str) -> bool:
     if len(known) < len("label"):
-        # Of short words many are an edit away from another: cost, host and past from post.
+        # Many short words differ by one letter (cost, host and past from post), so we take only a plural or swapped
+        # letters.
         return word in _forms(known) or (word[0] == known[0] and sorted(word) == sorted(known))
     return bool(difflib.get_close_matches(word, _forms(known), n=1, cutoff=0.8))
 
@@ -223,7 +233,7 @@ def _forms(word: str) -> tuple[str, ...]:
 
 
 def text_column(table: str, columns: tuple[str, ...]) -> list[str]:
-    """The columns that may hold the text of `table` (posts or criteria); more than one is a fault."""
+    """The columns that can hold the text of `table` (posts or criteria); more than one is a fault."""
     return [name for name in COLUMNS[table][1] if name in columns]
 
 
@@ -232,7 +242,7 @@ def _either(names: tuple[str, ...]) -> str:
 
 
 def _column_list(columns: tuple[str, ...]) -> str:
-    """The columns of a file for a message, unless none is known: then the first line may be data, and hold text."""
+    """The columns of a file for a message. Without a known name the first line may be data, so only their number."""
     if not columns:
         return "no columns"
     words = {word for column in columns for word in re.split(r"[;|\t]", column)}
@@ -277,7 +287,7 @@ def _folder_problem(path: Path, error: OSError) -> str:
 
 
 def _spelt_as_on_disk(path: Path, faults: Faults) -> Path:
-    """`path`, or where that does not exist its sibling of the same name spelt otherwise: data/DSM5 for data/dsm5."""
+    """`path`, or if it is missing, its sibling with another spelling of the name: data/DSM5 for data/dsm5."""
     if os.path.lexists(path):
         return path
     try:
@@ -306,7 +316,7 @@ def _peek(path: Path) -> _File:
 
 
 def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Faults) -> _File | None:
-    """The one file of `folder` that is one of `tables`; several or none are reported."""
+    """The only file of `folder` that holds one of `tables`. If there are several or none, it reports a fault."""
     matches = [file for table in tables for file in folder.of(table)]
     if len(matches) == 1:
         for miss in _near_misses(matches[0]):
@@ -338,7 +348,7 @@ def _near_misses(file: _File) -> list[NearMiss]:
 
 
 def _unread(file: _File) -> list[str]:
-    """The columns of a file that look like those that are read beside them, for the user."""
+    """A warning for each column that is not read because the file also has the column that it resembles."""
     return [
         f"{file.path}: the column {shown(miss.column)} is not read, since `{miss.beside}` is."
         for miss in _near_misses(file)
@@ -347,7 +357,7 @@ def _unread(file: _File) -> list[str]:
 
 
 def _nearly(file: _File, tables: tuple[str, ...]) -> bool:
-    """All columns of a table but one, where at least two are there: most likely that table with a misnamed column."""
+    """Whether a file lacks only one of three or more columns of a table: most likely that one has a wrong name."""
     return any(len(missing_columns(table, file.columns)) == 1 and len(COLUMNS[table]) > 2 for table in tables)
 
 

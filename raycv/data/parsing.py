@@ -1,4 +1,4 @@
-"""Rows to posts, criteria and labels by id; derives pairs from the annotations of ReDSM5."""
+"""Parses rows into posts, criteria and labels by id, and derives pairs from the annotations of ReDSM5."""
 
 import re
 import unicodedata
@@ -23,50 +23,50 @@ SYMPTOMS = {
     "COGNITIVE_ISSUES": "A.8",
     "SUICIDAL_THOUGHTS": "A.9",
 }
-"""ReDSM5's symptom names and the DSM-5 criteria they stand for."""
+"""ReDSM5's symptom names -> the DSM-5 criteria that they stand for."""
 _ALIASES = {"LEEP_ISSUES": "SLEEP_ISSUES"}
-"""Typing errors of the release."""
+"""Typing errors of the release -> the right names."""
 _NO_SYMPTOM = "SPECIAL_CASE"
-"""A name of the release that is none of the nine: its rows are left out."""
+"""A name of the release beside the nine symptoms. Its rows are skipped."""
 _LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "true": 1, "false": 0}
 _ID_LIMIT = 100
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
-# Unicode's Default_Ignorable_Code_Point: characters that show nothing where a font or program does not know them.
-# Python's unicodedata lacks the property. The ranges are those of DerivedCoreProperties.txt of Unicode 18.0, reserved
-# code points among them; a test compares them with the tables of the regex package.
+# Unicode's Default_Ignorable_Code_Point: characters that stay invisible in fonts and programs that do not know them.
+# Python's unicodedata lacks the property, so we list the ranges of DerivedCoreProperties.txt of Unicode 18.0. They
+# include reserved code points. A test compares them with the tables of the regex package.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# Controls, format characters and separators show nothing. A combining mark needs a letter below it.
+# Controls, format characters and separators are invisible, and a combining mark needs a letter below it.
 _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
-# These characters are symbols or letters to Unicode, and their glyphs hold no ink. Only their names tell: a name is
-# normative and never changes.
+# Unicode counts these characters as symbols or letters, but their glyphs are empty. We know them by name, since a name
+# is normative and never changes.
 _INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
             "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
 
 Missing = Literal["empty", "text"]
-"""What a cell of text is that holds one of MISSING and nothing else: an empty text, or that text."""
+"""How a cell counts that holds one of MISSING and nothing else: as an empty text, or as that text."""
 MISSING = frozenset({
-    # pandas reads these as missing by default, and so people let it write them (na_rep); R writes NA, Python None.
+    # People let pandas write these (na_rep), since it reads them as missing by default. R writes NA, and Python None.
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
-    # pandas, for a time that is missing.
+    # pandas writes this for a missing time.
     "NaT",
-    # Databases, in their exports: MySQL and PostgreSQL, Oracle.
+    # Databases write these in their exports: MySQL and PostgreSQL the first, Oracle the second.
     "\\N", "(null)",
-    # Spreadsheets, for a formula without a value: Excel, LibreOffice and Google's, and #N/A in other languages.
+    # Excel, LibreOffice and Google Sheets write these for a formula without a value, some as #N/A in other languages.
     "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!", "#FIELD!", "#GETTING_DATA",
     "#ERROR!", "#NV", "#N/D", "#N/B", "#I/T",
 })  # fmt: skip
-"""What software writes into a cell for nothing, letter by letter.
+"""The exact spellings that software writes into a cell for a missing value.
 
-A person writes `none`, `Null`, `na` or `Nan` too, so other spellings are text.
+People write words such as `none`, `Null`, `na` or `Nan`, so other spellings are text.
 """
 
 
 def criterion_code(name: str) -> str | None:
-    """`A.1` to `A.9` for `A1`, `a.1`, a symptom name of ReDSM5 and the like; None for any other id."""
+    """`A.1` to `A.9` for another spelling (`A1`, `a.1`) or a symptom name of ReDSM5; None for any other id."""
     return _numbered(name) or SYMPTOMS.get(_ALIASES.get(_plain(name), _plain(name)))
 
 
@@ -76,9 +76,9 @@ def _numbered(name: str) -> str | None:
 
 
 def is_same(asked: str, known: str) -> bool:
-    """Whether `asked` means the id or name `known`: `A1` is A.1, and `sleep issues` SLEEP_ISSUES.
+    """Whether `asked` means the id or name `known`: `A1` means `A.1`, and `sleep issues` means `SLEEP_ISSUES`.
 
-    But a name is no number: an A.1 may be anything.
+    A symptom name does not mean an id: other criteria may have the id `A.1` too.
     """
     code = criterion_code(asked)
     return code is not None and code == criterion_code(known) and bool(_numbered(asked) or not _numbered(known))
@@ -89,15 +89,16 @@ def _plain(name: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether `text` holds nothing to read: no character, or only white space, invisible ones and combining marks."""
+    """Whether `text` is empty to a reader: only white space, invisible characters and combining marks, or nothing."""
     return not any(_is_seen(character) for character in text)
 
 
 def _is_seen(character: str) -> bool:
-    """Whether `character` shows something by itself.
+    """Whether `character` is visible without others.
 
-    Private characters may show something. So may unassigned ones: a later version of Unicode can make them letters, and
-    a post must not be blank to one version of Python alone. Surrogates are damage, which is reported as such.
+    Private characters can be visible, so they count. Unassigned ones count too, since a later version of Unicode can
+    make them letters. Otherwise a post would be blank in one version of Python only. Surrogates count, since they are
+    damage, which is reported elsewhere.
     """
     if unicodedata.category(character) in _UNSEEN or _IGNORABLE.match(character):
         return False
@@ -106,7 +107,7 @@ def _is_seen(character: str) -> bool:
 
 
 def is_missing(text: str) -> bool:
-    """Whether `text` is what software writes for nothing, and not what a person wrote."""
+    """Whether `text` is a spelling that software writes for a missing value, and people do not."""
     return text.strip() in MISSING
 
 
@@ -120,17 +121,17 @@ class Texts:
     path: Path
     whole: bool
     texts: dict[str, str] = field(default_factory=dict)
-    """id -> text, blank ones included."""
+    """id -> text, which may be blank."""
     missing: dict[str, str] = field(default_factory=dict)
-    """id -> the spelling of nothing that its cell holds, where that is taken as an empty text."""
+    """id -> the spelling in its cell, if that is one of MISSING and counts as an empty text."""
     places: dict[str, str] = field(default_factory=dict)
-    """id -> where it stands; also ids of rows with a fault, lest every reference to them be reported as another."""
+    """id -> its place in the file. Faulty rows are included, so that references to them are not further faults."""
     looks: dict[str, str] = field(default_factory=dict)
-    """id in its compatible form (NFKC) -> the id: two that look alike are one that was typed in two ways."""
+    """Compatible form of an id (NFKC) -> the id. Two ids with one form look alike: one id, typed in two ways."""
     symptoms: dict[str, str] = field(default_factory=dict)
-    """Criteria only: id -> the name in its column `symptom`, if it is one word"""
+    """Criteria only: id -> the name in its column `symptom`, if that is one word."""
     codes: dict[str, str] = field(default_factory=dict)
-    """Criteria only: A.1 to A.9 -> the id that the file has for it."""
+    """Criteria only: A.1 to A.9 -> the spelling of that id in the file."""
 
     def blank(self) -> list[str]:
         """The ids without text, sorted."""
@@ -142,18 +143,23 @@ class Texts:
         return sorted(key for key in self.texts if key not in blank)
 
     def symptom_of(self, criterion_id: str) -> str | None:
-        """The name in the file, unless it stands for another criterion too; else ReDSM5's, where the nine are all."""
+        """The symptom name of a criterion.
+
+        Returns:
+            The name in the file, if it is unique there and is not an id. Otherwise the name in ReDSM5, if the file has
+            exactly the nine criteria. Otherwise None.
+        """
         name = self.symptoms.get(criterion_id)
         if name and name not in self.texts and list(self.symptoms.values()).count(name) == 1:
             return name
         if set(self.codes) != set(SYMPTOMS.values()) or len(self.places) != len(SYMPTOMS):
-            # An A.1 among others may be anything.
+            # In a file with other criteria, A.1 need not be that of the DSM-5, so we give no name.
             return None
         code = criterion_code(criterion_id)
         return next((name for name in SYMPTOMS if SYMPTOMS[name] == code), None)
 
     def find(self, name: str) -> str | None:
-        """The id that `name` stands for: the same string, or another spelling of the same criterion."""
+        """The id in the file for `name`, which is that id or another spelling of it; None if there is no such id."""
         if name in self.places:
             return name
         code = criterion_code(name)
@@ -161,9 +167,16 @@ class Texts:
 
 
 def read_texts(path: Path | None, table: str, faults: Faults, missing: Missing) -> Texts | None:
-    """The posts or criteria of `path`, faulty rows left out; None if there is no such file.
+    """Reads posts or criteria, without the rows that have a fault.
 
-    `missing`: what NaN and the like stand for in a cell of text; ids are taken as they are.
+    Args:
+        path: The file; None if it is missing.
+        table: POSTS or CRITERIA.
+        faults: Takes the faults.
+        missing: Whether NaN and the like in a cell of text count as empty. Ids stay unchanged.
+
+    Returns:
+        The posts or criteria; None without a path.
     """
     if path is None:
         return None
@@ -180,14 +193,14 @@ def read_texts(path: Path | None, table: str, faults: Faults, missing: Missing) 
             if missing == "empty" and is_missing(text):
                 found.texts[key], found.missing[key] = "", text.strip()
             name = row.id("symptom")
-            # Messages and tables repeat a name; what could be prose is none.
+            # Messages and tables repeat a name, so we take none that could be prose.
             if table == CRITERIA and _NAME.fullmatch(name) and not (missing == "empty" and is_missing(name)):
                 found.symptoms[key] = name
     return found
 
 
 def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
-    """The id of a row if it is a usable one that no earlier row has; it is noted in `found`."""
+    """The id of a row, also added to `found`; None if it is faulty, or if an earlier row has it."""
     id_column = "post_id" if table == POSTS else "criterion_id"
     key = row.id(id_column)
     code = criterion_code(key) if table == CRITERIA else None
@@ -212,7 +225,7 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
 
 
 def id_fault(key: str, *, is_criterion: bool) -> str | None:
-    """What is wrong with `key` as an id, if anything."""
+    """The fault of `key` as an id, for a message; None if it has no fault."""
     if is_blank(key):
         return f"holds nothing but invisible characters ({len(key)})" if key else "is empty"
     if len(key) > _ID_LIMIT:
@@ -229,22 +242,22 @@ def id_fault(key: str, *, is_criterion: bool) -> str | None:
 
 @dataclass
 class Labels:
-    """What a label file says about the pairs."""
+    """The labels of a file, by pair."""
 
     path: Path
     whole: bool
     official: bool
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
     seen: dict[tuple[str, str], str] = field(default_factory=dict)
-    """(post id, criterion id) -> where it stands; also pairs whose label could not be read."""
+    """(post id, criterion id) -> its place in the file. Pairs with an unreadable label are included."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What happened to the annotation rows."""
+    """Annotation rows by what became of them."""
 
 
 class _References:
-    """Resolves the ids of label rows and collects those that lead nowhere: once an id, however many rows name it.
+    """Resolves the ids of label rows, and collects the unknown ones: each once, however many rows name it.
 
-    An id that leads nowhere is still resolved, to itself, lest the other id of its row seem unused.
+    An unknown id resolves to itself, so that the other id of its row does not seem unused.
     """
 
     def __init__(self, posts: Texts | None, criteria: Texts | None) -> None:
@@ -253,14 +266,14 @@ class _References:
         self._unknown: dict[tuple[Kind, str], list[str]] = {}
 
     def post(self, row: Row) -> str:
-        """The row's post id."""
+        """The post id of `row`, which is collected if it is unknown."""
         key = row.id("post_id")
         if self.posts is not None and key not in self.posts.places:
             self._note(Kind.NO_POST, key, row, self.posts)
         return key
 
     def criterion(self, row: Row, name: str) -> str:
-        """The id that the criteria file has for `name`."""
+        """The id in the criteria file for `name`, which is collected if it is unknown."""
         key = self.criteria.find(name) if self.criteria is not None else None
         if self.criteria is not None and key is None:
             self._note(Kind.NO_CRITERION, name, row, self.criteria)
@@ -271,7 +284,7 @@ class _References:
             self._unknown.setdefault((kind, key), []).append(row.place)
 
     def report(self, path: Path, faults: Faults) -> None:
-        """Adds the ids of `path` that lead nowhere."""
+        """Adds a fault for each unknown id of `path`."""
         for (kind, key), places in self._unknown.items():
             file = self.posts if kind is Kind.NO_POST else self.criteria
             assert file
@@ -282,7 +295,7 @@ class _References:
 
 
 def read_labels(sources: Sources, posts: Texts | None, criteria: Texts | None, faults: Faults) -> Labels | None:
-    """The labels of the groundtruth or the annotations; None if there is neither, or not one of them alone."""
+    """Reads the labels from the groundtruth or the annotations; None if `sources` has neither."""
     path = sources.groundtruth or sources.annotations
     if path is None:
         return None
@@ -302,7 +315,7 @@ def _label(row: Row, column: str, path: Path, faults: Faults) -> int | None:
 
 
 def _read_groundtruth(file: Table, references: _References, faults: Faults) -> Labels:
-    """The specification's groundtruth: a row for each pair."""
+    """Reads the specification's groundtruth, which has a row for each pair."""
     labels = Labels(file.path, file.whole, official=False)
     for row in file.rows:
         post_id, criterion_id = references.post(row), references.criterion(row, row.id("criterion_id"))
@@ -317,9 +330,10 @@ def _read_groundtruth(file: Table, references: _References, faults: Faults) -> L
 
 
 def _read_annotations(file: Table, references: _References, faults: Faults) -> Labels:
-    """ReDSM5's annotations: a row for each sentence and symptom. A pair is matched if a sentence of it has status 1.
+    """Reads ReDSM5's annotations, which have a row for each sentence and symptom.
 
-    Status 0 is a sentence that was looked at and is no evidence: ignoring the status would make such pairs positive.
+    A pair is matched if one of its sentences has status 1. Status 0 marks a sentence that an annotator examined and did
+    not count as evidence. Without the status such pairs would be positive.
     """
     labels = Labels(file.path, file.whole, official=True)
     sentences: dict[tuple[str, str], dict[str, int]] = {}
@@ -343,8 +357,8 @@ def _read_annotations(file: Table, references: _References, faults: Faults) -> L
 
 
 def _count_sentence(row: Row, status: int, statuses: dict[str, int], counts: Counter[str]) -> None:
-    """Notes a sentence's status; one that is annotated twice for a symptom counts once, with the larger status."""
-    # A row without a sentence id is a sentence of its own.
+    """Stores the status of a sentence. Two rows of one sentence and symptom count once, with the larger status."""
+    # Without a sentence id nothing links two rows, so each counts as a sentence of its own.
     sentence_id = row.id("sentence_id") or row.place
     counts["repeated"] += sentence_id in statuses
     counts["contradictory"] += statuses.get(sentence_id, status) != status
@@ -352,7 +366,7 @@ def _count_sentence(row: Row, status: int, statuses: dict[str, int], counts: Cou
 
 
 def _annotated_criterion(row: Row, labels: Labels, references: _References, faults: Faults) -> str | None:
-    """The criterion id that an annotation row's symptom stands for."""
+    """The criterion id for the symptom of an annotation row; None, with a fault, if the symptom is unknown."""
     symptom = row.id("dsm5_symptom")
     code = criterion_code(symptom)
     if code is None:

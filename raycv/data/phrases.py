@@ -1,4 +1,4 @@
-"""Sentences of the synthetic posts, from the phrase book in `phrases.txt`."""
+"""Makes the sentences of the synthetic posts from the phrase book in `phrases.txt`."""
 
 import random
 import re
@@ -8,13 +8,16 @@ from itertools import product
 from pathlib import Path
 
 PHRASES = Path(__file__).with_name("phrases.txt")
-"""One phrasing per line; {a|b} is a choice, {who} and {over} are slots, "~" marks a phrasing held out from
-pre-training. Mild on purpose: no methods, no graphic detail."""
+"""The phrase book, with one phrasing per line.
+
+`{a|b}` is a choice, and `{who}` and `{over}` are slots. A line that begins with `~` is held out from pre-training. The
+phrasings are mild on purpose: no methods, no graphic detail.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:
-    """Templates of one (symptom, kind): those that the tiny base saw in pre-training, and those held out from it."""
+    """Templates of one (symptom, kind): those that the tiny base saw in pre-training, and those that it did not see."""
 
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -22,7 +25,7 @@ class Phrasings:
 
 @cache
 def phrase_book() -> dict[tuple[str, str], Phrasings]:
-    """(symptom, kind) -> phrasings, read from `phrases.txt`; neutral ones stand under FILLER and STUB."""
+    """(symptom, kind) -> phrasings, read from `phrases.txt`. Neutral ones have FILLER or STUB as symptom."""
     book: dict[tuple[str, str], Phrasings] = {}
     for section in re.split(r"^\[", PHRASES.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         title, *lines = [line for line in section.splitlines() if line]
@@ -39,20 +42,20 @@ _SLOTS = {
     "who": ("my brother", "my sister", "my best friend", "my dad", "my roommate", "a girl at work", "my cousin"),
     "over": ("but that is over", "but it passed", "and that is long behind me", "now it is different"),
 }
-# Time phrases stand before evidence and hard negatives alike, so that they give nothing away.
+# Evidence and hard negatives both get time phrases, so that these do not reveal the label.
 _OPENERS_NOW = ("lately", "these days", "this month", "since the move", "since the summer", "right now", "this week")
 _OPENERS_ANY = ("honestly,", "to be fair,", "for what it is worth,", "so", "well,", "I should say that")
 _ENDERS_NOW = ("these days", "at the moment", "this week", "right now", "as of late", "so far this year")
 
 
 def spell(template: str, rng: random.Random) -> str:
-    """`template` with one of the alternatives in the place of each {a|b|c} or {slot}."""
+    """`template` with a random alternative for each `{a|b|c}` or `{slot}`."""
     return _ALTERNATIVES.sub(lambda match: rng.choice(_options(match[1])), template)
 
 
 def expansions(template: str) -> set[str]:
     """Every text that `template` can spell."""
-    parts = _ALTERNATIVES.split(template)  # literal, alternatives, literal, ...
+    parts = _ALTERNATIVES.split(template)  # Literals have even indices, and alternatives odd ones.
     choices = [_options(part) if i % 2 else (part,) for i, part in enumerate(parts)]
     return {"".join(choice) for choice in product(*choices)}
 
@@ -62,7 +65,10 @@ def _options(alternatives: str) -> tuple[str, ...]:
 
 
 def dress(clause: str, kind: str, rng: random.Random) -> str:
-    """`clause` as a sentence, with or without a time phrase or an opener; a past one tells its own time."""
+    """`clause` as a sentence, by chance with a time phrase or an opener.
+
+    A clause about the past names its own time, so it gets no time phrase.
+    """
     draw = rng.random()
     if draw < 0.35 and kind != "past":
         clause = f"{rng.choice(_OPENERS_NOW)} {clause}"

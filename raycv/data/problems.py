@@ -1,4 +1,4 @@
-"""The kinds of fault in a data set; collects them and reports all of them together, without text."""
+"""The kinds of fault in a data set, with their remedies; collects them and reports all together, without text."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pathlib import Path
 from raycv.errors import FaultsError, shown
 
 FIELD_LIMIT = 1_000_000
-"""Characters in one field. The longest post of ReDSM5 has 6,990 words, so more than this is a broken file."""
+"""Characters in one field at most. The longest post of ReDSM5 has 6,990 words, so a longer field is a broken file."""
 
 _LISTED = 10
 _EXAMPLES = 5
@@ -23,7 +23,7 @@ _IDS = "make the ids of the files agree: every pair needs a row in the posts and
 
 
 class Kind(Enum):
-    """The kinds of fault: what many of them are called, and what to do."""
+    """The kinds of fault, each with its plural for messages and its remedies."""
 
     FOLDER = "folders that cannot be used", _ACCESS, _QUICKSTART
     NO_TABLE = "tables that are missing", "put the file there, with these column names", _ACCESS, _QUICKSTART
@@ -77,10 +77,11 @@ class Kind(Enum):
 
 
 def named(value: str) -> str:
-    """An id, label or column name as a message may hold it; anything that could be prose is shown by its length only.
+    """An id, label or column name for a message; a value that could be prose is shown by its length only.
 
-    Fields shift when a comma is not quoted, so any field may hold a post's text: only a single ASCII word is shown,
-    and none with a quote or comma, which end a text that was cut. (Three characters of Chinese are a sentence.)
+    Fields shift if a comma is not quoted, so any field can hold the text of a post. Only a single ASCII word of at most
+    40 characters is shown, since three characters of Chinese are a sentence. A word that ends in a quote or comma is
+    not shown, since a cut text can end so.
     """
     if re.fullmatch(r"""[!-~]{1,40}(?<!["',])|\S?""", value):
         return shown(value)
@@ -88,7 +89,7 @@ def named(value: str) -> str:
 
 
 def listed(values: list[str], most: int = _LISTED) -> str:
-    """`values` quoted for a message, the first `most` of them."""
+    """The first `most` of `values`, quoted for a message, and the number of the others."""
     rest = f" and {len(values) - most:,} more" if len(values) > most else ""
     return ", ".join(named(value) for value in values[:most]) + rest
 
@@ -102,13 +103,20 @@ class _Group:
 
 
 class Faults:
-    """Collects faults; many of one kind in one file are counted, with a few examples."""
+    """Collects faults. If one file has many of one kind, the report counts them and shows a few examples."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[Kind, str], _Group] = {}
 
     def add(self, kind: Kind, path: Path, detail: str, place: str = "") -> None:
-        """`detail`: what is wrong, with the value and without text; `place`: where in the file, such as `line 7`."""
+        """Adds a fault.
+
+        Args:
+            kind: Its kind.
+            path: The file or folder that has it.
+            detail: A description with the value and without text.
+            place: The place in the file, such as `line 7`.
+        """
         group = self._groups.setdefault((kind, str(path)), _Group())
         group.count += 1
         if len(group.first) < _LISTED:
@@ -122,11 +130,11 @@ class Faults:
         return bool(self._groups)
 
     def raise_any(self, title: str) -> None:
-        """Raises: FaultsError with everything that was added, if anything was."""
+        """Raises: FaultsError with all faults, if a fault was added."""
         if not self._groups:
             return
         lines: list[str] = []
-        # File by file, the files in the order in which they were read.
+        # We sort by file, in the order in which the files were read, so that a user fixes one file at a time.
         order = list(dict.fromkeys(path for _, path in self._groups))
         for (kind, path), group in sorted(self._groups.items(), key=lambda item: order.index(item[0][1])):
             if group.count > _LISTED:

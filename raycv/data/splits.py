@@ -1,4 +1,4 @@
-"""Pairs -> folds. Anyone gets the same folds with scikit-learn alone: the docs show the five lines."""
+"""Splits pairs into folds. scikit-learn alone gives the same folds: the docs show the five lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +17,23 @@ class Split:
 
     fold: int
     train_indices: "np.ndarray"
-    """int64 [n_train], ascending"""
+    """int64 [n_train], ascending."""
     val_indices: "np.ndarray"
-    """int64 [n_val], ascending"""
+    """int64 [n_val], ascending."""
 
 
 def make_splits(pairs: Sequence[Pair], folds: int, seed: int) -> list[Split]:
-    """`folds` splits by StratifiedGroupKFold(shuffle=True), y=label, groups=post_id (FR-003).
+    """Splits pairs by `StratifiedGroupKFold(shuffle=True)` with y=label and groups=post_id (FR-003).
 
-    `pairs` must be in the data set's order, sorted by (post_id, criterion_id) as strings: the folds depend on it.
-    Raises: FaultsError if there are more folds than posts, or a fold that is empty or lacks a class.
+    Args:
+        pairs: The pairs of a data set in its order, sorted by (post_id, criterion_id) as strings. The folds depend on
+            the order.
+        folds: `n_splits`.
+        seed: `random_state`.
+
+    Raises:
+        FaultsError: There are more folds than posts or than pairs of a class, or a part of a fold is empty or lacks a
+            class.
     """
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
@@ -74,7 +81,7 @@ def _unusable(split: Split, labels: "np.ndarray") -> list[str]:
 
 
 def splits_record(dataset: Dataset, splits: Sequence[Split], seed: int) -> dict[str, Any]:
-    """What `splits.json` holds: the rows once, and each fold's indices into them."""
+    """The content of `splits.json`: the rows once, and the indices of each fold into them."""
     return {
         "method": "sklearn.model_selection.StratifiedGroupKFold(shuffle=True), y=label, groups=post_id",
         "order": "rows sorted by (post_id, criterion_id) as strings",
@@ -89,9 +96,10 @@ def splits_record(dataset: Dataset, splits: Sequence[Split], seed: int) -> dict[
 
 
 def positives_table(dataset: Dataset, splits: Sequence[Split]) -> list[dict[str, Any]]:
-    """Matched pairs of each fold's validation part, a row per fold: in all, and per criterion.
+    """Counts the matched pairs in the validation part of each fold, in total and per criterion; a row per fold.
 
-    StratifiedGroupKFold stratifies on the binary label alone, so rare criteria may come out lopsided: look here.
+    StratifiedGroupKFold stratifies on the binary label only, so rare criteria can be uneven over the folds. This table
+    shows it.
     """
     table = []
     for split in splits:

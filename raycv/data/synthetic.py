@@ -1,13 +1,13 @@
-"""Synthetic (post, criterion, label) data in the specification's schema: nobody wrote these posts, nobody is in them.
+"""Makes synthetic (post, criterion, label) data in the specification's schema; no person wrote or is in these posts.
 
-A post is a shuffled row of sentences: evidence for each of its positive criteria, hard negatives about criteria that it
-does not meet (negated, about somebody else, or past), and neutral filler. Every sentence comes from the phrase book at
-the end of this module. Half of the evidence and of the hard negatives use phrasings marked "~", which the tiny base in
-`models/tiny_llama` never saw in its pre-training, so that a data set made here asks for more than recall.
+A post is a shuffled row of sentences: evidence, hard negatives and neutral filler. Evidence is there for each positive
+criterion. Hard negatives are about criteria that the post does not meet: negated, about somebody else, or past. Every
+sentence comes from the phrase book `phrases.txt`. Half of the evidence and of the hard negatives use phrasings marked
+`~`. The tiny base in `models/tiny_llama` never saw these in its pre-training, so a data set asks for more than recall.
 
-Counts, skew and lengths follow the published figures of ReDSM5 (arXiv 2508.03399); its text was neither read nor
-paraphrased. The same arguments give the same bytes on every platform: `random.Random` is the only source of chance,
-files are UTF-8 and lines end in "\n".
+Counts, skew and lengths follow the published figures of ReDSM5 (arXiv 2508.03399). Its text was neither read nor
+paraphrased. The same arguments give the same bytes on every platform. `random.Random` is the only source of chance,
+files are UTF-8, and a line feed ends each line.
 """
 
 import csv
@@ -28,7 +28,8 @@ from raycv.data.phrases import capitalise, dress, phrase_book, spell
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 
-# Own paraphrases, not the DSM-5 wording, and free of durations: a single sentence counts as evidence.
+# These are our own paraphrases, not the wording of the DSM-5. A single sentence counts as evidence, so they name no
+# durations.
 CRITERIA = (
     Criterion("A.1", "Mood is low: feels sad, empty, tearful or without hope", "DEPRESSED_MOOD"),
     Criterion("A.2", "No longer enjoys or cares about things that used to matter", "ANHEDONIA"),
@@ -42,7 +43,7 @@ CRITERIA = (
 )
 SYMPTOMS = tuple(str(criterion.symptom) for criterion in CRITERIA)
 
-# Published counts of ReDSM5: scaled to the number of posts asked for.
+# These published counts of ReDSM5 are scaled to the requested number of posts.
 REDSM5_POSTS = 1484
 REDSM5_POSTS_WITHOUT_SYMPTOM = 392
 REDSM5_POSITIVES = dict(zip(SYMPTOMS, (328, 124, 44, 102, 35, 124, 311, 59, 165), strict=True))
@@ -59,35 +60,35 @@ DATASET_FILES = ("posts.csv", "groundtruth.csv", "criteria.csv", "README.md")
 
 @dataclass(frozen=True, slots=True)
 class LengthProfile:
-    """Words per post: log-normal, clipped to [words_min, words_max]."""
+    """The distribution of the words per post: log-normal, clipped to [words_min, words_max]."""
 
     words_mean: float
     sigma: float
-    """Standard deviation of the natural logarithm of the words."""
+    """Standard deviation of the natural logarithm of the words per post."""
     words_min: int
     words_max: int
     stub_rate: float
-    """Share of posts that are a title or a greeting only, 2 to 4 words; none of them meets a criterion."""
+    """Share of posts that are only a title or a greeting of 2 to 4 words. They meet no criterion."""
     sentences_per_paragraph: int
 
     def words(self, posts: int) -> list[int]:
-        """Word targets of `posts` posts, ascending: the quantile midpoints, so that every size has the same shape."""
+        """Word targets of `posts` posts, ascending: quantile midpoints, so that every size has the same shape."""
         normal = NormalDist(math.log(self.words_mean) - self.sigma**2 / 2, self.sigma)
         drawn = [round(math.exp(normal.inv_cdf((i + 0.5) / posts))) for i in range(posts)]
         return [min(max(words, self.words_min), self.words_max) for words in drawn]
 
 
 LENGTH_PROFILES = {
-    # A few sentences: trains in seconds on a CPU.
+    # With a few sentences per post a CPU trains in seconds.
     "short": LengthProfile(34, 0.45, 10, 90, stub_rate=0.0, sentences_per_paragraph=1000),
-    # ReDSM5: mean 294.7, min 2, max 6990; about a quarter of the prompts exceed 512 Llama tokens.
+    # ReDSM5 has mean 294.7, min 2 and max 6990. About a quarter of the prompts exceed 512 Llama tokens.
     "realistic": LengthProfile(295, 1.0, 2, 6990, stub_rate=0.005, sentences_per_paragraph=6),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One sentence: `kind` is EVIDENCE, NEUTRAL or one of HARD_NEGATIVE_KINDS; a neutral one has no symptom."""
+    """One sentence. `kind` is EVIDENCE, NEUTRAL or one of HARD_NEGATIVE_KINDS; a neutral one has no symptom."""
 
     text: str
     kind: str
@@ -97,7 +98,7 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class SyntheticPost:
-    """A post as the sentences that it was made of, in reading order, and the symptoms that it is positive for."""
+    """A post with its sentences in reading order, and the symptoms for which it is positive."""
 
     post_id: str
     text: str
@@ -108,18 +109,22 @@ class SyntheticPost:
 def write_dataset(
     out: Path, *, posts: int, seed: int, profile: str = "realistic", words_mean: float | None = None, criteria: int = 9
 ) -> dict[str, Any]:
-    """Write DATASET_FILES into `out` and return the statistics that the README states.
+    """Writes DATASET_FILES into a folder.
 
     Args:
-        out: made if missing; may hold an earlier synthetic data set, but no other data.
-        posts: number of posts; 1484 is the size of ReDSM5.
-        seed: two data sets of different seeds share phrasings, not posts.
-        profile: a key of LENGTH_PROFILES.
-        words_mean: mean words per post instead of the profile's.
-        criteria: grid width; above nine the criteria repeat under suffixed ids, with equal labels (for cost studies).
+        out: The folder, made if missing. It may hold an earlier synthetic data set, but no other data, and must not be
+            the sample that ships with raycv.
+        posts: Number of posts; 1484 is the size of ReDSM5.
+        seed: Seed of all chance. Data sets of different seeds share phrasings, not posts.
+        profile: A key of LENGTH_PROFILES.
+        words_mean: Mean words per post instead of the profile's.
+        criteria: Number of criteria. Above nine they repeat under suffixed ids with equal labels (for cost studies).
+
+    Returns:
+        The statistics that the README of the data set states.
 
     Raises:
-        UserError: a value out of range, or `out` holds data that is not synthetic, or cannot be read or written.
+        UserError: A value is out of range, `out` holds other data, or `out` cannot be read or written.
     """
     _check_arguments(posts, profile, words_mean, criteria)
     with _told_of(out):
@@ -136,7 +141,7 @@ def write_dataset(
 
     with _told_of(out):
         out.mkdir(parents=True, exist_ok=True)
-        # The README first: a folder whose writing was cut short is still marked as synthetic.
+        # The README marks the data as synthetic, so we write it first, in case the writing is interrupted.
         (out / "README.md").write_text(_readme(command, stats), encoding="utf-8", newline="\n")
         _write_csv(out / "posts.csv", ("post_id", "post"), ((post.post_id, post.text) for post in made))
         _write_csv(
@@ -153,7 +158,7 @@ def write_dataset(
 
 
 def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[SyntheticPost]:
-    """`posts` posts with ReDSM5's share of posts without symptom and its skew over the criteria, in random order."""
+    """Makes posts with ReDSM5's share of posts without symptom and its skew over the criteria, in random order."""
     rng = random.Random(f"raycv-dataset-{seed}")
     symptoms = _assign_symptoms(posts, rng)
     words = lengths.words(posts)
@@ -172,10 +177,16 @@ def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[Syn
 
 
 def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_rate: float) -> list[Sentence]:
-    """Sentences of a post that is positive for `present`, about `words` words, shuffled: evidence stands anywhere.
+    """Makes the sentences of one post, shuffled, so that evidence can be anywhere.
 
-    The evidence is always there, so a post can be longer than `words`; hard negatives and filler only fill up.
-    `held_out_rate` is the chance of a phrasing that pre-training leaves out: 0 for the pre-training corpus itself.
+    The evidence is always complete, so a post can be longer than `words`. Hard negatives and filler use the words that
+    remain.
+
+    Args:
+        rng: The source of chance.
+        present: The symptoms for which the post is positive.
+        words: The number of words to aim at.
+        held_out_rate: The chance of a phrasing that pre-training leaves out; 0 for the pre-training corpus.
     """
 
     def labelled(kind: str, symptom: str) -> Sentence:
@@ -196,7 +207,7 @@ def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_
     templates = list(phrase_book()["FILLER", NEUTRAL].seen)
     rng.shuffle(templates)
     for template in cycle(templates):
-        if count + 5 > words:  # half a filler sentence: neither above nor below the target on average
+        if count + 5 > words:  # 5 words are half a filler sentence, so posts meet their target on average.
             break
         sentences.append(Sentence(capitalise(spell(template, rng)), NEUTRAL))
         count += _words(sentences[-1].text)
@@ -205,7 +216,7 @@ def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_
 
 
 def criteria_grid(count: int) -> list[Criterion]:
-    """The first `count` criteria; from the tenth on they repeat as A.1.2, A.2.2, ... with the same wording."""
+    """The first `count` criteria. After the ninth they repeat as A.1.2, A.2.2, ... with the same wording."""
     grid = []
     for index in range(count):
         criterion, copy = CRITERIA[index % len(CRITERIA)], 1 + index // len(CRITERIA)
@@ -215,7 +226,10 @@ def criteria_grid(count: int) -> list[Criterion]:
 
 
 def _assign_symptoms(posts: int, rng: random.Random) -> list[set[str]]:
-    """One set of symptoms per post: scaled published counts, every labelled post at least one, in random order."""
+    """Draws the symptoms of each post by the scaled published counts, in random order.
+
+    As many posts as in ReDSM5, to scale, get no symptom. Every other post gets at least one.
+    """
     scale = posts / REDSM5_POSTS
     deck = [symptom for symptom, count in REDSM5_POSITIVES.items() for _ in range(round(count * scale))]
     rng.shuffle(deck)
@@ -258,7 +272,7 @@ def _check_arguments(posts: int, profile: str, words_mean: float | None, criteri
 
 @contextmanager
 def _told_of(out: Path) -> Iterator[None]:
-    """Raises: UserError in the place of an OSError of the block."""
+    """Turns an OSError of the block into a UserError about `out`."""
     try:
         yield
     except OSError as error:
@@ -267,7 +281,11 @@ def _told_of(out: Path) -> Iterator[None]:
 
 
 def _refuse_to_mix(out: Path) -> None:
-    """Gated or own data must never be overwritten by, or mistaken for, synthetic posts."""
+    """Refuses a folder with other data, which synthetic posts must not replace or mix with.
+
+    Raises:
+        UserError: `out` is not a folder, is the bundled sample, or holds files that are not a synthetic data set.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -295,7 +313,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 
 
 def _statistics(made: Sequence[SyntheticPost], grid: Sequence[Criterion]) -> dict[str, Any]:
-    """Counts of the data set, text-free. Words are split at white space."""
+    """Counts of the data set, without text. White space separates words."""
     words = [_words(post.text) for post in made]
     per_symptom = Counter(symptom for post in made for symptom in post.symptoms)
     positives = {criterion.criterion_id: per_symptom[str(criterion.symptom)] for criterion in grid}

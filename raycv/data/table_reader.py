@@ -13,13 +13,13 @@ from pathlib import Path
 from raycv.data.problems import FIELD_LIMIT, Faults, Kind, named
 
 LINE_LIMIT = 8 * FIELD_LIMIT
-"""Characters in one line of a file: bounds the memory where a file has no line breaks at all."""
+"""Characters in one line of a file at most. It bounds the memory for a file without line breaks."""
 JSON_LIMIT = 16 * FIELD_LIMIT
-"""Bytes in a JSON file, which is read whole."""
+"""Bytes in a JSON file at most, since it is read whole."""
 
 
 class UnreadableError(Exception):
-    """A fault after which the rest of a file cannot be read. Caught within the loader, which reports it as a fault."""
+    """A fault after which the rest of a file cannot be read. The loader catches it and reports it as a fault."""
 
     def __init__(self, kind: Kind, detail: str, place: str = "") -> None:
         self.kind = kind
@@ -30,20 +30,26 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record. `place`: where it starts (`line 7`, or `entry 3` of a JSON list); `broken`: its fields do not fit."""
+    """One record of a file.
+
+    Attributes:
+        place: The place where it starts: `line 7`, or `entry 3` of a JSON list.
+        values: Column -> value.
+        broken: Whether its fields do not fit the columns, or an entry of JSON has a fault.
+    """
 
     place: str
     values: Mapping[str, str]
     broken: bool = False
 
     def id(self, column: str) -> str:
-        """The value of an id column without the spaces around it; empty where a broken row has none."""
+        """The value of an id column without the spaces around it; empty if a broken row lacks the column."""
         return self.values.get(column, "").strip()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows. `whole` is false if reading stopped at a fault: then absent ids prove nothing."""
+    """The rows of a file. `whole` is false if reading stopped at a fault, so that ids may be missing."""
 
     path: Path
     columns: tuple[str, ...]
@@ -55,7 +61,7 @@ Report = Callable[[Kind, str, str], None]
 
 
 def read_table(path: Path, faults: Faults) -> Table:
-    """All rows of a CSV file, or the entries of a criteria JSON file; faults are added to `faults`, never raised."""
+    """Reads all rows of a CSV file, or all entries of a criteria JSON file. It adds faults and never raises them."""
 
     def report(kind: Kind, detail: str, place: str) -> None:
         faults.add(kind, path, detail, place)
@@ -81,9 +87,10 @@ def read_table(path: Path, faults: Faults) -> Table:
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """The column names of a CSV or criteria JSON file in small letters; none if it is another JSON file.
+    """The column names of a CSV or criteria JSON file in small letters; empty for other JSON or an empty file.
 
-    Raises: UnreadableError.
+    Raises:
+        UnreadableError: The first record cannot be read, or the file is not JSON despite its name.
     """
     if path.suffix.casefold() == ".json":
         return CRITERIA_COLUMNS if _json_entries(path) is not None else ()
@@ -104,7 +111,7 @@ def _check_header(columns: tuple[str, ...], line: int, report: Report) -> None:
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
-# What bytes that are not UTF-8 are decoded to by `surrogateescape`; valid UTF-8 never yields these.
+# `surrogateescape` decodes bytes that are not UTF-8 to these characters. Valid UTF-8 never yields them.
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
 _MAGIC = {
     b"\xff\xfe": "UTF-16 text",
@@ -116,12 +123,16 @@ _MAGIC = {
 
 
 def _records(path: Path, report: Report) -> Generator[tuple[int, list[str]], None, None]:
-    """Yields the line on which each record starts (1-based) and its fields; blank lines are skipped.
+    """Reads the records of a CSV file and skips blank lines.
 
-    Raises: UnreadableError where the rest of the file cannot be read.
+    Yields:
+        The line on which a record starts (from 1), and its fields.
+
+    Raises:
+        UnreadableError: The rest of the file cannot be read.
     """
     with field_limit():
-        # strict: without it a stray quote is dropped from the text, and an unclosed one swallows the rest of the file.
+        # Without `strict` the reader drops a stray quote, and an unclosed one takes in the rest of the file.
         reader = csv.reader(_lines(path, report), strict=True)
         while True:
             start = reader.line_num + 1
@@ -149,7 +160,7 @@ def _csv_fault(message: str, line: int) -> UnreadableError:
 
 @contextmanager
 def field_limit() -> Iterator[None]:
-    """The csv module's limit is one for the whole process: set while a file is read, then put back."""
+    """Sets the field limit of the csv module in the block. The limit is one for the process, so it is restored."""
     before = csv.field_size_limit(FIELD_LIMIT)
     try:
         yield
@@ -174,7 +185,7 @@ def _lines(path: Path, report: Report) -> Iterator[str]:
 
 
 def check_file(path: Path) -> None:
-    """Raises: UnreadableError unless `path` is a regular file; opening a pipe, say, would wait for ever."""
+    """Raises: UnreadableError if `path` is not a regular file. To open a pipe, for example, would wait forever."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -188,9 +199,12 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.TextIOWrapper]:
-    """`path` as text: a byte order mark is skipped, line ends are kept, bytes that are not UTF-8 become surrogates.
+    """Opens a file as text, with its line ends and without a byte order mark.
 
-    Raises: UnreadableError if it is no regular file, or starts as no UTF-8 text does.
+    Bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        UnreadableError: It is not a regular file, cannot be read, or begins as UTF-8 text cannot.
     """
     check_file(path)
     try:
@@ -208,7 +222,7 @@ def opened(path: Path) -> Iterator[io.TextIOWrapper]:
             binary.seek(0)
             yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
-        # A disk or a network drive that fails while the file is read.
+        # A disk or a network drive can fail while the caller reads the file.
         raise UnreadableError(Kind.NO_FILE, str(error.strerror)) from None
 
 
@@ -220,7 +234,8 @@ CRITERIA_COLUMNS = ("criterion_id", "criterion")
 def _json_entries(path: Path) -> list[object] | None:
     """The entries of a criteria JSON file; None if the file is JSON of another kind.
 
-    Raises: UnreadableError if it is no JSON at all.
+    Raises:
+        UnreadableError: The file is not JSON, is too large or too deep, or has an object with a key twice.
     """
     check_file(path)
     if path.stat().st_size > JSON_LIMIT:
@@ -235,13 +250,13 @@ def _json_entries(path: Path) -> list[object] | None:
     if isinstance(value, dict):
         value = value.get("criteria")
         return value if isinstance(value, list) else None
-    # A bare list may be anything: it is one of criteria if an entry has an id and a text.
+    # A bare list can hold anything, so we take it for criteria only if an entry has an id and a text.
     is_criteria = isinstance(value, list) and any(None not in _id_and_text(entry) for entry in value)
     return value if is_criteria else None
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Of two values for one key Python would take the last."""
+    """Builds an object. Refuses a key that occurs twice, since Python would silently take its last value."""
     if len(dict(pairs)) < len(pairs):
         raise UnreadableError(Kind.JSON, "an object that has a key twice")
     return dict(pairs)
@@ -267,7 +282,7 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
         if broken:
             report(Kind.JSON, "needs `id` and `text`, both strings", place)
         elif not is_unicode(f"{criterion_id}{text}") or "\0" in f"{criterion_id}{text}":
-            # JSON can escape what no UTF-8 file can hold; the tokenizer and the hashes would fail on it.
+            # JSON can escape characters that UTF-8 cannot hold. The tokenizer and the hashes would fail on them.
             report(Kind.ENCODING, "an escape \\uXXXX that is no character", place)
             broken = True
         elif len(str(text)) > FIELD_LIMIT:
@@ -279,11 +294,11 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold `text`: no surrogates, which stand for escapes or for bytes that are no character."""
+    """Whether UTF-8 can hold `text`. It cannot hold surrogates, which come from escapes and from damaged bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def separator_of(columns: Sequence[str]) -> str | None:
-    """What separates the columns, if not commas: Excel writes semicolons in half of Europe."""
+    """The separator if it is not a comma: Excel writes semicolons in half of Europe. None for commas."""
     names = {";": "semicolons", "\t": "tabs", "|": "bars"}
     return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

@@ -9,7 +9,7 @@ LABELS = ("unmatched", "matched")
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One criterion of the classification grid, its wording being model input."""
+    """One criterion of the classification grid. Its wording is model input."""
 
     criterion_id: str
     text: str
@@ -18,7 +18,7 @@ class Criterion:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One (post, criterion) pair. `label`: 1 matched, 0 unmatched."""
+    """One (post, criterion) pair. `label` is 1 for matched and 0 for unmatched."""
 
     post_id: str
     criterion_id: str
@@ -26,16 +26,16 @@ class Pair:
     n_evidence: int = 0
     """Sentences annotated as evidence (official release only)."""
     explicit_negative: bool = False
-    """An annotator looked at a sentence for this criterion and said no (official release only): a hard negative."""
+    """A hard negative: an annotator examined a sentence and found no evidence (official release only)."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A validated data set. `pairs` are sorted by (post_id, criterion_id) as strings, on which the folds depend."""
+    """A validated data set. `pairs` are sorted by (post_id, criterion_id) as strings; folds depend on it."""
 
     posts: dict[str, str]
     criteria: dict[str, Criterion]
     pairs: list[Pair]
     stats: dict[str, Any] = field(default_factory=dict)
-    """What goes to `data_stats.json` and MLflow: counts, positives, drops, hashes; never text."""
+    """The content of `data_stats.json`, also sent to MLflow: counts, positives, drops and hashes, but never text."""
     warnings: list[str] = field(default_factory=list)

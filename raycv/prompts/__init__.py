@@ -1,5 +1,5 @@
-"""(post, criterion) to prompt, and prompts to token arrays (FR-002).
+"""Turns (post, criterion) pairs into prompts, and prompts into token arrays (FR-002).
 
-Comes in: texts and a tokenizer. Goes out: `EncodedPairs`, and counts of what was shortened.
+Comes in: texts and a tokenizer. Goes out: `EncodedPairs`, and counts of shortened posts.
 Does not belong here: loading a tokenizer (`model`), batches (`training`).
 """

@@ -1,4 +1,4 @@
-"""Prompts to token arrays; counts what was shortened."""
+"""Encodes prompts as token arrays, and counts shortened posts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Token arrays of P pairs in R rows; R = P except for `sliding`, where a pair has a row per window."""
+    """Token arrays of P pairs in R rows. R = P except for `sliding`, which gives a pair a row per window."""
 
     input_ids: "np.ndarray"
-    """int32 [R, max_length], padded on the right"""
+    """int32 [R, max_length], padded on the right."""
     lengths: "np.ndarray"
-    """int32 [R]: tokens before the padding"""
+    """int32 [R]: tokens before the padding."""
     pair_of_row: "np.ndarray"
-    """int32 [R], ascending: index of the row's pair"""
+    """int32 [R], ascending: index of the row's pair."""
     labels: "np.ndarray"
-    """int64 [P]"""
+    """int64 [P]."""
     post_of_pair: "np.ndarray"
-    """int32 [P]: number of the pair's post"""
+    """int32 [P]: number of the pair's post."""
     pad_id: int
 
     def group_of_row(self) -> "np.ndarray":
-        """int64 [R]: rows of one group hold the same post text (the same window of it) under different criteria."""
+        """The group of each row, int64 [R]. Rows of a group hold the same window of a post under different criteria."""
         import numpy as np
 
         windows = np.bincount(self.pair_of_row)
@@ -40,7 +40,7 @@ class EncodedPairs:
         return self.post_of_pair[self.pair_of_row].astype(np.int64) * int(windows.max()) + window
 
     def rows_of(self, pairs: "np.ndarray") -> "np.ndarray":
-        """The rows of `pairs` (indices [n]), in the order of `pairs`."""
+        """The indices of the rows of `pairs` (indices [n]), in the order of `pairs`."""
         import numpy as np
 
         first = np.searchsorted(self.pair_of_row, pairs, side="left")
@@ -51,29 +51,33 @@ class EncodedPairs:
 
 
 class PromptEncoder:
-    """The tokenizer under one set of prompt rules: text in, token ids out. Training and inference share it."""
+    """Encodes texts with a tokenizer under one set of prompt rules. Training and inference share it."""
 
     def __init__(self, tokenizer: Any, rules: PromptRules) -> None:
         self.tokenizer = tokenizer
         self.rules = rules
 
     def count(self, prompt: str) -> int:
-        """Tokens of `prompt`, special tokens included, nothing cut."""
+        """The number of tokens of the uncut `prompt`, special tokens included."""
         return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
     def spans(self, text: str) -> Spans:
-        """Where `text` may be cut: its tokens if the tokenizer knows their positions, else its characters."""
+        """The pieces that a cut of `text` keeps whole: tokens if the tokenizer has their positions, else characters."""
         if not self.tokenizer.is_fast:
             return [(i, i + 1) for i in range(len(text))]
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [(start, end) for start, end in encoding["offset_mapping"] if end > start]
 
     def fit(self, post: str) -> FittedPost:
-        """`post` as it enters the prompts. Raises: UserError if nothing of it fits."""
+        """Shortens `post` for the prompts. Raises: UserError if no part of it fits."""
         return fit_post(post, self.rules, self.count, self.spans)
 
     def tokens(self, prompts: Sequence[str]) -> tuple["np.ndarray", "np.ndarray"]:
-        """The literal call of FR-002. Returns input_ids int32 [n, max_length] and lengths int32 [n]."""
+        """Calls the tokenizer exactly as FR-002 does.
+
+        Returns:
+            `input_ids`, int32 [n, max_length], and `lengths`, int32 [n].
+        """
         import numpy as np
 
         batch = self.tokenizer(
@@ -88,9 +92,11 @@ class PromptEncoder:
 
 
 def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[str]) -> PromptEncoder:
-    """An encoder whose post limit leaves room for the longest of `criteria`.
+    """Makes an encoder whose post limit leaves room for the longest of `criteria`.
 
-    Raises: UserError if a criterion and the question alone exceed `prompt.max_length`.
+    Raises:
+        UserError: A criterion and the question leave no room for a post within `prompt.max_length`, and
+            `prompt.long_post` is not `none`.
     """
 
     def count(text: str) -> int:
@@ -109,7 +115,7 @@ def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[st
 
 
 def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPairs, dict[str, Any]]:
-    """All pairs of `dataset` as token arrays, and statistics of what was shortened (counts only, no text)."""
+    """All pairs of `dataset` as token arrays, and statistics of shortened posts (counts only, without text)."""
     import numpy as np
 
     fitted = {post_id: encoder.fit(post) for post_id, post in dataset.posts.items()}
@@ -139,7 +145,7 @@ def _statistics(
     lengths: "np.ndarray",
 ) -> dict[str, Any]:
     rules = encoder.rules
-    # Windows together hold all of a post.
+    # Windows together hold the whole post, so `sliding` removes no tokens.
     removed = [fit.tokens - fit.kept for fit in fitted.values() if fit.shortened and rules.long_post != "sliding"]
     full = [index for index in range(len(prompts)) if lengths[index] == rules.max_length]
     cut = [index for index in full if encoder.count(prompts[index]) > rules.max_length]
@@ -162,7 +168,7 @@ def _statistics(
 
 
 def _losses(encoder: PromptEncoder, dataset: Dataset) -> dict[str, int]:
-    """How many prompts the literal right cut robs of (part of) the question, and of the whole criterion."""
+    """Counts prompts that lose part of the question, or the whole criterion, to the literal cut on the right."""
     question = criterion = 0
     for pair in dataset.pairs:
         post, text = dataset.posts[pair.post_id], dataset.criteria[pair.criterion_id].text
@@ -172,7 +178,7 @@ def _losses(encoder: PromptEncoder, dataset: Dataset) -> dict[str, int]:
 
 
 def encoding_summary(statistics: dict[str, Any], posts: int) -> str:
-    """One line on the lengths of the prompts and on how long posts were fitted."""
+    """One line about the lengths of the prompts and the handling of long posts."""
     mode, windowed, shortened = statistics["long_post"], statistics["posts_in_windows"], statistics["posts_shortened"]
     if mode == "none":
         fitted = f"{statistics['prompts_cut_by_tokenizer']:,} of {statistics['prompts']:,} cut on the right"
@@ -185,7 +191,7 @@ def encoding_summary(statistics: dict[str, Any], posts: int) -> str:
 
 
 def encoding_warnings(statistics: dict[str, Any]) -> list[str]:
-    """What the user should know about how the prompts were cut."""
+    """Warnings about prompts that were cut."""
     warnings = []
     if statistics.get("prompts_without_question"):
         warnings.append(

@@ -1,4 +1,4 @@
-"""(post, criterion) to prompt: the template, and the post shortened to fit the budget of tokens."""
+"""Makes the prompt of a (post, criterion) pair: fills the template, and shortens a post to the budget of tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from raycv.errors import UserError
 
 TEMPLATE = "post: {post}, criterion: {criterion} Does the post match the criterion description? Output yes or no"
 GAP = " ... "
-"""Stands where the middle of a post was left out."""
+"""Replaces the middle of a post that `head_tail` removed."""
 
 LongPost = Literal["head_tail", "head", "tail", "none", "sliding"]
 Spans = Sequence[tuple[int, int]]
@@ -22,29 +22,29 @@ def render(post: str, criterion: str) -> str:
 
 @dataclass(frozen=True)
 class PromptRules:
-    """How a post becomes prompts; kept in the checkpoint, so that training and inference cannot drift apart."""
+    """The rules by which a post becomes prompts. The checkpoint holds them, so that training and inference agree."""
 
     long_post: LongPost
     max_length: int
-    """tokens, special tokens included"""
+    """Tokens of a prompt, special tokens included."""
     head_fraction: float
     stride_fraction: float
     post_limit: int
-    """Most tokens of `render(post, "")`: what `max_length` leaves after the longest criterion of the run.
+    """Most tokens of `render(post, "")`: `max_length` less the tokens of the longest criterion of the run.
 
-    One limit for all criteria, so that all prompts of a post hold the same post text.
+    All criteria share the limit, so that all prompts of a post hold the same post text.
     """
 
 
 @dataclass(frozen=True)
 class FittedPost:
-    """A post as it enters the prompt: one text, or one a window for `sliding`."""
+    """A post shortened for the prompt: one text, or for `sliding` one per window."""
 
     texts: list[str]
     tokens: int
-    """tokens of `render(post, "")` before fitting"""
+    """Tokens of `render(post, "")` before the post is shortened."""
     kept: int
-    """the same after fitting (the widest window for `sliding`)"""
+    """The same afterwards; for `sliding` those of the widest window."""
 
     @property
     def shortened(self) -> bool:
@@ -52,11 +52,17 @@ class FittedPost:
 
 
 def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: Callable[[str], Spans]) -> FittedPost:
-    """Fits `post` to `rules.post_limit`.
+    """Shortens `post` to `rules.post_limit`, unless `rules.long_post` is `none`.
 
-    `count`: tokens of a prompt, special tokens included. `spans`: the pieces, as (start, end) character positions, at
-    whose borders the post may be cut: tokens where the tokenizer knows their positions, else characters.
-    Raises: UserError if not even an empty post fits.
+    Args:
+        post: The text of the post.
+        rules: The limit and the way to shorten.
+        count: Gives the number of tokens of a prompt, special tokens included.
+        spans: Gives the pieces of a text as (start, end) positions of characters. The post may be cut at their borders.
+            They are tokens if the tokenizer knows their positions, else characters.
+
+    Raises:
+        UserError: An empty post does not fit, or no word of the post does.
     """
 
     def fits(text: str) -> bool:
@@ -70,7 +76,7 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
             f"prompt.max_length={rules.max_length} leaves no room for a post beside the longest criterion.",
             remedies=["raise prompt.max_length", "shorten the criteria"],
         )
-    # White space at its ends would take the room of words, or all of it.
+    # White space at the ends would take the room of words, or all of it, so we remove it.
     post = post.strip()
     pieces = spans(post)
     if rules.long_post == "sliding":
@@ -81,7 +87,11 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
 
 
 def _cut(post: str, pieces: Spans, rules: PromptRules, fits: Callable[[str], bool]) -> str:
-    """As much of the post as fits. Where the gap between head and tail leaves no room for either, the head alone."""
+    """As much of the post as fits; only its head if the gap leaves no room for text.
+
+    Raises:
+        UserError: No word fits.
+    """
     for cut in (partial(_kept, post, pieces, rules), partial(_run, post, pieces, 0)):
         text = cut(_most(cut, fits, len(pieces)))
         if text.strip():
@@ -93,7 +103,7 @@ def _cut(post: str, pieces: Spans, rules: PromptRules, fits: Callable[[str], boo
 
 
 def _most(cut: Callable[[int], str], fits: Callable[[str], bool], pieces: int) -> int:
-    """The most pieces n of which `cut(n)` fits, 0 if none does: found by doubling, then by bisection."""
+    """The largest n for which `cut(n)` fits, found by doubling, then by bisection; 0 if one piece does not fit."""
     low, high = 0, 1
     while high < pieces and fits(cut(high)):
         low, high = high, 2 * high
@@ -119,12 +129,16 @@ def _kept(post: str, pieces: Spans, rules: PromptRules, n: int) -> str:
 
 
 def _run(post: str, pieces: Spans, start: int, n: int) -> str:
-    """The text of `n` pieces from `start` on."""
+    """The text of `n` pieces from piece `start`."""
     return post[pieces[start][0] : pieces[start + n - 1][1]] if n else ""
 
 
 def _windows(post: str, pieces: Spans, fits: Callable[[str], bool], stride_fraction: float) -> list[str]:
-    """Overlapping windows that cover every piece, each as long as fits."""
+    """The windows that together cover every piece, each as long as fits. They overlap if `stride_fraction` is below 1.
+
+    Raises:
+        UserError: A single piece does not fit.
+    """
     texts, start = [], 0
     while True:
         cut = partial(_run, post, pieces, start)
