@@ -42,7 +42,10 @@ CHECKED = (
     "raycv/config",
     "raycv/data",
     "raycv/errors.py",
+    "raycv/model",
     "raycv/prompts",
+    "raycv/results",
+    "raycv/training",
     "raycv/utils.py",
 )
 """Rooms and modules whose docstrings and comments are checked."""
