@@ -33,15 +33,17 @@ logger = logging.getLogger("raycv.infer")
 JSON = "json"
 STDIN = "-"
 LOG_SECONDS = 5
-"""For a request to MLflow, which has one attempt."""
+"""Limit for a request to MLflow, which has one attempt."""
 POST_BYTES = 4 * FIELD_LIMIT
-"""As many as UTF-8 takes at most for the longest field of a table; a device may have no end."""
+"""Most bytes of a post: UTF-8 for the longest field of a table. A device may be endless, so we read no further."""
 
 
 def infer(config: InferConfig) -> None:
-    """Answers a question on standard output, or a file of them in a file; MLflow gets which model was asked, no text.
+    """Answers a question on standard output, or scores a file of pairs into a file. MLflow gets the
+    model and facts of the answers, never a text.
 
-    Raises: UserError if something is missing: the post, the run, its checkpoint, the base model.
+    Raises:
+        UserError: Something is missing: the post, the run, its checkpoint or the base model.
     """
     if config.input is not None:
         score_many(config)
@@ -72,7 +74,8 @@ def infer(config: InferConfig) -> None:
 def score_many(config: InferConfig) -> None:
     """Scores the pairs of `config.input` into `config.output`.
 
-    Raises: UserError as `infer`, or if the input or the output cannot be used.
+    Raises:
+        UserError: As in `infer`, or the input or the output cannot be used.
     """
     from rich.console import Console
 
@@ -93,7 +96,7 @@ def score_many(config: InferConfig) -> None:
         engine = local_engine(lambda: recipe.load(logger.warning))
     info = read_info(chosen.checkpoints[0])
     model = {"run": info.run, "fold": chosen.fold, "base": info.base_model, "finished": chosen.finished}
-    # Before hours of work, not after them.
+    # The user should read this warning before hours of work, not after them.
     tell_of_move(config, model)
     params, counts = facts(score_file(config, chosen, criteria, engine), config)
     say(Console(stderr=True), model_line(model))
@@ -103,7 +106,11 @@ def score_many(config: InferConfig) -> None:
 
 
 def read_question(config: InferConfig) -> Question:
-    """What the user asks. Raises: UserError if there is no post, or two, or the file cannot be read."""
+    """Reads the question that the user asks.
+
+    Raises:
+        UserError: There is no post, or there are two. The file cannot be read. The format of the output is unknown.
+    """
     if (config.post is None) == (config.post_file is None):
         if config.post is not None:
             raise UserError("post and post_file are both given, and one post is asked for.", remedies=["leave one out"])
@@ -128,7 +135,7 @@ def _read_post(file: str) -> str:
         remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
         raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
     try:
-        # Without the end of its last line, which editors and echo add: the post is the text, as in post=.
+        # Editors and echo add a line break at the end. We drop it, so that the post is the text that post= would give.
         post = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         remedies = ["save it as UTF-8"]
@@ -139,7 +146,7 @@ def _read_post(file: str) -> str:
 
 
 def answer(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
-    """Shows the answers, and says on standard error where `latest` moved. Raises: UserError if nobody takes them."""
+    """Warns if `latest` moved, and prints the answers. Raises: UserError if standard output does not take them."""
     model = answers[0]["model"]
     tell_of_move(config, model)
     show(answers, criteria, config, single=single)
@@ -147,13 +154,13 @@ def answer(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config:
 
 
 def tell_of_move(config: InferConfig, model: Mapping[str, Any]) -> None:
-    """Says on standard error that `latest` is another run than the one that answered last; a named run is no news."""
+    """Warns that `latest` is not the run that answered last. A run that the user named needs no warning."""
     if config.run == LATEST:
         warn_if_moved(Path(config.dir), model, logger.warning)
 
 
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
-    """Prints the answers and nothing else to standard output. Raises: UserError if nobody takes them."""
+    """Prints only the answers to standard output. Raises: UserError if standard output does not take them."""
     text = as_json(answers, single=single) if config.output == JSON else as_text(answers, criteria, single=single)
     try:
         if sys.stdout is None:
@@ -171,7 +178,10 @@ def _tracking_uri(config: InferConfig) -> str | None:
 
 
 def log(config: InferConfig, chosen: Chosen, entry: Record, *, patient: bool = False) -> None:
-    """`entry` in MLflow, tried once and for seconds unless `patient`: a script waits for it. Never fails the answer."""
+    """Logs `entry` to MLflow, and warns if that fails: the answer stands.
+
+    Without `patient` each request has one attempt of LOG_SECONDS, because a script waits for the command.
+    """
     uri = store_of(config.tracking.uri, chosen.tracking_uri)
     if uri is None:
         return
@@ -182,7 +192,7 @@ def log(config: InferConfig, chosen: Chosen, entry: Record, *, patient: bool = F
 
 
 def main() -> None:
-    # Elsewhere a lone - is standard input, and here it can mean nothing else; Hydra's grammar has no place for it.
+    # A lone - means standard input in other programs, but Hydra's grammar refuses it, so we replace it.
     sys.argv[1:] = [f"post_file={STDIN}" if argument == STDIN else argument for argument in sys.argv[1:]]
     run_command("infer", InferConfig, infer)
 

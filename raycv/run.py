@@ -1,7 +1,7 @@
-"""`python -m raycv.run`: one cross-validation, begun or resumed.
+"""`python -m raycv.run`: starts or resumes one cross-validation.
 
-`ray submit cluster.yaml raycv/run.py` copies this one file to the head node and runs it there, so it imports the
-installed package by its full name and defines nothing that Ray would have to pickle.
+`ray submit cluster.yaml raycv/run.py` copies this one file to the head node and runs it there. So the file imports the
+installed package by its full name, and it defines nothing that Ray would have to pickle.
 """
 
 from raycv.config.command_line import run_command, typed_keys

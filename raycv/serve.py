@@ -1,4 +1,4 @@
-"""`python -m raycv.serve run=...`: a resident scorer; `raycv.infer` finds it by itself."""
+"""`python -m raycv.serve run=...`: a resident scorer, which `raycv.infer` finds automatically."""
 
 import os
 import secrets
@@ -23,15 +23,17 @@ from raycv.serving.messages import Announcement
 
 WATCH_SECONDS = 5
 SILENT = 2
-"""Looks in a row without an answer that are told."""
+"""Looks in a row without an answer after which we print a line."""
 LOOK_SECONDS = 5
-"""For MLflow to say what it calls the fold."""
+"""Limit for a request to MLflow for its id of the fold."""
 
 
 def run_server(config: ServeConfig) -> None:
     """Serves until Ctrl-C or SIGTERM, then leaves nothing behind: no process, no discovery file.
 
-    Raises: UserError if the run, its model, the port or Ray cannot be had, or the address is open without a token.
+    Raises:
+        UserError: The run, its model, the port or Ray cannot be used, or others could reach the address without a
+            token.
     """
     limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
     config = on_one_device(config.model_copy(update={"serve": limits}))
@@ -43,7 +45,7 @@ def run_server(config: ServeConfig) -> None:
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
     if config.infer.device == "auto":
         check_gpu_before_ray(CPU_FOR_INFERENCE)
-    # Here: what the user mistyped is told before Ray is imported.
+    # We import Ray only here, so that a mistyped key or name is refused at once.
     from raycv.orchestration.ray_serve import THREADS, running
     from raycv.serving.messages import Setup
 
@@ -77,9 +79,12 @@ def run_server(config: ServeConfig) -> None:
 
 
 def on_one_device(config: ServeConfig) -> ServeConfig:
-    """`config` with the CPU in both keys if one asks for it: Ray hides GPUs from no replica that asks for none.
+    """`config` with the CPU in both keys if one asks for it.
 
-    Raises: UserError if the keys contradict each other.
+    Ray does not hide the GPUs from a replica that asks for none, so the device must be set too.
+
+    Raises:
+        UserError: The keys contradict each other.
     """
     gpus, on_cpu = config.serve.gpus_per_replica, config.infer.device == "cpu"
     if on_cpu and gpus not in ("auto", 0):
@@ -94,7 +99,7 @@ def on_one_device(config: ServeConfig) -> ServeConfig:
 
 
 def listening(config: ServerConfig, token: str | None) -> ServerConfig:
-    """`config` with its port and token settled. Raises: UserError if the port is taken, or open without a token."""
+    """`config` with its port and token. Raises: UserError if the port is taken, or others reach it without a token."""
     token = checked_token(config.token or token)
     if token is None and not is_loopback(config.host):
         raise UserError(
@@ -120,7 +125,7 @@ def listening(config: ServerConfig, token: str | None) -> ServerConfig:
 
 
 def watch(record: Announcement, seconds: float = WATCH_SECONDS) -> NoReturn:
-    """Looks every `seconds` whether the scorer answers, and says so when that changes: Ray starts again what died."""
+    """Asks the scorer every `seconds`, and prints when it stops or resumes answering. Ray restarts its processes."""
     silent = 0
     while True:
         time.sleep(seconds)
@@ -129,7 +134,7 @@ def watch(record: Announcement, seconds: float = WATCH_SECONDS) -> NoReturn:
                 connection.get("/health")
         except (Unavailable, ConnectionRefusedError):
             silent += 1
-            # Once may be a busy moment.
+            # The scorer may just be busy, so one look without an answer does not count.
             if silent == SILENT:
                 say("it does not answer: busy, or a process of it died (of memory?), which Ray then starts again")
             continue

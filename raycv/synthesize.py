@@ -7,11 +7,9 @@ from raycv.config.command_line import run_command
 from raycv.config.schema import SynthesizeConfig
 from raycv.data.synthetic import DATASET_FILES, write_dataset
 
-# --- command -----------------------------------------------------------------------------------------------------
-
 
 def run(config: SynthesizeConfig) -> None:
-    """Writes the data set that `config` describes and says what it holds."""
+    """Writes the data set that `config` describes, and prints what it holds."""
     from rich.console import Console
 
     from raycv.terminal.console import say

@@ -1,4 +1,4 @@
-"""The records of a CSV, JSON lines or Parquet file, broken ones set apart."""
+"""Reads the records of a CSV, JSON lines or Parquet file, and marks the broken ones."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 POST_COLUMNS = ("post", "text")
 CRITERION_COLUMNS = ("criterion", "criterion_id")
 ID_COLUMNS = ("post_id", "id")
-"""Carried over to the scores, so that they find back to their posts."""
+"""Columns that are copied to the scores, so that each score can be matched with its post."""
 KNOWN_COLUMNS = (POST_COLUMNS, CRITERION_COLUMNS, ID_COLUMNS)
 _PARQUET_ROWS = 256
 COLUMNS_REMEDY = (
@@ -30,7 +30,7 @@ COLUMNS_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file as it was read. `number` and `line` count from 1; Parquet has rows for lines."""
+    """One record of a file as it was read. `number` and `line` count from 1. For Parquet, `line` is the row."""
 
     number: int
     line: int
@@ -46,9 +46,9 @@ class PairFile:
     """The records of a CSV, JSONL or Parquet file. `position` of `total` (bytes or rows) have been read."""
 
     place = "line"
-    """what `Record.line` counts"""
+    """the unit that `Record.line` counts"""
     header = "line 1"
-    """where the columns stand"""
+    """the place of the column names"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class PairFile:
 
 
 class _Lines:
-    """The physical lines of a file, numbered from 1; a broken record's can be read again from its second line on."""
+    """The physical lines of a file, numbered from 1. Those of a broken record can be read again from its second on."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -77,7 +77,7 @@ class _Lines:
         self._read_again = 0
         self.number = 0
         self.cut = False
-        """whether a line of the record was longer than any may be, and was cut"""
+        """whether a line of the record was longer than LINE_LIMIT, and was cut"""
 
     def __iter__(self) -> "_Lines":
         return self
@@ -100,14 +100,14 @@ class _Lines:
     def _skip_rest(self, line: str) -> None:
         while line and not line.endswith(("\n", "\r")):
             line = self._file.readline(LINE_LIMIT)
-        # What was read may have ended between the two characters of a line end.
+        # The last read may have ended between the two characters of a line end, so we skip the second.
         place = self._file.tell()
         if line.endswith("\r") and self._file.read(1) != "\n":
             self._file.seek(place)
 
     @property
     def bytes_read(self) -> int:
-        """Of the file, what lies in buffers included."""
+        """Bytes of the file that were read, including those still in buffers."""
         return int(self._file.buffer.tell())
 
     def start_record(self) -> int:
@@ -117,7 +117,13 @@ class _Lines:
         return self.number + 1
 
     def back_to_second(self) -> None:
-        """An unclosed quote swallows what follows: only the line on which it stands is given up."""
+        """Goes back to the second line of a broken record.
+
+        An unclosed quote swallows the lines that follow, so we give up only the line that holds the quote.
+
+        Raises:
+            UnreadableError: Too many lines were read again.
+        """
         again = self._taken[1:]
         self._read_again += len(again)
         if self._read_again > READ_AGAIN + 10 * self.number:
@@ -128,7 +134,7 @@ class _Lines:
 
 
 READ_AGAIN = 1_000_000
-"""Lines: each of many broken records may reach to the end of the file, and is read again from its second line."""
+"""Lines that may be read again, beside ten per line of the file: each broken record may reach to the end."""
 
 
 class CsvFile(PairFile):
@@ -187,7 +193,7 @@ def _too_long(what: str, limit: int) -> str:
 
 
 class JsonLinesFile(PairFile):
-    """A JSON object a line; the first tells the columns."""
+    """One JSON object per line. The first one with keys names the columns."""
 
     header = "the first object"
 
@@ -234,23 +240,23 @@ def _json_object(text: str) -> tuple[dict[str, object], str | None]:
 
 
 class _Entries(list[tuple[str, object]]):
-    """The keys and values of a JSON object, repetitions included: of these Python would take the last."""
+    """The keys and values of a JSON object with repetitions. A dict would keep only the last of these."""
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """A column that has a meaning and stands among `names` more than once."""
+    """A known column that occurs in `names` more than once; None if there is no such column."""
     return next((name for group in KNOWN_COLUMNS for name in group if names.count(name) > 1), None)
 
 
 class ParquetFile(PairFile):
-    """Read batch by batch: a row group may be larger than the memory."""
+    """A Parquet file, read batch by batch because a row group may be larger than the memory."""
 
     place = "row"
     header = "the schema"
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Column in small letters -> as the file has it."""
+        """Maps each column in small letters to its name in the file."""
         return {name.strip().casefold(): name for name in self._opened().schema_arrow.names}
 
     @property
@@ -258,7 +264,7 @@ class ParquetFile(PairFile):
         return int(self._opened().metadata.num_rows)
 
     def columns(self) -> tuple[str, ...]:
-        # With repetitions, which are refused.
+        # We keep repetitions, so that find_layout can refuse them.
         return tuple(name.strip().casefold() for name in self._opened().schema_arrow.names)
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
@@ -294,7 +300,7 @@ def _column_values(column: Any) -> list[object]:
         column = column.dictionary_decode()
         kind = column.type
     if pyarrow.types.is_temporal(kind) or pyarrow.types.is_nested(kind):
-        # Neither text nor number, and Python has no room for some of them: the type stands for any of its values.
+        # Such a value is neither text nor number, and some do not fit a Python object. So the type stands for it.
         return [kind if there else None for there in column.is_valid().to_pylist()]
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         return list(column.to_pylist())
@@ -307,7 +313,7 @@ FORMATS = tuple(_FILES)
 
 
 def pair_file(path: Path) -> PairFile:
-    """The reader for `path`. Raises: UserError if its ending tells no format."""
+    """The reader for `path`. Raises: UserError if its ending is not that of a known format."""
     kind = _FILES.get(path.suffix.casefold())
     if kind is None:
         remedies = [f"name a file that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"]
@@ -316,7 +322,7 @@ def pair_file(path: Path) -> PairFile:
 
 
 def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:
-    """What to tell of a file that cannot be read."""
+    """The error to raise for a file that cannot be read."""
     if isinstance(error, OSError):
         remedies = [f"give the path of a table (CSV, JSONL or Parquet); this is {path.absolute()}"]
         return UserError(f"input={path} cannot be read: {error.strerror}.", remedies=remedies)

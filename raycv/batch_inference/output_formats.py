@@ -1,4 +1,4 @@
-"""Rows of scores as CSV, JSON lines or Parquet while the output grows."""
+"""Writes rows of scores as CSV, JSON lines or Parquet while the output grows."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ from raycv.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """What is on disk for good."""
+    """The part of the output that is safely on disk."""
 
     identity: dict[str, Any]
-    """what the scores depend on; they are continued with the same alone"""
+    """the facts that the scores depend on; only a run with the same facts may continue the output"""
     records: int = 0
     pairs: int = 0
     matched: int = 0
@@ -31,42 +31,42 @@ class Progress:
     part_bytes: int = 0
     errors_bytes: int = 0
     finished: bool = False
-    """everything is scored; what is left is to move it into place"""
+    """everything is scored; only the move into place is left"""
     numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic of the scores (raycv.utils.NUMERICS)"""
+    """the number of the arithmetic of the scores (`raycv.common.numerics.NUMERICS`)"""
 
 
 class Sink(Protocol):
-    """Where rows go while the output is not complete."""
+    """Takes the rows until the output is complete."""
 
     path: Path
-    """the file or folder of them"""
+    """the file or folder of the rows"""
 
     def resume(self, progress: Progress) -> None:
-        """Cuts back what came after `progress`. Raises: UserError if less than that is there."""
+        """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
 
     def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
-        """Writes the rows of the chunk that begins after `records` records; returns the bytes that are there now."""
+        """Writes the rows of the chunk after `records` records. Returns the bytes of the file; for Parquet 0."""
 
     def left(self) -> bool:
-        """Whether anything that was written lies there."""
+        """Whether `path` exists: rows that were written are still there."""
 
     def finish(self, output: Path) -> None:
-        """Moves everything to `output`."""
+        """Moves all rows to `output`."""
 
     def finished(self, output: Path, progress: Progress) -> bool:
-        """Whether `output` is what `finish` makes of everything."""
+        """Whether `output` is the result of `finish`, judged by its size or its number of rows."""
 
     def discard(self) -> None:
-        """Removes everything that is left."""
+        """Removes all that is left at `path`."""
 
 
 ERRORS_HEADER = b"row,line,reason\n"
-"""Tells the list of an earlier run, which makes room, from a file of somebody else."""
+"""Marks the list of an earlier run, which may be replaced. Without it the file belongs to another program."""
 
 
 def part_of(output: Path) -> Path:
-    """Where the scores are while they are not complete."""
+    """The place of the scores until they are complete."""
     return beside(output, "parts" if output.suffix.casefold() == ".parquet" else "part")
 
 
@@ -78,7 +78,7 @@ def beside(output: Path, ending: str) -> Path:
 
 
 class TextPart:
-    """Lines in one file."""
+    """Collects the rows as lines of one file."""
 
     def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
         self.path = path
@@ -125,7 +125,7 @@ def json_line(columns: Sequence[str], row: Sequence[Any]) -> str:
 
 
 def append_bytes(path: Path, data: bytes, *, at: int) -> int:
-    """Writes `data` at byte `at`, where the file then ends; returns that end. What is there is on disk for good."""
+    """Writes `data` at byte `at`, cuts off the rest, and syncs the file to disk. Returns its new size."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.seek(at)
@@ -146,7 +146,7 @@ def cut_to(path: Path, size: int) -> None:
 
 
 def clear(path: Path) -> None:
-    """Removes a file, a link (not what it leads to), or a folder."""
+    """Removes a file, a link (not its target), or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -162,7 +162,7 @@ def changed_since(path: Path, there: str, written: str) -> UserError:
 
 
 class ParquetParts:
-    """A file for each chunk, named after the records before it; they become the row groups of one file."""
+    """Collects a file per chunk, named after the number of records before it. They become row groups of one file."""
 
     def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
         self.path = folder

@@ -1,4 +1,4 @@
-"""Records of a file to pairs that can be scored, and the reasons for records that cannot."""
+"""Turns records of a file into pairs that can be scored, and gives the reasons for records that cannot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,11 +25,11 @@ from raycv.errors import FaultsError, UserError, shown
 from raycv.inference.questions import find_criterion
 
 CHUNK_PAIRS = 2304
-"""Pairs that are scored, written and committed together: as many as the predictor sorts at once."""
+"""Pairs that are scored and written together: as many as the predictor sorts at once."""
 CHUNK_CHARACTERS = 8_000_000
-"""Characters of posts after which a chunk ends, however few its pairs: bounds the memory where posts are huge."""
+"""Characters of posts after which a chunk ends, even with few pairs. Bounds the memory if posts are huge."""
 _SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}
-"""What other tables call a criterion. To ignore it would ask each post for every criterion."""
+"""Names that other tables give a criterion. If we ignored one, each post would be asked for every criterion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class AskedPair:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A record, or a pair of it, that cannot be scored. `reason` holds no text of it."""
+    """A record, or one of its pairs, that cannot be scored. `reason` holds no text of the record."""
 
     row: int
     """the record's number, from 1, as in the output"""
@@ -55,22 +55,22 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive records. Where a chunk ends depends on the file alone, so that a continued run has the same ones."""
+    """Consecutive records. Their division depends only on the file, so a continued run has the same chunks."""
 
     records: int
     """records of the file up to the end of this chunk"""
     position: int
-    """how much of the file was read by then, of `PairFile.total`"""
+    """how much of `PairFile.total` was read by then"""
     pairs: list[AskedPair] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
 
-# --- What the rows ask -----------------------------------------------------------------------------------------------
+# --- Columns and questions -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a file are which."""
+    """The roles of a file's columns."""
 
     post: str
     criterion: str | None
@@ -78,7 +78,7 @@ class Layout:
     others: tuple[str, ...] = ()
     """columns that are not read"""
     notices: tuple[str, ...] = ()
-    """what to tell of those that look like one that is read"""
+    """warnings about unread columns that look like one that is read"""
 
     @property
     def wanted(self) -> list[str]:
@@ -86,9 +86,15 @@ class Layout:
 
 
 def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.header) -> Layout:
-    """Which of `columns` are read; `header`: where they stand.
+    """Finds the columns to read.
 
-    Raises: UserError if there is no column of posts, it is not clear which is meant, or one is misspelt.
+    Args:
+        path: The file, for messages.
+        columns: The names of its columns in small letters.
+        header: The place of these names, for messages.
+
+    Raises:
+        UserError: There is no column of posts, a column occurs twice, two could be meant, or a name is misspelt.
     """
     if twice := repeated(columns):
         remedies = ["keep one column of each name"]
@@ -114,7 +120,7 @@ def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.heade
 
 
 def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
-    """Raises: FaultsError if a column is most likely a misspelt one: each post would be asked for every criterion."""
+    """Raises: FaultsError if a column is probably misspelt: each post would be asked for every criterion."""
     if not near:
         return
     faults = [f"{header}: the column {shown(miss.column)} is not read; did you mean {miss.meant}?" for miss in near]
@@ -127,7 +133,7 @@ def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
 
 @dataclass(frozen=True)
 class PairSource:
-    """A file and what its rows are asked for. Plain data: Ray sends it to where the file is read."""
+    """A file and the criteria to ask its rows for. Plain data: Ray sends it to the process that reads the file."""
 
     path: Path
     layout: Layout
@@ -136,7 +142,7 @@ class PairSource:
     """the one criterion of all rows, for a file that names none"""
     chunk_records: int
     missing: Missing = "empty"
-    """what NaN and the like are, alone in a cell of text"""
+    """how to take NaN and the like, alone in a cell of text: as an empty cell or as text"""
 
     def chunks(self, done: int = 0) -> Iterator[Chunk]:
         """The chunks after the first `done` records. Raises: UserError if the file cannot be read any more."""
@@ -192,18 +198,18 @@ class PairSource:
         if column == "criterion_id" and not found.criterion_id:
             raise ValueError(f"criterion_id {named(name)} is none of the run's")
         if not found.criterion_id:
-            # An id or name of the run's may be spelt like that.
+            # The run may have an id or name like NaN, so we refuse such a text only if the run lacks it.
             self._refuse_missing(column, name)
         return [found]
 
     def _refuse_missing(self, column: str, text: str) -> None:
-        """Raises: ValueError if `text` is what software writes for nothing, and is to be taken so."""
+        """Raises: ValueError if software writes `text` for a missing value, and `self.missing` takes it so."""
         if self.missing == "empty" and is_missing(text):
             raise ValueError(f"the {column} is empty: it holds {text.strip()} (missing=text takes it as text)")
 
 
 def _text(record: Record, column: str) -> str:
-    """Raises: ValueError, whose message holds no text."""
+    """The text of a column. Raises: ValueError if it cannot be used; the message does not hold the text."""
     value = record.values.get(column)
     if value is None:
         raise ValueError(f"the {column} is missing")
@@ -221,7 +227,7 @@ def _text(record: Record, column: str) -> str:
 
 
 def _id(record: Record, column: str) -> str:
-    """The value of an id column, empty where there is none. Raises: ValueError if it could be a text."""
+    """The value of an id column, or an empty string. Raises: ValueError if it cannot be an id, such as a post."""
     value = record.values.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
         raise ValueError(f"{column} is neither a text nor a number")
@@ -238,11 +244,17 @@ def open_source(
     chunk_pairs: int | None = None,
     missing: Missing = "empty",
 ) -> PairSource:
-    """What is asked of `path`. `criterion`: the one for all its rows; `chunk_pairs`: CHUNK_PAIRS, in tests fewer.
+    """Opens a file of pairs, and decides what to ask for.
 
-    `missing`: whether NaN and the like, alone in a cell of text, are an empty text or that text.
+    Args:
+        path: The file.
+        criteria: The run's criteria.
+        criterion: The one criterion for all rows, if the file has no column for it.
+        chunk_pairs: Pairs of a chunk; None for CHUNK_PAIRS. Tests give fewer.
+        missing: Whether NaN and the like, alone in a cell of text, count as `empty` or as `text`.
 
-    Raises: UserError if the file cannot be read or has not the columns, or `criterion` is given twice or is unknown.
+    Raises:
+        UserError: The file cannot be read or lacks the columns. `criterion` is unknown, or the file has a column too.
     """
     try:
         file = pair_file(path)

@@ -1,4 +1,4 @@
-"""A file of pairs, scored chunk by chunk: read, score, write."""
+"""Scores a file of pairs chunk by chunk: reads, scores, writes."""
 
 import hashlib
 import time
@@ -28,40 +28,40 @@ from raycv.model.checkpoint import MANIFEST, read_info
 from raycv.terminal.console import duration, say
 
 FIRST_BAD = 10
-"""Bad rows that are shown; all of them stand in `<output>.errors.csv`."""
+"""Bad rows that are printed. `<output>.errors.csv` has all of them."""
 PLAIN_SECONDS = 30
-"""Between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress if there is no terminal."""
 IDENTITY_BYTES = 1_000_000
 
 
 class PairScorer(Predicts, Protocol):
-    """What scores chunks: `raycv.predict.Predictor`."""
+    """An object that scores chunks: `raycv.inference.predictor.Predictor`."""
 
     def check_pair(self, post: str, criterion: str) -> None:
         """Raises: UserError if `criterion` leaves no room for a word of `post`."""
 
 
 Engine = Callable[[PairSource, int], Generator[ScoredChunk, None, None]]
-"""Scores the chunks of a source after so many records, in their order."""
+"""Scores the chunks of a source after the given number of records, in their order."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a scorer is made of, wherever it is made."""
+    """The parts of a scorer, for any process that makes one."""
 
     checkpoints: tuple[Path, ...]
     infer: InferenceConfig
     base: str | None = None
 
     def load(self, tell: Callable[[str], None]) -> PairScorer:
-        """Raises: UserError if a checkpoint or its base cannot be had."""
+        """Makes the scorer. Raises: UserError if a checkpoint or its base model cannot be loaded."""
         from raycv.inference.predictor import Predictor
 
         return Predictor(self.checkpoints, self.infer, tell, self.base)
 
 
 def check_asked(config: InferConfig) -> None:
-    """Raises: UserError if the config asks for a file and a single post at once, or has no file to write."""
+    """Raises: UserError if the config asks for a file and a single post at once, or names no usable output."""
     given = [name for name in ("post", "post_file") if getattr(config, name) is not None]
     if given:
         what = f"input and {given[0]} are both given: many pairs, or one?"
@@ -70,10 +70,13 @@ def check_asked(config: InferConfig) -> None:
 
 
 def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Criterion], engine: Engine) -> Progress:
-    """Scores `config.input` into `config.output`; returns the counts of all that is there, earlier parts included.
+    """Scores `config.input` into `config.output`.
 
-    Raises: UserError if the input or the base model cannot be had, no row can be scored, or the output is not to be
-        continued.
+    Returns:
+        The counts of the whole output, including the parts of earlier runs.
+
+    Raises:
+        UserError: The input or the base model cannot be read, no row can be scored, or the output cannot be continued.
     """
     console = Console(stderr=True)
     source = open_source(Path(str(config.input)), criteria, config.criterion, missing=config.missing)
@@ -106,7 +109,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
 
 
 def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Console) -> None:
-    """Scores what is not in `output` yet."""
+    """Scores the records that `output` does not cover yet."""
     begun = output.progress
     with closing(engine(source, begun.records)) as scored, ProgressView(console, source, begun) as view:
         for chunk in scored:
@@ -115,16 +118,24 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
 
 
 def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
-    """What the scores depend on, by names that a message can use. The engine is not among it.
+    """The facts that the scores depend on, under names that a message can use.
 
-    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it. `base`: where
-    the base model lies now, if not where training found it. Raises: UserError if it is not there.
+    The engine is not among them. The precision is not either: the first chunk shows which one `auto` is, and ScoreFile
+    refuses another one.
+
+    Args:
+        source: The file and the criteria.
+        chosen: The checkpoints.
+        base: Folder or hub id of the base model now; None for where training found it.
+
+    Raises:
+        UserError: The base model is not there.
     """
     asked = source.asked.text if source.asked else ""
     return {
         **_identity_of_input(source),
         "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
-        # One for all of them.
+        # All checkpoints share one base model, so we hash it once.
         "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
@@ -146,7 +157,7 @@ def _identity_of_input(source: PairSource) -> dict[str, Any]:
 
 
 def _checkpoint_hash(folder: Path) -> str:
-    """Of the adapter, the head, the threshold and the prompt's rules."""
+    """A hash of the adapter, the head, the threshold and the prompt's rules."""
     digest = hashlib.sha256()
     for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
         with path.open("rb") as file:
@@ -155,7 +166,7 @@ def _checkpoint_hash(folder: Path) -> str:
 
 
 def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
-    """Of the base model's files, wherever they lie: at one place there may be another model the next time."""
+    """Checksums of the base model's files. Their place does not count, as it may hold another model next time."""
     info = read_info(checkpoint)
     return fetch_trained_base(info.base_model, info.base_revision, given).sums()
 
@@ -173,12 +184,12 @@ def local_engine(load: Callable[[], PairScorer]) -> Engine:
 
 
 def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
-    """The scores of a chunk. A pair that does not fit the prompt is another bad row."""
+    """Scores a chunk. A pair that does not fit the prompt becomes a bad row."""
     pairs, unfit = chunk.pairs, []
     try:
         predictions = _predicted(pairs, scorer)
     except UserError:
-        # Only now are they looked at one by one: it costs as much as to prepare them for the model.
+        # A check of each pair costs as much as its preparation for the model, so we do it only now.
         faults = [_unfit(pair, scorer) for pair in pairs]
         unfit = [fault for fault in faults if fault]
         if not unfit:
@@ -198,7 +209,7 @@ def _predicted(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Predictio
 
 
 def _unfit(pair: AskedPair, scorer: PairScorer) -> BadRow | None:
-    """Why `pair` does not fit the prompt, if it does not."""
+    """The bad row for `pair` if it does not fit the prompt, else None."""
     try:
         scorer.check_pair(pair.post, pair.criterion.text)
     except UserError as error:
@@ -207,7 +218,7 @@ def _unfit(pair: AskedPair, scorer: PairScorer) -> BadRow | None:
 
 
 class ProgressView:
-    """How far it is and how long it will take: a bar on a terminal, a line now and then elsewhere. Shows bad rows."""
+    """Shows progress, time left and bad rows: a bar on a terminal, a line every PLAIN_SECONDS elsewhere."""
 
     def __init__(self, console: Console, source: PairSource, begun: Progress) -> None:
         self._console = console
@@ -233,7 +244,7 @@ class ProgressView:
         self._bar.stop()
 
     def update(self, chunk: ScoredChunk, progress: Progress) -> None:
-        """`progress`: the counts with `chunk`."""
+        """Shows a new chunk. `progress` has the counts including `chunk`."""
         for bad in chunk.bad[: max(FIRST_BAD - self._shown, 0)]:
             say(self._console, f"{self._place} {bad.line}: {bad.reason}")
         self._shown += len(chunk.bad)
@@ -249,7 +260,7 @@ class ProgressView:
             say(self._console, f"[{duration(now - self._began)}] {share:.0%}: {pairs}" + (left and f", {left}"))
 
     def _left(self, position: int) -> str:
-        """At the pace since the first chunk, before which the model is loaded."""
+        """Time left at the pace since the first chunk. The load of the model comes before it and does not count."""
         if self._first is None:
             self._first = position, time.monotonic()
             return ""
@@ -259,7 +270,7 @@ class ProgressView:
 
 
 def summary(output: ScoreFile) -> str:
-    """What the user reads at the end."""
+    """The lines that the user reads at the end."""
     progress = output.progress
     lines = [
         f"{counted(progress.pairs, 'pair')} scored, {progress.matched:,} matched (probability of "

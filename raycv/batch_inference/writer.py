@@ -35,7 +35,7 @@ from raycv.inference.questions import label_of
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
-    """The score of one pair. `ids`: the values of the input's id columns."""
+    """The score of one pair. `ids` has the values of the input's id columns."""
 
     row: int
     ids: tuple[str, ...]
@@ -46,7 +46,7 @@ class PairScore:
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """What became of a chunk. Holds no text."""
+    """The result of a chunk. Holds no text."""
 
     records: int
     position: int
@@ -57,10 +57,17 @@ class ScoredChunk:
 
 
 class ScoreFile:
-    """The output of one run over a file, and of those that continue it."""
+    """The output of one run over a file, and of the runs that continue it."""
 
     def __init__(self, output: Path, ids: Sequence[str], fold: int | str, identity: Mapping[str, Any]) -> None:
-        """`ids`: names of the id columns; `identity`: what the scores depend on, plain JSON values."""
+        """Makes no file yet.
+
+        Args:
+            output: The file of scores.
+            ids: Names of the id columns.
+            fold: The fold that answers, or `ensemble`.
+            identity: The facts that the scores depend on, as plain JSON values.
+        """
         self.output = output
         self.errors = beside(output, "errors.csv")
         self.progress = Progress(dict(identity), numerics=NUMERICS)
@@ -76,10 +83,13 @@ class ScoreFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["ScoreFile"]:
-        """Starts or continues the output; `progress` then says where, and whether `finish` is all that is left.
+        """Starts or continues the output. `progress` then has its place, and whether only `finish` is left.
 
-        Nothing but a lock is made before the first chunk: what is refused until then leaves nothing behind.
-        Raises: UserError if it is there already, belongs to other inputs, is written by another process, or cannot be.
+        Before the first chunk it makes only a lock, so that a refusal leaves nothing behind.
+
+        Raises:
+            UserError: The output exists already, belongs to other inputs, is being written by another process, or
+                cannot be written.
         """
         check_output(self.output)
         with self._locked():
@@ -89,7 +99,7 @@ class ScoreFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the lock, in a folder that is made for it, and goes with it if nothing else came to lie in it."""
+        """Holds the lock. Makes the folders for it, and removes those folders afterwards if they are empty."""
         lock = FileLock(beside(self.output, "lock"), mode=0o600)
         folders = [self.output.parent, *self.output.parent.parents]
         made: list[Path] = []
@@ -129,7 +139,8 @@ class ScoreFile:
                 raise _taken(self.output, self.output)
             self.progress = found
             self._begun = self._moved = True
-        # What was finished and is not there was taken away; where nothing is scored, there is nothing to go on with.
+        # If a finished output is gone, the user took it away, so we start from the first record. A state without
+        # records has nothing to continue either.
         elif found is not None and found.records and (self._sink.left() or not found.finished):
             self.progress = self._continued(found)
             cut_to(self.errors, self.progress.errors_bytes)
@@ -137,12 +148,12 @@ class ScoreFile:
             self._begun = True
 
     def _begin(self) -> None:
-        """Makes the files that grow, now that there is something to write."""
+        """Makes the files that grow, before the first chunk is written."""
         if self._begun:
             return
-        # It may be long since that was asked.
+        # The first check may be long ago, so we check again.
         check_output(self.output)
-        # The state comes first: without it, the rest would be taken for somebody else's.
+        # Without the state, a later run would take the other files for those of another program. So it comes first.
         self._save(replace(self.progress, errors_bytes=0))
         for path in (self.errors, self._sink.path):
             clear(path)
@@ -151,7 +162,7 @@ class ScoreFile:
         self._begun = True
 
     def _made(self, found: Progress) -> bool:
-        """Whether the output is this run's, which was ended between its move into place and the state's removal."""
+        """Whether an earlier run made the output and ended between its move into place and the state's removal."""
         ours = self.progress
         same = found.finished and (found.identity, found.numerics) == (ours.identity, ours.numerics)
         return same and self._sink.finished(self.output, found)
@@ -165,17 +176,17 @@ class ScoreFile:
         remedies = [f"to start anew, {self._anew}"]
         if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
             raise UserError(f"{self._state} is damaged.", remedies=remedies)
-        # States of earlier versions say no format.
+        # States of earlier versions have no format number, and have the format of number 1.
         written = values.pop("format", FORMAT)
         if written != FORMAT:
             what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
             raise UserError(what, remedies=["continue with that version of raycv", *remedies])
-        # They held every version for another arithmetic.
+        # Earlier versions counted each version of raycv as another arithmetic, so we drop that entry.
         values["identity"].pop("the version of raycv", None)
         return Progress(**values)
 
     def _continued(self, found: Progress) -> Progress:
-        """`found`, if its scores depend on what this run's would."""
+        """Returns `found`. Raises: UserError if its scores depend on other facts than those of this run."""
         wanted = self.progress.identity
         if found.numerics != NUMERICS:
             raise UserError(
@@ -191,7 +202,7 @@ class ScoreFile:
         return found
 
     def append(self, chunk: ScoredChunk) -> None:
-        """Writes a chunk for good. Raises: UserError if it was computed in another precision than those before."""
+        """Writes a chunk to disk. Raises: UserError if its precision is not that of the earlier chunks."""
         with self._writing():
             self._begin()
         before = self.progress
@@ -227,7 +238,8 @@ class ScoreFile:
     def finish(self) -> None:
         """Moves the output into place.
 
-        Raises: UserError if no pair was scored, the bad rows then stay listed; or if something came to lie there.
+        Raises:
+            UserError: No pair was scored (the list of bad rows then stays), or another file has appeared there.
         """
         with self._writing():
             self._begin()
@@ -238,7 +250,7 @@ class ScoreFile:
                     f"are complete, in {self._sink.path}.",
                     remedies=["move it away, and run the same command: it puts the scores in place"],
                 )
-            # What a kill leaves of the rest, the next run ends.
+            # If the process is killed after this line, the next run does the rest.
             self._save(replace(self.progress, finished=True))
             if move:
                 self._sink.finish(self.output)
@@ -252,9 +264,9 @@ class ScoreFile:
 
 
 FORMAT = 1
-"""How the state is written. Whoever changes it raises it by one."""
+"""The number of the state's format. Raise it by one when the format changes."""
 SUM = "sha256"
-"""Of the state itself: what is continued from a damaged one would lack rows, or have some twice."""
+"""Key of the state's own checksum. An output that continues a damaged state would lack rows, or repeat some."""
 
 
 def sum_of_state(values: Mapping[str, Any]) -> str:
@@ -262,13 +274,15 @@ def sum_of_state(values: Mapping[str, Any]) -> str:
 
 
 BESIDE = ("errors.csv", "state.json", "part", "parts", "lock")
-"""Endings of the files beside an output that are written and taken away."""
+"""Endings of the files that a run writes beside its output."""
 
 
 def check_output(output: Path, source: Path | None = None) -> None:
-    """Raises: UserError if `output` or what it needs beside it is there already, and is not of a run that can go on.
+    """Refuses an output that cannot be written.
 
-    Or if its ending tells no format, or writing it would hurt `source`.
+    Raises:
+        UserError: The output, or a file that it needs beside it, exists and is not part of a run to continue. Its
+            ending is not that of a known format. Writing it would overwrite `source`.
     """
     taken = [output, *(beside(output, ending) for ending in BESIDE)]
     if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
@@ -280,7 +294,7 @@ def check_output(output: Path, source: Path | None = None) -> None:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
         raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
     try:
-        # Those beside it have longer names.
+        # The files beside the output have longer names, so one may fail where the output itself does not.
         there = _in_the_way(output)
     except OSError as error:
         remedies = ["name another file: output=<file>"]
@@ -290,19 +304,19 @@ def check_output(output: Path, source: Path | None = None) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something at `path`, be it a link that leads nowhere."""
+    """Whether there is something at `path`, even a link that leads nowhere."""
     return path.exists() or path.is_symlink()
 
 
 def _in_the_way(output: Path) -> list[Path]:
-    """What lies where a run would write, and is not its own: without its state nothing tells that it is."""
+    """Files in the places where a run would write that are not its own. Only its state proves that they are."""
     state, errors = beside(output, "state.json"), beside(output, "errors.csv")
     there = [place for place in (output, part_of(output), errors, state) if _is_there(place)]
     if state.exists():
         return []
     if errors in there and errors.is_file() and not errors.is_symlink():
         with errors.open("rb") as file:
-            # Of an earlier run, which keeps it when it is over.
+            # An earlier run leaves its list of bad rows when it ends, so a new run may replace the list.
             if file.read(len(ERRORS_HEADER)) == ERRORS_HEADER:
                 there.remove(errors)
     return there

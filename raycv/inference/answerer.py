@@ -1,4 +1,4 @@
-"""Loads the chosen checkpoints together with the criteria of their run. Imports nothing heavy by itself."""
+"""Loads the chosen checkpoints together with the criteria of their run. Imports nothing heavy before it loads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,27 +21,38 @@ def load_answerer(
     base: str | None = None,
     questions: Sequence[Question] = (),
 ) -> Answerer:
-    """The model of `chosen` with the criteria of `criteria_dir`, or None for those of its run.
+    """Loads the model of `chosen` with its criteria.
 
-    `tell`: gets what a user should know; `base`: where the base model lies, if not where training found it;
-    `questions`: what will be asked, if it is known. Raises: UserError if the model or the criteria cannot be had, or a
-    question cannot be answered.
+    Args:
+        chosen: The checkpoints.
+        config: Device, precision and batch size.
+        criteria_dir: The folder of the criteria; None for those of the run.
+        tell: Gets each warning for the user.
+        base: Folder or hub id of the base model now; None for where training found it.
+        questions: The questions to come, if they are known.
+
+    Raises:
+        UserError: The model or the criteria cannot be loaded, or a question cannot be answered.
     """
     needed = not questions or any(
         question.criterion is None or not is_own_words(question.criterion) for question in questions
     )
     criteria = read_criteria(chosen.checkpoints[0], criteria_dir, tell, needed=needed)
     asked_for(questions, criteria)
-    # Here: a mistyped run, an empty post or an unknown criterion is told before torch is imported.
+    # We import torch only here, so that a mistyped run, an empty post or an unknown criterion is refused at once.
     from raycv.inference.predictor import Predictor
 
     return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria, chosen.finished)
 
 
 def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bool = True) -> dict[str, Criterion]:
-    """The criteria to ask for, from `given` or where training read them; a word to `tell` if their wording differs.
+    """Reads the criteria to ask for, from `given` or from where training read them.
 
-    Raises: UserError if they cannot be read; where they are not `needed`, nor `given`, there are then none.
+    `tell` gets a warning if their wording is not that of training. Criteria that cannot be read and are neither
+    `needed` nor `given` are left out, with a warning too.
+
+    Raises:
+        UserError: The criteria cannot be read, and they are `needed` or `given`.
     """
     from raycv.common.locations import resolve
     from raycv.data.dataset import criteria_hash, load_criteria

@@ -1,4 +1,4 @@
-"""Which checkpoints answer: a run and a fold to checkpoint folders. Imports nothing heavy."""
+"""Finds the checkpoint folders that answer for a run and a fold. Imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,27 +30,34 @@ ENSEMBLE: Literal["ensemble"] = "ensemble"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoints that answer, and where their run was tracked."""
+    """The checkpoints that answer, and the MLflow store of their run."""
 
     run: str
     fold: int | Literal["ensemble"]
     checkpoints: tuple[Path, ...]
-    """absolute; one, or for an ensemble one per fold"""
+    """absolute paths: one, or for an ensemble one per fold"""
     tracking_uri: str | None
     fold_asked: Fold
-    """of the whole run; of a checkpoint or a fold's MLflow run it is the number"""
+    """the fold as the user asked for it; for a checkpoint or a fold's MLflow run, its number"""
     parent_id: str | None = None
-    """MLflow's id of the run, as far as it is known without asking"""
+    """MLflow's id of the run, if it is known without a request for it"""
     fold_id: str | None = None
-    """and of the fold"""
+    """MLflow's id of the fold, if it is known without a request for it"""
     finished: str | None = None
-    """when the whole run was complete; None if it is not, or if nobody recorded it"""
+    """when the whole run was complete; None if it is not complete, or if nobody recorded it"""
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
-    """The checkpoint(s) of `run`, which is a checkpoint folder, `latest`, a name or folder in `runs`, or an MLflow id.
+    """Finds the checkpoints that answer.
 
-    Raises: UserError if there is no such run, or it has no such fold.
+    Args:
+        run: A checkpoint folder, `latest`, a name or folder in `runs`, or an MLflow id.
+        fold: The number of a fold, `best` or `ensemble`.
+        runs: The folder that holds the runs.
+        tracking_uri: The MLflow store to look for an id in; None for the local one.
+
+    Raises:
+        UserError: The run does not exist, or it does not have the fold.
     """
     path = Path(run)
     with looking_for(run):
@@ -70,7 +77,7 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
 
 
 def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
-    """`chosen` with the id of its fold in MLflow, if its store has it and says so within `seconds` a request."""
+    """`chosen` with MLflow's id of its fold, if the store has it and answers each request within `seconds`."""
     if chosen.fold_id or chosen.fold == ENSEMBLE or chosen.parent_id is None or chosen.tracking_uri is None:
         return chosen
     try:
@@ -103,7 +110,7 @@ def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
             f"fold={fold}: {folder} is the checkpoint of fold {info.fold} alone.",
             remedies=["leave fold out", "name the run instead of the checkpoint: run=<name>"],
         )
-    # The tracking store of the run that the folder lies in, if it still lies in one.
+    # The checkpoint may still be in the folder of its run, which names the MLflow store.
     run = RunFolder(folder.parent.parent)
     uri, parent_id = _tracked_at(run)
     if info.run != run.root.name:
@@ -136,9 +143,12 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
 
 
 def _check_manifest(folder: RunFolder, fold: int) -> None:
-    """Raises: UserError if the checkpoint's `raycv.json`, which has the sums of its weights, is not the fold's.
+    """Refuses a checkpoint whose `raycv.json`, which has the checksums of the weights, is not the fold's.
 
-    FoldResult.of would sum the weights too, which whoever loads them does.
+    FoldResult.of would read the weights for their checksums too, which the load of the model does anyway.
+
+    Raises:
+        UserError: `raycv.json` does not have the checksum that the fold's result recorded.
     """
     files = folder.fold(fold)
     manifest = files.checkpoint / MANIFEST
@@ -162,7 +172,7 @@ def _tracked_at(folder: RunFolder) -> tuple[str | None, str | None]:
 
 
 def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
-    """The checkpoints that a run logged to MLflow; those that are not files here are fetched once."""
+    """The checkpoints that a run logged to MLflow. Those that are not files on this machine are fetched once."""
     tracker, asked = mlflow_run(run, runs, uri)
     children, number = tracker.children(run), tracker.fold_of(asked)
     if number is not None:

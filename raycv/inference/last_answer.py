@@ -1,4 +1,4 @@
-"""Remembers which run answered last from a folder of runs, to tell when `latest` is another one now."""
+"""Remembers which run answered last from a folder of runs, to warn when `latest` is another one now."""
 
 import os
 import shlex
@@ -15,16 +15,16 @@ from raycv.inference.questions import shown_finish
 
 FILE = ".last_answer.json"
 MOST_BYTES = 2_000
-"""More than raycv ever writes: a larger file is somebody else's."""
+"""More bytes than raycv ever writes, so a larger file is not raycv's and is skipped."""
 
 
 def warn_if_moved(runs: Path, model: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-    """Tells that `latest` in the folder `runs` means another run than the one that answered last from there.
+    """Warns if `latest` in the folder `runs` means another run than the one that answered last from there.
 
     Args:
         runs: The folder that holds the runs.
-        model: What `latest` means now: its run, and when that finished, if that is known.
-        tell: Gets the sentence.
+        model: The run that `latest` means now, and when it finished, if that is known.
+        tell: Gets the warning.
     """
     last = _last(runs)
     if last is None or _is_same(last, model):
@@ -36,7 +36,7 @@ def warn_if_moved(runs: Path, model: Mapping[str, Any], tell: Callable[[str], No
 
 
 def remember(runs: Path, model: Mapping[str, Any]) -> None:
-    """Writes down in the folder `runs`, if it exists, that `model` answered."""
+    """Records in the folder `runs`, if it exists, that `model` answered."""
     answered = {"run": model["run"], "finished": model.get("finished")}
     # Most answers come from the same run, so we write only what changes: the folder may be slow or read-only.
     if os.path.isdir(runs) and _last(runs) != answered:
@@ -45,11 +45,11 @@ def remember(runs: Path, model: Mapping[str, Any]) -> None:
 
 
 def _last(runs: Path) -> dict[str, str | None] | None:
-    """Run and finish time of what answered last; None if no readable file says so."""
+    """Run and finish time of the model that answered last; None if no readable file records them."""
     file = runs / FILE
     with suppress(OSError, UserError):
         status = file.stat()
-        # Others may write into the folder, and opening a pipe would wait for ever.
+        # Others may write into the folder. A pipe would block us for ever, so we open only a regular file.
         if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES:
             values = read_record(file, "run")
             return {"run": values["run"], "finished": recorded_moment(values.get("finished"))}
@@ -57,7 +57,7 @@ def _last(runs: Path) -> dict[str, str | None] | None:
 
 
 def _is_same(last: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether both are the same run: a run may have been removed, and another made under its name."""
+    """Whether both are the same run. A new run may have the name of a removed one, so the finish times count."""
     moments = {last["finished"], model.get("finished")} - {None}
     return last["run"] == model["run"] and len(moments) <= 1
 

@@ -1,6 +1,6 @@
-"""What MLflow keeps of an inference, whoever computed it: of which model, how long, lengths and hashes, never a text.
+"""Logs an inference of the command or a scorer to MLflow: model, duration, lengths and hashes, never a text.
 
-Imports nothing heavy before something is written.
+Imports nothing heavy before it logs.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 NOT_TRACKED = "none"
 NOT_LOGGED = "the answer stands, but is not in MLflow"
 WAITING = 10_000
-"""Records that may wait for a slow store; more are dropped and counted, since a scorer's memory must not grow."""
+"""Records that may wait for a slow store. Further ones are dropped and counted, so that memory does not grow."""
 REST = 4.0
-"""Between two records the writer rests that many times what one computed, while there are requests to answer."""
+"""Rest of the writer after a record, in multiples of the time that it computed, while requests wait."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One inference as it stands in MLflow."""
+    """One inference as MLflow keeps it."""
 
     tags: Mapping[str, str]
     params: Mapping[str, Any]
@@ -45,9 +45,13 @@ def record(
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> Record:
-    """What is kept of whatever `model` answered: `params`, `metrics`, which model, and versions.
+    """The record of one inference of `model`, with the versions of packages.
 
-    `model`: run, fold, base, and when the run finished, if that is known.
+    Args:
+        model: Run, fold, base, and when the run finished, if that is known.
+        checkpoints: The folders of the checkpoints that answered.
+        params: Further parameters.
+        metrics: The metrics.
     """
     params = {
         **{f"model.{key}": value for key, value in model.items() if value is not None},
@@ -65,7 +69,7 @@ def record_answers(
     precision: str,
     seconds: Mapping[str, float],
 ) -> Record:
-    """What is kept of `questions`, which were asked together, and of their `answers`. Holds no text."""
+    """The record of `questions` that were asked together, and of their `answers`. Holds no text."""
     given = [answer for each in answers for answer in each]
     params = {
         "threshold": given[0]["threshold"],
@@ -79,7 +83,7 @@ def record_answers(
 
 
 def text_facts(name: str, texts: Sequence[str]) -> dict[str, Any]:
-    """What may be known of texts: characters, and a hash to find them again by; of several their number too."""
+    """Facts of texts without the texts: characters, a hash to find them again, and the number of several texts."""
     if not texts:
         return {}
     digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
@@ -97,15 +101,19 @@ def _versions() -> dict[str, str]:
 
 
 def store_of(asked: str | None, tracked: str | None) -> str | None:
-    """Where an inference is logged: as `asked`, else where its run was `tracked`; None: nowhere."""
+    """The store for an inference: `asked`, else the one that `tracked` its run, else the local one; None for no log."""
     return None if asked == NOT_TRACKED else asked or tracked or LOCAL_URI
 
 
 class InferenceLog:
-    """The experiment of inferences in one MLflow store. Raises (any method): UserError if the store is out of reach."""
+    """The experiment of inferences in one MLflow store.
+
+    Raises:
+        UserError: From any method, if the store is out of reach.
+    """
 
     def __init__(self, uri: str, experiment: str, seconds: int | None = None) -> None:
-        """`seconds`: for each request, which then has one attempt; None: MLflow's usual patience."""
+        """`seconds` limits each request, which then has one attempt; None means the usual limit and attempts."""
         from raycv.config.schema import TrackingConfig
         from raycv.tracking.tracker import Tracker
 
@@ -117,18 +125,23 @@ class InferenceLog:
         )
 
     def write(self, entry: Record) -> None:
-        """One MLflow run."""
+        """Logs `entry` as one MLflow run."""
         self._tracker.log_inference(self._experiment, entry.tags, entry.params, entry.metrics)
 
 
 class InferenceWriter:
-    """Writes records from a thread of its own: an answer never waits for MLflow, nor fails with it."""
+    """Writes records in its own thread, so that an answer neither waits for MLflow nor fails with it."""
 
     def __init__(self, uri: str, experiment: str, busy: Callable[[], bool] = lambda: False) -> None:
-        """Starts to open the store; `opened` is set when that has worked or failed.
+        """Starts to open the store, and sets `opened` when that has worked or failed.
 
-        `busy`: whether requests are being answered. MLflow's client computes as much as a small model does, and in
-        the same process: without a rest the answers came at less than half their rate (`benchmarks.load`).
+        MLflow's client computes as much as a small model does, in the same process, so the thread rests while `busy`.
+        Without a rest, answers came at less than half their rate (`benchmarks.load`).
+
+        Args:
+            uri: The address of the store.
+            experiment: The name of the experiment.
+            busy: Whether requests are being answered now.
         """
         self.opened = threading.Event()
         self._busy = busy
@@ -142,14 +155,14 @@ class InferenceWriter:
         self._thread.start()
 
     def put(self, entry: Record) -> None:
-        """Takes `entry` over; never waits."""
+        """Takes `entry` over, or drops and counts it if the queue is full. Never waits."""
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
             self._dropped += 1
 
     def warnings(self) -> list[str]:
-        """What a user should know of the store by now."""
+        """The warnings about the store that a user should read by now."""
         lost = [f"{counted(self._dropped, 'inference')} did not reach MLflow, which is slow"] if self._dropped else []
         return lost + ([f"{NOT_LOGGED}: {self._trouble}"] if self._trouble else [])
 
@@ -166,7 +179,7 @@ class InferenceWriter:
         self._attempt(None)
         self.opened.set()
         while (entry := self._queue.get()) is not None:
-            # Of this thread alone: what waits for the store takes nothing from the answers.
+            # We count only what this thread computes, because its waits for the store do not slow the answers.
             before = time.thread_time()
             self._attempt(entry)
             if self._busy():
@@ -180,5 +193,5 @@ class InferenceWriter:
             self._trouble = None
         except UserError as error:
             self._trouble = error.what
-        except Exception as error:  # noqa: BLE001  (the thread must outlive whatever the store throws)
+        except Exception as error:  # noqa: BLE001  (the thread must outlive any error of the store)
             self._trouble = type(error).__name__

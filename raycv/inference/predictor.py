@@ -1,4 +1,4 @@
-"""Checkpoints to the probabilities of pairs."""
+"""Computes the probabilities of pairs with the model of one or several checkpoints."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +47,17 @@ class Predictor:
         tell: Callable[[str], None] = lambda text: None,
         base: str | None = None,
     ) -> None:
-        """`tell`: gets what a user should know: a fallback, a smaller batch; `base`: where the base model lies now.
+        """Loads the model.
 
-        Raises: UserError if a checkpoint is missing, damaged or not of the same run, its base cannot be had, or it
-            cannot be computed in the precision that is asked for, or there is a GPU that torch cannot use.
+        Args:
+            checkpoints: One checkpoint folder, or those of several folds of one run.
+            config: Device, precision and batch size.
+            tell: Gets each warning for the user, such as a fallback or a smaller batch.
+            base: Folder or hub id of the base model now; None for where training found it.
+
+        Raises:
+            UserError: A checkpoint is missing, damaged or from another run. The base model cannot be loaded. The
+                device cannot compute the requested precision. torch cannot use the GPU of this machine.
         """
         pin_kernels()
         infos = [read_info(folder) for folder in checkpoints]
@@ -64,7 +71,7 @@ class Predictor:
         self.precision = choose_precision(config.precision, self.info.precision, self.device)
         if self.precision == "int8":
             check_int8(self.device, len(infos))
-        # int8 is rounded from the weights that training computed with.
+        # int8 weights are rounded from the weights that training computed with, so we load those.
         wide = self.info.precision if self.precision == "int8" else self.precision
         self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
         files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
@@ -83,13 +90,14 @@ class Predictor:
             tell=tell,
         )
         _check_attention(classifier, infos, tell)
-        # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
+        # Adapters stay beside the base in gamma form (raycv.model.dora). This is exact in any type, and one base
+        # serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
         self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
         if self.precision == "int8":
-            # After the check: a step of int8 would hide whether the plain and the packed logits agree.
+            # We convert after the check of packing, since the steps of int8 would hide whether the logits agree.
             self.model, self.adapters = to_int8(self.model), []
 
     @property
@@ -99,7 +107,7 @@ class Predictor:
 
     @property
     def precision_of_auto(self) -> str:
-        """What it would compute in if `auto` were asked."""
+        """The precision that `auto` would choose here."""
         return choose_precision("auto", self.info.precision, self.device)
 
     def check_pair(self, post: str, criterion: str) -> None:
@@ -108,9 +116,13 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
-        """A prediction for each (post text, criterion text), in their order; neither may be empty.
+        """A prediction for each pair, in their order. If the model can pack, a post is computed once for its criteria.
 
-        A post is computed once for all its criteria. Raises: UserError if a pair does not fit the prompt.
+        Args:
+            pairs: (post text, criterion text); neither text may be empty.
+
+        Raises:
+            UserError: A pair does not fit the prompt, or the model returned NaN or infinity.
         """
         predictions: list[Prediction] = []
         for start in range(0, len(pairs), CHUNK_PAIRS):
@@ -120,7 +132,7 @@ class Predictor:
         return predictions
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> tuple[EncodedPairs, list[bool]]:
-        """The pairs as token rows, and of each whether its post was cut."""
+        """The pairs as token rows, and for each pair whether its post was cut."""
         fitted: dict[tuple[str, int], tuple[int, FittedPost]] = {}
         prompts: list[str] = []
         pair_of_row: list[int] = []
@@ -150,7 +162,7 @@ class Predictor:
         return encoded, truncated
 
     def _post_limit(self, criterion: str) -> int:
-        """Tokens that a post may take beside `criterion`: training's limit, less where the criterion is longer."""
+        """Tokens that a post may take beside `criterion`: training's limit, or less beside a longer criterion."""
         rules, count = self.encoder.rules, self.encoder.count
         empty = count(render("", ""))
         room = rules.max_length - (count(render("", criterion)) - empty)
@@ -168,7 +180,7 @@ class Predictor:
         try:
             return PromptEncoder(self.encoder.tokenizer, replace(rules, post_limit=limit)).fit(post)
         except UserError as error:
-            # The keys of training are none of inference's.
+            # The encoder's remedies name keys of training, which inference lacks, so we give others.
             short = limit < rules.post_limit
             raise UserError(
                 f"The {'criterion' if short else 'longest criterion of the run'} and the question leave no room for a "
@@ -194,7 +206,7 @@ class Predictor:
         return np.mean(probabilities, axis=0)
 
     def _as_each_fold(self) -> Iterator[None]:
-        """Makes the model that of one fold after the other; in int8 there is one, and its adapter is merged."""
+        """Sets the model to one fold after the other. An int8 model has one fold, whose adapter is merged."""
         if not self.adapters:
             yield
         for adapter in self.adapters:
@@ -219,7 +231,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _may_pack(self, tell: Callable[[str], None]) -> bool:
-        """Whether pairs may be packed, a post computed once for several criteria: seen from a short one's logits."""
+        """Whether a post may be computed once for several criteria (packing), by a test on a short post's logits."""
         encoded, _ = self._encode([("a post", "one"), ("a post", "another")])
         trouble = RowScorer(self.model, encoded, self.device, self._autocast).check_packing(
             self.encoder.rules.max_length
@@ -230,9 +242,12 @@ class Predictor:
 
 
 def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell: Callable[[str], None]) -> None:
-    """Raises: UserError if the base model is not the one of training, and none was `given`: that one may be converted.
+    """Refuses a base model that is not the one of training, unless the user gave it.
 
-    `tell` gets what is said of one that was.
+    A `given` base model may be a converted copy, so `tell` only gets a warning.
+
+    Raises:
+        UserError: The files are not those of training, and no base model was given.
     """
     now = files.sums()
     other = [name for name, known in info.base_sums.items() if now.get(name) != known]
@@ -251,9 +266,9 @@ def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell:
 
 
 def _check_attention(classifier: Any, infos: Sequence[CheckpointInfo], tell: Callable[[str], None]) -> None:
-    """Tells if a checkpoint was trained with another attention than `classifier` computes."""
+    """Warns if a checkpoint was trained with another attention than `classifier` computes."""
     now = attention_of(classifier)
-    # Earlier versions recorded none, and used the kernel wherever the family has it.
+    # Earlier versions recorded no attention. They used the kernel wherever the model family has it.
     before = {info.attention or (KERNEL if classifier._supports_sdpa else PLAIN) for info in infos}
     if before != {now}:
         tell(
@@ -263,12 +278,13 @@ def _check_attention(classifier: Any, infos: Sequence[CheckpointInfo], tell: Cal
 
 
 def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
-    """Raises: UserError if the base model `given` has not the words that the checkpoint was trained with."""
+    """Raises: UserError if the base model `given` has another vocabulary than the checkpoint."""
     from transformers import AutoTokenizer
 
     try:
         trained = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):  # of stock PEFT, say
+    except (OSError, ValueError):
+        # A checkpoint of stock PEFT may lack a tokenizer, so there is nothing to compare.
         return
     if trained.get_vocab() != tokenizer.get_vocab():
         raise UserError(
@@ -278,7 +294,7 @@ def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
 
 
 def choose_precision(asked: Precision, trained: str, device: torch.device) -> Computed:
-    """The type that a model computes in. `auto` is the one that it was trained in, if `device` is fast at it."""
+    """The type to compute in. `auto` is the type of training, or fp32 if `device` is slow at bf16."""
     if asked != "auto":
         return asked
     if trained != "bf16":

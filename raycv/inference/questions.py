@@ -1,6 +1,6 @@
 """Questions and answers: finds a criterion by id or name, labels a score, prints answers as JSON or text.
 
-Imports nothing heavy: a client of the scorer needs no more than this.
+The command and a resident scorer share it. Imports nothing heavy, because a client of the scorer needs only this.
 """
 
 import json
@@ -14,14 +14,14 @@ from raycv.data.types import LABELS, Criterion
 from raycv.errors import UserError, counted
 
 SCORE_DECIMALS = 6
-"""Of an answer's score; a model computed in float32 means no more."""
+"""Decimals of an answer's score. Further ones of a model in float32 mean nothing."""
 
 CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
-"""What ids look like: A.4, z.9, PHQ-9, A.1.2, 4."""
+"""The pattern of ids: A.4, z.9, PHQ-9, A.1.2, 4."""
 CODES = re.compile(rf"{CODE.pattern}(?:\s*,\s*{CODE.pattern})+", re.IGNORECASE)
-"""Several, of which each is asked for on its own."""
+"""The pattern of several ids. Each must be asked for on its own, so such a text is not a description."""
 NAME = re.compile(r"[a-z]+(?:_[a-z]+)+", re.IGNORECASE)
-"""What symptom names look like: SLEEP_ISSUES."""
+"""The pattern of symptom names: SLEEP_ISSUES."""
 
 Answer = dict[str, Any]
 """label, score, threshold, criterion_id, model {run, fold, base, finished}, truncated: plain JSON values, no text."""
@@ -29,7 +29,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """A post and a criterion: free text, or an id or symptom name of the run's criteria; None is each of them."""
+    """A post and a criterion: free text, or an id or symptom name of the run's. None asks for each of the run's."""
 
     post: str
     criterion: str | None = None
@@ -46,7 +46,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one pair."""
+    """The output of a model for one pair."""
 
     score: float
     """probability of `matched`"""
@@ -55,7 +55,7 @@ class Prediction:
 
 
 class Predicts(Protocol):
-    """What scores pairs: `raycv.predict.Predictor`."""
+    """An object that scores pairs: `raycv.inference.predictor.Predictor`."""
 
     identity: ModelIdentity
     threshold: float
@@ -68,14 +68,14 @@ class Predicts(Protocol):
 
     @property
     def precision_of_auto(self) -> str:
-        """What it would compute in if `auto` were asked."""
+        """The precision that `auto` would choose here."""
 
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[Prediction]:
         """A prediction for each (post, criterion), in their order."""
 
 
 class Answerer:
-    """Turns questions into answers: finds the criteria they name, scores all pairs together, compares, labels."""
+    """Turns questions into answers: finds the criteria they name, scores all pairs together, and labels them."""
 
     def __init__(self, predictor: Predicts, criteria: Mapping[str, Criterion], finished: str | None = None) -> None:
         """`finished`: when the predictor's run was complete, if that is known."""
@@ -84,9 +84,10 @@ class Answerer:
         self.finished = finished
 
     def answer(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """The answers to each question: one, or where no criterion is given one for each of the run's.
+        """The answers to each question: one, or one for each criterion of the run if the question names none.
 
-        Raises: UserError naming what is wrong with a question (and its number, of several).
+        Raises:
+            UserError: A question cannot be answered. The message names its number if there are several.
         """
         asked = [
             (index, question.post, criterion)
@@ -114,12 +115,12 @@ class Answerer:
 
 
 def label_of(score: float, threshold: float) -> str:
-    """What a score means, be it of one pair or of a file of them. `score`: as it was computed, not rounded."""
+    """The label of a score, for one pair as for a file of pairs. `score` must not be rounded."""
     return LABELS[int(score >= threshold)]
 
 
 def rounded(score: float, threshold: float, decimals: int = SCORE_DECIMALS) -> float:
-    """`score` as an answer has it: on the side of `threshold` that its label says."""
+    """`score` rounded for an answer, but kept on the side of `threshold` that its label names."""
     near = round(score, decimals)
     if label_of(near, threshold) == label_of(score, threshold):
         return near
@@ -128,9 +129,10 @@ def rounded(score: float, threshold: float, decimals: int = SCORE_DECIMALS) -> f
 
 
 def asked_for(questions: Sequence[Question], criteria: Mapping[str, Criterion]) -> list[list[Criterion]]:
-    """Those of `criteria`, or the user's own, that each question asks for.
+    """The criteria that each question asks for: those of `criteria`, or the user's own.
 
-    Raises: UserError naming what is wrong with a question: a text is empty, or its criterion none of the run's.
+    Raises:
+        UserError: A text is empty, or a question names a criterion that the run does not have.
     """
     asked = []
     for number, question in enumerate(questions, start=1):
@@ -160,7 +162,8 @@ def is_own_words(criterion: str) -> bool:
 def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
     """The criterion that `asked` names by id, symptom name or wording; else `asked` itself, without an id.
 
-    Raises: UserError if `asked` is empty, or looks like an id or a symptom name and is none of the run's.
+    Raises:
+        UserError: `asked` is empty, or looks like an id or a symptom name that the run does not have.
     """
     if is_blank(asked):
         remedies = ["give a text, or an id like A.4", "leave criterion out to ask for each of the run's"]
@@ -188,10 +191,10 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
 
 
 def _near_name(name: str, criteria: Mapping[str, Criterion]) -> str | None:
-    """The symptom name that a word in capitals stands for, begun or misspelt."""
+    """The symptom name that a word in capitals means, if the word is its beginning or a misspelling."""
     if not re.fullmatch("[A-Z]{4,}", name):
         return None
-    # Here, since the client of a scorer would pay for it at each start.
+    # The client of a scorer would pay for this import at each start, so we import it here.
     import difflib
 
     names = [criterion.symptom for criterion in criteria.values() if criterion.symptom]
@@ -200,12 +203,12 @@ def _near_name(name: str, criteria: Mapping[str, Criterion]) -> str | None:
 
 
 def as_json(answers: Sequence[Answer], *, single: bool) -> str:
-    """One JSON object for a single pair, else a list."""
+    """The answers as JSON: one object for a single pair, else a list."""
     return json.dumps(answers[0] if single else list(answers), ensure_ascii=False) + "\n"
 
 
 def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, single: bool) -> str:
-    """For people: two lines for a single pair, else a table; then which model answered."""
+    """The answers for people: two lines for a single pair, else a table; then the model that answered."""
     first = answers[0]
     name = {key: f" {criterion.symptom}" if criterion.symptom else "" for key, criterion in criteria.items()}
     threshold = shown_threshold(first["threshold"])
@@ -230,22 +233,22 @@ def as_text(answers: Sequence[Answer], criteria: Mapping[str, Criterion], *, sin
 
 
 def model_line(model: Mapping[str, Any]) -> str:
-    """Which model answered: run, fold, when the run finished, base."""
+    """A line for the model that answered: run, fold, finish time of the run, base."""
     fold = "the mean of its folds" if model["fold"] == "ensemble" else f"fold {model['fold']}"
     return f"model: run {model['run']}, {fold}, {shown_finish(model.get('finished'))}; {model['base']}"
 
 
 def shown_finish(finished: str | None) -> str:
-    """When a run finished, for people."""
+    """The finish time of a run, for people."""
     return f"finished {finished}" if finished else "finish time not recorded"
 
 
 def shown_threshold(threshold: float) -> str:
-    """Two decimals, which tuned ones have; a mean of several has more."""
+    """`threshold` for people. A tuned one has two decimals; the mean of several has more."""
     return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:.{SCORE_DECIMALS}f}".rstrip("0")
 
 
 def _shown_score(answer: Answer, threshold: str) -> str:
-    """Three decimals, or as many more as it takes to see on which side of the printed `threshold` the score lies."""
+    """The score with three decimals, or more if only they show on which side of the printed `threshold` it is."""
     texts = [f"{answer['score']:.{decimals}f}" for decimals in range(3, SCORE_DECIMALS + 1)]
     return next((text for text in texts if label_of(float(text), float(threshold)) == answer["label"]), texts[-1])

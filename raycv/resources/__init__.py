@@ -1,5 +1,5 @@
-"""What a machine has and must have: GPUs that torch can use, versions, the shared folder, room for folds.
+"""Checks that a node can train, and plans the folds: versions, raycv's source, the shared folder, cores and GPUs.
 
-Comes in: what Ray, drivers and files say of a node. Goes out: devices, placements, faults that name the node.
-Does not belong here: Ray itself (`orchestration`), memory of a batch (`training`).
+Comes in: facts about a node, from Ray and from files. Goes out: placements, and faults that name the node.
+Does not belong here: Ray itself (`orchestration`), memory of a batch (`training`), the choice of a device (`common`).
 """

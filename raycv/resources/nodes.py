@@ -1,4 +1,7 @@
-"""Compares a node with the driver: the run folder, versions of packages, raycv's code. Faults name the node."""
+"""Compares a node with the driver: the run folder, versions of packages, raycv's code. Faults name the node.
+
+Does not use Ray.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +28,7 @@ class NodeError(RunFailedError):
     """A node cannot train a fold of this run. Another node may."""
 
     def __init__(self, what: str, node: str, *, remedies: Sequence[str] = ()) -> None:
-        """`node`: its id in Ray."""
+        """`node` is its id in Ray."""
         self.node = node
         super().__init__(what, remedies=remedies)
 
@@ -38,7 +41,7 @@ def _rebuild(what: str, node: str, remedies: Sequence[str]) -> NodeError:
 
 
 def node_name(address: str, host: str) -> str:
-    """A node as a message names it."""
+    """The name of a node in messages."""
     return f"node {address} ({host})"
 
 
@@ -47,15 +50,15 @@ class Share:
     """The run's folder as one node sees it."""
 
     file: str
-    """of the nonce"""
+    """the file that holds the nonce"""
     nonce: str
     node: str
     """Ray's id of the node"""
     name: str
-    """of the node, for messages"""
+    """the name of the node in messages"""
 
     def check(self) -> None:
-        """Raises: NodeError if the node does not see the folder that the driver made. Makes nothing."""
+        """Raises: NodeError if the node does not see the folder that the driver made. Creates nothing."""
         fault = share_fault(self.file, self.nonce)
         if fault:
             resume = resume_command(RunFolder(Path(self.file).parent))
@@ -63,9 +66,10 @@ class Share:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Checks before and after the block writes: a share may be unmounted in the middle of it.
+        """Checks before and after the block writes, because a share may be unmounted meanwhile.
 
-        Raises: NodeError, also in place of what the block raises for want of the share.
+        Raises:
+            NodeError: The node does not see the folder. It replaces an error that the block raised.
         """
         self.check()
         try:
@@ -76,7 +80,7 @@ class Share:
 
 @dataclass(frozen=True)
 class NodeNeeds:
-    """What the driver has, for comparison. Travels to trials and workers."""
+    """The driver's share, versions and source, for comparison. Travels to trials and workers."""
 
     share: str
     nonce: str
@@ -85,7 +89,7 @@ class NodeNeeds:
 
     @classmethod
     def of(cls, folder: RunFolder) -> "NodeNeeds":
-        """Those of the run in `folder`. Only the driver may ask: it writes the nonce where there is none."""
+        """The needs of the run in `folder`. Only the driver may call this: it writes a missing nonce."""
         versions, source = _own_code()
         return cls(str(folder.share), share_nonce(folder), versions, source)
 
@@ -98,7 +102,7 @@ class NodeNeeds:
         return Share(self.share, self.nonce, node, name)
 
     def compare(self, name: str, found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """All faults of the node `name`, of which `survey` found `found`, and what to do about them."""
+        """All faults of the node `name`, seen from the result `found` of `survey`, and the remedies for them."""
         folder = [found["share"], *(f"does not see {path}" for path in found["missing"])]
         faults = [f"{name} {fault}" for fault in folder if fault]
         remedies = [SHARE_REMEDY] if faults else []
@@ -118,7 +122,7 @@ class NodeNeeds:
 
 @cache
 def _own_code() -> tuple[dict[str, str | None], str | None]:
-    """Versions and source of the driver, as they were when they were first asked for."""
+    """Versions and source of the driver, as they were at the first call."""
     return {name: package_version(name) for name in VERSIONS}, source_hash()
 
 

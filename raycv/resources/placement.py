@@ -1,4 +1,4 @@
-"""How many folds run at once, and the cores and GPUs of each. Pure functions of what the nodes have."""
+"""How many folds run at once, and the cores and GPUs of each. Pure functions of the nodes' resources."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from raycv.errors import UserError
 
 @dataclass(frozen=True)
 class Placement:
-    """What one fold gets, and how many folds run at once."""
+    """The resources of one fold, and how many folds run at once."""
 
     gpus: float
-    """of the fold, shared by its workers"""
+    """GPUs of the fold, which its workers share"""
     cpus: float
     workers: int
     concurrent: int
     alone: bool = False
-    """whether the cluster is one machine, and stays it"""
+    """whether the cluster is one machine and stays one machine"""
 
 
 def places(nodes: Sequence[Mapping[str, float]], gpus: float, cpus: float, workers: int) -> int:
@@ -31,9 +31,14 @@ def _workers_that_fit(node: Mapping[str, float], gpus: float, cpus: float) -> in
 
 
 def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
-    """What a fold gets on the cluster as it is now. `nodes`: the resources of each node, as Ray names them.
+    """Plans the resources of a fold on the cluster as it is now.
 
-    Raises: UserError if no node could ever hold a fold and the cluster does not grow (resources.autoscaling).
+    Args:
+        config: The run's config, for its `resources` and `cv`.
+        nodes: The resources of each node, as Ray names them.
+
+    Raises:
+        UserError: No node could ever hold a fold, and the cluster does not grow (`resources.autoscaling`).
     """
     asked = config.resources
     at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
@@ -61,7 +66,7 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
 
 
 def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
-    """Whole cores for each of the workers that can run at once (`at_most`), at least 1; `gpus` is a worker's."""
+    """Whole cores of each worker if `at_most` workers run at once; at least 1. `gpus` is a worker's."""
     if gpus:
         shares = [
             node.get("CPU", 0) // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus

@@ -1,4 +1,4 @@
-"""The question to a node. It travels by value, so it imports the standard library alone."""
+"""The question to a node. Ray sends this module by value, so it imports only the standard library."""
 
 import hashlib
 import importlib.util
@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 SETTLE_SECONDS = 5.0
-"""How long a fault of a file may last before it counts: NFS shows a node late what another has written."""
+"""Seconds for which a fault of a file does not count: NFS shows a node late what another node has written."""
 
 
 def survey(share: str, nonce: str, packages: Sequence[str], paths: Sequence[str]) -> dict[str, Any]:
     """Looks at the node that it runs on, and writes nothing.
 
     Args:
-        share: The file in the run's folder that the driver wrote `nonce` into.
-        packages: Names of the packages whose versions are asked for.
+        share: The file in the run's folder into which the driver wrote `nonce`.
+        nonce: The text that the file must hold.
+        packages: Names of the packages whose versions to report.
         paths: Further files or folders that must exist.
 
     Returns:
-        `share`, the fault of the run's folder or None; `missing`, those of `paths` that do not exist; `versions`, by
-        package; `source`, the hash of raycv's code.
+        share: The fault of the run's folder, or None.
+        missing: Those of `paths` that do not exist.
+        versions: The version of each package.
+        source: The hash of raycv's code.
     """
     return {
         "share": share_fault(share, nonce),
@@ -34,7 +37,7 @@ def survey(share: str, nonce: str, packages: Sequence[str], paths: Sequence[str]
 
 
 def share_fault(share: str, nonce: str) -> str | None:
-    """Why the folder of the file `share` is not the one that the driver wrote `nonce` into; None if it is."""
+    """Why the folder of the file `share` is not the one into which the driver wrote `nonce`; None if it is."""
 
     def look() -> str | None:
         try:
@@ -58,7 +61,8 @@ def settled(look: Callable[[], str | None]) -> str | None:
 def version_of(package: str) -> str | None:
     """The installed version of a package; None if it is not installed, or cannot be imported (raycv itself)."""
     try:
-        if package == "raycv":  # It may run from a checkout, of which the installed packages know nothing.
+        # raycv may run from a checkout, which is not an installed package, so we ask the module.
+        if package == "raycv":
             return str(importlib.import_module(package).__version__)
         return metadata.version(package)
     except (metadata.PackageNotFoundError, ImportError, AttributeError):
@@ -66,7 +70,7 @@ def version_of(package: str) -> str | None:
 
 
 def source_hash() -> str | None:
-    """A hash of the names and contents of raycv's Python files; None without raycv."""
+    """A SHA-256 of the names and contents of raycv's Python files; None if raycv is not installed."""
     found = importlib.util.find_spec("raycv")
     if found is None or found.origin is None:
         return None
@@ -74,6 +78,6 @@ def source_hash() -> str | None:
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         for part in (file.relative_to(folder).as_posix().encode(), file.read_bytes()):
-            # The length first: otherwise text could move from one file to the next without a trace.
+            # Without the length, text could move from one file to the next and leave the hash the same.
             total.update(len(part).to_bytes(8, "big") + part)
     return total.hexdigest()

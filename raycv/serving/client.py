@@ -34,15 +34,17 @@ from raycv.tracking.lookup import LOCAL_URI
 AUTO = "auto"
 IN_PROCESS = "none"
 TOO_LARGE = (413, 422)
-"""Of REFUSED_INPUT: what a scorer's limits refuse, and this process may compute."""
+"""Those of REFUSED_INPUT that come from a scorer's limits. This process may compute such a request."""
 
 Tell = Callable[[str], None]
 
 
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
-    """The answers of a scorer, or None where this process is to compute them.
+    """The answers of a scorer, or None if this process must compute them.
 
-    Raises: UserError if the scorer that `config` names cannot be reached or has another model, or refuses a question.
+    Raises:
+        UserError: The scorer that `config` names cannot be reached or has another model, or a scorer refuses a
+            question.
     """
     if config.server == IN_PROCESS:
         return None
@@ -65,7 +67,7 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply
 
 
 def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
-    # Alone: the same bytes as from this process, whatever else the scorer is asked meanwhile.
+    # The answer must have the bytes that this process would give, even if other requests come in, so we ask alone.
     body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
     answer = connection.post("/score", body | {"alone": True})
     try:
@@ -76,12 +78,16 @@ def _ask(connection: Connection, config: InferConfig, questions: Sequence[Questi
         raise Unavailable(NO_SCORER)
     for warning in served.warnings:
         tell(warning)
-    # As they came: what is printed is their very digits, in their order.
+    # The user should see the digits and the order that the scorer sent, so we pass on its raw answers.
     return Reply(answer["answers"], {key: Criterion(key, "", symptom) for key, symptom in served.criteria.items()})
 
 
 def _check_model(config: InferConfig, model: ServedModel) -> None:
-    """Raises: UserError if the scorer's model is not the one asked for; `run=latest fold=best` takes what it has."""
+    """Accepts any model for `run=latest fold=best`, else only the one that `config` names.
+
+    Raises:
+        UserError: The scorer has another model or precision, or `config` sets a key that the scorer decides.
+    """
     whatever = config.run == LATEST and config.fold in ("best", model.fold, model.fold_asked)
     if not whatever and not _is_named(config, model):
         raise UserError(
@@ -109,20 +115,20 @@ def _store(config: InferConfig) -> str | None:
 
 def _is_named(config: InferConfig, model: ServedModel) -> bool:
     path = Path(config.run)
-    # The path of a folder that is here says more than its name: other folders hold runs too.
+    # Other folders may hold a run of the same name, so a path to a folder on this machine is not a mere name.
     by_name = path.name == config.run or not path.is_dir()
     if by_name and path.name in (model.named, model.run):
         return config.fold in (model.fold, model.fold_asked)
     if config.run == LATEST:
         return False
-    # An MLflow id, or a checkpoint folder.
+    # `run` is now an MLflow id, or the path of a run or a checkpoint.
     return _is_tracked_as(config, model) or _same_files(
         choose(config.run, config.fold, Path(config.dir), _store(config)), model
     )
 
 
 def _is_tracked_as(config: InferConfig, model: ServedModel) -> bool:
-    """Whether `run` and `fold` name the scorer's model by MLflow's id of its run or its fold: MLflow is not loaded."""
+    """Whether `run` and `fold` name the scorer's model by MLflow's id of its run or fold. Does not import mlflow."""
     if config.run == model.parent_id:
         return config.fold in (model.fold, model.fold_asked)
     return config.run == model.fold_id and config.fold in ("best", model.fold)
@@ -134,19 +140,19 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
 
 def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
     given = Path(config.run).absolute()
-    # A run that was given by its place, or a checkpoint of it, lies where its scorer may have announced itself.
+    # If `run` is the path of a run or a checkpoint, its scorer may have announced itself in a folder above it.
     folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
     try:
         files = [file for folder in folders for file in sorted(folder.glob(PATTERN))]
     except OSError:
-        # Who then looks for the run in there says so.
+        # The search for the run will look into the same folder and report the error, so we do not.
         return None
     found = [(file, record) for file in files if (record := read_announcement(file)) is not None]
     if not found:
         return None
     same, chosen = _with_model(found, config)
     if not same:
-        # Who started a scorer would wonder why it takes so long.
+        # The user may have started a scorer and wonder why the answer takes so long, so we give the reason.
         others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
         tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
     reasons = []
@@ -172,7 +178,7 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
 
 def _ask_announced(record: Announcement, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
     with Connection(record.url, record.token) as connection:
-        # The port may be another program's by now, which is to get no post.
+        # Another program may have the port by now, and it must not get a post. So we compare the instance first.
         if connection.health().instance != record.instance:
             raise Unavailable("another program answers on its port")
         return _ask(connection, config, questions, tell)
@@ -181,7 +187,11 @@ def _ask_announced(record: Announcement, config: InferConfig, questions: Sequenc
 def _with_model(
     found: Sequence[tuple[Path, Announcement]], config: InferConfig
 ) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
-    """Those of `found` that have what this process would load, and what that is; None if an MLflow id names them."""
+    """Chooses the scorers that have the checkpoints that this process would load.
+
+    Returns:
+        The scorers among `found`, and the checkpoints; None for the checkpoints if an MLflow id names the scorers.
+    """
     named = [each for each in found if _is_tracked_as(config, each[1].model)]
     if named:
         return named, None
@@ -190,9 +200,12 @@ def _with_model(
 
 
 def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig) -> str | None:
-    """Why the scorer, which has the right checkpoints, would answer otherwise than this process; None if it would not.
+    """Why a scorer with the right checkpoints would answer otherwise than this process; None if it would not.
 
-    `chosen`: what this process would load; None if MLflow's id names the scorer's run.
+    Args:
+        record: The announcement of the scorer.
+        chosen: The checkpoints that this process would load; None if an MLflow id names the scorer's run or fold.
+        config: The config of this process.
     """
     model = record.model
     if chosen is not None and chosen.finished != model.finished:

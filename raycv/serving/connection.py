@@ -1,4 +1,4 @@
-"""One HTTP connection to a scorer: requests, timeouts, token. Knows no proxies."""
+"""One HTTP connection to a scorer: requests, timeouts, token. Does not use proxies."""
 
 import json
 import re
@@ -22,11 +22,11 @@ HOST = re.compile(r"[\w.:-]+")
 
 
 class Unavailable(Exception):  # noqa: N818
-    """A scorer that cannot answer now. Says why, without any text of a request."""
+    """A scorer cannot answer now. The message gives the reason, without any text of a request."""
 
 
 class RefusedError(UserError):
-    """A scorer refuses the input. `status`: of its answer."""
+    """A scorer refuses the input. `status` is that of its answer."""
 
     def __init__(self, status: int, what: str, *, remedies: Sequence[str]) -> None:
         self.status = status
@@ -34,7 +34,7 @@ class RefusedError(UserError):
 
 
 def checked_address(server: str) -> str:
-    """`server` as http://host:port. Raises: UserError if it is no such address."""
+    """`server` as http://host:port. Raises: UserError if it is not such an address."""
     try:
         parts = urlsplit(server)
         known = parts.scheme in ("http", "https") and not parts.username
@@ -49,7 +49,7 @@ def checked_address(server: str) -> str:
 
 
 def checked_token(token: str | None) -> str | None:
-    """`token`, or None if it is empty. Raises: UserError if it is no token; it is not repeated."""
+    """`token`, or None if it is empty. Raises: UserError, without the token, if it is not a valid one."""
     if not token:
         return None
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
@@ -61,7 +61,12 @@ def checked_token(token: str | None) -> str | None:
 
 
 class Connection:
-    """One HTTP connection, kept for several requests. Raises (any method): Unavailable if there is no answer."""
+    """One HTTP connection, kept for several requests.
+
+    Raises:
+        Unavailable: From any method, if there is no usable answer.
+        ConnectionRefusedError: From any method, if nothing listens at the address.
+    """
 
     def __init__(self, address: str, token: str | None) -> None:
         parts = urlsplit(address)
@@ -80,14 +85,14 @@ class Connection:
         return self._expect(200, *self.send("GET", path))
 
     def health(self) -> Health:
-        """Which model answers."""
+        """The scorer's description of the model that answers."""
         try:
             return Health.model_validate(self.get("/health"))
         except ValidationError as error:
             raise Unavailable(NO_SCORER) from error
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What `path` makes of `body`. Raises: RefusedError if it refuses the input."""
+        """The JSON object that `path` returns for `body`. Raises: RefusedError if the scorer refuses the input."""
         status, answer = self.send("POST", path, body)
         if status in REFUSED_INPUT and isinstance(answer.get("error"), str):
             given = answer.get("remedies")
@@ -96,7 +101,7 @@ class Connection:
         return self._expect(200, status, answer)
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        """Status and JSON object of the answer; an empty one where the answer is none."""
+        """Status and JSON object of the answer. The object is empty if the answer is not a JSON object."""
         data = None if body is None else json.dumps(body).encode("ascii")
         try:
             if self._http.sock is None:
@@ -110,7 +115,7 @@ class Connection:
         except TimeoutError as error:
             raise Unavailable("it takes too long; it may be busy, or starting again") from error
         except (OSError, HTTPException, ValueError, OverflowError) as error:
-            # The last two: http.client's, over lengths that are none.
+            # http.client raises the last two for an impossible length.
             raise Unavailable(type(error).__name__) from error
         try:
             answer = json.loads(text)

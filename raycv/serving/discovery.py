@@ -30,26 +30,26 @@ PATTERN = ".scorer-*.json"
 
 
 def stamps_of(files: Iterable[Path]) -> dict[str, list[int]]:
-    """What no copy over a file leaves as it was, by its path. Raises: OSError if a file cannot be read."""
+    """Path -> stamp of each file, which any copy over the file changes. Raises: OSError if a file cannot be read."""
     return {str(path): _stamp(path) for path in files}
 
 
 def _stamp(path: Path) -> list[int]:
-    """The time of change, the size, the number."""
+    """Time of change in ns, size in bytes, inode number."""
     status = path.stat()
     return [status.st_ctime_ns, status.st_size, status.st_ino]
 
 
 def discovery_file(runs: Path, port: int) -> Path:
-    """Where a scorer of `runs` says how it is reached."""
+    """The file in `runs` in which the scorer on `port` announces its address."""
     return runs.absolute() / PATTERN.replace("*", str(port))
 
 
 def read_announcement(file: Path) -> Announcement | None:
-    """What `file` says of a scorer that may be alive; None if it is of no use, and a dead one's is removed."""
+    """The announcement in `file`; None if it cannot be used. The file of a dead scorer is removed."""
     try:
         status = file.stat()
-        # Someone else's file could send posts anywhere.
+        # A file that others can write could send posts anywhere, so we read only a private file of this user.
         if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
             return None
         record = Announcement.model_validate_json(file.read_text(encoding="utf-8"))
@@ -67,13 +67,13 @@ def read_announcement(file: Path) -> Announcement | None:
 
 
 def remove_announcement(file: Path) -> None:
-    """Of a scorer that is gone; in a folder that others share it may have to stay."""
+    """Removes the file of a scorer that is gone. In a folder that others share it may have to stay."""
     with suppress(OSError):
         file.unlink()
 
 
 def first_changed(stamps: Mapping[str, list[int]]) -> str | None:
-    """Of `stamps`, the first file that is not as it was, or cannot be read."""
+    """The first file of `stamps` that has changed or cannot be read; None if there is no such file."""
     for file, stamp in stamps.items():
         try:
             same = _stamp(Path(file)) == stamp
@@ -88,10 +88,11 @@ HEALTH_ATTEMPTS = 20
 
 
 def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:
-    """The files that answers depend on; those of a base model on the hub never change, as its commit is known."""
+    """The files that answers depend on. A base model from the hub has a known commit, so its files never change."""
     info = read_info(checkpoints[0])
     files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
-    # That there are some was seen when they were read. What lies beside them may change with every answer.
+    # The criteria were found when they were read, so we ignore faults here. Other files of their folder may change
+    # with every answer, so we stamp only the file of the criteria.
     criteria = find_criteria(Path(resolve(criteria_dir or info.criteria_dir)), Faults())
     files += [criteria] if criteria else []
     if is_folder(resolve(base or info.base_model)):
@@ -109,7 +110,11 @@ def is_loopback(host: str) -> bool:
 
 
 def announcement(setup: "Setup") -> Announcement:
-    """What a client must know of the scorer, which is asked for its model. Raises: UserError if it does not answer."""
+    """Asks the scorer for its model, and returns all that a client must know.
+
+    Raises:
+        UserError: The scorer does not answer, or another one answers at its address.
+    """
     config = setup.config.serve
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
@@ -138,7 +143,7 @@ def announcement(setup: "Setup") -> Announcement:
 
 
 def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
-    """Writes the discovery file, for its owner's eyes, and says where the scorer is, and who can reach it."""
+    """Writes the discovery file, readable only for its owner, and prints the address and who can reach it."""
     write_json(file, record.model_dump(), private=True)
     model = record.model
     finish = shown_finish(model.finished)
@@ -152,6 +157,6 @@ def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
 
 
 def say(text: str) -> None:
-    """A line for who started the server."""
+    """Prints a line for the user who started the server."""
     sys.stdout.write(f"raycv.serve: {text}\n")
     sys.stdout.flush()

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 PAGE_FILES = "/static"
 OPEN_PATHS = ("/docs", "/openapi.json", f"{PAGE_FILES}/")
-"""What they begin with holds nothing of a model or a post; a browser has no token to bring."""
+"""Beginnings of paths that need no token: they show nothing of a model or a post, and a browser has no token."""
 
 BODY_SECONDS = 30.0
-"""For all of a body: who sends half of one and waits would hold a place in the queue for ever."""
+"""Limit for a whole body. A client that sends half of one and waits would hold a place in the queue for ever."""
 
 ALONE = (
     "compute this request by itself, not with others that arrive at the same time: the same scores whenever it is "
@@ -38,25 +38,34 @@ ALONE = (
 
 
 class Overloaded(Exception):  # noqa: N818
-    """More requests wait than may."""
+    """More requests wait than `serve.max_queued` allows."""
 
 
 class TooManyPairsError(UserError):
-    """A request asks for more pairs than one may."""
+    """A request asks for more pairs than `serve.max_pairs` allows."""
 
 
 class Scores(Protocol):
-    """What the interface stands before."""
+    """The scorer behind the interface."""
 
     async def score(self, questions: Sequence[Question], log: bool, alone: bool) -> dict[str, Any]:
-        """Answers and what goes with them. Raises: UserError, TooManyPairsError, Overloaded."""
+        """Answers `questions`; `log` keeps the inference in MLflow, `alone` computes no other request with it.
+
+        Returns:
+            The body of the response: answers, criteria, model, warnings.
+
+        Raises:
+            UserError: A question cannot be answered.
+            TooManyPairsError: The request asks for too many pairs.
+            Overloaded: Too many requests wait.
+        """
 
     def health(self) -> dict[str, Any]:
-        """Which model, since when, how much it did."""
+        """The model, the time since its start, and the counts of its work."""
 
 
 class Score(BaseModel):
-    """An answer. `threshold`: what `score`, the probability of matched, was held against."""
+    """An answer. `score` is the probability of matched, which was compared with `threshold`."""
 
     label: Literal["matched", "unmatched"]
     score: float
@@ -67,7 +76,7 @@ class Score(BaseModel):
 
 
 class Scored(BaseModel):
-    """`answers`: for each pair one, or where it names no criterion one for each of the run's."""
+    """`answers` has a list for each pair: one answer, or one for each of the run's criteria if the pair names none."""
 
     answers: list[list[Score]]
     criteria: dict[str, str | None] = Field(description="the run's criteria: id -> symptom name")
@@ -76,20 +85,20 @@ class Scored(BaseModel):
 
 
 class Refused(BaseModel):
-    """What is wrong, and what to do about it."""
+    """The fault of a request, and the remedies for it."""
 
     error: str
     remedies: list[str]
 
 
 def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
-    """The application; `limits` has the token too."""
+    """The application. `limits` holds the token too."""
     text = Annotated[str, Field(max_length=limits.max_post_characters)]
     logged = Annotated[bool, Field(description="keep the inference in MLflow, without its text")]
     by_itself = Annotated[bool, Field(description=ALONE)]
 
     class Pair(BaseModel):
-        """A post, and a criterion: its id, symptom name or any words; without one each of the run's criteria."""
+        """A post and a criterion: its id, symptom name or any words. Without one, each of the run's criteria."""
 
         model_config = ConfigDict(extra="forbid", strict=True)
         post: text
@@ -102,7 +111,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
         alone: by_itself = False
 
     class ManyPairs(BaseModel):
-        """Many pairs at once; those that share a post share its computation."""
+        """Many pairs at once. Pairs of one post share its computation."""
 
         model_config = ConfigDict(extra="forbid", strict=True)
         pairs: Annotated[list[Pair], Field(min_length=1, max_length=limits.max_pairs)]
@@ -115,7 +124,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
     known = {"body", "pairs", *OnePair.model_fields}
     refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refused} for code in (400, 401, 413, 422, 503)}
 
-    # Offline: the page's scripts come from the package, since a node that holds such posts often has no web.
+    # A node that holds such posts often has no web access, so the scripts of the page come from the package.
     app = FastAPIOffline(
         title="raycv scorer", version=__version__, responses=refusals, redoc_url=None, static_url=PAGE_FILES
     )
@@ -127,7 +136,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
         pairs = body.pairs if isinstance(body, ManyPairs) else [body]
         questions = [Question(pair.post, pair.criterion) for pair in pairs]
         try:
-            # The tests check its shape, not pydantic at every request.
+            # The tests check the shape of the answer, so pydantic need not check it at every request.
             return JSONResponse(await scorer.score(questions, body.log, body.alone))
         except (UserError, Overloaded):
             raise
@@ -137,7 +146,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Which model answers, since when, and what it did."""
+        """The model that answers, the time since its start, and the counts of its work."""
         return scorer.health()
 
     @app.exception_handler(RequestValidationError)
@@ -155,7 +164,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
 
 
 def refusal(status: int, error: str, remedies: Sequence[str], headers: dict[str, str] | None = None) -> JSONResponse:
-    """`error` as every refusal of the scorer looks."""
+    """`error` and `remedies` in the form of every refusal of the scorer."""
     return JSONResponse({"error": error, "remedies": list(remedies)}, status, headers)
 
 
@@ -170,13 +179,13 @@ def _told(fault: dict[str, Any], known: set[str]) -> str:
 
 
 def _place(loc: Sequence[int | str], known: set[str]) -> str:
-    """Where a fault is. A key that is not ours is not named: it can be anything, a text too."""
+    """The place of a fault in the body. It never names an unknown key, because that may be a text."""
     parts = [str(part) if isinstance(part, int) or part in known else "(unknown key)" for part in loc]
     return ".".join(part for part, raw in zip(parts, loc, strict=True) if raw not in ("one", "many", "body")) or "body"
 
 
 async def _http_refusal(_: Request, error: Any) -> JSONResponse:
-    # The detail is starlette's or ours, never the client's.
+    # The detail comes from starlette or from raycv, never from the client, so it holds no text of a post.
     return refusal(error.status_code, str(error.detail), ["see the page /docs"], error.headers)
 
 
@@ -195,7 +204,7 @@ def _origin(error: BaseException) -> str:
 
 
 class Gate:
-    """Before anything is read: the token, and the size of the body."""
+    """Checks the token before anything reads the body, and limits the size and the time of the body."""
 
     def __init__(self, app: ASGIApp, token: str | None, most_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
         self._app = app
@@ -204,7 +213,7 @@ class Gate:
         self._most = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """The ASGI entry point."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -217,7 +226,7 @@ class Gate:
 
         async def counted() -> Message:
             nonlocal seen, whole
-            # Behind the body comes the end of the connection alone, for which it may wait.
+            # After the body only the end of the connection can come, so that wait has no limit.
             try:
                 message = await asyncio.wait_for(receive(), None if whole else max(0.0, ends - time.monotonic()))
             except TimeoutError:

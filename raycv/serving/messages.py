@@ -1,4 +1,4 @@
-"""What a scorer and its clients exchange, as schemas, and what a scorer is made of."""
+"""Schemas of the messages between a scorer and its clients, and the setup of a scorer."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -14,28 +14,28 @@ from raycv.inference.questions import Answer
 
 @dataclass(frozen=True)
 class Setup:
-    """What a replica is made of. Every path in it is absolute."""
+    """The setup of a replica. Every path in it is absolute."""
 
     config: ServeConfig
     chosen: Chosen
     criteria_dir: str | None
     store: str | None
-    """MLflow address; None: nothing is logged"""
+    """address of the MLflow store; None: nothing is logged"""
     instance: str
-    """names this start of the scorer: who finds its file knows by it that nobody else answers on its port"""
+    """id of this start of the scorer; it shows a client that no other program answers on the port"""
     host: str = ""
     """the machine of the process that was started"""
     stamps: dict[str, list[int]] = field(default_factory=dict)
-    """of the files on it that answers come from, before they were loaded"""
+    """stamps of the files on that machine that answers depend on, taken before they were loaded"""
     own_threads: bool = False
-    """it computes in as many threads as a process of raycv.infer would, not in as many as Ray counts cores"""
+    """whether it computes in as many threads as a process of raycv.infer, not in as many as Ray counts cores"""
 
 
 class ServedModel(BaseModel):
-    """What a scorer says of its model."""
+    """A scorer's description of its model."""
 
     named: str
-    """the run, as its folder is named"""
+    """name of the run's folder"""
     run: str
     fold: int | str
     fold_asked: int | str
@@ -43,16 +43,16 @@ class ServedModel(BaseModel):
     checkpoints: list[str]
     precision: str
     precision_of_auto: str
-    """what `infer.precision=auto` would be in a process on the scorer's machine"""
+    """the precision that `infer.precision=auto` would choose in a process on the scorer's machine"""
     criteria_dir: str | None
     device: str | None = None
-    """cpu or cuda; earlier versions did not say"""
+    """cpu or cuda; None from earlier versions"""
     parent_id: str | None = None
-    """of the run in MLflow"""
+    """MLflow's id of the run"""
     fold_id: str | None = None
-    """and of the fold"""
+    """MLflow's id of the fold"""
     base_given: str | None = None
-    """where the base model lies, if not where training found it"""
+    """folder or hub id of the base model; None: where training found it"""
     finished: str | None = None
     """when the run was complete, if that is known"""
 
@@ -74,7 +74,7 @@ class ServedIdentity(BaseModel):
 
 
 class ServedAnswer(BaseModel):
-    """An answer, to tell a scorer's from another program's."""
+    """An answer. Its strict schema tells a scorer's answer from another program's."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     label: Literal["matched", "unmatched"]
@@ -95,7 +95,7 @@ class Served(BaseModel):
 
 
 class Announcement(BaseModel):
-    """What a scorer writes down for clients to find it by."""
+    """The facts that a scorer writes into a file so that clients find it."""
 
     url: str
     token: str | None
@@ -103,18 +103,18 @@ class Announcement(BaseModel):
     host: str
     instance: str
     stamps: dict[str, list[int]]
-    """of the files that it answers from, before they were loaded"""
+    """stamps of the files that answers depend on, taken before they were loaded"""
     tracking_uri: str | None
-    """where it logs, without a password; None: nowhere"""
+    """address of its MLflow store, without a password; None: nothing is logged"""
     experiment: str
     model: ServedModel
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a scorer answered."""
+    """The reply of a scorer."""
 
     answers: list[list[Answer]]
-    """of each question"""
+    """for each question its answers"""
     criteria: dict[str, Criterion]
-    """the run's, without their wording"""
+    """the run's criteria, without their wording"""

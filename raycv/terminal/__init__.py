@@ -1,5 +1,5 @@
-"""What the user sees while a command runs: lines, and the live view of the folds.
+"""Prints what the user sees while a command runs: lines, the live view of the folds, the summary of a run.
 
-Comes in: texts, and how far the folds are. Goes out: characters on the terminal, secrets masked.
-Does not belong here: deciding anything.
+Comes in: texts, the progress of the folds, and a report. Goes out: characters on the terminal, with secrets masked.
+Does not belong here: any decision.
 """

@@ -1,4 +1,4 @@
-"""Prints one line for the user, secrets masked, and formats durations."""
+"""Prints one line for the user, with secrets masked, and formats durations."""
 
 from rich.console import Console
 
@@ -7,14 +7,14 @@ from raycv.errors import printable
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it is: no markup, no colours of its own, not wrapped, so that paths can be copied; secrets masked."""
+    """Prints a line without markup, highlighting or wrapping, so that paths can be copied. Masks secrets."""
     console.print(
         printable(mask_secrets(text)), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
     )
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """`seconds` as `1:02:03` or `2:03`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""The live view: its columns on a terminal, and the lines that it prints where there is none."""
+"""The live view: its columns on a terminal, and the lines that it prints elsewhere."""
 
 import time
 from collections.abc import Iterable
@@ -16,16 +16,16 @@ COLUMNS = (
     ("fold", 4), ("state", 10), ("epoch", 7), ("step", 7), ("", 5), ("batch", 4), ("loss", 5), ("val F1", 6),
     ("best", 5), ("left", 7),
 )  # fmt: skip
-"""Names and least widths, for 80 columns."""
+"""Names and minimum widths; together they fit 80 columns."""
 WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
 MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
-"""What a plain console is told of, and how."""
+"""The states that a plain console prints, and the words for them."""
 
 
 class LiveView:
     """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
 
-    `update` and `tell` may come from a thread; `console` decides between a live table and plain lines.
+    Another thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
     """
 
     def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
@@ -49,10 +49,11 @@ class LiveView:
             self._live.stop()
 
     def update(self, fold: int, post: dict[str, Any]) -> None:
-        """News of a fold; `post["history"]`, the metrics of an epoch that just ended, is printed on a plain console."""
+        """Takes news of a fold. A plain console prints `post["history"]`, the metrics of the epoch that just ended."""
         state = self._folds[fold]
+        # A post of the worker may arrive after the fold ended, so we keep the final state.
         if state["state"] in (DONE, FAILED) and "state" in post:
-            post = {**post, "state": state["state"]}  # a late post of the worker does not reopen the fold
+            post = {**post, "state": state["state"]}
         state.update(post)
         if post.get("state") == STARTING:
             state["began"] = time.monotonic()
@@ -62,14 +63,14 @@ class LiveView:
             self._print(fold, state)
 
     def tell(self, fold: int | None, text: str) -> None:
-        """An event that stays on the screen."""
+        """Prints an event, which stays on the screen."""
         say(self.console, f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}")
 
     def render(self) -> Group:
         """The table as it is now."""
         table = Table(box=None, pad_edge=False)
         for name, width in COLUMNS:
-            # Of fixed width: a table that jumps with every number cannot be read.
+            # Nobody can read a table that jumps with every number, so each column has a minimum width.
             table.add_column(name, justify="left" if name in ("state", "") else "right", min_width=width)
         for fold, state in self._folds.items():
             table.add_row(str(fold), *self._cells(state))
@@ -80,14 +81,14 @@ class LiveView:
         return Group(Text(head + (f", about {duration(left)} left" if left else ""), "dim"), table)
 
     def _all_left(self) -> float | None:
-        """Seconds until all folds are done, at the pace so far; None until an epoch of a fold is over."""
+        """Seconds until all folds are done, at the pace so far; None before the first epoch ends or if no fold runs."""
         open_folds = [state for state in self._folds.values() if state["state"] not in (DONE, FAILED)]
         running = [state for state in open_folds if state["state"] != WAITING]
         paces = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
         if not running or not paces:
             return None
         epoch_seconds = sum(paces) / len(paces)
-        # Before its first step a fold starts processes and loads the model.
+        # A fold starts processes and loads the model before its first step, so we count that time too.
         starts = [state["stepping"] - state["began"] for state in self._folds.values() if "stepping" in state]
         start_seconds = sum(starts) / len(starts) if starts else 0.0
         total = 0.0
@@ -120,13 +121,13 @@ class LiveView:
         ]
 
     def _left(self, state: dict[str, Any], history: dict[str, float]) -> str:
-        """Until the last epoch, at the pace of the last one; early stopping may end it sooner."""
+        """Time until the last epoch ends, at the pace of the latest one. Early stopping may end the fold sooner."""
         if not history:
             return ""
         return duration(self._epochs_left(state) * history["seconds"])
 
     def _print(self, fold: int, state: dict[str, Any]) -> None:
-        """The plain console's lines: each start and end, and each epoch once."""
+        """Prints the plain console's lines: each start and end, and each epoch once."""
         history = state.get("history", {})
         milestone = MILESTONES.get(state["state"], "")
         epoch = int(history.get("epoch", 0))

@@ -1,4 +1,4 @@
-"""The lines that a run prints at its start and its end: data, places, and where everything lies."""
+"""The lines that a run prints at its start and its end: data, placement, and the places of its results."""
 
 import shutil
 import sys

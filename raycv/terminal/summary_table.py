@@ -1,4 +1,4 @@
-"""The table at the end of a run: a row per fold, mean and deviation, floors, and what is wrong with a fold."""
+"""The table at the end of a run: a row per fold, mean and deviation, floors, and the faults of folds."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from raycv.training.metrics import METRICS, THRESHOLD, collapsed_because
 
 
 def summary_table(report: dict[str, Any]) -> Group:
-    """A row per fold of `report`, then mean and deviation; the title says if the run is a control."""
+    """A row per fold of `report`, then mean and deviation. The title tells if the run is a control."""
     control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
     title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
     table = Table(box=box.SIMPLE_HEAD, padding=0)

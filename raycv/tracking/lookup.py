@@ -1,4 +1,4 @@
-"""Finds a run in an MLflow store, or logs it there anew from its folder."""
+"""Finds a run in an MLflow store, or logs it there again from its folder."""
 
 import logging
 from pathlib import Path
@@ -17,9 +17,18 @@ LOCAL_URI = "sqlite:///mlflow.db"
 
 
 def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
-    """The store at `uri` and its run with the id `run`, which is no run in the folder `runs`.
+    """Opens the store at `uri` and reads its run with the id `run`.
 
-    Raises: UserError if there is none.
+    Args:
+        run: An MLflow run id. The caller has found no run of that name in `runs`.
+        runs: The folder that holds the runs, for the message.
+        uri: The address of the store.
+
+    Returns:
+        The store and the MLflow run.
+
+    Raises:
+        UserError: The store cannot be opened, or has no such run.
     """
     what = f"run={run} is neither a run in {runs.absolute()} nor an MLflow run"
     try:
@@ -33,9 +42,10 @@ def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
 
 
 def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
-    """The MLflow store at `uri`; `seconds`: as in Tracker.
+    """Opens the MLflow store at `uri`; `seconds` as in Tracker.
 
-    Raises: UserError if its password or its database is missing.
+    Raises:
+        UserError: The password or the database of the store is missing, or the store cannot be opened.
     """
     from raycv.tracking.tracker import Tracker
 
@@ -50,11 +60,22 @@ def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
 
 
 def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["Tracker", str]:
-    """The store at `uri`, the value of `key`, and the id there of the parent of the run in `folder`.
+    """Opens the store at `uri` and finds the parent run of the run in `folder` there.
 
-    A store that is `given`, not read from the folder, and lacks the run gets it from the folder: the other may be lost,
-    or the file that says which run it is there. The folder then names the store that was given.
-    Raises: UserError if the store cannot be used, or lacks the run and was not given.
+    If a `given` store lacks the run, the run is logged there from its folder. The recorded store may be lost, or the
+    file in the folder that names the run's id. The folder then names the store that was given.
+
+    Args:
+        folder: The run folder.
+        uri: The address of the store, which is the value of `key`.
+        key: The config key of the address, for remedies.
+        given: Whether the user gave `uri`. Otherwise it was read from the folder.
+
+    Returns:
+        The store, and the id of the parent run there.
+
+    Raises:
+        UserError: The store cannot be used, or it lacks the run and was not given.
     """
     from raycv.tracking.tracker import Tracker
 
@@ -82,9 +103,10 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
 
 
 def recorded_uri(folder: RunFolder, key: str) -> str:
-    """The address of the store that has the run in `folder`; `key`: by which another could be given.
+    """The address of the store that has the run in `folder`; `key` is the config key for another address.
 
-    Raises: UserError if the folder does not say.
+    Raises:
+        UserError: The folder does not name the store.
     """
     try:
         return str(read_record(folder.tracking, "uri", "parent_run_id")["uri"])
@@ -97,7 +119,7 @@ def _another_store(key: str) -> str:
 
 
 def check_password(uri: str) -> None:
-    """Raises: UserError if `uri` comes from a file, where its password was masked."""
+    """Raises: UserError if `uri` was read from a file and has its password masked there."""
     if "***" in uri:
         raise UserError(
             f"The run was tracked at {uri}, whose password was not written down.",

@@ -1,4 +1,4 @@
-"""Checks before a run whether the MLflow store can be used: database, schema, folder of artifacts."""
+"""Checks before a run whether the MLflow store can be used: the database, and the folder of artifacts."""
 
 import contextlib
 import os
@@ -17,18 +17,18 @@ LOG_IN = (
     "or write user:password@ before the host in tracking.uri; the user must have the right to do this"
 )
 LOCK_SECONDS = 60
-"""For another process to make or migrate the tables of a SQLite file."""
+"""Seconds to wait for another process that makes or migrates the tables of a SQLite file."""
 
 
 def new_database(config: TrackingConfig) -> Path | None:
-    """The SQLite database that is still to be made; None if it is there, or the store a server's."""
+    """The SQLite database that does not exist yet; None if it exists, or if the store is a server."""
     uri = absolute_uri(config.uri)
     database = Path(uri.removeprefix(SQLITE))
     return database if uri.startswith(SQLITE) and not os.path.exists(database) else None
 
 
 def new_store_faults(config: TrackingConfig) -> list[UserError]:
-    """Why a store that is not there yet cannot be made; empty if it can, or if it is there or a server's."""
+    """Why a store that does not exist yet cannot be made; empty if it can, if it exists, or if it is a server."""
     database = new_database(config)
     if database is None:
         return []
@@ -42,23 +42,29 @@ def new_store_faults(config: TrackingConfig) -> list[UserError]:
 
 
 def check_database(database: Path, seconds: int | None) -> None:
-    """Raises: UserError if `database` cannot be used: MLflow itself would try again for minutes.
+    """Refuses a database that cannot be used, because MLflow would retry it for minutes.
 
-    So it would with one that is locked, which is refused after `seconds`; None: left to it.
+    Args:
+        database: The SQLite file.
+        seconds: How long to wait for a locked database before it is refused. None leaves a locked one to the retries.
+
+    Raises:
+        UserError: The database cannot be opened or made.
     """
     if not os.path.exists(database):
         _check_new_database(database)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        # Asked for its schema, one that is not there would be made.
+        # This query would create a database that does not exist, so we ask only one that does.
         if os.path.exists(database):
             with contextlib.closing(sqlite3.connect(database, timeout=seconds or 5)) as connection:
                 connection.execute("PRAGMA schema_version")
-        # A lock that cannot be made would be waited for.
+        # FileLock waits on a path that it cannot create, so we fail early.
         open(lock_of(database), "a").close()
     except (OSError, sqlite3.Error) as error:
         if "locked" in str(error) and seconds is None:
-            return  # by another process, for a while: what the retries are for
+            # Another process holds the lock for a while, and the retries outlast it.
+            return
         raise _no_database(database, error) from error
 
 
@@ -82,7 +88,7 @@ def check_new_artifacts(config: TrackingConfig) -> None:
 
 
 def check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold the artifacts") -> None:
-    """Raises: UserError if `folder` cannot be written: MLflow would bind the experiment to it all the same."""
+    """Raises: UserError if `folder` cannot be written. MLflow would still bind the experiment to it."""
     try:
         check_writable(folder)
     except OSError as error:
@@ -90,7 +96,7 @@ def check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold
 
 
 def place_of(error: BaseException, otherwise: Path) -> Path:
-    """The folder of the file that could not be written; the copy of an artifact names both of its files."""
+    """The folder of the file that could not be written. The copy of an artifact names two files; we take its target."""
     file = getattr(error, "filename2", None) or getattr(error, "filename", None) or otherwise
     return Path(file).parent
 

@@ -1,7 +1,8 @@
-"""What a run, its folds and an inference have in MLflow: parameters, metrics, tags, files. Imports mlflow.
+"""Logs a run, its folds and an inference to MLflow: parameters, metrics, tags, files. Imports mlflow.
 
-One writer, the driver: workers write files, and the driver logs them. Several processes that open a new SQLite store at
-once break it. The run folder has everything that is logged, so a lost server loses nothing.
+The driver alone logs a cross-validation: workers write files, and the driver logs them. Several processes that open a
+new SQLite store at once would break it. The run folder holds all that is logged of a cross-validation, so a lost server
+loses nothing of it.
 """
 
 import contextlib
@@ -51,19 +52,19 @@ from raycv.training.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS, col
 
 logger = logging.getLogger(__name__)
 
-# mlflow sets its logger up when imported; what it says about making its tables is no news to the user.
+# mlflow sets up its logger on import. Its lines about new tables do not help the user, so we hide them.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
-# It prints the traceback of each error that it raises, which is told in a line here, or tried again.
+# This logger prints the traceback of each error. We retry the call, or report the error in one line.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 
 TIMEOUT, USUAL_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", "30"
-"""As set above; MLflow reads it at each request."""
+"""The value that `raycv/tracking/__init__.py` sets. MLflow reads it at each request."""
 HANGING_SECONDS = 60.0
-"""For so long a store that let all attempts of a call time out is not asked again: each call would wait as long."""
+"""Seconds without requests to a store that let all attempts of a call time out: each call would wait as long."""
 _hanging: dict[str, tuple[float, UserError]] = {}
-"""Until when each such store is left alone, and what was said of it."""
+"""For each such store: the moment at which requests start again, and the error to raise until then."""
 
 PARENT_TAG = "mlflow.parentRunId"
 FOLD_TAG = "raycv.fold"
@@ -72,23 +73,24 @@ FINISHED_TAG = "raycv.finished"
 COLLAPSED_TAG = "raycv.collapsed"
 REASONS_TAG = "raycv.collapsed_reasons"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
-"""Logged per epoch, the step being the epoch; nothing else of what Tune passes on."""
+"""The metrics that are logged per epoch, with the epoch as the step. Tune passes on more, which is not logged."""
 BEST_PREFIX = "best_"
 CHECKPOINT = "checkpoint"
 START_TAG = "raycv.start"
-"""A mark of the call that made a run, by which it is found if the answer to that call was lost."""
+"""Marks the call that made a run, so that a retry finds the run if the answer to that call was lost."""
 PARAM_LIMIT = 6000
 BATCH_LIMIT = 100
 
 
 class Tracker:
-    """An MLflow store, every call retried at most three times (FR-011).
+    """An MLflow store. Every call has at most three attempts (FR-011).
 
-    Raises (any method): UserError once the store has stayed out of reach.
+    Raises:
+        UserError: From any method, if the store stays out of reach or the call fails.
     """
 
     def __init__(self, uri: str, seconds: int | None = None) -> None:
-        """`seconds`: for who cannot wait: a call has one attempt, and a request of HTTP so long."""
+        """`seconds`, for callers that cannot wait, limits each HTTP request and lock; a call then has one attempt."""
         self._seconds = seconds
         self.uri = absolute_uri(uri)
         self.shown_uri = mask_secrets(self.uri)
@@ -98,11 +100,11 @@ class Tracker:
         self._client = self._call("open the store", self._alone, partial(MlflowClient, tracking_uri=self.uri))
 
     def open_experiment(self, config: TrackingConfig) -> str:
-        """The id of the experiment of `config`, made if there is none."""
+        """The id of the experiment of `config`. Makes the experiment if it does not exist."""
         return self._call("open the experiment", self._alone, partial(self._experiment, config))
 
     def _alone(self, call: Callable[[], T]) -> T:
-        """`call()`; two processes that make the tables of a new SQLite file at once would leave it broken for good."""
+        """Returns `call()` under a lock: two processes that make the tables of a SQLite file at once break the file."""
         seconds = self._seconds or LOCK_SECONDS
         with FileLock(lock_of(self._database), timeout=seconds) if self._database else contextlib.nullcontext():
             return call()
@@ -112,7 +114,7 @@ class Tracker:
         return self._new_run("start the parent run", experiment_id, name, {RUN_TAG: name, **tags})
 
     def _new_run(self, what: str, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-        """Makes a run, one even if the answer to an attempt is lost, and returns its id."""
+        """Makes a run and returns its id. It makes only one run, even if the answer to an attempt is lost."""
         mark, attempts = secrets.token_hex(8), itertools.count()
 
         def make() -> Run:
@@ -123,7 +125,7 @@ class Tracker:
         return str(self._call(what, make).info.run_id)
 
     def start_family(self, folder: RunFolder, config: RunConfig, experiment_id: str) -> str:
-        """Starts the parent run of the run in `folder`, with what lies there, notes it there, and returns its id."""
+        """Starts the parent run of the run in `folder`, logs the files there, records the id there, and returns it."""
         stats, git = read_json(folder.data_stats), read_json(folder.environment)["git"]
         tags = {
             "raycv.version": __version__,
@@ -161,22 +163,22 @@ class Tracker:
         return self._call("look for a run", look)
 
     def reopen(self, run_id: str) -> None:
-        """A run that ended goes on."""
+        """Sets a run that ended to RUNNING again."""
         self._call("reopen a run", self._client.update_run, run_id, status="RUNNING")
 
     def describe_parent(self, run_id: str, folder: RunFolder, params: Mapping[str, Any]) -> None:
-        """Logs the parent's parameters and the files that exist already."""
+        """Logs the parent's parameters and those of its files that exist."""
         self._log_params(run_id, params)
         self.log_files(run_id, [folder.config, folder.splits, folder.data_stats, folder.environment])
 
     def log_dataset(self, run_id: str, name: str, source: str, digest: str) -> None:
-        """Names the data set of a run by its hash (no content)."""
+        """Logs the name, place and hash of a run's data set, without its content."""
         dataset = TrackedDataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}))
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
         self._call("log the data set", self._client.log_inputs, run_id, inputs)
 
     def children(self, parent_id: str) -> dict[int, Run]:
-        """Fold -> its child run; the newest where a fold has several."""
+        """Maps each fold to its child run, or to the newest if a fold has several."""
         experiment_id = self.run(parent_id).info.experiment_id
         query = f"tags.`{PARENT_TAG}` = '{parent_id}'"
         runs = self._call(
@@ -189,11 +191,11 @@ class Tracker:
         return {int(run.data.tags[FOLD_TAG]): run for run in runs if FOLD_TAG in run.data.tags}
 
     def start_child(self, parent_id: str, fold: int, params: Mapping[str, Any]) -> str:
-        """The child run of `fold`, found by its tag or newly made. Returns its id."""
+        """Returns the id of the child run of `fold`, which it finds by its tag or makes."""
         found, params = self.children(parent_id).get(fold), {**params, "fold": fold}
         if found is not None:
             self.reopen(found.info.run_id)
-            # The store may have gone away between the run and its parameters.
+            # The store may have gone away between the run and its parameters, so we log those that are missing.
             self._log_params(found.info.run_id, {k: v for k, v in params.items() if k not in found.data.params})
             return str(found.info.run_id)
         experiment_id = self.run(parent_id).info.experiment_id
@@ -203,16 +205,16 @@ class Tracker:
         return run_id
 
     def log_epoch(self, run_id: str, metrics: Mapping[str, float], moment: int | None = None) -> None:
-        """The metrics that a person asked for, at the loop's own epoch number. `moment`: in ms; None: now."""
+        """Logs the EPOCH_METRICS among `metrics` at the loop's epoch number. `moment` is in ms; None means now."""
         self.log_metrics(run_id, {key: metrics[key] for key in EPOCH_METRICS}, int(metrics["epoch"]), moment)
 
     def logged_epochs(self, run_id: str) -> set[int]:
-        """The epochs that a child run has."""
+        """The epochs that the store has of a child run."""
         history = self._call("read a child run", self._client.get_metric_history, run_id, VAL_LOSS)
         return {metric.step for metric in history}
 
     def log_fold(self, run_id: str, result: FoldResult, folder: FoldFolder, config: Path) -> None:
-        """A finished fold: epochs that are not logged yet, final metrics, threshold, checkpoint and files."""
+        """Logs a finished fold: epochs that are not logged yet, final metrics, threshold, checkpoint and files."""
         logged = self.logged_epochs(run_id)
         for epoch in result.history:
             if int(epoch["epoch"]) not in logged:
@@ -232,7 +234,7 @@ class Tracker:
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
-        """Logs from the run folder every fold whose child run is not complete (the store was away, say)."""
+        """Logs from the run folder every fold whose child run is not complete, perhaps because the store was away."""
         complete = {fold for fold, run in self.children(parent_id).items() if run.info.status == "FINISHED"}
         for fold in sorted(set(range(folds)) - complete):
             run_id = self.start_child(parent_id, fold, params)
@@ -241,7 +243,7 @@ class Tracker:
             self.finish(run_id, "FINISHED")
 
     def log_report(self, parent_id: str, report: Mapping[str, Any], report_file: Path) -> None:
-        """The parent summary: means, deviations, best fold, and a link to each child (user story 2)."""
+        """Logs the parent summary: means, deviations, best fold, and a link to each child (user story 2)."""
         numbers: dict[str, float] = {"best_fold": report["best_fold"]}
         for key, value in report["mean"].items():
             numbers[f"metric_mean_{key}"] = value
@@ -249,7 +251,7 @@ class Tracker:
         self._log_summary(parent_id, numbers)
         children = self.children(parent_id)
         for fold, reasons in _collapsed(report):
-            # An earlier version may have logged this fold without its mark, or without the reasons.
+            # An earlier version may have logged this fold without its mark or the reasons, so we add them.
             if fold in children and REASONS_TAG not in children[fold].data.tags:
                 self._mark_collapsed(children[fold].info.run_id, reasons)
         tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
@@ -262,14 +264,15 @@ class Tracker:
         self.log_files(parent_id, [report_file])
 
     def _mark_collapsed(self, run_id: str, reasons: Sequence[str]) -> None:
-        """Marks the child run of a fold; without reasons there is nothing to mark."""
+        """Marks the child run of a fold as collapsed. Without reasons it does nothing."""
         if reasons:
             self._set_tags(run_id, {COLLAPSED_TAG: "true", REASONS_TAG: "; ".join(reasons)})
 
     def finish_family(self, parent_id: str, status: str) -> None:
         """Ends the parent run, and its children that are still running, as FINISHED, FAILED or KILLED.
 
-        A child that still runs when the parent is FINISHED lacks something: it is KILLED, and may be completed later.
+        A child that still runs when the parent is FINISHED lacks something, so it ends as KILLED. It may be completed
+        later.
         """
         self.finish(parent_id, status)
         for run in self.children(parent_id).values():
@@ -277,9 +280,9 @@ class Tracker:
                 self.finish(run.info.run_id, "KILLED" if status == "FINISHED" else status)
 
     def finish(self, run_id: str, status: str) -> None:
-        """`status`: FINISHED, FAILED or KILLED; a run that has ended so keeps its time.
+        """Ends a run as `status`: FINISHED, FAILED or KILLED. A run that has this status keeps its time.
 
-        It lasts no less than nothing, also when the clock was set back.
+        The end is never before the start, even if the clock was set back.
         """
         info = self.run(run_id).info
         if info.status == status:
@@ -288,18 +291,18 @@ class Tracker:
         self._call("end a run", self._client.set_terminated, run_id, status, end_time=ended)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, moment: int | None = None) -> None:
-        """All of `metrics` in one request, as of `moment` in ms, or now."""
+        """Logs all of `metrics` in one request, with the time `moment` in ms, or now."""
         moment = now_ms() if moment is None else moment
         batch = [Metric(key, float(value), moment, step) for key, value in metrics.items()]
         self._call("log metrics", self._client.log_batch, run_id, metrics=batch)
 
     def _log_summary(self, run_id: str, numbers: Mapping[str, float]) -> None:
-        # Logged once more, the same number would be a second point of a curve.
+        # MLflow makes a second point of a curve from a number that is logged again, so we log only what changed.
         known = self.run(run_id).data.metrics
         self.log_metrics(run_id, {key: value for key, value in numbers.items() if known.get(key) != value})
 
     def log_files(self, run_id: str, files: Sequence[Path]) -> None:
-        """Those of `files` that exist, as artifacts at the top."""
+        """Logs those of `files` that exist, as artifacts at the top level."""
         for file in files:
             if file.is_file():
                 self._call(f"log {file.name}", self._client.log_artifact, run_id, str(file))
@@ -310,13 +313,13 @@ class Tracker:
         return Path(got)
 
     def checkpoint(self, run_id: str, fetched: Path) -> Path:
-        """The checkpoint folder that a child run logged: where it lies, or from a server fetched into `fetched`."""
+        """The checkpoint folder that a child run logged. A folder on a server is first fetched into `fetched`."""
         place = self.run(run_id).info.artifact_uri
         if place.startswith("file:"):
             return Path(local_file_uri_to_path(place)) / CHECKPOINT
         target = fetched / run_id
         if not (target / CHECKPOINT).is_dir():
-            # Whole or not at all: fetched beside, then moved.
+            # We fetch into a temporary folder and move it, so that the checkpoint is there whole or not at all.
             target.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target) as temporary:
                 got = self.download(run_id, CHECKPOINT, Path(temporary))
@@ -344,7 +347,7 @@ class Tracker:
     def log_inference(
         self, experiment_id: str, tags: Mapping[str, str], params: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> str:
-        """A finished run with what was asked of which model, never a text (user story 3). Returns its id."""
+        """Logs a finished run: the model and facts of its answers, never a text (user story 3). Returns its id."""
         run_id = self._new_run("start a run", experiment_id, "infer", tags)
         self._log_params(run_id, params)
         self.log_metrics(run_id, metrics)
@@ -356,9 +359,10 @@ class Tracker:
         return self._call("read a run", self._client.get_run, run_id)
 
     def check_experiment(self, config: TrackingConfig) -> Experiment | None:
-        """The experiment of `config`; None if there is none yet. Writes nothing.
+        """The experiment of `config`; None if it does not exist yet. Writes nothing.
 
-        Raises: UserError if it was deleted, or its folder for artifacts cannot be written.
+        Raises:
+            UserError: The experiment was deleted, or its folder for artifacts cannot be written.
         """
         found = self._call("look for the experiment", self._client.get_experiment_by_name, config.experiment)
         if found is None:
@@ -386,14 +390,15 @@ class Tracker:
         asked = Path(config.artifacts).absolute()
         found = self.check_experiment(config)
         if found is None:
-            # A server has its own place for artifacts; a database in a file has none but the working directory.
+            # A server chooses its place for artifacts. For a database in a file, MLflow would take the working
+            # directory, so we name the place.
             place = asked.as_uri() if self._database else None
-            # The page asks for the kind of an experiment that has none.
+            # MLflow's page asks for the kind of an experiment that lacks this tag, so we set it.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
                 return str(self._client.create_experiment(config.experiment, artifact_location=place, tags=tags))
             except MlflowException as error:
-                # A server has several clients: another has made it meanwhile.
+                # Another client of the server may have made the experiment meanwhile, so we take that one.
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 return self._experiment(config)
@@ -405,7 +410,7 @@ class Tracker:
         return str(found.experiment_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        # Long values are cut here; config.yaml has them whole.
+        # MLflow limits the length of values, so we cut them. config.yaml has them whole.
         batch = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
         for start in range(0, len(batch), BATCH_LIMIT):
             part = batch[start : start + BATCH_LIMIT]
@@ -449,7 +454,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def _within(seconds: int | None) -> Iterator[None]:
-    """Requests over HTTP take `seconds` at most, unless the user has a time of their own for them."""
+    """Limits requests over HTTP to `seconds`, unless the user has set another time for them."""
     usual = os.environ[TIMEOUT]
     if seconds is not None and usual == USUAL_SECONDS:
         os.environ[TIMEOUT] = str(seconds)
@@ -460,12 +465,12 @@ def _within(seconds: int | None) -> Iterator[None]:
 
 
 def now_ms() -> int:
-    """The time as MLflow writes it."""
+    """The time as MLflow writes it: Unix time in ms."""
     return int(time.time() * 1000)
 
 
 def check_store(config: TrackingConfig) -> None:
-    """Raises: UserError if the store of a new run cannot be used. Makes nothing where there is nothing yet."""
+    """Raises: UserError if the store of a new run cannot be used. Creates no store that does not exist yet."""
     if new_database(config) is None:
         Tracker(config.uri).check_experiment(config)
     elif faults := new_store_faults(config):
@@ -473,7 +478,7 @@ def check_store(config: TrackingConfig) -> None:
 
 
 def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
-    """`section.key` -> value: a run's config as MLflow parameters, with passwords in addresses masked."""
+    """A run's config as MLflow parameters, `section.key` -> value, with passwords in addresses masked."""
     sections = {name: values for name, values in config.items() if isinstance(values, Mapping)}
     return {
         f"{section}.{key}": mask_secrets(str(value))
@@ -483,7 +488,7 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """What a second attempt may not meet. The HTTP client wraps a lost connection into an MlflowException."""
+    """Whether a second attempt may succeed. The HTTP client wraps a lost connection into an MlflowException."""
     if is_full(error):
         return False
     return is_passing(error) or (isinstance(error, MlflowException) and "Max retries exceeded" in str(error))
