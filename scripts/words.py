@@ -46,14 +46,17 @@ CHECKED = (
     "raycv/errors.py",
     "raycv/infer.py",
     "raycv/inference",
+    "raycv/model",
     "raycv/prompts",
     "raycv/resources",
+    "raycv/results",
     "raycv/run.py",
     "raycv/serve.py",
     "raycv/serving",
     "raycv/synthesize.py",
     "raycv/terminal",
     "raycv/tracking",
+    "raycv/training",
     "raycv/utils.py",
 )
 """Rooms and modules whose docstrings and comments are checked."""

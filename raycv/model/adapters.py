@@ -1,4 +1,4 @@
-"""Base model to classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
+"""Turns a base model into a classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
 
 import copy
 import re
@@ -27,20 +27,27 @@ POOLER = "pooler"
 
 
 class Float32Head(nn.Linear):
-    """A linear head that computes in float32 whatever runs around it.
+    """A linear head that computes in float32, also within autocast.
 
-    In bf16 small updates of the head vanish and scores fall on a coarse grid. The parameters keep the names of
-    `nn.Linear`, so checkpoints stay plain PEFT folders.
+    In bf16, small updates of the head vanish and its scores fall on a coarse grid.
+    The parameters keep the names of `nn.Linear`, so checkpoints stay plain PEFT folders.
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden`: [..., in_features] of any float type; returns float32 logits [..., out_features]."""
+        """Computes the head's output.
+
+        Args:
+            hidden: Hidden states [..., in_features], in any float type.
+
+        Returns:
+            float32 logits [..., out_features].
+        """
         with without_autocast(hidden.device):
             return super().forward(hidden.to(self.weight.dtype))
 
 
 def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision, str]:
-    """The precision that training will use, and why, in words for the log (FR-007)."""
+    """Returns the precision that training uses, and the reason in words for the log (FR-007)."""
     if asked == "fp32":
         return "fp32", "fp32 as asked"
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
@@ -51,14 +58,15 @@ def choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision,
 
 
 def base_dtype(precision: Precision) -> torch.dtype:
-    """The type that the frozen base is loaded in."""
+    """Returns the type in which the frozen base is loaded."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def check_model(config: Any, model: ModelConfig) -> None:
-    """Whether DoRA can be given to the classifier of a transformers `config`, seen without its weights.
+    """Checks, without loading weights, that the classifier of a transformers `config` can take DoRA.
 
-    Raises: UserError if it has no classification head, or lacks one of the target modules.
+    Raises:
+        UserError: The classifier has no classification head, or lacks one of the target modules.
     """
     config = copy.deepcopy(config)
     # Not the config's own wish, such as flash_attention_2, which may not be installed: raycv chooses the attention.
@@ -75,10 +83,12 @@ def check_model(config: Any, model: ModelConfig) -> None:
 
 
 def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":
-    """Freezes `model`, gives DoRA to `config.target_modules`, and makes its head trainable in float32.
+    """Freezes `model`, adds DoRA to `config.target_modules`, and makes the head trainable in float32.
 
-    DoRA: Liu et al. 2024, arXiv 2402.09353. Adapters are float32 whatever the base is.
-    Raises: UserError if a target module does not exist in the model.
+    DoRA: Liu et al. 2024, arXiv 2402.09353. The adapters are float32 for every type of the base.
+
+    Raises:
+        UserError: The model has no classification head, or lacks one of the target modules.
     """
     head = head_modules(model)
     _check_targets(model, config, head)
@@ -91,7 +101,8 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
         lora_dropout=dora.lora_dropout,
         target_modules=config.target_modules,
         modules_to_save=head,
-        # all-linear, or a name like `dense`, would also find the head's own layers, which are trained in full.
+        # `all-linear`, or a name like `dense`, would also match the head's own layers. We exclude these, since they are
+        # trained in full.
         exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in head),
     )
     if dora.implementation == "factored":
@@ -106,10 +117,14 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The modules that make up the classification head, trained and saved in full: all that is not the backbone's.
+    """Returns the names of the modules of the classification head, which are trained and saved in full.
 
-    A backbone's pooler counts in: many checkpoints lack it, and it is then as fresh as the rest of the head.
-    Raises: UserError if `model` has no head beside its backbone.
+    The head is every module with parameters that does not belong to the backbone.
+    The backbone's pooler counts as part of the head. Many checkpoints lack it, and it is then as new as the rest of the
+    head.
+
+    Raises:
+        UserError: `model` has no head beside its backbone.
     """
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
@@ -124,7 +139,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def float32_head(model: nn.Module) -> None:
-    """Turns the head's linear layers into Float32Heads, and the rest of it to float32."""
+    """Replaces the head's linear layers by `Float32Head`, and converts the rest of the head to float32."""
     for name in head_modules(model):
         head = model.get_submodule(name).float()
         inner = [f"{name}.{part}".rstrip(".") for part, module in head.named_modules() if type(module) is nn.Linear]
@@ -141,17 +156,17 @@ def _in_float32(linear: nn.Module) -> Float32Head:
 
 
 def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that training changes."""
+    """Yields the parameters that training changes."""
     return (parameter for _, parameter in trainable_by_name(model))
 
 
 def trainable_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The same with their names, in the same order."""
+    """Yields the parameters of `trainable` with their names, in the same order."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of all and of trainable parameters."""
+    """Returns the number of all parameters and that of the trainable ones."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(parameter.numel() for parameter in trainable(model)),

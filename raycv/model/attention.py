@@ -1,7 +1,8 @@
-"""Attention and norm of the base model: PyTorch's kernels, checked against the model's own code.
+"""Chooses attention and norm of the base model: PyTorch's kernels, checked against the model's own code.
 
-transformers passes a kernel only what it takes. Gemma 2 caps its attention scores, and sdpa drops the cap silently. So
-the config shows the known cases, and one prompt's logits show the others.
+transformers passes a kernel only the arguments that it takes. Gemma 2 caps its attention scores, and sdpa drops the cap
+silently.
+The config therefore shows the known cases, and the logits of one prompt show the others.
 """
 
 import copy
@@ -23,20 +24,25 @@ from raycv.prompts.template import render
 KERNEL, PLAIN = "sdpa", "eager"
 """transformers' names of PyTorch's kernel and of the model's own code."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far two ways to compute the same logits may differ, as a share of the largest: a fresh head's are small."""
+"""The allowed difference between two computations of the same logits, as a share of the largest logit. It is relative,
+since the logits of a new head are small."""
 ROUGH_TOLERANCE = 0.1
-"""The same for 16-bit types: rounding gives 0.03, another attention 0.3 or more."""
+"""The same for 16-bit types. Rounding gives 0.03; another attention gives 0.3 or more."""
 TOKENS, MOST_TOKENS = 24, 640
-"""Length of the prompt that is compared, and the most that it may take to be longer than a window of attention."""
+"""The prompt for the comparison has `TOKENS` tokens more than the attention's window. It has only `TOKENS` if there is
+no window, or if it would exceed `MOST_TOKENS`."""
 ROWS = 4
-"""Prompts that are compared at once: the logits of a single one may all be near 0, where rounding looks large."""
+"""Prompts that are compared at once. The logits of a single one may all be near 0, where rounding looks large."""
 _CAP = re.compile(r"att(n|ention)\w*cap(ping)?$")
 
 
 def choose_attention(config: Any) -> tuple[str, str | None]:
-    """The attention for a transformers `config`, whatever is installed beside, and why if the kernel would be wrong.
+    """Chooses the attention for a transformers `config`, regardless of other installed packages.
 
-    Kernels are pinned in one place (raycv.utils.pin_kernels). Families without PyTorch's kernel compute their own code.
+    `raycv.utils.pin_kernels` pins the kernels. Families that lack PyTorch's kernel compute their own code.
+
+    Returns:
+        `KERNEL` or `PLAIN`, and the reason if the kernel would be wrong, else None.
     """
     if earlier_attention(config) == PLAIN:
         return PLAIN, None
@@ -57,7 +63,7 @@ def earlier_attention(config: Any) -> str:
 
 
 def _caps(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of each key that caps attention scores, in parts of the config (text, encoder) too."""
+    """Yields name and value of each key that caps attention scores, also in parts of the config (text, encoder)."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _caps(value)
@@ -66,18 +72,22 @@ def _caps(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def attention_of(model: Any) -> str:
-    """The attention that a transformers model computes: KERNEL, PLAIN, or another of transformers' names."""
+    """Returns the attention that a transformers model computes: `KERNEL`, `PLAIN`, or another of their names."""
     return str(model.config._attn_implementation)
 
 
 @torch.no_grad()
 def with_right_attention(model: Any, tokenizer: Any, positions: int | None) -> tuple[Any, str | None]:
-    """`model` if its kernel gives the logits of the plain code, else the same weights in the plain code, and why.
+    """Replaces the attention's kernel by the plain code if the two give different logits.
 
     Args:
-        model: a classifier in evaluation mode.
-        tokenizer: the model's.
-        positions: the most tokens that the model takes; None: any number.
+        model: A classifier in evaluation mode.
+        tokenizer: The model's tokenizer.
+        positions: The most tokens that the model takes; None for any number.
+
+    Returns:
+        `model`, or the same weights in the plain code if the logits differ. The second value is a warning that the
+        logits differ or could not be compared, else None.
     """
     if attention_of(model) != KERNEL:
         return model, None
@@ -85,10 +95,11 @@ def with_right_attention(model: Any, tokenizer: Any, positions: int | None) -> t
     rows = _rows(model.config, tokenizer, positions)
     try:
         plain = in_plain_code(model)
-        for compute in (_logits, _logits_alone):  # with a mask for the padding, and without one
+        # `_logits` needs a mask for the padding, and `_logits_alone` needs none.
+        for compute in (_logits, _logits_alone):
             expected, computed = (compute(each, rows, tokenizer.pad_token_id) for each in (plain, model))
             worst = far_apart(expected, computed, model.dtype)
-            # Where the plain code gives NaN or infinity, the weights are at fault.
+            # If the plain code gives NaN or infinity, the weights are at fault and not the kernel.
             if worst is not None and bool(expected.isfinite().all()):
                 return plain, (
                     f"Warning: attention is {PLAIN}, which is slower: with PyTorch's kernel ({KERNEL}) the logits of "
@@ -97,20 +108,20 @@ def with_right_attention(model: Any, tokenizer: Any, positions: int | None) -> t
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
-        # Whether it trains is seen when it trains.
+        # Training will show whether the model works, so we only warn.
         return model, f"Warning: attention ({KERNEL}) of {name} was not compared with {PLAIN}: {cause_of(error)}"
     return model, None
 
 
 def far_apart(expected: torch.Tensor, computed: torch.Tensor, dtype: torch.dtype) -> float | None:
-    """How far `computed` logits are off the `expected` ones, if that is more than rounding in `dtype`; else None."""
+    """Returns the largest difference between the logits if it exceeds rounding in `dtype`, else None."""
     worst = float((expected - computed).abs().max())
-    # Written so that a NaN fails too.
+    # Comparisons with NaN are false, so this order makes NaN count as a difference.
     return None if worst <= TOLERANCE.get(dtype, ROUGH_TOLERANCE) * float(expected.abs().max()) else worst
 
 
 def in_plain_code(model: Any) -> Any:
-    """A model with the tensors of `model` (no copy) that computes attention by the plain code.
+    """Returns a model with the tensors of `model` (not copies) that computes attention by the plain code.
 
     Many classes (BERT, RoBERTa, Falcon) fix their attention when they are built, so the model is built again.
     """
@@ -121,7 +132,7 @@ def in_plain_code(model: Any) -> Any:
     with torch.device("meta"):
         plain = AutoModelForSequenceClassification.from_config(config)
     plain.load_state_dict(model.state_dict(), assign=True)
-    # Neither in the state nor saved: tables of positions and the like.
+    # Tables of positions and the like are not in the state dict, so we take them from `model`.
     for name, module in plain.named_modules():
         source = model.get_submodule(name)
         for own, others in ((module._buffers, source._buffers), (vars(module), vars(source))):
@@ -134,7 +145,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _rows(config: Any, tokenizer: Any, positions: int | None) -> list[torch.Tensor]:
-    """The token ids of a prompt and of its beginnings; the whole is longer than a short window of the attention."""
+    """Returns the token ids of a prompt and of its beginnings. The prompt is longer than a short attention window."""
     length = (attention_window(config) or 0) + TOKENS
     length = min(length if length <= MOST_TOKENS else TOKENS, positions or MOST_TOKENS)
     text = " ".join([render("I cannot sleep and nothing is fun any more.", "Trouble sleeping.")] * length)
@@ -145,9 +156,9 @@ def _rows(config: Any, tokenizer: Any, positions: int | None) -> list[torch.Tens
 
 @contextmanager
 def _as_it_was(tokenizer: Any) -> Iterator[None]:
-    """Undoes what a call leaves in a fast tokenizer, which would be saved with the checkpoint."""
+    """Undoes the settings that a call leaves in a fast tokenizer. They would be saved with the checkpoint."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a slow tokenizer keeps nothing
+    if backend is None:  # A slow tokenizer keeps nothing.
         yield
         return
     truncation, padding = backend.truncation, backend.padding
@@ -161,7 +172,7 @@ def _as_it_was(tokenizer: Any) -> Iterator[None]:
 
 
 def _logits(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:
-    """float32 (or float64) logits [n, 2] of `rows`, padded on the right."""
+    """Returns the float32 (or float64) logits [n, 2] of `rows`, padded on the right."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
@@ -175,22 +186,26 @@ def _logits_alone(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Te
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """The same norm. It rounds once, after the weights, and transformers' rounds before them too."""
+    """Llama's norm in one kernel. It rounds once, after the weights; that of transformers also rounds before them."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states`: [..., size]; on a CPU, or in another type than the weights', by transformers."""
+        """Computes the norm; on a CPU, or if the types differ, with the code of transformers.
+
+        Args:
+            hidden_states: Hidden states [..., size].
+        """
         if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return self.fused(hidden_states)
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The one kernel; any device has it."""
+        """Computes the norm with one kernel, which every device has."""
         with without_autocast(hidden_states.device):
             return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def fuse_norms(model: nn.Module, *, fused: bool = True) -> None:
-    """Makes the norms of a Llama FusedRMSNorms, or transformers' own again; those of other families stay."""
+    """Turns the norms of a Llama into `FusedRMSNorm`, or back. The norms of other families stay."""
     there, wanted = (LlamaRMSNorm, FusedRMSNorm) if fused else (FusedRMSNorm, LlamaRMSNorm)
     for module in model.modules():
         if type(module) is there:
@@ -198,8 +213,12 @@ def fuse_norms(model: nn.Module, *, fused: bool = True) -> None:
 
 
 def attention_window(config: Any) -> int | None:
-    """Tokens that a query of the model sees, if not all before it: a mask of our own would make it see them all."""
-    config = config.get_text_config()  # of a model for images too
+    """Returns how many tokens a query of the model sees, or None if it sees all before it.
+
+    With a mask of raycv's own, a query would see all of them.
+    """
+    # In a model that also reads images, the text settings are in a part of the config.
+    config = config.get_text_config()
     windows = [getattr(config, "attention_chunk_size", None)]
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))

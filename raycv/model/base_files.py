@@ -18,22 +18,24 @@ WeightFormat = Literal["safetensors", "pytorch_bin"]
 
 CONFIG = "config.json"
 
-# In order of preference: the weights in one file, or the index that names the shards.
+# The formats are in order of preference. Each has a file with all weights, or an index that names the shards.
 _ENTRIES: tuple[tuple[WeightFormat, str, str], ...] = (
     ("safetensors", "model.safetensors", "model.safetensors.index.json"),
     ("pytorch_bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 INDEXES = frozenset(index for _, _, index in _ENTRIES)
 ADAPTER_CONFIG = "adapter_config.json"
-"""PEFT's: where transformers finds it, it loads the base model that it names instead of the weights beside it."""
+"""PEFT's file. If transformers finds it, it loads the base model named in it instead of the weights beside it."""
 RARE = ("bpe.codes", "dict.txt", "*.spm", "prophetnet.tokenizer")
-"""Vocabularies of a few tokenizers, which earlier versions did not record."""
-# Config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Never code, nor an adapter.
+"""Vocabularies of a few tokenizers. Earlier versions did not record them."""
+# These are config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Code matches no
+# pattern, and `is_small_file` excludes adapters.
 _SMALL = ("*.json", "*.model", "vocab*", "merges*.txt", *RARE)
 _ADAPTER = "adapter_*"
 _GIT_LFS_POINTER = b"version https://git-lfs"
 WHOLE_BYTES, BLOCK_BYTES, SAMPLE_BYTES = 64 * 2**20, 2 * 2**20, 4096
-"""Up to what size a file's sum is that of all of it; of a larger one, how much of each block is read."""
+"""`checksum` hashes a file of up to `WHOLE_BYTES` whole. In a larger file it reads `SAMPLE_BYTES` of each block of
+`BLOCK_BYTES`."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,30 @@ class BaseFiles:
     """The files of one base model, complete and on this node."""
 
     name: str
-    """as the config has it: hub id, folder, or raycv://..."""
+    """as in the config: hub id, folder, or `raycv://...`"""
     path: Path
     """the folder that holds the files"""
     revision: str | None
     """commit on the hub; None for a folder"""
     weight_format: WeightFormat
     files: Mapping[str, int]
-    """the files that may be read, and no others: name -> bytes"""
+    """the only files that may be read: name -> bytes"""
 
     def sums(self) -> dict[str, str]:
-        """What tells the files from another model's: name -> SHA-256 (of samples, where a file is large)."""
+        """Returns the checksum of each file, which tells it from a file of another model.
+
+        Returns:
+            name -> SHA-256 of the file, or of samples if it is large.
+        """
         return {file: checksum(self.path / file) for file in self.files}
 
     def describe(self, tokenizer: Any, config: Any) -> dict[str, Any]:
-        """What was found, as plain values for `environment.json`; `tokenizer` and `config` were loaded from here."""
+        """Returns a description as plain values for `environment.json`.
+
+        Args:
+            tokenizer: The tokenizer, loaded from these files.
+            config: The transformers config, loaded from these files.
+        """
         return {
             "name": self.name,
             "revision": self.revision,
@@ -74,7 +85,17 @@ class BaseFiles:
 
 
 def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
-    """Raises: UserError if `folder` does not hold a config and all of the weights."""
+    """Returns the files of the base model `name` in `folder`, after checking that they are complete.
+
+    Args:
+        name: The model's name, as in the config.
+        folder: The folder that holds the files.
+        revision: The commit on the hub; None for a folder of the user.
+
+    Raises:
+        UserError: `folder` lacks the config or some of the weights, or an index of weights is damaged. A folder of the
+            user is also refused if it holds an adapter beside the model.
+    """
     # The hub's client gives a relative folder where HF_HOME is one, and transformers gets links to these files.
     folder = folder.absolute()
     if not os.path.isdir(folder):
@@ -110,7 +131,15 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
 
 
 def find_entry(name: str, present: Iterable[str]) -> tuple[WeightFormat, str]:
-    """Format and entry file of the weights among the files `present`: safetensors if there are any, else .bin."""
+    """Returns format and entry file of the weights: safetensors if there are any, else `.bin`.
+
+    Args:
+        name: The model's name, for the message.
+        present: The names of the files that exist.
+
+    Raises:
+        UserError: PyTorch can read none of the files as weights.
+    """
     names = set(present)
     for weight_format, single, index in _ENTRIES:
         for entry in (single, index):
@@ -126,7 +155,11 @@ def find_entry(name: str, present: Iterable[str]) -> tuple[WeightFormat, str]:
 
 
 def weight_files(folder: Path, entry: str) -> list[str]:
-    """The weight files behind `entry`, whether they are there or not."""
+    """Returns the names of the weight files behind `entry`, also of files that do not exist.
+
+    Raises:
+        UserError: The index is damaged, or names files outside of `folder`.
+    """
     if entry not in INDEXES:
         return [entry]
     try:
@@ -135,14 +168,14 @@ def weight_files(folder: Path, entry: str) -> list[str]:
         raise UserError(
             f"{folder / entry} is damaged: {cause_of(error)}.", remedies=["copy or download the folder again"]
         ) from error
-    # The index comes from outside: it must not lead out of the folder.
+    # The index comes from outside, so we refuse paths that lead out of the folder.
     if not shards or any(Path(shard).name != shard for shard in shards):
         raise UserError(f"{folder / entry} does not name plain files of its own folder; it is not used.")
     return shards
 
 
 def _without_adapter(folder: Path) -> list[str]:
-    """What to do with a folder that holds an adapter beside a whole model."""
+    """Returns the remedies for a folder that holds an adapter beside a whole model."""
     here, aside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-adapter")))
     return [
         f"if the whole model is meant, move the adapter away: mkdir {aside} && mv {here}/{_ADAPTER} {aside}/",
@@ -163,9 +196,10 @@ def _is_pointer(path: Path) -> bool:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file; of one of more than WHOLE_BYTES that of the first bytes of each block, so that it is quick.
+    """Returns the SHA-256 of a file, or of samples of a file of more than `WHOLE_BYTES`, so that it is quick.
 
-    Every matrix of a model that needs more lies in many blocks: other weights have another sum.
+    The samples are the first bytes of each block and the last bytes of the file.
+    In a model of that size every matrix spans many blocks, so other weights have another checksum.
     """
     size = path.stat().st_size
     if size <= WHOLE_BYTES:

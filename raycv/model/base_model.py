@@ -1,4 +1,4 @@
-"""The base model's name to its files: a folder, raycv://..., or the hub (FR-001, FR-011)."""
+"""Finds the files of a base model by its name: a folder, `raycv://...`, or an id on the hub (FR-001, FR-011)."""
 
 import os
 from pathlib import Path
@@ -9,16 +9,19 @@ from raycv.errors import UserError
 from raycv.model.base_files import BaseFiles, inspect_folder
 from raycv.model.hub import explained_hub_errors, fetch_from_hub
 
-# ---------------------------------------------------------------------------------------------------------- files
-
 
 def fetch_base(name: str, revision: str | None, *, base_seconds: float = BASE_SECONDS) -> BaseFiles:
-    """The files of base model `name`, downloaded if need be; several processes may call it at once (FR-001, FR-011).
+    """Returns the files of the base model `name`, and downloads them if needed (FR-001, FR-011).
 
-    `name` is a hub id, a folder, or raycv://...; `revision` a branch, tag or commit of the hub, None for main.
-    A commit that the cache holds costs no network. `base_seconds` is the wait before the second attempt.
+    Several processes may call this at once. A commit that the cache holds needs no network.
 
-    Raises: UserError if the files cannot be had or are no model, with the cause and what to do.
+    Args:
+        name: A hub id, a folder, or `raycv://...`.
+        revision: A branch, tag or commit on the hub; None means the main branch. A folder has none.
+        base_seconds: The wait before the second attempt, in seconds.
+
+    Raises:
+        UserError: The files cannot be fetched or are not a base model. The message has the cause and the remedies.
     """
     location = resolve(name)
     if not is_folder(location):
@@ -32,23 +35,30 @@ def fetch_base(name: str, revision: str | None, *, base_seconds: float = BASE_SE
 
 
 def fetch_trained_base(name: str, revision: str | None, given: str | None) -> BaseFiles:
-    """The base of a checkpoint, which says `name` and `revision`, or from where it is `given` to lie now.
+    """Returns the files of the base model that a checkpoint was trained on.
 
-    Raises: UserError as `fetch_base`, with what inference can do; the hub has to have training's very commit.
+    Args:
+        name: The base model's name in the checkpoint.
+        revision: The base model's revision in the checkpoint. The hub must have exactly this commit.
+        given: The folder or hub id where the base model is now; None if it is still under `name`.
+
+    Raises:
+        UserError: As `fetch_base`, with remedies for inference.
     """
     try:
         return fetch_base(given or name, None if given and is_folder(given) else revision)
     except UserError as error:
-        # The keys of training are none of inference's.
+        # Inference does not have the keys of training, so we drop the remedies that name them.
         kept = [remedy for remedy in error.remedies if "model." not in remedy]
         where = "if it lies elsewhere now, say where: base=<folder or hub id>"
         raise UserError(f"The checkpoint's base model cannot be had. {error.what}", remedies=[where, *kept]) from error
 
 
 def check_name(name: str, revision: str | None) -> None:
-    """What can be known of a base model without network or torch: a folder's files, or the form of a hub id.
+    """Checks a base model's name without network or torch: a folder's files, or the form of a hub id.
 
-    Raises: UserError if it cannot be one.
+    Raises:
+        UserError: `name` cannot be a base model.
     """
     if is_folder(resolve(name)):
         fetch_base(name, revision)
@@ -60,11 +70,11 @@ def check_name(name: str, revision: str | None) -> None:
 
 
 def absolute_name(name: str) -> str:
-    """`name` with a relative folder made absolute, all else unchanged: for the driver, as workers run elsewhere."""
+    """Makes the name of a relative folder absolute, since other processes run in other folders. Other names stay."""
     return str(Path(os.path.expanduser(name)).absolute()) if is_folder(name) else name
 
 
 def is_folder(name: str) -> bool:
-    """Whether `name` means a folder, not an id on the hub."""
+    """Returns whether `name` means a folder, and not an id on the hub."""
     path = Path(os.path.expanduser(name))
     return path.is_absolute() or name.startswith(".") or os.path.isdir(path)

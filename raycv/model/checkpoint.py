@@ -1,4 +1,4 @@
-"""A trained fold on disk: a plain PEFT folder (adapter, head, tokenizer) and `raycv.json`, what inference must know."""
+"""Writes and loads a trained fold: a plain PEFT folder (adapter, head, tokenizer), and `raycv.json` for inference."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ MANIFEST = "raycv.json"
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 """PEFT's names."""
 SUMMED = (WEIGHTS, "adapter_config.json")
-"""The files whose SHA-256 the manifest holds: what the scores are computed from."""
+"""The files from which scores are computed. The manifest holds their SHA-256."""
 MOST_TOKENS = 2**24
-"""More than any model takes; a tokenizer fails at much larger numbers."""
+"""More than any model takes. A tokenizer fails at much larger numbers."""
 FORMAT = 1
 DAMAGED = ("take another fold: fold=<k>", "copy the checkpoint again, or train the fold again")
 VERSIONED = ("raycv", "torch", "transformers", "peft")
@@ -44,7 +44,10 @@ def _sound(rules: PromptRules) -> PromptRules:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """`raycv.json`: with it, training and inference cannot drift apart. Holds no text of posts or criteria."""
+    """The content of `raycv.json`, which keeps inference the same as training.
+
+    It holds no text of posts or criteria.
+    """
 
     base_model: NonEmpty
     base_revision: str | None
@@ -59,14 +62,14 @@ class CheckpointInfo:
     epoch: int
     precision: Literal["fp32", "bf16"]
     base_sums: dict[str, str] = field(default_factory=dict)
-    """of the base model's files, as BaseFiles.sums; earlier versions kept none"""
+    """checksums of the base model's files, as `BaseFiles.sums`; earlier versions recorded none"""
     attention: str | None = None
-    """that training computed: sdpa or eager; earlier versions kept none"""
+    """the attention that training computed: sdpa or eager; earlier versions recorded none"""
     missing: Missing = "text"
-    """what NaN and the like were in the criteria's file; earlier versions kept them as text"""
+    """how NaN and the like in the criteria's file were read; earlier versions kept them as text"""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """Returns the content of the file, without the checksums that `save_checkpoint` adds."""
         return {
             "format": FORMAT,
             **asdict(self),
@@ -77,27 +80,32 @@ class CheckpointInfo:
 
 
 def save_checkpoint(folder: Path, model: "PeftModel", tokenizer: Any, info: CheckpointInfo) -> None:
-    """Writes adapter and head (safetensors), tokenizer, and last of all the manifest: its presence means complete."""
+    """Writes adapter and head (safetensors), the tokenizer, and last the manifest.
+
+    A checkpoint that has its manifest is therefore complete.
+    """
     config = model.peft_config["default"]
-    # Not the snapshot folder that it was loaded from, which nobody else has.
+    # PEFT would record the snapshot folder that the base was loaded from. Nobody else has that folder, so we record the
+    # name.
     config.base_model_name_or_path = info.base_model
     config.revision = info.base_revision
-    # Sets, whose order would be another in each process: the same training leaves the same bytes.
+    # The order of a set differs between processes. We sort these, so that the same training writes the same bytes.
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, name), set):
             setattr(config, name, sorted(getattr(config, name)))
-    # The embeddings are frozen: looking on the hub whether the vocabulary grew would only cost a request.
+    # PEFT would ask the hub whether the vocabulary grew. The embeddings are frozen, so we save that request.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    # PEFT's empty model card, which names the folder that the base was loaded from.
+    # PEFT's empty model card names the folder that the base was loaded from, so we remove it.
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, {**info.to_json(), "sha256": {name: sha256_of(folder / name) for name in SUMMED}})
 
 
 def read_info(folder: Path) -> CheckpointInfo:
-    """The manifest of a checkpoint folder.
+    """Reads the manifest of a checkpoint folder.
 
-    Raises: UserError if `folder` is no complete checkpoint, or one of another format.
+    Raises:
+        UserError: `folder` is not a complete checkpoint, its manifest is damaged, or it has another format.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -114,7 +122,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
     try:
-        # From JSON: in strict mode only there may a dataclass be an object.
+        # In strict mode pydantic turns an object into a dataclass only when it reads JSON, so we pass the bytes.
         return TypeAdapter(CheckpointInfo).validate_json(manifest.read_bytes(), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
@@ -124,7 +132,11 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 
 def _check_sums(folder: Path) -> None:
-    """Raises: UserError if a file is not what was saved. A checkpoint of stock PEFT, or an older one, has no sums."""
+    """Compares the files with their checksums. Checkpoints of stock PEFT or of earlier versions have none.
+
+    Raises:
+        UserError: A file is not the one that was saved, or the manifest's checksums are damaged.
+    """
     values = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     sums = values.get("sha256", {}) if isinstance(values, dict) else None
     if not isinstance(sums, dict):
@@ -139,7 +151,11 @@ def _check_sums(folder: Path) -> None:
 
 
 def _check_tensors(model: "PeftModel", folders: Sequence[Path]) -> None:
-    """Raises: UserError if a file lacks a tensor of its adapter (PEFT only warns), or one holds NaN or infinity."""
+    """Checks the tensors of each adapter of `model` against its folder. PEFT only warns of missing ones.
+
+    Raises:
+        UserError: A file lacks a tensor of its adapter, or a tensor holds NaN or infinity.
+    """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -158,7 +174,11 @@ def _check_tensors(model: "PeftModel", folders: Sequence[Path]) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raises: UserError without safetensors: PEFT would then read a pickle, or ask the hub for one."""
+    """Refuses a folder without safetensors. PEFT would read a pickle instead, or ask the hub for one.
+
+    Raises:
+        UserError: The folder has no safetensors file.
+    """
     if (folder / WEIGHTS).is_file():
         return
     pickled = (folder / PICKLED_WEIGHTS).exists()
@@ -167,10 +187,18 @@ def _check_weights(folder: Path) -> None:
 
 
 def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
-    """`base` (a classifier without adapters) with the adapter and head of `folder`, in evaluation mode.
+    """Loads the adapters and heads of checkpoints into `base`, in evaluation mode.
 
-    Those of `more` folders lie beside it under names of their own; `folder`'s is the active one.
-    Raises: UserError if one of them is damaged or does not fit the base.
+    Args:
+        base: A classifier without adapters.
+        folder: The checkpoint whose adapter is active.
+        more: Further checkpoints. Their adapters are loaded under names of their own, and are not active.
+
+    Returns:
+        `base` with the adapters.
+
+    Raises:
+        UserError: A checkpoint is damaged or does not fit the base.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -186,7 +214,7 @@ def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
     try:
         config = use_factored(LoraConfig.from_pretrained(str(folder)))
         with warnings.catch_warnings():
-            # Refused below.
+            # `_check_tensors` refuses missing keys, so PEFT need not warn of them.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(folder), config=config)
             for number, current in enumerate(more, 1):

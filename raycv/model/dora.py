@@ -1,13 +1,17 @@
-"""DoRA's linear layer without its waste: the same function, parameters and checkpoints as PEFT's, computed faster.
+"""DoRA's linear layer, faster than PEFT's: the same function, parameters and checkpoints.
 
-DoRA (Liu et al. 2024, arXiv 2402.09353): y = gamma * (W x + s B A x) + bias, gamma = m / ||W + s B A|| row by row, the
-norm a constant for the gradient (its section 4.3). Per forward, PEFT multiplies an identity by A and B to get a dense
-B A, adds it to W and takes row norms, and with dropout it computes W x a second time. Here
+DoRA (Liu et al. 2024, arXiv 2402.09353) computes `y = gamma * (W x + s B A x) + bias`.
+Row by row, `gamma = m / ||W + s B A||`. The gradient treats this norm as a constant (its section 4.3).
 
-- the norm is factored, ||W + s B A||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B), so that no
-  dense B A exists, and computed once per change of A or B: once per optimizer step, not per micro-batch or recompute;
-- dropout acts on the low-rank path alone (`lora_path`, as in torchtune), which needs W x once; `peft` is the original;
-- GPT-2's Conv1D, a linear layer with its weights transposed, is one too.
+In each forward, PEFT multiplies an identity by A and B to get a dense `B A`, adds it to W and takes row norms.
+With dropout, PEFT computes `W x` a second time. This layer saves that work:
+
+- The norm is factored, so that no dense `B A` exists:
+  `||W + s B A||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B)`.
+- The norm is computed once per change of A or B. This is once per optimizer step, not per micro-batch or recomputation.
+- Dropout acts on the low-rank path only (`lora_path`, as in torchtune), which needs `W x` once. The path `peft`
+  computes PEFT's original dropout.
+- GPT-2's `Conv1D`, a linear layer with transposed weights, is supported as well.
 """
 
 from collections.abc import Iterator
@@ -28,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 DropoutPath = Literal["lora_path", "peft"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Weights that are turned to float32 at a time while a norm is computed: 16 MB, or 256 MB of a GPU, whose launches
-would take longer than its work."""
+"""Elements of the weights that are converted to float32 at a time while a norm is computed. These are 16 MB on a CPU,
+and 256 MB on a GPU, where launches of smaller chunks would take longer than their work."""
 
 
 class Parts(NamedTuple):
@@ -48,12 +52,15 @@ class Parts(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What a forward takes of a layer's parameters; from `gamma` on in the type of the activations."""
+    """The values that a forward takes from a layer's parameters.
+
+    From `gamma` on, they have the type of the activations.
+    """
 
     norm: torch.Tensor
-    """[out], float32 at least: ||W + s B A||"""
+    """[out], at least float32: `||W + s B A||`"""
     scaling: torch.Tensor
-    """[1], likewise: s"""
+    """[1], at least float32: s"""
     gamma: torch.Tensor
     """[out]: m / norm"""
     excess: torch.Tensor
@@ -65,10 +72,11 @@ class Ready(NamedTuple):
 
 
 class _Product(torch.autograd.Function):
-    """gamma * (W x + s B A x'), where x' is x after dropout, and its gradients with the norm as a constant.
+    """Computes `gamma * (W x + s B A x')`, with x' for x after dropout, and its gradients with a constant norm.
 
-    By hand, since each pass over the activations and, on a GPU, each kernel's launch counts: autograd would make a
-    graph of the small tensors too, and add up the two parts of the gradient of x in two more passes.
+    The backward is written by hand, since each pass over the activations and each kernel launch on a GPU costs time.
+    Autograd would also build a graph of the small tensors.
+    It would add up the two parts of the gradient of x in two more passes.
     """
 
     @staticmethod
@@ -83,16 +91,28 @@ class _Product(torch.autograd.Function):
         probability: float,
         path: DropoutPath,
     ) -> torch.Tensor:
-        """`x`: [..., in]; `probability`: of dropout; `path`: peft, where gamma - 1 scales W x' and not W x.
+        """Computes the product.
 
-        Returns [n, out], a row for each of the n vectors in `x`.
+        Args:
+            ctx: Autograd's context.
+            x: Activations [..., in].
+            magnitude: m [out].
+            a: A [r, in].
+            b: B [out, r].
+            weight: W [out, in].
+            ready: The values made from these parameters.
+            probability: The probability of dropout.
+            path: The dropout's path. With `peft`, `gamma - 1` scales `W x'` instead of `W x`.
+
+        Returns:
+            [n, out], a row for each of the n vectors in `x`.
         """
         rows, cast = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
         low, kept, scale = dropout(rows, probability, as_peft=path == "peft") if probability else (rows, None, 1.0)
         hidden = functional.linear(low, ready.a)
         unscaled = functional.linear(rows, cast).addmm_(hidden, ready.up.T)
-        # gamma t = t + (gamma - 1) t: in bf16 gamma itself would lose what gamma - 1 keeps, and the activations need
-        # not be turned to float32 and back.
+        # `gamma t = t + (gamma - 1) t`. In bf16 gamma would lose digits that gamma - 1 keeps, so we compute the sum. It
+        # also saves a conversion of the activations to float32 and back.
         base_too = kept is not None and path == "peft"
         apart = base_too or x.dtype.itemsize < 4
         out = unscaled
@@ -100,8 +120,9 @@ class _Product(torch.autograd.Function):
             unscaled = functional.linear(low, cast).addmm_(hidden, ready.up.T)
         out = torch.addcmul(out, unscaled, ready.excess) if apart else unscaled * ready.gamma
         ctx.save_for_backward(low, hidden, unscaled, kept)
-        # Not saved for backward, which costs checkpointing a hook for each of them twice: nothing changes them in
-        # between. The weights as they are: a copy in the type of `x` would be kept for each layer.
+        # Gradient checkpointing calls a hook twice for each tensor that is saved for backward. Nothing changes these
+        # tensors in between, so we do not save them that way. We keep the weights themselves, since a copy in the type
+        # of `x` would stay in memory for each layer.
         ctx.weight, ctx.ready = weight, ready
         ctx.scale, ctx.base_too, ctx.apart, ctx.shape = scale, base_too, apart, x.shape
         return out
@@ -109,7 +130,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """`grad`: [n, out]."""
+        """Returns the gradients of the arguments of `forward`, from that of its output: `grad` [n, out]."""
         with without_autocast(grad.device):
             return _Product._gradients(ctx, grad)
 
@@ -134,10 +155,18 @@ class _Product(torch.autograd.Function):
 
 
 def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`x` after dropout, where it was kept (bool), and what was kept is multiplied with.
+    """Applies dropout to `x`.
 
-    On a CPU drawing the mask takes longer than all else: there 16 random bits are drawn for an element, and not 32 to
-    64 (`probability` is rounded to a multiple of 2^-16, and the scale follows); `as_peft`: the draws of PEFT's dropout.
+    On a CPU, drawing the mask takes longer than all else. We therefore draw 16 random bits for an element, not 32 to
+    64. `probability` is then rounded to a multiple of 2^-16, and the scale follows.
+
+    Args:
+        x: Any tensor.
+        probability: The probability that an element is dropped.
+        as_peft: Makes the same draws as PEFT's dropout, also on a CPU.
+
+    Returns:
+        `x` after dropout, the mask of its kept elements (bool), and the factor that scales them.
     """
     if as_peft or x.device.type != "cpu" or probability > 1 - 2**-16:
         return *torch.native_dropout(x, probability, True), 1 / (1 - probability) if probability < 1 else 0.0
@@ -149,7 +178,7 @@ def dropout(x: torch.Tensor, probability: float, *, as_peft: bool) -> tuple[torc
 
 
 def _where_kept(x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
-    """x * kept * scale, on a GPU by one kernel: it is the gradient of dropout, and what dropout returns."""
+    """Returns `x * kept * scale`, computed by one kernel on a GPU. Both dropout and its gradient are this product."""
     return torch.ops.aten.native_dropout_backward(x, kept, scale)
 
 
@@ -161,40 +190,50 @@ def _count_step(*_: object) -> None:
     _optimizer_steps += 1
 
 
-# A fused optimizer, as AdamW(fused=True), does not count up the versions of the tensors that it updates.
+# A fused optimizer, such as `AdamW(fused=True)`, does not raise the versions of the tensors that it updates. We
+# therefore count steps.
 register_optimizer_step_post_hook(_count_step)
 
 
 class Norms:
-    """What a layer has computed of its weights. Copies and pickles of a layer start without."""
+    """The values that a layer has computed from its weights. Copies and pickles of a layer start without them."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[object, torch.Tensor]] = {}
-        """||W + s B A|| of each adapter"""
+        """`||W + s B A||` by adapter, with the state of the tensors that it was computed from"""
         self.ready: dict[tuple[str, torch.dtype], tuple[object, Ready]] = {}
-        """what a forward in a type takes of the parameters"""
+        """the values that `_ready` returns, by adapter and type of the activations, with that state"""
         self.base: tuple[object, torch.Tensor] | None = None
-        """||W||^2"""
+        """`||W||^2` with that state"""
 
     def __reduce__(self) -> tuple[type["Norms"], tuple[()]]:
         return Norms, ()
 
 
 class FactoredDoraLinear(PeftLoraLinear):
-    """PEFT's DoRA linear layer with another forward. Anything but plain DoRA of one adapter is left to PEFT's."""
+    """PEFT's DoRA linear layer with a faster forward. PEFT computes all but plain DoRA of one adapter."""
 
     dropout_path: DropoutPath = "lora_path"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         layer = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        # In the shared config, as PEFT does, so that the same is saved.
+        # PEFT writes this into the shared config, so we do the same, and the saved config is the same.
         config.fan_in_fan_out = isinstance(layer, Conv1D)
         kwargs["is_target_conv_1d_layer"] = config.fan_in_fan_out
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self._norms = Norms()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`x`: [..., in]; returns [..., out] in the type of the base layer's output."""
+        """Computes the layer.
+
+        Args:
+            x: Activations [..., in].
+            args: Passed to PEFT's forward, if PEFT computes.
+            kwargs: Passed likewise.
+
+        Returns:
+            [..., out] in the type of the base layer's output.
+        """
         adapter = self._plain_adapter(kwargs)
         if adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -212,12 +251,13 @@ class FactoredDoraLinear(PeftLoraLinear):
             probability,
             self.dropout_path,
         )
-        # Not within the product: what that returns as a view could not be changed in place, as OLMo changes it.
+        # OLMo changes the output in place. A custom function that returns a view forbids this, so we reshape outside of
+        # it.
         out = rows.reshape(*x.shape[:-1], rows.shape[-1])
         return out if parts.bias is None else out + parts.bias.to(out.dtype)
 
     def parts(self, adapter: str) -> Parts:
-        """The layer's tensors, from where PEFT keeps them."""
+        """Returns the layer's tensors from the places where PEFT keeps them."""
         base: Any = self.get_base_layer()
         a: Any = self.lora_A[adapter]
         b: Any = self.lora_B[adapter]
@@ -226,7 +266,7 @@ class FactoredDoraLinear(PeftLoraLinear):
         return Parts(weight, base.bias, a.weight, b.weight, magnitude.weight)
 
     def _ready(self, adapter: str, parts: Parts, dtype: torch.dtype) -> Ready:
-        """What the forward takes of the parameters, made once per change of them: once per optimizer step."""
+        """Returns the values for the forward, made once per change of the parameters: once per optimizer step."""
         weight, _, a, b, magnitude = parts
         scaling = self.scaling[adapter]
         key = _state(weight, a, b, magnitude, scaling, _optimizer_steps)
@@ -241,15 +281,17 @@ class FactoredDoraLinear(PeftLoraLinear):
                 scaling=torch.full_like(norm[:1], scaling),
                 gamma=gamma.to(dtype),
                 excess=(gamma - 1).to(dtype),
-                a=a.to(dtype, copy=True),  # so that backward has what forward had, whatever becomes of A
+                # We copy A, so that backward uses what forward used, even if A changes in between.
+                a=a.to(dtype, copy=True),
                 up=(scaling * b).to(dtype),
             )
         self._norms.ready[adapter, dtype] = (key, ready)
         return ready
 
     def row_norm(self, adapter: str) -> torch.Tensor:
-        """||W + s B A|| of each row, [out], float32 at least; kept until A, B, W or s change, or an optimizer steps.
+        """Returns `||W + s B A||` of each row, [out], at least float32.
 
+        It is kept until A, B, W or s change, or an optimizer steps.
         Other changes that autograd does not see (`tensor.data.mul_`) are not seen here either.
         """
         weight, _, a, b, _ = self.parts(adapter)
@@ -258,14 +300,14 @@ class FactoredDoraLinear(PeftLoraLinear):
         kept = self._norms.rows.get(adapter)
         if kept is not None and key is not None and kept[0] == key:
             return kept[1]
-        # Not an inference tensor, whoever asks first: training may use it later.
+        # Training may use the norm later, so we never make an inference tensor.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
             norm = factored_norm(weight, self._square_norm(weight), a, b, scaling)
         self._norms.rows[adapter] = (key, norm)
         return norm
 
     def _square_norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """||W||^2 of each row: the base is frozen, so once."""
+        """Returns `||W||^2` of each row, computed once, since the base is frozen."""
         key, kept = _state(weight), self._norms.base
         if kept is not None and key is not None and kept[0] == key:
             return kept[1]
@@ -274,7 +316,7 @@ class FactoredDoraLinear(PeftLoraLinear):
         return square
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The one active DoRA adapter, if there is nothing else to mind."""
+        """Returns the only active adapter if it is plain DoRA, or None if PEFT has to compute."""
         plain = not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
         if not plain or kwargs.get("adapter_names") is not None:
             return None
@@ -285,10 +327,14 @@ class FactoredDoraLinear(PeftLoraLinear):
 
 
 def _state(*values: torch.Tensor | float) -> object:
-    """What equals another state only if `values` are what they were; None for tensors whose changes are not counted.
+    """Returns a value that equals a later one only if `values` have not changed since.
 
-    In-place updates, as optimizers and load_state_dict make them, count up a tensor's version. A storage is known by a
-    weak reference: the address of one that is gone may be another's, and a reference would keep it in memory.
+    In-place updates, as by optimizers and `load_state_dict`, raise the version of a tensor.
+    A storage is known by a weak reference, since a freed one may leave its address to another storage.
+    A strong reference would keep the storage in memory.
+
+    Returns:
+        The state of `values`, or None if a tensor does not count its changes.
     """
     if any(isinstance(value, torch.Tensor) and value.is_inference() for value in values):
         return None
@@ -301,7 +347,7 @@ def _state(*values: torch.Tensor | float) -> object:
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
-    """The type that a product of `x` is computed in: autocast's, where it is on."""
+    """Returns the type in which a product of `x` is computed: autocast's, if it is on. float64 stays."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -309,7 +355,7 @@ def _computed_in(x: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Computes in the tensors' own types; a device that knows no autocast (meta) needs nothing."""
+    """Returns a context that computes in the tensors' own types. A device without autocast (meta) needs none."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
@@ -318,19 +364,28 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def factored_norm(
     weight: torch.Tensor, square_norm: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Row norms of W + s B A without B A: factored norms, arXiv 2603.22276.
+    """Computes the row norms of `W + s B A` without `B A` (factored norms, arXiv 2603.22276).
 
-    `weight` [out, in], `square_norm` [out]: ||W||^2, `a` [r, in], `b` [out, r]; returns [out], float32 at least.
+    Args:
+        weight: W [out, in].
+        square_norm: `||W||^2` [out].
+        a: A [r, in].
+        b: B [out, r].
+        scaling: s.
+
+    Returns:
+        [out], at least float32.
     """
     a, b = a.to(square_norm.dtype), b.to(square_norm.dtype)
     cross = torch.cat([chunk @ a.T for chunk in _chunks(weight)])
     square = square_norm + 2 * scaling * (b * cross).sum(dim=1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
-    # Rounding may take a row that A and B cancel below zero; and one of zeros shall be scaled to zeros, not to 0/0.
+    # Rounding may take a row that A and B cancel below zero, and a row of zeros would give 0/0. We clamp, so that such
+    # rows scale to zeros.
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Groups of rows of `weight` in float32 (float64 stays)."""
+    """Yields groups of rows of `weight` in float32. float64 stays."""
     elements = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cpu"])
     rows = max(1, elements // weight.shape[1])
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -339,23 +394,23 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def use_factored(config: LoraConfig) -> LoraConfig:
-    """Makes PEFT build FactoredDoraLinear for linear layers and Conv1D, by its extension point for custom modules.
+    """Makes PEFT build `FactoredDoraLinear` for linear layers and `Conv1D`, by its extension point for custom modules.
 
-    The mapping lives in memory only: what PEFT saves, and what stock PEFT opens, is a plain DoRA adapter.
+    The mapping is only in memory. PEFT therefore saves a plain DoRA adapter, which stock PEFT can open.
     """
     config._register_custom_module({nn.Linear: FactoredDoraLinear, Conv1D: FactoredDoraLinear})
     return config
 
 
 def factored_layers(model: nn.Module) -> list[FactoredDoraLinear]:
-    """The layers of `model` that compute DoRA here and not in PEFT."""
+    """Returns the layers of `model` whose DoRA is computed here and not in PEFT."""
     return [module for module in model.modules() if isinstance(module, FactoredDoraLinear)]
 
 
 def start_at_the_base(model: nn.Module) -> None:
-    """Sets fresh magnitudes to the row norms in float32, so that gamma is 1 and the untrained model is the base.
+    """Sets new magnitudes to the row norms in float32, so that gamma is 1 and the untrained model equals the base.
 
-    PEFT takes them in the type of the weights: with a bf16 base every row would start up to 0.4 % off.
+    PEFT computes them in the type of the weights. With a bf16 base, every row would then start up to 0.4 % off.
     """
     for layer in factored_layers(model):
         for adapter in layer.lora_magnitude_vector:

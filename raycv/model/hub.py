@@ -1,4 +1,4 @@
-"""Fetches a base model from the Hugging Face hub once for all folds; retries, cache, offline (FR-011)."""
+"""Fetches a base model from the Hugging Face hub once for all folds: retries, cache, offline mode (FR-011)."""
 
 import difflib
 import errno
@@ -31,10 +31,17 @@ logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-# ------------------------------------------------------------------------------------------------------------ hub
-
-
 def fetch_from_hub(name: str, revision: str | None, base_seconds: float) -> BaseFiles:
+    """Returns the files of `name` from the cache or the hub (FR-011).
+
+    Args:
+        name: An id on the hub.
+        revision: A branch, tag or commit; None means the main branch.
+        base_seconds: The wait before the second attempt, in seconds.
+
+    Raises:
+        UserError: The hub refuses, `name` is not a complete model, or neither hub nor cache gives its files.
+    """
     from huggingface_hub import constants
 
     wanted = revision or constants.DEFAULT_REVISION
@@ -69,7 +76,7 @@ def fetch_from_hub(name: str, revision: str | None, base_seconds: float) -> Base
 
 
 def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[str]]:
-    """The commit behind `revision`, and the files at the root of that commit."""
+    """Returns the commit behind `revision`, and the names of the files at the root of that commit."""
     from huggingface_hub import HfApi
 
     info = call_with_retries(
@@ -85,9 +92,14 @@ def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[st
 
 
 def _cached(name: str, revision: str, present: Iterable[str] = ()) -> BaseFiles | None:
-    """What the cache holds of `revision` if that is complete, as far as is known: `present` is the hub's list of files.
+    """Returns the files of `revision` in the cache, or None if the cache is known to lack some of them.
 
-    No network, no lock.
+    It uses neither network nor lock.
+
+    Args:
+        name: An id on the hub.
+        revision: A branch, tag or commit.
+        present: The hub's list of files. The config and tokenizer files in it must be in the cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -111,11 +123,11 @@ def _download(name: str, commit: str, present: set[str], base_seconds: float) ->
     if CONFIG not in small:
         raise UserError(f"{name} on the hub is no model: it has no {CONFIG}.", remedies=["check model.name"])
     with _alone(name):
-        # Another process may have fetched it while this one waited.
+        # Another process may have downloaded the files while this one waited, so we look again.
         found = _cached(name, commit, present)
         if found is not None:
             return found
-        # Weights go last: where they are complete, so is the rest, which `_cached` relies on.
+        # The weights come last, so a snapshot with all weights has all other files. `_cached` relies on that.
         folder = _snapshot(name, commit, small | ({entry} & INDEXES), base_seconds)
         weights = set(weight_files(folder, entry))
         if not weights <= present:
@@ -140,18 +152,22 @@ def _snapshot(name: str, commit: str, files: Iterable[str], base_seconds: float)
 
 
 def _remember(snapshot: Path, revision: str, commit: str) -> None:
-    """Notes in the cache which commit `revision` was, as huggingface_hub does, so that it is found without the hub."""
+    """Writes the commit of `revision` into the cache, as huggingface_hub does, so that it is found without the hub."""
     reference = snapshot.parents[1] / "refs" / revision
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit, encoding="utf-8")
-    except OSError as error:  # a cache that was made elsewhere may be read-only
+    except OSError as error:
+        # A cache that was made elsewhere may be read-only, so we only log this.
         logger.info("cannot note %s in the cache: %s", revision, cause_of(error))
 
 
 @contextmanager
 def _alone(name: str) -> Iterator[None]:
-    """One process at a time among those that share the cache: the folds of a node do not all fetch 13 GB at once."""
+    """Lets one process at a time continue, among those that share the cache.
+
+    The folds of a node therefore do not all fetch 13 GB at once.
+    """
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
 
@@ -171,12 +187,12 @@ def _alone(name: str) -> Iterator[None]:
         lock.release()
 
 
-# What `_single_attempts` changes is one for the whole process.
+# `_single_attempts` changes settings of the whole process, so one thread at a time may do so.
 _CLIENT = threading.Lock()
 
 
 class _HubError(ConnectionError):
-    """A failed request to the hub, of a type that huggingface_hub neither repeats nor answers with half a snapshot."""
+    """A failed request to the hub. huggingface_hub neither repeats it nor returns an incomplete snapshot for it."""
 
     def __init__(self, message: str, response: Any = None) -> None:
         super().__init__(message)
@@ -185,11 +201,12 @@ class _HubError(ConnectionError):
 
 @contextmanager
 def _single_attempts() -> Iterator[None]:
-    """Within it a request of huggingface_hub fails at once, so that `call_with_retries` alone decides (FR-011).
+    """Makes a request of huggingface_hub fail at once, so that only `call_with_retries` retries it (FR-011).
 
-    By itself huggingface_hub 0.36 sends a failing HEAD or GET 6 times, takes up a stalled stream 5 times, waits for
-    ever for a file list, and returns an incomplete snapshot when that list fails; the Xet transport was seen to go on
-    for 219 s against a refused connection. Three attempts on top would be 18 requests, or eleven minutes.
+    On its own, huggingface_hub 0.36 sends a failing HEAD or GET 6 times and resumes a stalled stream 5 times.
+    It waits forever for a list of files, and returns an incomplete snapshot if that list fails.
+    We saw its Xet transport try for 219 s to reach a port that refused the connection.
+    Three attempts on top would be 18 requests, or eleven minutes.
     """
     from huggingface_hub import configure_http_backend, constants
     from huggingface_hub.utils import _http
@@ -238,7 +255,7 @@ def _request_once(request: Callable[..., Any], method: str, url: str, **options:
 
 
 def _root(error: BaseException) -> str:
-    """The innermost cause, which says it best: `Connection refused` rather than four wrappers around it."""
+    """Returns the innermost cause, which is the clearest: `Connection refused` instead of four wrappers around it."""
     link = error
     while link.__cause__ or link.__context__:
         link = link.__cause__ or link.__context__ or link
@@ -246,13 +263,13 @@ def _root(error: BaseException) -> str:
 
 
 def _can_pass(error: Exception) -> bool:
-    # huggingface_hub's OSError for a file that ended early without an error on the line
+    # huggingface_hub raises an `OSError` with this text if a file ends early without a network error.
     return is_passing(error) or "Consistency check failed" in str(error)
 
 
 @contextmanager
 def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a UserError; what it does not know leaves unchanged."""
+    """Turns errors of huggingface_hub into `UserError`. Errors of unknown types stay unchanged."""
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -264,12 +281,13 @@ def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
             remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
         ) from error
-    except OSError as error:  # requests' and huggingface_hub's errors are OSErrors as well
+    except OSError as error:
+        # Errors of requests and huggingface_hub are instances of `OSError` as well.
         raise _refusal(error, name, revision) or _disk_fault(error, name, revision) from error
 
 
 def _refusal(error: OSError, name: str, revision: str | None) -> UserError | None:
-    """The hub's own no, which no second attempt would change: 401, 403, 404."""
+    """Returns the error for a refusal by the hub that no second attempt would change: 401, 403, 404. Else None."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
@@ -295,7 +313,7 @@ def _refusal(error: OSError, name: str, revision: str | None) -> UserError | Non
 
 
 def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
-    """Whatever else kept the files from arriving: this machine's disk, or an answer that is not the hub's."""
+    """Returns the error for any other fault: of this machine's disk, or an answer that is not the hub's."""
     from huggingface_hub import constants
 
     cache = constants.HF_HUB_CACHE
@@ -304,7 +322,7 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
             f"The disk is full: {name} does not fit into {cache}.",
             remedies=["free some space", "set HF_HOME to a folder on a larger disk, on every node"],
         )
-    # The last two where HOME is missing, or no folder.
+    # The last two occur if HOME is missing or is not a folder.
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"{name} cannot be written to {cache}: {error.strerror}.",
@@ -320,7 +338,7 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
 
 
 def _near_folders(name: str) -> list[str]:
-    """A hint, if `name` may be meant as a folder that is spelt otherwise."""
+    """Returns a remedy for the case that `name` is a misspelt folder; empty if it cannot be one."""
     path = Path(name)
     if not path.parent.is_dir() or path.parent == Path():
         return []

@@ -1,7 +1,7 @@
 """Linear layers that multiply in 8 bits on a CPU: dynamic, symmetric, a scale per row of weights and per token.
 
-On torch's own `torch._int_mm`, the operator that torchao's int8 stands on too. docs/int8.md compares the libraries:
-on CPUs without AMX torchao sums the weights anew in every call, and torch.ao.quantization is about to be removed.
+They use torch's own `torch._int_mm`, which torchao's int8 uses as well. docs/concepts/int8.md compares the libraries.
+On CPUs without AMX, torchao sums the weights again in every call. `torch.ao.quantization` is about to be removed.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from torch import nn
 from raycv.errors import UserError
 
 LEVELS = 127
-"""Largest magnitude of a code. -128 is left out, so that scales are symmetric."""
+"""The largest magnitude of a code. -128 is unused, so that scales are symmetric."""
 BLOCK = 2**19
 """Numbers of a layer's input or output that are converted at a time."""
 
 
 class Int8Linear(nn.Module):
-    """y = W x + bias with W in int8 and x rounded to int8 token by token; sums are exact, in int32."""
+    """Computes `y = W x + bias` with W in int8 and x rounded to int8 token by token. Sums are exact, in int32."""
 
     codes: torch.Tensor
     """int8 [out, in]"""
@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
     bias: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
-        """`linear` may be of any float type; a copy in float32 exists while it is rounded."""
+        """Rounds the weights of `linear`, which may be of any float type. A float32 copy exists meanwhile."""
         super().__init__()
         weight = linear.weight.detach().float()
         scale = _scale(weight)
@@ -38,7 +38,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`: [..., in]; returns [..., out] in the type of `x`."""
+        """Computes the layer.
+
+        Args:
+            x: Activations [..., in].
+
+        Returns:
+            [..., out] in the type of `x`.
+        """
         rows = x.reshape(-1, x.shape[-1])
         codes = rows.new_empty(rows.shape, dtype=torch.int8)
         scale = rows.new_empty(len(rows), 1, dtype=torch.float32)
@@ -54,19 +61,27 @@ class Int8Linear(nn.Module):
 
 
 def _blocks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """`rows` and `others`, all [n, ...], a few rows at a time: what is computed of a block stays in the cache."""
+    """Yields `rows` and `others`, all [n, ...], a few rows at a time, so that a block stays in the CPU's cache."""
     size = max(1, BLOCK // rows.shape[1])
     return zip(*(each.split(size) for each in (rows, *others)), strict=True)
 
 
 def _scale(rows: torch.Tensor) -> torch.Tensor:
-    """float32 [n, 1]: what a code of 1 stands for in each row of `rows` [n, m]."""
-    # A row of zeros has codes of zero, whatever its scale.
+    """Returns the value of a code of 1 in each row of `rows` [n, m], as float32 [n, 1]."""
+    # A row of zeros has codes of zero at any scale, so its scale only needs to be above 0.
     return rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
 
 
 def check_int8(device: torch.device, folds: int) -> None:
-    """Raises: UserError if `folds` checkpoints cannot be computed in int8 on `device`, or only slowly."""
+    """Checks that int8 is possible and fast.
+
+    Args:
+        device: The device that computes.
+        folds: The number of checkpoints.
+
+    Raises:
+        UserError: `device` is not a CPU, the CPU lacks 8-bit products, or there are several checkpoints.
+    """
     asked = "infer.precision=int8"
     if device.type != "cpu":
         raise UserError(
@@ -86,15 +101,23 @@ def check_int8(device: torch.device, folds: int) -> None:
 
 
 def has_fast_int8() -> bool:
-    """Whether this CPU multiplies int8 in hardware."""
+    """Returns whether this CPU multiplies int8 in hardware."""
     return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def to_int8(model: Any) -> Any:
-    """The classifier under `model` (a PeftModel with one adapter) with that merged and its linear layers in int8.
+    """Merges the adapter of `model` and converts the linear layers to int8. The head stays unchanged.
 
-    Merging is PEFT's, in float32 and layer by layer: no second copy of the model exists. The head stays as it is.
-    `model` is used up. Raises: UserError if it has no linear layer outside the head.
+    PEFT merges in float32 and layer by layer, so a second copy of the model never exists.
+
+    Args:
+        model: A `PeftModel` with one adapter. It cannot be used afterwards.
+
+    Returns:
+        The classifier inside `model`, in evaluation mode.
+
+    Raises:
+        UserError: The classifier has no linear layer outside its head.
     """
     base = model.get_base_model()
     for name in _names(base, BaseTunerLayer):
@@ -103,7 +126,7 @@ def to_int8(model: Any) -> Any:
         layer.merge(safe_merge=True)
         base.set_submodule(name, layer.get_base_layer())
         quantise(base, name)
-    classifier = model.unload()  # the trained head comes out of PEFT's wrapper
+    classifier = model.unload()  # This takes the trained head out of PEFT's wrapper.
     for name in _names(classifier, nn.Linear):
         quantise(classifier, name)
     if not any(isinstance(module, Int8Linear) for module in classifier.modules()):
@@ -115,12 +138,12 @@ def to_int8(model: Any) -> Any:
 
 
 def _names(classifier: nn.Module, kind: type) -> list[str]:
-    """The names of the modules of `kind`: a list of the modules would keep all that are replaced in memory."""
+    """Returns the names of the modules of `kind`. A list of the modules would keep replaced ones in memory."""
     return [name for name, module in classifier.named_modules() if isinstance(module, kind)]
 
 
 def quantise(classifier: nn.Module, name: str) -> None:
-    """Puts an Int8Linear in the place of the plain linear layer `name`; the head's are Float32Heads."""
+    """Replaces the plain linear layer `name` by an `Int8Linear`. Layers of the head are `Float32Head`, and stay."""
     linear = classifier.get_submodule(name)
     if type(linear) is nn.Linear:
         classifier.set_submodule(name, Int8Linear(linear))

@@ -1,4 +1,4 @@
-"""The base model's files -> tokenizer, config, classifier with a fresh head. Nothing of the model's own code is run."""
+"""Loads tokenizer, config and a classifier with a new head from a base model's files. Never runs the model's code."""
 
 import json
 import logging
@@ -24,16 +24,20 @@ POSITIONS_AFTER_PAD = (
     "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer",
     "mpnet", "ibert", "esm",
 )  # fmt: skip
-"""Model types whose first position is the pad id + 1: 514 positions hold 512 tokens."""
+"""Model types whose first position is the pad id + 1. Their 514 positions hold 512 tokens."""
 
 
 COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
-"""Buffers that old files hold though the model computes them."""
+"""Endings of buffers that old files hold, although the model computes them."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_config(files: BaseFiles) -> Any:
-    """The model's transformers config. Raises: UserError if it is damaged or asks for code of its own."""
+    """Loads the model's transformers config.
+
+    Raises:
+        UserError: The config is damaged, asks for code of its own, or names weights that are not in `files`.
+    """
     from transformers import AutoConfig
 
     with _loading("config", files) as folder:
@@ -46,7 +50,7 @@ def load_config(files: BaseFiles) -> Any:
 
 
 def positions_of(config: Any) -> int | None:
-    """The most tokens that the model takes at once; None if it sets no limit."""
+    """Returns the most tokens that the model takes at once, or None if it sets no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
         positions -= (config.pad_token_id or 0) + 1
@@ -54,7 +58,11 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_max_length(config: Any, max_length: int) -> None:
-    """Raises: UserError if the model has fewer positions than `max_length` tokens (FR-002)."""
+    """Checks that the model has as many positions as prompts may have tokens (FR-002).
+
+    Raises:
+        UserError: The model has fewer positions than `max_length`.
+    """
     positions = positions_of(config)
     if positions is not None and max_length > positions:
         raise UserError(
@@ -64,10 +72,13 @@ def check_max_length(config: Any, max_length: int) -> None:
 
 
 def load_tokenizer(files: BaseFiles) -> Any:
-    """The model's tokenizer, padding and cutting on the right, with a pad token that the model has an embedding for.
+    """Loads the model's tokenizer, which pads and truncates on the right, with a pad token that has an embedding.
 
-    Fast if it is or can be made so, else slow (sentencepiece). Never adds a token: the embedding would not match.
-    Raises: UserError if the folder has no tokenizer that can be read, or none that can pad.
+    The tokenizer is fast if it is or can be converted, else slow (sentencepiece).
+    Tokens are never added, since the embedding would not match.
+
+    Raises:
+        UserError: No tokenizer can be read, or it cannot pad, or its config names a file that is not in `files`.
     """
     from transformers import AutoTokenizer
 
@@ -99,23 +110,27 @@ def load_tokenizer(files: BaseFiles) -> Any:
 
 
 def _check_vocabularies(files: BaseFiles) -> None:
-    """Raises: UserError if the tokenizer's config names a vocabulary on this machine that is none of `files`."""
+    """Checks that the tokenizer's config names no vocabulary on this machine outside of `files`.
+
+    Raises:
+        UserError: It names one.
+    """
     if TOKENIZER_CONFIG not in files.files:
         return
     try:
         named = json.loads((files.path / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # transformers says what is wrong with it
+    except (OSError, ValueError):  # transformers reports what is wrong with it.
         return
     own = {os.path.realpath(files.path / file) for file in files.files}
     for key, value in named.items() if isinstance(named, dict) else ():
-        # transformers looks for these two elsewhere, whatever stands here.
+        # transformers ignores the values of these two keys, so we allow them.
         names_a_file = key.endswith("_file") and key not in ("special_tokens_map_file", "tokenizer_config_file")
         if names_a_file and isinstance(value, str) and os.path.isfile(value) and os.path.realpath(value) not in own:
             raise _outside(files, TOKENIZER_CONFIG, key, value)
 
 
 def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
-    """The error of a `key` in `file` that would let transformers read what raycv has not looked at."""
+    """Returns the error for a `key` in `file` that would let transformers read a file which raycv has not checked."""
     return UserError(
         f"{files.path / file}: {key}={shown(value, 200)} names a file that is not one of the base model's own.",
         remedies=[f"remove {key} from {file}, and put the file into {files.path} under its usual name"],
@@ -124,7 +139,7 @@ def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
 
 def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
     def is_usable(token_id: int | None) -> bool:
-        # Some Llama derivatives ship a [PAD] beyond the rows of their embedding.
+        # Some Llama derivatives ship a [PAD] beyond the rows of their embedding, so we check its id.
         return token_id is not None and token_id < vocab_size
 
     if is_usable(tokenizer.pad_token_id):
@@ -145,9 +160,12 @@ def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
 
 
 def set_pad_token(tokenizer: Any, config: Any) -> None:
-    """Gives `config` the tokenizer's pad id: the head pools at the last token that is not *the config's* pad token.
+    """Gives `config` the tokenizer's pad id.
 
-    Raises: UserError if the tokenizer has none, or one without an embedding.
+    The head pools at the last token that is not *the config's* pad token.
+
+    Raises:
+        UserError: The tokenizer has no pad token, or one without an embedding.
     """
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= config.vocab_size:
@@ -168,19 +186,24 @@ def load_classifier(
     plain_attention: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Any:
-    """The base as `AutoModelForSequenceClassification` with two labels and a fresh head (FR-001), in eval mode.
+    """Loads the base as `AutoModelForSequenceClassification` with two labels and a new head (FR-001).
 
     Args:
-        files: the base model's.
-        tokenizer: the base model's.
-        dtype: the type of the weights.
-        seed: what the head is drawn from. It does not depend on format, dtype, device or the global random state,
-            which is left as it was (FR-009).
-        device: where the weights lie.
-        plain_attention: computes attention by transformers' plain code, as training did, and not by PyTorch's kernel.
-        tell: gets what a user should know: why the attention is not PyTorch's kernel.
+        files: The files of the base model.
+        tokenizer: The tokenizer of the base model.
+        dtype: The type of the weights.
+        seed: The seed of the new head. The head does not depend on format, dtype, device or the global random state,
+            which stays as it was (FR-009).
+        device: The device that gets the weights.
+        plain_attention: Computes attention by transformers' plain code, as training did, and not by PyTorch's kernel.
+        tell: Receives texts for the user: why the attention is not PyTorch's kernel, or was not compared with the plain
+            code.
 
-    Raises: UserError if the weights are damaged, unsafe, or not those of the config's architecture.
+    Returns:
+        The classifier in evaluation mode.
+
+    Raises:
+        UserError: The weights are damaged, unsafe, or do not fit the config's architecture.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -195,7 +218,8 @@ def load_classifier(
     set_pad_token(tokenizer, config)
     chosen, why = choose_attention(config)
     config._attn_implementation = PLAIN if plain_attention else chosen
-    # Parts that the checkpoint lacks are drawn from the global generator. torch.manual_seed would also seed the GPUs'.
+    # transformers draws parts that the checkpoint lacks from the global generator, so we seed it. `torch.manual_seed`
+    # would also seed the generators of the GPUs.
     with torch.random.fork_rng(devices=[]), _loading("weights", files) as folder:
         torch.default_generator.manual_seed(seed)
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -223,7 +247,14 @@ def load_classifier(
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:
-    """The keys that the checkpoint lacks, all of them the head's: transformers only warns, and trains random values."""
+    """Returns the keys that the checkpoint lacks, after checking that they all belong to the head.
+
+    transformers only warns of missing keys, and would train random values.
+
+    Raises:
+        UserError: A key of the backbone is missing or has another shape, or the checkpoint has layers that the model
+            lacks.
+    """
     from raycv.model.adapters import head_modules
 
     head = tuple(f"{name}." for name in head_modules(model))
@@ -247,14 +278,14 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
 
 
 def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Those of the `unexpected` keys that are of the backbone's layers: with them left out it is another model.
+    """Returns the `unexpected` keys that belong to layers of the backbone. Without these it is another model.
 
-    Heads of other tasks are to be left out, and so are old buffers (inv_freq), which are computed.
+    The heads of other tasks may be left out, and so may old buffers (`inv_freq`), which are computed.
     """
     prefix = f"{model.base_model_prefix}."
 
     def is_of_a_layer(key: str) -> bool:
-        # A bare backbone's keys are without the prefix.
+        # The keys of a bare backbone lack the prefix, so we add it.
         named = key if key.startswith(prefix) else prefix + key
         return re.sub(r"\.\d+\.", ".#.", named) in kinds or (
             key.startswith(prefix) and re.search(r"\.\d+\.", key) is not None and not key.endswith(COMPUTED)
@@ -265,7 +296,10 @@ def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 
 def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
-    """Draws what the checkpoint lacks, and the last layer always, as transformers does: normal, biases zero."""
+    """Draws the linear layers that the checkpoint lacks, and always the last layer.
+
+    Weights are normal and biases are zero, as in transformers.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -283,10 +317,11 @@ def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
 
 @contextmanager
 def _loading(part: str, files: BaseFiles) -> Iterator[str]:
-    """Gives a folder of links to `files` and nothing else, for transformers reads whatever it finds beside them.
+    """Yields a folder of links to `files` and nothing else, since transformers reads any file beside them.
 
-    Such as an adapter, which would replace the model, or weights in another format, which would replace those that were
-    looked at. What transformers raises for unusable files becomes a UserError; its own warnings are kept quiet.
+    Such a file may be an adapter, which would replace the model.
+    It may also be weights in another format, which would replace those that raycv checked.
+    The errors of transformers for unusable files become `UserError`. Its own warnings are silenced.
     """
     import pickle
 
@@ -324,7 +359,7 @@ def _loading(part: str, files: BaseFiles) -> Iterator[str]:
 
 
 def _rename(loaded: Any, folder: str, files: BaseFiles) -> None:
-    """Names the base model's own folder where `loaded` names the `folder` of links: a tokenizer copies files later."""
+    """Replaces the `folder` of links in `loaded` by the base model's own. A tokenizer copies files later."""
     for values in (vars(loaded), getattr(loaded, "init_kwargs", {})):
         for key, value in values.items():
             if isinstance(value, str) and folder in value:

@@ -21,15 +21,20 @@ QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 
 
 def find_run(runs: Path, run: str) -> RunFolder | None:
-    """The folder of the run named `run`, or for `latest` of the newest whose folds are all finished, else the newest.
+    """Returns the folder of the run named `run`, or None if no run has that name.
 
-    None if there is none of that name.
+    `latest` means the newest run whose folds are all finished. If there is no such run, it means the newest of all.
 
-    Raises: UserError if `latest` is asked for and there is no run at all, or if a folder may not be looked into.
+    Args:
+        runs: The folder that holds the runs.
+        run: A name, the path of a run's folder, or `latest`.
+
+    Raises:
+        UserError: `latest` is asked for and there is no run, or a folder cannot be read.
     """
     with looking_for(run):
         if run != LATEST:
-            # A name, or the path of the folder, as the shell completes it.
+            # The shell completes the path of a run's folder, so we accept it like a name.
             named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
             return next((RunFolder(folder.absolute()) for folder in named), None)
         made = runs_in(runs)
@@ -41,7 +46,11 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
 
 @contextmanager
 def looking_for(run: str) -> Iterator[None]:
-    """Raises: UserError if a place cannot be looked at: `run` is too long for a name, or leads where one may not."""
+    """Explains why the search for `run` failed.
+
+    Raises:
+        UserError: `run` is too long for a name, or leads to a folder that may not be read.
+    """
     try:
         yield
     except OSError as error:
@@ -54,13 +63,13 @@ def looking_for(run: str) -> Iterator[None]:
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
-    """All runs in the folder `runs`, the newest last."""
+    """Returns all runs in the folder `runs`, the newest last."""
     made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
     return [RunFolder(path.parent) for path in made]
 
 
 def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
-    """What to do when there is no run named `meant` in the folder `runs`, which `folder_key` sets."""
+    """Returns remedies if the folder `runs`, which `folder_key` sets, has no run named `meant`."""
     names = [folder.root.name for folder in reversed(runs_in(runs))]
     rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
@@ -73,16 +82,20 @@ def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
 
 
 def make_newest(folder: RunFolder) -> None:
-    """Sees to it that `latest` means the run in `folder`, also when the clock was set back since another was made."""
+    """Makes `latest` mean the run in `folder`, even if the clock was set back since another run was made."""
     others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
     newest = max((path.stat().st_mtime for path in others), default=0.0)
     if folder.config.stat().st_mtime <= newest:
-        # File systems count whole seconds at worst, or two.
+        # Some file systems count only whole seconds, or every second one, so we add two.
         os.utime(folder.config, (newest + 2, newest + 2))
 
 
 def folds_of(config_file: Path) -> int:
-    """How many folds the run was asked for. Raises: UserError if its config does not say."""
+    """Returns the number of folds that the run was asked for.
+
+    Raises:
+        UserError: Its config cannot be read, or does not hold the number.
+    """
     try:
         return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
     except OSError as error:
@@ -100,21 +113,26 @@ def is_control(folder: RunFolder) -> bool:
 
 
 def finished_at(folder: RunFolder) -> str | None:
-    """When the run in `folder` was complete; None if it is not, or if its report does not say."""
+    """Returns when the run in `folder` was complete, or None if it is not or its report has no time."""
     try:
         return recorded_moment(read_record(folder.report).get("finished"))
     except (UserError, OSError):
-        # A report that is missing or damaged keeps no checkpoint from answering.
+        # A checkpoint can answer without a report, so a missing or damaged one is not an error.
         return None
 
 
 def recorded_config(folder: RunFolder) -> RunConfig:
-    """The config of the run in `folder`. Raises: UserError if it is damaged, or of another version of raycv."""
+    """Returns the config of the run in `folder`.
+
+    Raises:
+        UserError: The config is damaged, cannot be read, or is from another version of raycv.
+    """
     remedies = [GOOD_COPY, AFRESH]
     try:
         values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
-            # Earlier versions had no such key and kept NaN and the like as text: the run must see the same data.
+            # Earlier versions had no such key and kept NaN and the like as text. The run must see the same data, so we
+            # set it.
             values["data"].setdefault("missing", "text")
         return validate(RunConfig, values, recorded=True)
     except OSError as error:

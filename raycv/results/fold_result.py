@@ -1,4 +1,4 @@
-"""FoldResult: a finished fold as it stands in `result.json`."""
+"""The result of a finished fold, which its file `result.json` holds."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from raycv.training.metrics import METRICS, collapse_reasons
 
 @dataclass(frozen=True)
 class FoldResult:
-    """A finished fold, as it stands in `result.json`. `fold` counts from 0, epochs from 1."""
+    """The result of a finished fold, as written to `result.json`. `fold` counts from 0, epochs from 1."""
 
     fold: int
     threshold: float
@@ -31,28 +31,34 @@ class FoldResult:
     history: list[dict[str, float]]
     """a dict per epoch: epoch, losses, the five metrics, threshold, learning_rate, micro_batch, seconds"""
     events: list[str]
-    """what a reader should know: out-of-memory events, early stopping"""
+    """events that a reader should know: out-of-memory, early stopping"""
     worker: dict[str, Any]
-    """where and how it trained: host, device, precision, parameters"""
+    """host, device, precision and parameters of the training"""
     sha256: dict[str, str] = field(default_factory=dict)
-    """of the fold's other files, by their path in its folder"""
+    """checksums of the fold's other files, by their path in its folder"""
     collapsed: list[str] | None = None
-    """why the classifier counts as collapsed, empty if it does not; None: an earlier version recorded no reasons"""
+    """the reasons why the classifier counts as collapsed, empty if it does not; None if an earlier version recorded no
+    reasons"""
     numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic that it was computed with (raycv.utils.NUMERICS)"""
+    """the number of the arithmetic that computed it (`raycv.common.numerics.NUMERICS`)"""
 
     def collapse(self) -> list[str]:
-        """Why the classifier counts as collapsed: as recorded, else as far as the metrics alone tell."""
+        """Returns why the classifier counts as collapsed: the recorded reasons, else those that the metrics show."""
         if self.collapsed is not None:
             return self.collapsed
         return collapse_reasons(self.metrics, self.val_matched, self.val_pairs)
 
     @classmethod
     def read(cls, path: Path) -> "FoldResult":
-        """Raises: UserError if the file is missing, damaged, or not a fold's result."""
+        """Reads a fold's result.
+
+        Raises:
+            UserError: The file is missing, damaged, or not a fold's result.
+        """
         from pydantic import TypeAdapter, ValidationError
 
-        # As JSON, of which alone pydantic makes a dataclass without making numbers of texts.
+        # Strict mode refuses a text in place of a number. In it, pydantic makes a dataclass only from JSON, so we pass
+        # JSON.
         values = json.dumps(read_json(path))
         try:
             result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
@@ -67,9 +73,10 @@ class FoldResult:
 
     @classmethod
     def of(cls, folder: RunFolder, fold: int) -> "FoldResult":
-        """The result of a finished fold, whose files are as it left them.
+        """Returns the result of a finished fold, after checking that its files are unchanged.
 
-        Raises: UserError if one of them is missing, damaged, or another fold's.
+        Raises:
+            UserError: One of the files is missing, damaged, or another fold's.
         """
         files = folder.fold(fold)
         result = cls.read(files.result)
@@ -79,7 +86,7 @@ class FoldResult:
             there = files.sums()
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
-        # Results of earlier versions say nothing of them.
+        # Results of earlier versions have no checksums, so we only check that two of the files exist.
         for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/raycv.json"):
             if name not in there:
                 raise UserError(f"{files.root / name} is missing.")

@@ -1,4 +1,4 @@
-"""Fold results -> the summary: `report.json`, the table at the end of a run. Pure: no Ray, no MLflow, no torch."""
+"""Summarises the results of folds for `report.json`: mean, deviation, best fold, warnings. No Ray, MLflow or torch."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,21 @@ def summarize(
     finish: str | None = None,
     finished: str | None = None,
 ) -> dict[str, Any]:
-    """The report of a run: each fold, mean and sample standard deviation (ddof=1) over the folds, the best fold.
+    """Returns the report of a run: each fold, mean and deviation over the folds, and the best fold.
 
-    `data_stats`, as in the run's data_stats.json, says whether it was a control and what was warned of; `finish` is
-    what to type where folds are missing; `finished` is when the run was complete, None if nobody recorded it.
-    Raises: RunFailedError if a fold is missing: nothing is ever averaged over fewer folds than asked for.
+    The deviation is the sample standard deviation (ddof=1).
+
+    Args:
+        run: The name of the run.
+        results: The results of all folds, in any order.
+        folds: The number of folds that the run was asked for.
+        data_stats: The content of the run's `data_stats.json`, with its warnings and the mark of a control.
+        finish: The command that finishes the run; None for the usual `resume=`.
+        finished: The time when the run was complete; None if nobody recorded it.
+
+    Raises:
+        RunFailedError: A fold is missing or there is one too many. raycv never averages over fewer folds than asked
+            for.
     """
     present = {result.fold for result in results}
     finish = finish or f"python -m raycv.run resume={run}"
@@ -77,12 +87,12 @@ def summarize(
 
 
 def best_fold(results: Sequence[FoldResult]) -> int:
-    """The fold with the highest F1; of equal ones the higher ROC-AUC, then the lower number."""
+    """Returns the fold with the highest F1. Among equal ones the higher ROC-AUC decides, then the lower number."""
     return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold
 
 
 def _mixed_attention(results: Sequence[FoldResult]) -> list[str]:
-    """Warns of folds that computed attention in different ways: such folds are not of one model."""
+    """Returns a warning if the folds computed attention in different ways. They are then not of one model."""
     folds_of: dict[str, list[str]] = {}
     for result in results:
         folds_of.setdefault(result.worker.get("attention", "not recorded by an earlier version"), []).append(

@@ -1,4 +1,4 @@
-"""Rows of tokens to logits, plain or packed; checks that packing changes no logit."""
+"""Computes the logits of rows of tokens, padded or packed, and checks that packing changes no logit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +26,12 @@ from raycv.training.packing import (
 from raycv.training.workers import Workers
 
 Layout = Literal["padded", "packed", "shared"]
-"""padded: a line for each row, as long as the longest of the batch; packed: rows one after another in lines; shared:
-packed, and a post computed once for all its criteria that are in the batch."""
+"""How the rows of a batch are laid out.
+
+- `padded`: a line for each row, as long as the longest of the batch.
+- `packed`: rows one after another in lines.
+- `shared`: packed, and a post is computed once for all its criteria in the batch.
+"""
 
 
 class Batch(NamedTuple):
@@ -36,16 +40,21 @@ class Batch(NamedTuple):
     rows: np.ndarray
     """int [n], in the order of their logits"""
     lines: Lines | None = None
-    """the same rows by line and group; None: padded"""
+    """the same rows by line and group; None if padded"""
 
     @classmethod
     def packed(cls, lines: Lines) -> "Batch":
-        """The batch of `lines`."""
+        """Returns the batch of `lines`."""
         return cls(np.concatenate([group.rows for line in lines for group in line]), lines)
 
 
 def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
-    """Logits [n, 2] of `rows` [n] from the rows and logits of batches, which hold the same rows in another order."""
+    """Returns the logits [n, 2] of `rows` [n] in their order.
+
+    Args:
+        rows: The rows in the wanted order.
+        done: Rows and logits of each batch. All batches together hold the same rows in another order.
+    """
     place = np.empty(len(rows), dtype=np.int64)
     place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")
     joined = torch.cat([logits for _, logits in done])
@@ -53,7 +62,7 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
 
 
 class RowScorer:
-    """Computes logits of encoded rows with one model, on its device."""
+    """Computes the logits of encoded rows with one model, on its device."""
 
     def __init__(
         self,
@@ -72,13 +81,19 @@ class RowScorer:
         self._longest_of_group = longest[self.group_of_row]
 
     def sorted(self, rows: np.ndarray, layout: Layout) -> np.ndarray:
-        """`rows` longest first, so that batches hold little padding; to be shared, those of a post side by side."""
+        """Returns `rows` with the longest first, so that batches hold little padding.
+
+        In the layout `shared`, the rows of a post are side by side.
+        """
         if layout != "shared":
             return rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
         return rows[np.lexsort((rows, self.group_of_row[rows], -self._longest_of_group[rows]))]
 
     def part(self, rows: np.ndarray, workers: Workers, layout: Layout) -> np.ndarray:
-        """Positions in sorted `rows` [n] that are this worker's: rows, or to be shared whole posts, dealt in turn."""
+        """Returns the positions in the sorted `rows` [n] that this worker computes.
+
+        The workers take turns: for each row, or in the layout `shared` for each post.
+        """
         if layout != "shared":
             return np.arange(workers.rank, len(rows), workers.size)
         groups = self.group_of_row[rows]
@@ -86,12 +101,13 @@ class RowScorer:
         return np.flatnonzero(place % workers.size == workers.rank)
 
     def batches(self, rows: np.ndarray, size: int, layout: Layout) -> Iterator[Batch]:
-        """Sorted `rows` in batches: padded, of `size` rows, else of at most as many positions as the longest so many.
+        """Yields the sorted `rows` in batches.
 
-        Several short rows fill a line, and a post with all its criteria is little more than one row, so a count of rows
-        would leave memory unused, and split posts (which computes them twice).
+        A padded batch has `size` rows. Any other has at most the positions of `size` rows of the greatest length.
+        A line holds several short rows, and a post with all its criteria is little longer than one row.
+        A count of rows would therefore leave memory unused. It would also split posts, which computes them twice.
         """
-        if not len(rows):  # a worker without a part of a small step
+        if not len(rows):  # A worker may have no part of a small step.
             return
         lengths = self.encoded.lengths
         if layout == "padded":
@@ -107,7 +123,7 @@ class RowScorer:
 
     @cached_property
     def _prefix_of_group(self) -> np.ndarray:
-        """int64 [G]: tokens that all rows of a group share."""
+        """int64 [G]: the number of tokens that all rows of a group share."""
         order = np.argsort(self.group_of_row, kind="stable")
         prefixes = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
         for rows in np.split(order, np.flatnonzero(np.diff(self.group_of_row[order])) + 1):
@@ -115,7 +131,7 @@ class RowScorer:
         return prefixes
 
     def _tokens(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The tokens of each of `rows`, without padding."""
+        """Returns the tokens of each of `rows`, without padding."""
         return [self.encoded.input_ids[row, : self.encoded.lengths[row]] for row in rows]
 
     @property
@@ -125,29 +141,33 @@ class RowScorer:
 
     @property
     def earlier_attention(self) -> str:
-        """The attention that versions which recorded none computed: the kernel's wherever the family has it."""
+        """The attention of versions that recorded none: the kernel, if the family has it."""
         return KERNEL if self._classifier()._supports_sdpa else PLAIN
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """float32 logits [n, 2] of the rows of `batch`, in their order."""
+        """Returns the float32 (or float64) logits [n, 2] of the rows of `batch`, in their order."""
         with self.autocast():
             logits = self._plain(batch.rows) if batch.lines is None else self._packed(batch.lines)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.no_grad()
     def check_packing(self, longest_row: int | None = None) -> str | None:
-        """None if packing is right for this model, else why not: seen from the logits of a post, not believed.
-
-        `longest_row`: tokens of the longest row there will be, if it is not among these.
+        """Compares logits of a post to see whether packing is right for this model.
 
         A model that is not causal (BERT) reads the prompt's end when it computes its beginning.
+
+        Args:
+            longest_row: Tokens of the longest row that will be computed; None if it is among the encoded rows.
+
+        Returns:
+            None if packing is right, else the reason why not.
         """
         classifier = self._classifier()
         name = type(classifier).__name__
         if not can_pack(classifier):
             return f"{name} has no causal backbone that takes a mask of its own"
         if attention_of(classifier) != KERNEL:
-            # Other implementations would add a boolean mask to the scores, or ignore it.
+            # Other implementations would add a boolean mask to the scores, or ignore it, so we refuse them.
             return f"the {attention_of(classifier)} attention of {name} takes no mask of its own"
         longest_row = longest_row or int(self.encoded.lengths.max())
         window = attention_window(classifier.config)
@@ -158,11 +178,11 @@ class RowScorer:
             return (
                 f"beyond {steady} tokens {name} embeds positions by the longest prompt, and prompts have {longest_row}"
             )
-        # The longest post with two criteria shows most, and a few rows of it hardly take memory.
+        # The longest post with two criteria shows the most, and two of its rows take little memory.
         several = np.bincount(self.group_of_row)[self.group_of_row] > 1
         longest = np.where(several | ~several.any(), self.encoded.lengths, -1).argmax()
         rows = np.flatnonzero(self.group_of_row == self.group_of_row[longest])[[0, -1]]
-        # Two that share a prefix, and one after them that shares nothing.
+        # The line has two rows that share a prefix, and after them one that shares nothing.
         lines = [[Group(each, int(self.encoded.lengths[each].sum())) for each in (rows, rows[:1])]]
         training = self.model.training
         self.model.eval()
@@ -172,7 +192,7 @@ class RowScorer:
         except (RuntimeError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
-            # As Jamba's and MiniMax's other layers than attention.
+            # Jamba and MiniMax fail here, since they have layers other than attention.
             return f"{name} does not take a mask of its own: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
             self.model.train(training)
@@ -184,7 +204,7 @@ class RowScorer:
         return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"
 
     def _plain(self, rows: np.ndarray) -> torch.Tensor:
-        # Columns that are padding for every row are never computed: with padding on the right they change nothing.
+        # With padding on the right, columns that are padding for every row change nothing, so we leave them out.
         width = int(self.encoded.lengths[rows].max())
         input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(self.device)
         lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(self.device)
@@ -196,5 +216,5 @@ class RowScorer:
         return packed_logits(self._classifier(), pack(tokens, self.encoded.pad_id, self.device))
 
     def _classifier(self) -> Any:
-        """The Hugging Face model under PEFT's wrapper; the adapters sit in its layers."""
+        """Returns the Hugging Face model inside PEFT's wrapper. The adapters are in its layers."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -1,4 +1,4 @@
-"""The training loop of one fold. Knows neither Ray nor MLflow."""
+"""The training loop of one fold. It knows neither Ray nor MLflow."""
 
 import math
 import time
@@ -36,39 +36,42 @@ from raycv.training.workers import Workers
 from raycv.utils import random_state, set_random_state
 
 EVAL_STEP_PAIRS = 256
-"""Pairs between two looks at the loss in validation; batches within are of `eval_batch_size` rows."""
+"""Pairs in a step of validation, after which the loss is checked. `eval_batch_size` sets the batches within a step."""
 
 
 @dataclass
 class TrainResult:
-    """A finished fold: all epochs, and the scores of the best one."""
+    """The result of a finished fold: all epochs, and the scores of the best one."""
 
     epochs: list[EpochResult]
     best: EpochResult
     val_scores: np.ndarray
     """float64 [n_val]: probability of `matched` at the best epoch, in the order of the validation pairs"""
     events: list[str]
-    """what happened on the way that a reader of the results should know: out-of-memory, early stopping"""
+    """events that a reader of the results should know: out-of-memory, early stopping"""
 
 
 class Listener(Protocol):
-    """Who wants to know how training goes."""
+    """Receives the progress of training."""
 
     def on_step(self, epoch: int, step: int, steps: int, loss: float, micro_batch: int) -> None:
-        """After every optimizer step; `loss` is the mean over its pairs."""
+        """Called after every optimizer step. `loss` is the mean over the step's pairs."""
 
     def on_epoch(self, result: EpochResult, scores: np.ndarray, is_best: bool) -> None:
-        """After every epoch, the model still holding that epoch's weights; `scores`: float64 [n_val]."""
+        """Called after every epoch, while the model has that epoch's weights. `scores`: float64 [n_val]."""
 
     def on_state(self, state: TrainState) -> None:
-        """What training can go on from, after every epoch and every `checkpoint_minutes`; its tensors change later."""
+        """Called with a training state after every epoch and every `checkpoint_minutes`.
+
+        The state's tensors change later, so write or copy them at once.
+        """
 
     def on_event(self, text: str) -> None:
-        """Something worth telling."""
+        """Called with an event that the user should know."""
 
 
 class FoldTrainer:
-    """Trains and validates one fold. One pass function serves both."""
+    """Trains and validates one fold. Both use the same pass."""
 
     def __init__(
         self,
@@ -79,7 +82,16 @@ class FoldTrainer:
         listener: Listener,
         memory_share: float = 1.0,
     ) -> None:
-        """`memory_share`: the part of the device's memory that is this fold's, where folds share a device."""
+        """Prepares the model for training on its device.
+
+        Args:
+            model: The classifier.
+            encoded: The token arrays of all pairs.
+            config: The settings of training.
+            precision: The precision that training uses.
+            listener: Receives the progress.
+            memory_share: The part of the device's memory that belongs to this fold, if folds share a device.
+        """
         self.precision = precision
         self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
         self.model = model.to(self.accelerator.device)
@@ -102,11 +114,19 @@ class FoldTrainer:
         self.layout = self._layouts()
 
     def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray, state: TrainState | None = None) -> TrainResult:
-        """Trains on `train_pairs` until `val_pairs` show no better F1 for `patience` epochs (FR-005, FR-007).
+        """Trains until F1 on `val_pairs` has not improved for `patience` epochs, at most `epochs` (FR-005, FR-007).
 
-        Both are indices [n] of pairs. From `state`, which an equal training gave its listener, it goes on as if it had
-        never stopped. The model is left with the weights of the best epoch.
-        Raises: UserError on out-of-memory at 1 and on a loss that is not a number.
+        It leaves the model with the weights of the best epoch.
+
+        Args:
+            train_pairs: Indices [n] of the pairs to train on.
+            val_pairs: Indices [n] of the pairs to validate on.
+            state: A training state that an equal training gave its listener. Training resumes from it as if it had
+                never stopped.
+
+        Raises:
+            UserError: Memory runs out with a micro-batch of 1 or in the optimizer's step. A loss is NaN or infinity.
+                `state` has another precision or attention.
         """
         self._prepare(train_pairs)
         if state is None:
@@ -128,8 +148,12 @@ class FoldTrainer:
         return TrainResult(progress.epochs, progress.best.result, progress.best.scores, self.events)
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
-        """Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss."""
-        # Sorted over the whole fold: hardly any padding, and memory runs out at the start if it does.
+        """Validates `pairs`.
+
+        Returns:
+            Probabilities of `matched` (float64 [n]; the maximum over a pair's windows), and the mean loss.
+        """
+        # Sorting over the whole fold leaves hardly any padding. If memory runs out, it does so at the start.
         rows = self.scorer.sorted(self.encoded.rows_of(pairs), self.layout[False])
         order = self.encoded.pair_of_row[rows]
         order = order[np.sort(np.unique(order, return_index=True)[1])]
@@ -143,7 +167,7 @@ class FoldTrainer:
         return scores[pairs], loss / len(pairs)
 
     def _epoch(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
-        """The next epoch, or what is left of it."""
+        """Runs the next epoch, or the rest of it."""
         progress = self.progress
         epoch, started = len(progress.epochs) + 1, time.monotonic() - progress.seconds
         order = epoch_order(self.config, self.encoded, train_pairs, epoch)
@@ -174,9 +198,15 @@ class FoldTrainer:
         return result, scores
 
     def _pass(self, steps: list[np.ndarray], *, training: bool) -> Iterator[tuple[float, np.ndarray, torch.Tensor]]:
-        """One pass over `steps` (pairs of each). Yields each step's summed loss, its rows, and their logits on the CPU.
+        """Runs one pass over `steps` (the pairs of each).
 
-        Training updates the weights after each step; validation computes the same without gradients.
+        Training updates the weights after each step. Validation computes the same without gradients.
+
+        Yields:
+            Each step's summed loss, its rows, and their logits on the CPU.
+
+        Raises:
+            UserError: The loss of a step is NaN or infinity.
         """
         self.model.train(training)
         last = self.progress.step + len(steps)
@@ -195,7 +225,10 @@ class FoldTrainer:
             yield loss, rows, logits
 
     def _other_settings(self) -> list[str]:
-        """What may keep the loss a number. All of it makes another run: `resume=` would come to the same again."""
+        """Returns remedies that may keep the loss finite.
+
+        All of them make another run, since `resume=` would reach the same loss.
+        """
         new, config = "run.name=<new>", self.config
         remedies = [f"lower the learning rate, in a new run: {new} train.lr={config.lr / 4:g}"]
         if self.precision != "fp32":
@@ -203,15 +236,19 @@ class FoldTrainer:
         return [*remedies, f"warm up for longer, in a new run: {new} train.warmup_steps={2 * config.warmup_steps + 50}"]
 
     def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
-        """Forward (and backward) over all rows of one step, in micro-batches that fit the memory.
+        """Runs forward (and backward) over all rows of one step, in micro-batches that fit the memory.
 
-        The rows are packed, or sorted, so that a micro-batch holds little padding; the step's gradient is a sum over
-        its pairs and stays what it was. Returns the summed loss, the rows sorted, their logits.
+        The rows are packed or sorted, so that a micro-batch holds little padding. The step's gradient is a sum over its
+        pairs, so their order does not change it.
 
-        On out-of-memory the whole step is replayed from its start, random state included, so that no pair is lost or
-        counted twice. Each loss is divided by the step's true number of pairs: a short last step weighs as it should.
+        On out-of-memory the whole step is replayed from its start, with the same random state. No pair is lost or
+        counted twice. Each loss is divided by the step's true number of pairs, so a short last step has its right
+        weight.
 
-        Of several workers each computes its part of the rows, and all return the whole step's loss and logits.
+        Each of several workers computes its part of the rows. All return the whole step's loss and logits.
+
+        Returns:
+            The summed loss, the sorted rows, and their logits.
         """
         layout = self.layout[training]
         rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
@@ -243,27 +280,30 @@ class FoldTrainer:
         return float(total), rows, whole.cpu()
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-        """The sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
+        """Returns the sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
         pairs = self.encoded.pair_of_row[rows]
         labels = torch.from_numpy(self.encoded.labels[pairs]).to(logits.device)
         weights = torch.from_numpy((1 / self._rows_per_pair[pairs]).astype(np.float32)).to(logits.device)
         return (cross_entropy(logits, labels) * self.class_weights[labels] * weights).sum()
 
     def _layouts(self) -> dict[bool, Layout]:
-        """How batches are laid out in training (True) and in validation (False)."""
+        """Returns the layout of batches in training (True) and in validation (False)."""
         if not self.config.packing:
             return {True: "padded", False: "padded"}
         trouble = self.scorer.check_packing()
-        # All as one: workers that divide a step in two ways would leave rows out and compute others twice.
+        # Workers that divide a step in two ways would leave rows out and compute others twice, so all use one layout.
         if self.workers.any(trouble is not None, self.accelerator.device):
             trouble = trouble or "another worker of the fold found that it must be"
             self._tell(f"every prompt is computed on its own: {trouble}")
             return {True: "padded", False: "padded"}
-        # Nothing is shared in a shuffled step, though two of its pairs may be of one post: each draws its own dropout.
+        # In a shuffled step each pair draws its own dropout, so even two pairs of one post share nothing.
         return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
 
     def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """A micro-batch of as many positions as any that training may come to: the longest row in each line."""
+        """Returns a micro-batch with as many positions as any in training can have.
+
+        It has the longest row in each line.
+        """
         rows = self.encoded.rows_of(train_pairs)
         size, longest = min(self.config.batch_size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
         if self.layout[True] == "padded":
@@ -271,7 +311,7 @@ class FoldTrainer:
         return Batch.packed([[Group(longest, int(self.encoded.lengths[longest[0]]))]] * size)
 
     def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:
-        """Lets `auto` try the heaviest micro-batch of the fold; weights and random state stay as they are."""
+        """Lets `auto` try the fold's heaviest micro-batch. Weights and random state stay unchanged."""
         heaviest = self._heaviest(train_pairs)
         before = random_state(self.accelerator.device)
 
@@ -283,7 +323,7 @@ class FoldTrainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 set_random_state(before, self.accelerator.device)
 
-        # AdamW keeps two numbers for each trainable parameter, and the gradient is one.
+        # AdamW keeps two numbers for each trainable parameter, and the gradient is a third.
         later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
         said = self.checkpointing.choose(self.accelerator.device, backward, later)
         if said:
@@ -299,7 +339,7 @@ class FoldTrainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # Half of the weights may be updated: this step cannot be replayed.
+            # Half of the weights may be updated, so we cannot replay this step.
             raise UserError(f"Out of memory in the optimizer's step: {error}", remedies=REMEDIES) from error
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -328,11 +368,14 @@ class FoldTrainer:
         minutes = self.config.checkpoint_minutes
         if minutes is None:
             return False
-        # Asked of all, since all of them take part in saving.
+        # All workers take part in saving, so they decide together.
         return self.workers.any(time.monotonic() - self._saved >= 60 * minutes, self.accelerator.device)
 
     def _save(self) -> None:
-        """Gives the listener all that training needs to go on from here: the order of pairs follows from the epoch."""
+        """Gives the listener a training state of this moment.
+
+        It need not hold the order of pairs, which follows from the epoch.
+        """
         device = self.accelerator.device
         sizes = (self.micro_batch[True].size, self.micro_batch[False].size, self.checkpointing.on)
         own = random_state(device) | {"sizes": torch.tensor(sizes)}
@@ -345,7 +388,11 @@ class FoldTrainer:
         self._saved = time.monotonic()
 
     def _restore(self, state: TrainState) -> None:
-        """Undoes the difference between a training that begins and the one that made `state`."""
+        """Brings this training to the point of the one that made `state`.
+
+        Raises:
+            UserError: The fold was trained in another precision or with another attention.
+        """
         if state.facts["precision"] != self.precision:
             raise UserError(
                 f"The fold was trained in {state.facts['precision']}, and would go on in {self.precision} here.",
@@ -357,7 +404,7 @@ class FoldTrainer:
         self.schedule.load_state_dict(state.facts["schedule"])
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr
-        # Cloned: torch.set_rng_state crashes on a row of a larger tensor.
+        # `torch.set_rng_state` crashes on a row of a larger tensor, so we clone.
         own = {name: tensor[self.workers.rank].clone() for name, tensor in workers_tensors(state.tensors).items()}
         self.micro_batch[True].size, self.micro_batch[False].size, checkpointing = own.pop("sizes").tolist()
         self.checkpointing.restore(bool(checkpointing))
@@ -365,12 +412,16 @@ class FoldTrainer:
         self.events[:] = state.facts["events"]
         then, now = state.facts.get("device"), describe_device(self.accelerator.device)
         if then not in (None, now):
-            # Another order of sums: other threads, or the kernels of another GPU.
+            # Other threads, or the kernels of another GPU, add in another order, so we warn.
             self._tell(f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits")
 
     def _check_attention(self, state: TrainState) -> None:
-        """Raises: UserError if the fold was trained with another attention: its numbers would be of two functions."""
-        # Earlier versions recorded none, and used the kernel wherever the family has it.
+        """Checks that the fold was trained with this attention. Otherwise its numbers would come from two functions.
+
+        Raises:
+            UserError: It was trained with another attention.
+        """
+        # Earlier versions recorded no attention. They used the kernel if the family has it.
         then = state.facts.get("attention", self.scorer.earlier_attention)
         if then != self.scorer.attention:
             raise UserError(
@@ -387,9 +438,9 @@ class FoldTrainer:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of two-class `logits` [n, 2] against `labels` [n]; returns [n].
+    """Returns the cross-entropy [n] of two-class `logits` [n, 2] against `labels` [n].
 
-    Written as softplus of the margin, which is the same number, since NLLLoss has no deterministic CUDA kernel.
+    It is computed as softplus of the margin, which is the same number, since NLLLoss has no deterministic CUDA kernel.
     """
     margin = logits[:, 1] - logits[:, 0]
     return functional.softplus(torch.where(labels == 1, -margin, margin))

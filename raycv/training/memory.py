@@ -1,4 +1,4 @@
-"""What fits into a device's memory: the size of a micro-batch, and whether activations need be computed twice."""
+"""Fits training into a device's memory: the size of a micro-batch, and gradient checkpointing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,18 +12,18 @@ from raycv.common.devices import is_out_of_memory
 from raycv.errors import UserError
 
 MARGIN = 0.85
-"""Share of the memory that `auto` would fill without checkpointing: a later batch may take a little more."""
+"""The share of the memory that `auto` may fill without gradient checkpointing. A later batch may take a little more."""
 REMEDIES = (
     "turn gradient checkpointing on, with resume= too: train.gradient_checkpointing=on",
     "shorten the prompts, in a new run: run.name=<new> prompt.max_length=256",
     "use a device with more memory, or, in a new run, a smaller model: run.name=<new> model.name=<smaller>",
 )
 BACKWARD_FACTOR = 1.5
-"""On a CPU: what a backward pass needs beside the saved activations, as a factor of them."""
+"""The memory of a backward pass on a CPU, as a multiple of the saved activations, which it includes."""
 
 
 class MicroBatch:
-    """The working size of a micro-batch. Halves on out-of-memory, and never grows again (FR-007)."""
+    """The working size of a micro-batch. It halves on out-of-memory, and never grows again (FR-007)."""
 
     def __init__(
         self,
@@ -32,9 +32,13 @@ class MicroBatch:
         relieve: Callable[[], bool] = lambda: False,
         remedies: Sequence[str] = REMEDIES,
     ) -> None:
-        """`relieve` may free memory in another way, and says whether it did: it is asked before the size is halved.
+        """Starts at `size`.
 
-        `remedies`: what a user can do where one row does not fit.
+        Args:
+            size: The largest size, in rows.
+            tell: Receives each event.
+            relieve: Called before the size is halved. It may free memory in another way, and returns True if it did.
+            remedies: The remedies if one row does not fit.
         """
         self.size = size
         self._tell = tell
@@ -42,9 +46,14 @@ class MicroBatch:
         self._remedies = remedies
 
     def run(self, work: Callable[[int], torch.Tensor], reset: Callable[[], None]) -> torch.Tensor:
-        """`work(size)`, with half the size as often as memory demands; `reset` undoes what a broken attempt left.
+        """Returns `work(size)`, and halves the size as often as memory demands.
 
-        Raises: UserError if one row at a time does not fit.
+        Args:
+            work: Computes with a size.
+            reset: Undoes the effects of a failed attempt.
+
+        Raises:
+            UserError: One row at a time does not fit.
         """
         while True:
             try:
@@ -53,7 +62,8 @@ class MicroBatch:
                 if not is_out_of_memory(error):
                     raise
                 cause = str(error).splitlines()[0]
-            # Outside the except block, where the traceback no longer keeps the broken attempt's tensors alive.
+            # Within the except block, the traceback would keep the failed attempt's tensors alive, so we free memory
+            # here.
             reset()
             release_memory()
             if self._relieve():
@@ -65,15 +75,25 @@ class MicroBatch:
 
 
 class Checkpointing:
-    """Gradient checkpointing of `model`: on, off, or chosen by what a backward pass without it takes.
+    """Gradient checkpointing of `model`: on, off, or chosen by the memory of a backward pass without it.
 
-    Activations are computed again in the backward pass instead of being kept. The gradients are the same.
+    With it, the backward pass computes activations again instead of keeping them. The gradients are the same.
     """
 
     def __init__(
         self, model: Any, asked: Literal["auto", "on", "off"], share: float, tell: Callable[[str], None]
     ) -> None:
-        """`share`: the part of the device's memory that is this fold's."""
+        """Switches gradient checkpointing on, unless `off` is asked for or the model lacks it.
+
+        Args:
+            model: The classifier.
+            asked: The setting.
+            share: The part of the device's memory that belongs to this fold.
+            tell: Receives each event.
+
+        Raises:
+            UserError: `on` is asked for, and the model lacks gradient checkpointing.
+        """
         self._model = model
         self._asked = asked
         self._share = share
@@ -88,10 +108,15 @@ class Checkpointing:
         self._switch(asked != "off" and possible)
 
     def choose(self, device: torch.device, backward: Callable[[], None], later_bytes: int) -> str | None:
-        """For `auto`: off if `backward`, the heaviest of the training, fits without. Returns what was found, in words.
+        """For `auto`, switches gradient checkpointing off if the training's heaviest backward pass fits without it.
 
-        `backward` runs forward and backward over one micro-batch and leaves nothing behind; `later_bytes` is what the
-        optimizer will still allocate.
+        Args:
+            device: The device that computes.
+            backward: Runs forward and backward over the heaviest micro-batch, and leaves nothing behind.
+            later_bytes: The memory that the optimizer will still allocate, in bytes.
+
+        Returns:
+            The choice in words, or None if there was nothing to choose.
         """
         if self._asked != "auto" or not self.on:
             return None
@@ -113,12 +138,12 @@ class Checkpointing:
         return f"gradient checkpointing {'off' if fits else 'on'}: without it {said} of {limit / 1e9:.1f} GB"
 
     def restore(self, on: bool) -> None:
-        """For training that goes on: what `auto` chose stays, whatever it would choose now."""
+        """Keeps the earlier choice of `auto` in a resumed training, even if `auto` would choose otherwise now."""
         if self._asked == "auto":
             self._switch(on)
 
     def relieve(self) -> bool:
-        """For `auto`, when memory ran out all the same: turns it on; False if it is on already."""
+        """For `auto`, switches gradient checkpointing on after out-of-memory. Returns False if nothing changes."""
         if self._asked != "auto" or self.on or not getattr(self._model, "supports_gradient_checkpointing", False):
             return False
         self._switch(True)
@@ -135,7 +160,10 @@ class Checkpointing:
 
 @contextmanager
 def measured_peak(model: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields what tells, after the block, the bytes that it needed: a GPU's peak, or the activations kept on a CPU."""
+    """Yields a function that returns the bytes which the block needed. Call it after the block.
+
+    On a GPU these are the peak, on a CPU `BACKWARD_FACTOR` times the saved activations.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
@@ -154,9 +182,11 @@ def measured_peak(model: torch.nn.Module, device: torch.device) -> Iterator[Call
 
 
 def _memory(device: torch.device, share: float) -> int:
-    """Bytes that this process may take: its share of what is free of the machine, or of a GPU as far as that is free.
+    """Returns the bytes that this process may take.
 
-    On a GPU what the process has already counts in, since it is measured too; on a CPU only activations are.
+    On a CPU this is its share of the least that the machine and its control groups have left.
+    On a GPU this is its share of all memory, but at most what is free or reserved by the process.
+    The process's own memory counts there, since the peak includes it. On a CPU only activations are measured.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -170,14 +200,21 @@ CONTROL_GROUPS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By the controllers named in /proc/self/cgroup, which version 2 leaves out: the folder, the files of a group's limit
-and use, and what of that use (files in the cache) the kernel takes back before it kills."""
+"""The files of a control group, by the controllers in `/proc/self/cgroup` (version 2 names none).
+
+The values are the folder, the file of the limit, the file of the use, and a key of `memory.stat`.
+The key counts the part of the use (cached files) that the kernel takes back before it kills.
+"""
 
 
 def left_to_containers(own: Path, mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes left to each control group with a limit that a process is in: of Docker, Slurm, systemd.
+    """Yields the bytes left to each control group of a process that has a limit (Docker, Slurm, systemd).
 
-    `own`: its /proc/<pid>/cgroup. What /proc/meminfo says is the machine's, in a container too.
+    `/proc/meminfo` shows the machine's memory, also within a container.
+
+    Args:
+        own: The process's `/proc/<pid>/cgroup`.
+        mounted: The folder where control groups are mounted.
     """
     try:
         groups = [line.split(":", 2) for line in own.read_text().splitlines()]
@@ -188,7 +225,8 @@ def left_to_containers(own: Path, mounted: Path = Path("/sys/fs/cgroup")) -> Ite
             continue
         folder, limit, used, cached = CONTROL_GROUPS[controllers]
         root = mounted / folder
-        # Up to the root: the limits above count too, and in a container the path may be one of the host's.
+        # The limits of the groups above count too, so we go up to the root. In a container the path may be one of the
+        # host's.
         group = root / path.lstrip("/")
         for place in (group, *group.parents[: len(group.parts) - len(root.parts)]):
             try:
@@ -196,4 +234,4 @@ def left_to_containers(own: Path, mounted: Path = Path("/sys/fs/cgroup")) -> Ite
                 stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
                 yield max(0, most - taken + int(stat[cached]))
             except (OSError, ValueError, KeyError):
-                continue  # no limit, not there, or not to be read
+                continue  # The group has no limit, does not exist, or cannot be read.

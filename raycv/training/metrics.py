@@ -1,4 +1,4 @@
-"""Scores -> numbers: the decision threshold and the five metrics of the specification."""
+"""Turns scores into numbers: the decision threshold and the five metrics of the specification."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,38 +20,38 @@ TRAIN_LOSS = "train_loss"
 VAL_LOSS = "val_loss"
 
 NEARLY_ALL = 0.99
-"""Share of the pairs under one label that counts as one label for all, where the scores order nothing either."""
+"""The share of the pairs under one label that counts as one label for all, if the scores also order nothing."""
 CHANCE = 0.05
-"""Distance of the ROC-AUC from 0.5 within which the scores order nothing."""
+"""The distance of the ROC-AUC from 0.5 within which the scores order nothing."""
 LEAST_SPREAD = 0.005
-"""Standard deviation below which scores hardly vary: half a step of the threshold.
+"""The standard deviation below which scores hardly vary: half a step of the threshold.
 
-Scores that all lie within one step (0.01) cannot deviate more, so at most one threshold tells them apart. The range
-alone would let a single odd pair hide that all others get the same score.
+Scores that all lie within one step (0.01) cannot deviate more, so at most one threshold tells them apart.
+The range alone would let a single odd pair hide that all others get the same score.
 """
 RANKS_WELL = 0.9
 """ROC-AUC from which scores that hardly vary are no sign of a useless classifier: it ranks well in a narrow range."""
 CHANCE_ERRORS = 1.645
 """Standard errors above 0.5 up to which a ROC-AUC is within chance: one useless classifier in twenty lies above."""
 ROUNDING = 1e-9
-"""Two ways to compute the same F1 may differ in the last digits."""
+"""The difference that two computations of the same F1 may have in the last digits."""
 COLLAPSED = "the classifier has collapsed"
 
 
 def collapse_reasons(
     metrics: Mapping[str, float], matched: int, pairs: int, scores: "np.ndarray | None" = None
 ) -> list[str]:
-    """Why a classifier tells nothing about its validation pairs; empty if it tells something.
+    """Returns why a classifier tells nothing about its validation pairs; empty if it tells something.
 
     Args:
-        metrics: The five metrics on `pairs` pairs, of which `matched` are positive.
-        matched: How many pairs are truly matched.
-        pairs: How many pairs there are.
-        scores: Their probabilities; without them nobody can tell whether they vary.
+        metrics: The five metrics on the pairs.
+        matched: The number of pairs that are truly matched.
+        pairs: The number of pairs.
+        scores: The probabilities of the pairs. Without them we cannot know whether they vary.
 
     Returns:
-        A phrase with its numbers for each of the signs: one label for all, no gain over that label, scores that
-        rank no better than chance, equal scores.
+        A phrase with numbers for each sign: one label for all, no gain over that label, a rank no better than chance,
+        equal scores.
     """
     reasons = []
     missed = round(matched * (1 - metrics[RECALL]))
@@ -79,48 +79,55 @@ def collapse_reasons(
 
 
 def collapsed_because(reasons: Sequence[str]) -> str:
-    """That a classifier has collapsed, and why."""
+    """Returns the statement that a classifier has collapsed, with the reasons."""
     # Reports of earlier versions have no reasons.
     return f"{COLLAPSED}: {'; '.join(reasons)}" if reasons else COLLAPSED
 
 
 def highest_chance_auc(matched: int, pairs: int) -> float:
-    """The ROC-AUC below which scores that have nothing to do with the labels lie 19 times of 20.
+    """Returns the ROC-AUC that scores without any relation to the labels stay below 19 times of 20.
 
-    Scores without ties have the standard error of the Mann-Whitney statistic (Hanley and McNeil 1982); the threshold
-    that is tuned on the same pairs lifts F1 above its floor even then, so F1 alone does not show such scores.
+    Their standard error is that of the Mann-Whitney statistic (Hanley and McNeil 1982). The threshold is tuned on the
+    same pairs and lifts even their F1 above its floor, so F1 alone does not show them.
     """
     unmatched = pairs - matched
-    return 0.5 + CHANCE_ERRORS * math.sqrt((pairs + 1) / (12 * matched * unmatched))
+    return 0.5 + CHANCE_ERRORS * math.sqrt((pairs + 1) / (12 * max(matched * unmatched, 1)))
 
 
 def all_matched_f1(prevalence: float) -> float:
-    """The F1 of labelling every pair matched: precision is then the share of matched pairs, and recall is 1."""
+    """Returns the F1 of labelling every pair matched.
+
+    Its precision is the share of matched pairs, and its recall is 1.
+    """
     return 2 * prevalence / (1 + prevalence)
 
 
 def tune_threshold(labels: "np.ndarray", scores: "np.ndarray") -> float:
-    """The threshold t of 0.00, 0.01, ..., 1.00 that maximises the F1 of `scores >= t` (FR-005).
+    """Returns the threshold t of 0.00, 0.01, ..., 1.00 that maximises the F1 of `scores >= t` (FR-005).
 
-    Ties: of the thresholds with the highest F1, the one closest to 0.5, and of two equally close ones the lower.
-    `labels`: 0/1 [n]; `scores`: probabilities [n].
+    Among thresholds with the highest F1, it is the closest to 0.5. If two are equally close, it is the lower one.
+
+    Args:
+        labels: 0 or 1 [n].
+        scores: Probabilities [n].
     """
     import numpy as np
 
-    scores = np.asarray(scores, dtype=np.float64)  # in float32, NumPy would compare with one threshold in float32
+    # NumPy would compare float32 scores with a single threshold in float32, so we convert them.
+    scores = np.asarray(scores, dtype=np.float64)
     thresholds = np.arange(101) / 100
     matched = scores[None, :] >= thresholds[:, None]
     true_positives = (matched & (labels == 1)[None, :]).sum(axis=1)
-    # F1 = 2 TP / (predicted + actual positives); the denominator is never 0 since the fold has a positive.
+    # `F1 = 2 TP / (predicted + actual positives)`. The fold has a positive, so the denominator is never 0.
     f1 = 2 * true_positives / np.maximum(matched.sum(axis=1) + (labels == 1).sum(), 1)
     best = thresholds[f1 == f1.max()]
     return float(min(best, key=lambda t: (abs(round(t - 0.5, 2)), t)))
 
 
 def binary_metrics(labels: "np.ndarray", scores: "np.ndarray", threshold: float) -> dict[str, float]:
-    """Precision, recall, F1, accuracy at `score >= threshold`, and the ROC-AUC; the positive class is 1 (SC-001).
+    """Returns precision, recall, F1 and accuracy at `score >= threshold`, and the ROC-AUC (SC-001).
 
-    Precision is 0 where nothing is predicted matched.
+    The positive class is 1. Precision is 0 if no pair is predicted matched.
     """
     import numpy as np
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score

@@ -1,4 +1,4 @@
-"""Prompts one after another in lines, without padding; what those of a post share is computed once."""
+"""Packs prompts one after another in lines, without padding. A post's prompts compute their common beginning once."""
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 FILL = {"cpu": 0.9, "cuda": 0.0}
-"""A batch computes at most the rest as padding. On a GPU one more batch costs more than padding does: each takes the
-host as long to launch, however small it is (`benchmarks.gpu`)."""
+"""The least share of a batch's positions that hold tokens, by type of device. On a GPU one more batch costs more than
+padding. The host takes as long to launch a small batch as a large one (`benchmarks.gpu`)."""
 WIDEST = 1024
-"""Positions of a group above which it is split, unless they are less than two rows: attention over a line and its mask
-grow with the square of the line."""
+"""Positions above which a group is split, but two of the longest rows may stay together. Attention over a line, and its
+mask, grow with the square of the line."""
 
 
 class Group(NamedTuple):
-    """Rows that share a prefix: of one post, or a single one."""
+    """Rows that share a prefix: those of one post, or a single one."""
 
     rows: np.ndarray
     """int [n]"""
@@ -31,7 +31,7 @@ Lines = list[list[Group]]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """B lines of groups of rows in one batch; R rows in all."""
+    """B lines of groups of rows in one batch, with R rows in all."""
 
     input_ids: torch.Tensor
     """int64 [B, L]"""
@@ -40,22 +40,28 @@ class PackedRows:
     mask: torch.Tensor
     """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
     ends: torch.Tensor
-    """int64 [R, 2]: batch index and position at which each row's logits are read, in the order the rows came in"""
+    """int64 [R, 2]: batch index and position of each row's logits, in the order in which the rows came"""
 
 
 def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: torch.device) -> PackedRows:
-    """Packs `lines` of groups of token sequences (each int [n], no padding); a group shares its longest common prefix.
+    """Packs lines of groups of rows. The rows of a group share their longest common prefix.
 
-    Every suffix keeps at least one token, since a row's logits are read at its own last token. As in Hugging Face's
-    heads that is the last other than `pad_id`, which a text too may hold: a tokenizer may pad with <unk> or </s>.
+    Every suffix keeps at least one token, since a row's logits are read at its own last token.
+    As in Hugging Face's heads, this is the last token other than `pad_id`.
+    A text may hold `pad_id` as well, since a tokenizer may pad with `<unk>` or `</s>`.
+
+    Args:
+        lines: Token sequences (each int [n], no padding) by line and group.
+        pad_id: The id of the pad token.
+        device: The device that gets the tensors.
     """
     packed = [[_pack_group(group, pad_id) for group in line] for line in lines]
     width = max(sum(len(ids) for ids, _, _, _ in line) for line in packed)
     shape = (len(packed), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    # Of each position the number of its segment, and of the prefix that it sees; padding is a segment of its own, for
-    # a query that attends to nothing would be NaN.
+    # These hold the number of each position's segment, and of the prefix that it sees. A query that attends to nothing
+    # would give NaN, so padding is a segment of its own.
     segments, prefixes = np.zeros((2, *shape), dtype=np.int64)
     ends = []
     for index, line in enumerate(packed):
@@ -78,9 +84,10 @@ def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: t
 
 
 def _pack_group(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, positions, segments [n] of one group, and the index of each row's last token other than `pad_id`.
+    """Packs one group. The prefix is segment 0, and suffixes count from 1.
 
-    The prefix is segment 0, and suffixes count from 1.
+    Returns:
+        Token ids, positions and segments [n], and the index of each row's last token other than `pad_id`.
     """
     shared = common_prefix(rows)
     suffixes = [row[shared:] for row in rows]
@@ -94,7 +101,7 @@ def _pack_group(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> int:
-    """Length of the longest common prefix of `rows` that leaves each at least one token of its own."""
+    """Returns the length of the longest common prefix of `rows` that leaves each row at least one token."""
     most = min(len(row) for row in rows) - 1
     if len(rows) == 1:
         return most
@@ -104,7 +111,12 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
 
 
 def _mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, L, L] from the number of each position's segment and of the prefix that it sees, both [B, L]."""
+    """Returns the attention mask, bool [B, 1, L, L].
+
+    Args:
+        segments: The number of each position's segment [B, L].
+        prefixes: The number of the prefix that each position sees [B, L].
+    """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     key = segments[:, None, :]
@@ -114,14 +126,15 @@ def _mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
 def groups_of(
     rows: np.ndarray, group_of_row: np.ndarray, lengths: np.ndarray, prefix_of_group: np.ndarray, budget: int
 ) -> Iterator[Group]:
-    """The groups of `rows` (those of a group adjacent), of at most `budget` positions each.
+    """Yields the groups of `rows`, of at most `budget` positions each.
 
     Args:
-        rows: indices [n] into `group_of_row` and `lengths`.
-        lengths: tokens of each row [R].
-        prefix_of_group: tokens that the rows of each group share [G].
-        budget: at least the longest row; a group that takes more, or passes WIDEST, is split, each part computing the
-            prefix again.
+        rows: Indices [n] into `group_of_row` and `lengths`. The rows of a group are adjacent.
+        group_of_row: The group of each row [R].
+        lengths: The tokens of each row [R].
+        prefix_of_group: The number of tokens that the rows of each group share [G].
+        budget: At least the length of the longest row. A group that takes more, or passes `WIDEST`, is split. Each part
+            computes the prefix again.
     """
     budget = min(budget, max(WIDEST, 2 * int(lengths[rows].max())))
     borders = np.flatnonzero(np.diff(group_of_row[rows])) + 1
@@ -137,17 +150,22 @@ def groups_of(
 
 
 def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Lines]:
-    """`groups` in batches of filled lines, of at most `budget` positions each, which the largest must not pass.
+    """Yields `groups` in batches of filled lines, of at most `budget` positions each.
 
-    Best fit, largest first: a batch has lines of the size of the largest group that is left, as many as `budget`
-    allows, and each group after it goes where least room remains. The emptiest lines are left to the next batch where
-    less than `fill` of the positions would be used.
+    It is a best fit with the largest first. A batch has lines of the size of the largest group that is left, as many as
+    `budget` allows. Each group after it enters the line where the least room remains. If less than `fill` of the
+    positions would be used, the emptiest lines are left to the next batch.
+
+    Args:
+        groups: The groups of rows.
+        budget: At least the positions of the largest group.
+        fill: The least share of the positions that hold tokens.
     """
-    # Ascending, and of equal ones the first last: taken from the end.
+    # We take groups from the end, so the order is ascending, and among equal ones the first is last.
     left = sorted((group.positions, -index) for index, group in enumerate(groups))
     while left:
         width = left[-1][0]
-        # Ascending too: what is left of each line.
+        # The room that is left in each line, ascending as well.
         rooms = [(width, line) for line in range(budget // width)]
         lines: list[list[tuple[int, int]]] = [[] for _ in rooms]
         while fitting := bisect_right(left, (rooms[-1][0], 0)):
@@ -163,9 +181,13 @@ def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Line
 
 
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
-    """Logits [R, 2] of the packed rows. `classifier`: a Hugging Face causal model, backbone `model` and head `score`.
+    """Returns the logits [R, 2] of the packed rows.
 
-    The stock forward pools one position per batch row, so the backbone is called and its states are gathered here.
+    The stock forward pools one position per batch row. We therefore call the backbone, and gather its states here.
+
+    Args:
+        classifier: A causal Hugging Face model with the backbone `model` and the head `score`.
+        packed: The packed rows.
     """
     states = classifier.model(
         input_ids=packed.input_ids,
@@ -177,14 +199,14 @@ def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
 
 
 def can_pack(classifier: Any) -> bool:
-    """Whether `classifier` has the shape that `packed_logits` needs; that it is causal must be seen from its logits."""
+    """Returns whether `classifier` has the parts that `packed_logits` needs. Only its logits show if it is causal."""
     return hasattr(classifier, "model") and hasattr(classifier, "score")
 
 
 def steady_positions(config: Any) -> int | None:
-    """Tokens up to which a token's rotary embedding is its own; beyond, it depends on the longest prompt of the batch.
+    """Returns the number of tokens up to which a token's rotary embedding is its own; None if it always is.
 
-    None: it always is.
+    Beyond it, the embedding depends on the longest prompt of the batch.
     """
     config = config.get_text_config()
     rope = getattr(config, "rope_scaling", None) or {}

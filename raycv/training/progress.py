@@ -1,4 +1,4 @@
-"""The epochs of a fold so far and its best one; to and from a training state."""
+"""The finished epochs of a fold and its best one, converted to and from a training state."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,13 +11,13 @@ from raycv.training.metrics import F1
 from raycv.training.state import TrainState
 
 WEIGHTS, BEST, OPTIMIZER, WORKERS = "weights.", "best.", "optimizer.", "workers."
-"""Prefixes of a state's tensors."""
+"""Prefixes of the tensors in a training state."""
 SCORES = "best_scores"
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch of one fold came to. `epoch` counts from 1."""
+    """The result of one epoch of one fold. `epoch` counts from 1."""
 
     epoch: int
     train_loss: float
@@ -28,7 +28,7 @@ class EpochResult:
     metrics: dict[str, float]
     """on the validation pairs at `threshold`"""
     learning_rate: float
-    """of the epoch's last step"""
+    """the learning rate of the epoch's last step"""
     micro_batch: int
     seconds: float
 
@@ -41,40 +41,40 @@ class Best:
     scores: np.ndarray
     """float64 [n_val]"""
     weights: dict[str, torch.Tensor]
-    """what training changes, by name, on the CPU"""
+    """the parameters that training changes, by name, on the CPU"""
 
 
 @dataclass
 class Progress:
-    """The epochs that are done, and how far the next one is."""
+    """The finished epochs, and the progress of the next one."""
 
     epochs: list[EpochResult] = field(default_factory=list)
     best: Best | None = None
     step: int = 0
-    """optimizer steps that are done of the epoch under way"""
+    """finished optimizer steps of the current epoch"""
     loss: float = 0.0
-    """their summed loss"""
+    """the summed loss of those steps"""
     seconds: float = 0.0
-    """what they took"""
+    """the time of those steps"""
     learning_rate: float = 0.0
-    """of the last step"""
+    """the learning rate of the last step"""
 
     def add(self, result: EpochResult, scores: np.ndarray, model: torch.nn.Module) -> bool:
-        """An epoch is over, `model` still as it left it. Returns whether it is the best so far."""
+        """Adds a finished epoch, while `model` has its weights. Returns True if it is the best so far."""
         self.epochs.append(result)
         self.step, self.loss, self.seconds = 0, 0.0, 0.0
-        # Strictly better: of equal epochs the earliest stays.
+        # Only a higher F1 is better, so the earliest of equal epochs stays.
         if self.best is not None and result.metrics[F1] <= self.best.result.metrics[F1]:
             return False
         self.best = Best(result, scores, weights_of(model))
         return True
 
     def since_best(self) -> int:
-        """Epochs since the best one."""
+        """Returns the number of epochs since the best one."""
         return len(self.epochs) - self.best.result.epoch if self.best else 0
 
     def to_state(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TrainState:
-        """As a state, with the `facts` and `tensors` of the loop's other parts."""
+        """Returns a training state, with the `facts` and `tensors` of the loop's other parts."""
         own = {
             "epochs": [asdict(result) for result in self.epochs],
             "best_epoch": self.best.result.epoch if self.best else None,
@@ -89,7 +89,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: TrainState) -> "Progress":
-        """What `to_state` put into `state`."""
+        """Returns the progress that `to_state` put into `state`."""
         facts = state.facts
         epochs = [EpochResult(**values) for values in facts["epochs"]]
         best = None
@@ -100,25 +100,25 @@ class Progress:
 
 
 def spent(state: TrainState) -> float:
-    """Seconds of training that `state` holds."""
+    """Returns the seconds of training that `state` holds."""
     return float(sum(result["seconds"] for result in state.facts["epochs"]) + state.facts["seconds"])
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy on the CPU of what training changes in `model`."""
+    """Returns a copy, on the CPU, of the parameters that training changes."""
     return {name: value.detach().to("cpu", copy=True) for name, value in trainable_by_name(model)}
 
 
 @torch.no_grad()
 def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Puts back what `weights_of` took."""
+    """Sets the parameters that `weights_of` returned."""
     for name, value in trainable_by_name(model):
-        # In place: the optimizer holds these tensors, and DoRA's norms are renewed by their version.
+        # The optimizer holds these tensors, and DoRA renews its norms by their version, so we copy in place.
         value.copy_(weights[name])
 
 
 def training_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The live weights that training changes, and what the optimizer keeps of each."""
+    """Returns the live parameters that training changes, and the optimizer's tensors of each."""
     named = dict(trainable_by_name(model))
     tensors = {f"{WEIGHTS}{name}": value.detach() for name, value in named.items()}
     for name, value in named.items():
@@ -129,12 +129,12 @@ def training_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 def set_training_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts back what `training_tensors` gave."""
+    """Sets the tensors that `training_tensors` returned."""
     set_weights(model, _without(WEIGHTS, tensors))
     kept = _without(OPTIMIZER, tensors)
     whole = optimizer.state_dict()
     whole["state"] = {
-        # A copy of its own: those of the state lie in one block of memory.
+        # The tensors of a training state lie in one block of memory, so we clone them.
         index: {key.rpartition(":")[2]: kept[key].clone() for key in kept if key.rpartition(":")[0] == name}
         for index, (name, _) in enumerate(trainable_by_name(model))
     }
@@ -142,7 +142,7 @@ def set_training_tensors(
 
 
 def workers_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors [workers, ...] of what each worker has for itself, by name."""
+    """Returns the tensors [workers, ...] that hold a value for each worker, by name."""
     return _without(WORKERS, tensors)
 
 

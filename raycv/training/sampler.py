@@ -7,15 +7,18 @@ from raycv.prompts.encoder import EncodedPairs
 
 
 def class_weights(config: TrainConfig, labels: np.ndarray) -> np.ndarray:
-    """float32 [2]: the weight of each class in the loss, from the labels [n] of the training pairs."""
+    """Returns the weight of each class in the loss, float32 [2], from the labels [n] of the training pairs."""
     if config.imbalance != "weighted_loss":
         return np.ones(2, dtype=np.float32)
-    # As sklearn's "balanced": the mean weight over the training fold is 1, so losses keep their scale.
+    # As with sklearn's "balanced", the mean weight over the training fold is 1, so losses keep their scale.
     return (len(labels) / (2 * np.bincount(labels, minlength=2))).astype(np.float32)
 
 
 def epoch_order(config: TrainConfig, encoded: EncodedPairs, pairs: np.ndarray, epoch: int) -> np.ndarray:
-    """The training `pairs` [n] of one epoch in their order: from seed and epoch alone, so a restart finds it again."""
+    """Returns the training `pairs` [n] of one epoch in their order; `weighted_sampling` draws with replacement.
+
+    The order depends only on the seed and the epoch, so a restart finds it again.
+    """
     generator = np.random.default_rng([config.seed, epoch])
     if config.batching == "post_grouped":
         posts = encoded.post_of_pair[pairs]

@@ -22,55 +22,61 @@ from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
 from raycv.errors import RunFailedError, UserError
 
 FORMAT = 1
-"""How a state is written. Whoever changes it raises it by one."""
+"""The format of a training state. Raise it by one when you change the format."""
 TENSORS, FACTS, MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
 WRITER = "writer"
 DAMAGES = (OSError, ValueError, KeyError, TypeError, SafetensorError)
-"""What reading a damaged state may raise."""
+"""The errors that reading a damaged training state may raise."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that training needs to go on as if it had never stopped."""
+    """All that training needs to resume as if it had never stopped."""
 
     epoch: int
-    """epochs that are done"""
+    """finished epochs"""
     step: int
-    """optimizer steps that are done of the next one"""
+    """finished optimizer steps of the next epoch"""
     facts: dict[str, Any]
-    """plain values, as JSON holds them"""
+    """plain values that JSON can hold"""
     tensors: dict[str, torch.Tensor]
-    """while training goes on these are the live ones: write or copy them at once"""
+    """the live tensors while training runs: write or copy them at once"""
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}" + (f" and step {self.step} of the next" if self.step else "")
 
 
 class StateFolder:
-    """The states of one fold, a folder each, named by how far they are. The one before the newest is kept.
+    """The training states of one fold, each in a folder with its progress as the name.
 
-    One process writes, several may read. Files can be read by the user alone.
+    It keeps the newest state and the one before. One process writes, several may read. Only the user can read the
+    files.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._good: Path | None = None
-        """the last one that was written or read here, so known to be whole"""
+        """the last state that was written or read here, which is therefore whole"""
         self._writer = secrets.token_hex(8)
 
     def take(self) -> None:
-        """Makes this process the one that writes. Another, whose cluster or node was lost, may live on for a while.
+        """Makes this process the writer. Another, on a lost cluster or node, may still run for a while.
 
-        Raises: UserError if the folder cannot be written.
+        Raises:
+            UserError: The folder cannot be written.
         """
         with self._writing():
-            # Not the run's folder itself, which the driver alone makes.
+            # Only the driver makes the run's folder itself, so we make only the two folders below it.
             for folder in (self.root.parent, self.root):
                 folder.mkdir(exist_ok=True)
             write_text(self.root / WRITER, self._writer)
 
     def check_writer(self) -> None:
-        """Raises: RunFailedError if this process did not take the folder, or another has taken it since."""
+        """Checks that this process is the writer.
+
+        Raises:
+            RunFailedError: This process did not take the folder, or another has taken it since.
+        """
         try:
             writer = (self.root / WRITER).read_text()
         except FileNotFoundError:
@@ -87,10 +93,11 @@ class StateFolder:
             raise unwritable("The training state", self.root, error, remedies) from error
 
     def save(self, state: TrainState) -> None:
-        """Writes `state` beside the others, takes it in when it is whole, and removes all but it and the one before.
+        """Writes `state` in full, moves it to its place, and removes all states but it and the one before.
 
-        Raises: UserError if it cannot be written; the earlier states are then still there. RunFailedError as
-        `check_writer`.
+        Raises:
+            UserError: `state` cannot be written. The earlier states then still exist.
+            RunFailedError: As `check_writer`.
         """
         self.check_writer()
         target = self.root / f"{state.epoch:06}-{state.step:09}"
@@ -98,7 +105,8 @@ class StateFolder:
             with tempfile.TemporaryDirectory(prefix=".new-", dir=self.root, ignore_cleanup_errors=True) as temporary:
                 whole = Path(temporary) / "state"
                 _write(whole, state)
-                # One of that name is damaged, or this one would not be written.
+                # A state of that name is damaged, since otherwise training would have resumed from it. We therefore
+                # remove it.
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(whole, target)
             _sync(self.root)
@@ -109,15 +117,24 @@ class StateFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def check(self) -> None:
-        """Raises: UserError if a state cannot be continued here, since another version of raycv wrote it."""
+        """Checks that this version of raycv can resume from the states.
+
+        Raises:
+            UserError: It cannot resume from one, since another version of raycv wrote it.
+        """
         for path in self._paths():
             with suppress(*DAMAGES):
                 _manifest(path)
 
     def newest(self, warn: Callable[[str], None]) -> TrainState | None:
-        """The newest state that is whole; None if there is none. Each that is passed over is told to `warn`.
+        """Returns the newest state that is whole, or None if all are damaged or the folder is empty.
 
-        Raises: UserError as `check`: the fold would start afresh, or continue with another arithmetic.
+        Args:
+            warn: Receives a warning for each damaged state that is skipped.
+
+        Raises:
+            UserError: As `check`. Otherwise the fold would restart from the beginning, or continue with another
+                arithmetic.
         """
         for path in self._paths():
             try:
@@ -130,7 +147,7 @@ class StateFolder:
         return None
 
     def _paths(self) -> list[Path]:
-        """The states, the newest first."""
+        """Returns the folders of the states, the newest first."""
         return sorted(self.root.glob("[0-9]*"), reverse=True)
 
 
@@ -142,13 +159,17 @@ def _write(folder: Path, state: TrainState) -> None:
     for name, content in files.items():
         _write_file(folder / name, content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    # Last of all: a folder without it is not whole.
+    # A folder without a manifest is not whole, so we write the manifest last.
     _write_file(folder / MANIFEST, _json({"format": FORMAT, "numerics": NUMERICS, "sha256": sums}))
     _sync(folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a state. Raises: UserError if its format or its arithmetic is another than this raycv's."""
+    """Reads the manifest of a training state.
+
+    Raises:
+        UserError: Its format or its arithmetic differs from this raycv's.
+    """
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
     then = {
         "format": int(manifest["format"]),
@@ -169,7 +190,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> TrainState:
     manifest = _manifest(folder)
-    # The bytes that were checked are those that are used.
+    # We use the bytes that we checked, since the file may change between two reads.
     content = {name: (folder / name).read_bytes() for name in (TENSORS, FACTS)}
     for name, part in content.items():
         if hashlib.sha256(part).hexdigest() != manifest["sha256"][name]:
@@ -193,7 +214,7 @@ def _write_file(path: Path, content: bytes) -> None:
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.write(content)
         file.flush()
-        # A name that outlives a power cut without its content would be a damaged state.
+        # After a power cut, a name without its content would be a damaged state, so we write the content to disk.
         os.fsync(file.fileno())
 
 

@@ -1,4 +1,4 @@
-"""The workers of one fold together: shares of a step, sums of gradients."""
+"""The workers of one fold together: sums, gathered values, logits and gradients."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from torch import distributed
 
 
 class Workers:
-    """This worker's place among those of its fold; alone where torch.distributed is not initialised."""
+    """This worker's place among those of its fold. It is alone if torch.distributed is not initialised."""
 
     def __init__(self) -> None:
         together = distributed.is_available() and distributed.is_initialized()
@@ -16,25 +16,43 @@ class Workers:
         self.size = distributed.get_world_size() if together else 1
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the workers, in place; every worker gets the same bits."""
+        """Sums `tensor` over the workers, in place. Every worker gets the same bits."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def any(self, mine: bool, device: torch.device) -> bool:
-        """Whether it is so for one worker at least; all get the same answer."""
+        """Returns whether `mine` is true for at least one worker. All get the same answer."""
         if self.size == 1:
             return mine
         return bool(self.sum(torch.tensor(int(mine), device=device)) > 0)
 
     def gather(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """`tensor` [...] of integers of each worker as one on the CPU, [workers, ...]; exchanged on `device`."""
+        """Gathers a tensor of integers from each worker.
+
+        Args:
+            tensor: This worker's tensor [...].
+            device: The device for the exchange.
+
+        Returns:
+            The tensors of all workers as one on the CPU, [workers, ...].
+        """
         whole = torch.zeros(self.size, *tensor.shape, dtype=torch.int64, device=device)
         whole[self.rank] = tensor.to(device)
         return self.sum(whole).to("cpu", tensor.dtype)
 
     def join(self, mine: torch.Tensor | None, part: np.ndarray, rows: int, device: torch.device) -> torch.Tensor:
-        """The logits [rows, 2] of all workers from this one's, those of the rows `part` [m]; None: it had no row."""
+        """Joins the logits of all workers.
+
+        Args:
+            mine: This worker's logits [m, 2]; None if it had no row.
+            part: The positions [m] of this worker's rows.
+            rows: The number of rows of all workers.
+            device: The device for the exchange.
+
+        Returns:
+            Logits [rows, 2].
+        """
         if self.size == 1:
             assert mine is not None
             return mine
@@ -44,12 +62,15 @@ class Workers:
         return self.sum(whole)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sums the gradients over the workers in one exchange: each worker had a part of the optimizer step's rows."""
+        """Sums the gradients over the workers in one exchange.
+
+        Each worker had only a part of the rows of the optimizer's step.
+        """
         if self.size == 1:
             return
         gathered = list(parameters)
         for parameter in gathered:
-            if parameter.grad is None:  # no row of the step was this worker's
+            if parameter.grad is None:  # This worker had no row of the step.
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in gathered if parameter.grad is not None]
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
