@@ -1140,3 +1140,15 @@ def test_importing_is_cheap():
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_cache_that_is_named_relatively_is_loaded_from(hub, tmp_path, monkeypatch, llama):
+    """HF_HOME=./hf, as projects have it: transformers gets links to the files, which must lead there."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "hf/hub")
+    hub.add(NAME, {path.name: path.read_bytes() for path in llama.iterdir() if path.is_file()})
+    found = fetch()
+    assert found.path.is_absolute()
+    assert load_config(found).model_type == "llama"

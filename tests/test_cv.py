@@ -228,7 +228,7 @@ def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_not
     made, start = machines
     cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
     shutil.copytree(ROOT / "raycv", tmp_path / "other" / "raycv", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "other" / "raycv" / "metrics.py").open("a") as file:
+    with (tmp_path / "other" / "raycv" / "utils.py").open("a") as file:
         file.write("# one line more\n")
     out, runs = tmp_path / "out", tmp_path / "runs"
     run = RunFolder(runs / "grown")

@@ -392,7 +392,7 @@ def code_of(tmp_path, name, change=lambda package: None):
     package = tmp_path / name / "raycv"
     shutil.copytree(ROOT / "raycv", package, ignore=shutil.ignore_patterns("__pycache__"))
     change(package)
-    survey_file = str(ROOT / "raycv" / "survey.py")
+    survey_file = str(ROOT / "raycv" / "resources" / "survey.py")
     code = (
         "import json, runpy, sys; survey = runpy.run_path(sys.argv[1]);"
         "print(json.dumps([survey['source_hash'](), survey['version_of']('raycv'), survey['version_of']('torch')]))"
@@ -407,20 +407,24 @@ def code_of(tmp_path, name, change=lambda package: None):
     return json.loads(done.stdout)
 
 
+def not_code(package):
+    (package / "notes.txt").write_text("not code")
+    (package / ".#utils.py").symlink_to("the lock of an editor")
+
+
 def one_line_more(package):
-    with (package / "metrics.py").open("a") as file:
+    with (package / "utils.py").open("a") as file:
         file.write("# one line more\n")
 
 
 @pytest.mark.long
 def test_the_hash_of_the_source_tells_a_changed_line_and_a_name_and_no_place(tmp_path):
     driver = NodeNeeds.of(marked(tmp_path / "run")[0])
-    same = code_of(tmp_path, "same")
+    same = code_of(tmp_path, "same", not_code)
     assert same == [driver.source, driver.versions["raycv"], driver.versions["torch"]]
-    (tmp_path / "same" / "raycv" / "notes.txt").write_text("not code")
     others = [
         code_of(tmp_path, "line", one_line_more),
-        code_of(tmp_path, "name", lambda package: (package / "metrics.py").rename(package / "metric.py")),
+        code_of(tmp_path, "name", lambda package: (package / "utils.py").rename(package / "util.py")),
     ]
     assert len({driver.source, *(other[0] for other in others)}) == 3
     broken = code_of(tmp_path, "old", lambda package: (package / "__init__.py").write_text("raise ImportError"))

@@ -35,7 +35,7 @@ from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.infer import read_question, show
 from raycv.inference.answerer import load_answerer, read_criteria
-from raycv.inference.choose import choose, with_fold_id
+from raycv.inference.choose import choose, warn_of_control, with_fold_id
 from raycv.inference.last_answer import remember, warn_if_moved
 from raycv.inference.log import Record, text_facts
 from raycv.inference.questions import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
@@ -885,3 +885,24 @@ def test_a_damaged_checkpoint_is_refused_without_a_traceback(run, tmp_path, dama
     told = capsys.readouterr().err
     assert said in told
     assert "What to do" in told or "not JSON" in told
+
+
+def test_a_control_that_answers_is_told_of(tmp_path):
+    """`latest` may be a run with permuted labels, whose answers read like any other's."""
+    run = make_run(tmp_path, folds=1)
+    told: list[str] = []
+    warn_of_control(choose("toy", "best", run.parent, None), told.append)
+    assert told == []
+    write_json(RunFolder(run).data_stats, {"labels_shuffled": True})
+    for asked in ("toy", str(RunFolder(run).fold(0).checkpoint)):
+        warn_of_control(choose(asked, "best", run.parent, None), told.append)
+    assert len(told) == 2
+    assert told[0].startswith("run toy is a control with permuted labels (data.shuffle_labels=true)")
+    said = subprocess.run(
+        [sys.executable, "-m", "raycv.infer", f"run={run}", "post=w1", "criterion=C0", "tracking.uri=none"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "run toy is a control" in said.stderr

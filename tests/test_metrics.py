@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from raycv.training.metrics import METRICS, all_matched_f1, binary_metrics, collapse_reasons, tune_threshold
+from raycv.training.metrics import (
+    METRICS,
+    all_matched_f1,
+    binary_metrics,
+    collapse_reasons,
+    highest_chance_auc,
+    tune_threshold,
+)
 
 THRESHOLDS = [step / 100 for step in range(101)]
 
@@ -164,14 +171,14 @@ def test_score_at_the_threshold_is_matched() -> None:
 
 # --- A classifier that tells nothing ---------------------------------------------------------------------------------
 
-ONE_LABEL, FLOOR, SPREAD = "get the label", "is not above", "hardly vary"
+ONE_LABEL, FLOOR, CHANCE, SPREAD = "get the label", "is not above", "is within chance", "hardly vary"
 
 
 def signs(labels: np.ndarray, scores: np.ndarray, threshold: float) -> list[str]:
-    """Which of the three signs of a collapse are named."""
+    """Which of the four signs of a collapse are named."""
     metrics = binary_metrics(labels, scores, threshold)
-    reasons = collapse_reasons(metrics, int(labels.sum()), len(labels), scores)
-    return [next(sign for sign in (ONE_LABEL, FLOOR, SPREAD) if sign in reason) for reason in reasons]
+    reasons = collapse_reasons(metrics, int(labels.sum()), len(labels), scores, labels)
+    return [next(sign for sign in (ONE_LABEL, FLOOR, CHANCE, SPREAD) if sign in reason) for reason in reasons]
 
 
 def drawn_scores(pairs: int, matched: int, low: float, high: float, shift: float) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +194,7 @@ def test_a_random_model_with_some_order_in_its_scores_is_marked() -> None:
     metrics = binary_metrics(labels, scores, tune_threshold(labels, scores))
     assert 0.55 < metrics["roc_auc"] < 0.65
     assert metrics["f1"] == pytest.approx(f1_score(labels, np.ones(495)))
-    reasons = collapse_reasons(metrics, 47, 495, scores)
+    reasons = collapse_reasons(metrics, 47, 495, scores, labels)
     assert reasons == [
         "all 495 pairs get the label matched",
         "F1 0.173 is not above 0.173, which the label matched for all pairs gives",
@@ -201,22 +208,22 @@ def test_a_random_model_with_some_order_in_its_scores_is_marked() -> None:
 @pytest.mark.parametrize(
     ("scores", "threshold", "marks"),
     [
-        (np.full(200, 0.5), 0.25, [ONE_LABEL, FLOOR, SPREAD]),
-        (np.random.default_rng(0).random(200) * 1e-3 + 0.5, 0.25, [ONE_LABEL, FLOOR, SPREAD]),
+        (np.full(200, 0.5), 0.25, [ONE_LABEL, FLOOR, CHANCE, SPREAD]),
+        (np.random.default_rng(0).random(200) * 1e-3 + 0.5, 0.25, [ONE_LABEL, FLOOR, CHANCE, SPREAD]),
         # One label for all is marked even where the scores order the pairs without a fault.
         (np.linspace(0.5, 0.501, 200), 0.25, [ONE_LABEL, FLOOR, SPREAD]),
         (np.linspace(0.1, 0.9, 200), 0.05, [ONE_LABEL, FLOOR]),
         (np.linspace(0.1, 0.9, 200), 0.95, [ONE_LABEL, FLOOR]),
-        # Both labels, and F1 below the floor.
-        (np.linspace(0.9, 0.1, 200), 0.5, [FLOOR]),
+        # Both labels, F1 below the floor, and an order that is worse than chance.
+        (np.linspace(0.9, 0.1, 200), 0.5, [FLOOR, CHANCE]),
         # All but one under one label, by chance; the same scores in order.
-        (np.append(np.random.default_rng(0).random(199) / 2 + 0.5, 0.9)[::-1], 0.501, [ONE_LABEL, FLOOR]),
+        (np.append(np.random.default_rng(0).random(199) / 2 + 0.5, 0.9)[::-1], 0.501, [ONE_LABEL, FLOOR, CHANCE]),
         (np.linspace(0.1, 0.9, 200), 0.104, []),
         # A threshold that tells the pairs apart does not make equal scores differ; one odd pair does not either.
         (np.linspace(0.499, 0.5005, 200), 0.5, [SPREAD]),
         (np.append(np.linspace(0.499, 0.5005, 199), 0.56), 0.5, [SPREAD]),
-        # Chance, but both labels; a good model.
-        (np.random.default_rng(1).random(200), 0.18, []),
+        # Chance with both labels, at a threshold whose F1 is above the floor; a good model.
+        (np.random.default_rng(1).random(200), 0.18, [CHANCE]),
         (np.linspace(0.1, 0.9, 200), 0.7, []),
     ],
 )
@@ -228,8 +235,22 @@ def test_a_rare_class_that_is_found_is_no_collapse() -> None:
     """Nearly all pairs get one label, rightly."""
     labels = (np.arange(2000) < 3).astype(int)
     assert signs(labels, np.where(labels == 1, 0.9, 0.1), 0.5) == []
+    # Three matched pairs among thousands hardly move the deviation of the scores.
+    rare = (np.arange(2672) < 3).astype(int)
+    low = np.random.default_rng(0).uniform(0.001, 0.004, 2672)
+    assert signs(rare, np.where(rare == 1, 0.13, low), 0.1) == []
+    assert signs(*drawn_scores(2672, 257, 0.012, 0.03, 1.0), 0.02) == []
     # Hesitant scores of a good model vary more than useless ones.
     assert signs(*drawn_scores(495, 47, 0.30, 0.36, 1.0), 0.33) == []
+
+
+@pytest.mark.parametrize(("pairs", "matched"), [(495, 47), (198, 18), (200, 4)])
+def test_one_useless_classifier_in_twenty_ranks_above_chance(pairs: int, matched: int) -> None:
+    labels, generator = (np.arange(pairs) < matched).astype(int), np.random.default_rng(0)
+    drawn = [roc_auc_score(labels, generator.random(pairs)) for _ in range(500)]
+    above = np.mean(np.array(drawn) > highest_chance_auc(matched, pairs))
+    # Within three standard errors of 0.05, which are 0.029 for 500 draws.
+    assert 0.021 < above < 0.079
 
 
 @given(SCORED, st.sampled_from(THRESHOLDS))
@@ -243,6 +264,7 @@ def test_the_marks_are_those_of_scikit_learn_and_numpy(rows: list[tuple[int, flo
     expected = {
         ONE_LABEL: len(set(predicted)) == 1,
         FLOOR: f1_score(labels, predicted, zero_division=0) <= floor + 1e-9,
-        SPREAD: float(np.std(scores)) < 0.005,
+        CHANCE: roc_auc_score(labels, scores) <= highest_chance_auc(int(labels.sum()), len(labels)),
+        SPREAD: np.std(scores) < 0.005 and np.mean(scores[labels == 1]) - np.mean(scores[labels == 0]) < 0.005,
     }
     assert signs(labels, scores, threshold) == [sign for sign, marked in expected.items() if marked]

@@ -13,11 +13,18 @@ from transformers import AutoModelForSequenceClassification
 
 from raycv.config.schema import DoraConfig, ModelConfig
 from raycv.errors import UserError
-from raycv.model.adapters import Float32Head, add_dora, choose_precision, count_parameters, trainable
+from raycv.model.adapters import (
+    Float32Head,
+    add_dora,
+    check_model,
+    choose_precision,
+    count_parameters,
+    trainable,
+)
 from raycv.model.attention import attention_of, choose_attention, far_apart, in_plain_code
 from raycv.model.base_model import fetch_base
 from raycv.model.dora import factored_layers
-from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.model.loading import load_classifier, load_config, load_tokenizer
 
 DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implementation="factored")
 
@@ -356,3 +363,27 @@ def test_loading_leaves_the_tokenizer_as_it_was(tmp_path, set_before):
     before = tokenizer.backend_tokenizer.to_str()
     load_classifier(files, tokenizer, torch.float32, seed=1)
     assert tokenizer.backend_tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"pad_token_id": 9999}, "AssertionError"),
+        ({"hidden_act": "sillu"}, "KeyError"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_a_config_that_describes_no_classifier_is_refused_in_words(tmp_path, change, cause):
+    found = fetch_base(str(tiny_llama(tmp_path)), None)
+    broken = load_config(found)
+    for key, value in change.items():
+        setattr(broken, key, value)
+    with pytest.raises(UserError, match=rf"describes no classifier that transformers can build: {cause}"):
+        check_model(broken, config(["q_proj"]))
+
+
+def test_a_config_that_asks_for_a_kernel_that_is_not_installed_is_taken(tmp_path):
+    """raycv chooses the attention, in the preflight as in the worker."""
+    asking = load_config(fetch_base(str(tiny_llama(tmp_path)), None))
+    asking._attn_implementation_internal = "flash_attention_2"
+    check_model(asking, config(["q_proj"]))

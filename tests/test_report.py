@@ -154,7 +154,7 @@ def test_a_collapsed_fold_is_marked_with_its_reasons() -> None:
 
 def test_a_fold_of_an_earlier_version_is_marked_as_far_as_its_metrics_tell(tmp_path: Any) -> None:
     files = []
-    for one in (result(0, f1=0.9), result(1, **USELESS)):
+    for one in (result(0, f1=0.9, roc_auc=0.9), result(1, **USELESS)):
         values = asdict(one)
         del values["collapsed"]
         files.append(tmp_path / f"{one.fold}.json")
@@ -168,6 +168,7 @@ def test_a_fold_of_an_earlier_version_is_marked_as_far_as_its_metrics_tell(tmp_p
         [
             "all 201 pairs get the label matched",
             "F1 0.197 is not above 0.197, which the label matched for all pairs gives",
+            "the ROC-AUC 0.580 is within chance, which reaches 0.608 on these pairs",
         ],
     ]
     assert report["warnings"][0].startswith("fold 0, 1: an earlier version of raycv did not record")

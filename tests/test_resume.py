@@ -1073,3 +1073,17 @@ def test_a_fold_that_failed_is_trained_alone_when_the_cause_is_mended(tmp_path, 
     said = resume(tmp_path, "resume=latest")
     assert "fold 0: epoch" not in said
     assert_like_unbroken(tmp_path, whole)
+
+
+def test_finished_folds_of_a_kernel_that_dropped_the_cap_are_not_mixed_with_others(left):
+    """An earlier version trained them, and recorded no attention."""
+    from transformers import Gemma2Config, LlamaConfig
+
+    capped, plain = Gemma2Config(attn_logit_softcapping=50.0), LlamaConfig()
+    go_on(left).check_attention(capped)
+    write_json(left.fold(0).result, result_of(0))
+    with pytest.raises(FaultsError, match="attention of fold 0: sdpa then, eager now"):
+        go_on(left).check_attention(capped)
+    go_on(left).check_attention(plain)
+    write_json(left.fold(0).result, result_of(0, worker={"attention": "eager"}))
+    go_on(left).check_attention(capped)

@@ -145,6 +145,13 @@ def test_what_the_drivers_say_of_themselves(tmp_path):
     (tmp_path / "amd/sys/module/amdgpu").mkdir(parents=True)
     (tmp_path / "amd/sys/module/amdgpu/version").write_text("6.8.5\n")
     assert visible_gpu(tmp_path / "amd", {}) == Gpu("AMD", "6.8.5")
+    # Windows' driver in WSL; without its library the device alone tells nothing.
+    (tmp_path / "wsl/dev").mkdir(parents=True)
+    (tmp_path / "wsl/dev/dxg").touch()
+    assert visible_gpu(tmp_path / "wsl", {}) is None
+    (tmp_path / "wsl/usr/lib/wsl/lib").mkdir(parents=True)
+    (tmp_path / "wsl/usr/lib/wsl/lib/libcuda.so.1").touch()
+    assert visible_gpu(tmp_path / "wsl", {}) == Gpu("NVIDIA", None)
     for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
         assert visible_gpu(tmp_path / "amd", {name: "-1"}) is None
 

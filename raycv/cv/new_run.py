@@ -5,7 +5,6 @@ import itertools
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from raycv.common.files import check_writable, sha256_of, write_json, write_text
 from raycv.config.schema import RunConfig
 from raycv.config.validation import as_yaml
 from raycv.cv.open_run import OpenRun
+from raycv.cv.preparation import Base
 from raycv.cv.resume import sole_process
 from raycv.data.splits import Split, positives_table, splits_record
 from raycv.data.types import Dataset
@@ -113,7 +113,7 @@ class NewRun:
             # Where one folder cannot be written, others cannot either.
             raise together([error, *new_store_faults(self.config.tracking)]) from error
 
-    def check_base(self, facts: dict[str, Any]) -> None:
+    def check_base(self, base: Base) -> None:
         """Raises: UserError if the MLflow store cannot be used. The run records the base model as it is."""
         from raycv.tracking.tracker import check_store
 

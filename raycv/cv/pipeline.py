@@ -11,7 +11,7 @@ from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import NewRun
 from raycv.cv.open_run import OpenRun
-from raycv.cv.preparation import check_base_and_gpu, load_data, prepare_base, tokenise
+from raycv.cv.preparation import Base, check_base_and_gpu, load_data, prepare_base, tokenise
 from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
@@ -33,8 +33,8 @@ class Run(Protocol):
     def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: UserError if the run cannot use the data, or its folder. Imports neither torch nor Ray."""
 
-    def check_base(self, facts: dict[str, Any]) -> None:
-        """Raises: UserError if the run cannot use the base model that `facts` describe, or its MLflow store."""
+    def check_base(self, base: Base) -> None:
+        """Raises: UserError if the run cannot use the base model, or its MLflow store."""
 
     def open(self, prepared: Prepared) -> OpenRun:
         """The run with its folder and its MLflow parent, from which on its folds may start."""
@@ -70,7 +70,7 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         from raycv.resources.placement import plan
 
         base = prepare_base(config)
-        run.check_base(base.facts)
+        run.check_base(base)
         prepared = tokenise(config, dataset, splits, base, console)
         say(console, "Starting Ray ...")
         with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:

@@ -26,6 +26,8 @@ class Base:
 
     files: "BaseFiles"
     tokenizer: Any
+    config: Any
+    """of transformers"""
     facts: dict[str, Any]
     """for `environment.json`"""
 
@@ -73,7 +75,7 @@ def prepare_base(config: RunConfig) -> Base:
     check_max_length(model_config, config.prompt.max_length)
     check_model(model_config, config.model)
     set_pad_token(tokenizer, model_config)
-    return Base(files, tokenizer, files.describe(tokenizer, model_config))
+    return Base(files, tokenizer, model_config, files.describe(tokenizer, model_config))
 
 
 def tokenise(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:

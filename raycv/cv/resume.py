@@ -57,6 +57,23 @@ class Earlier:
         lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in files]
         self._refuse([line for line in lines if line])
 
+    def check_attention(self, config: Any) -> None:
+        """Raises: FaultsError if finished folds computed attention by a kernel that is wrong for the model.
+
+        Earlier versions did, and recorded nothing: the other folds would be of another model. `config`: the base
+        model's, of transformers. Imports torch.
+        """
+        from raycv.model.attention import PLAIN, choose_attention, earlier_attention
+
+        now, _ = choose_attention(config)
+        if now != PLAIN:
+            # A kernel that is wrong without a sign in the config is found when a fold starts; the report then warns.
+            return
+        folds = self.folder.finished(self.config.cv.folds)
+        results = [FoldResult.read(self.folder.fold(fold).result) for fold in folds]
+        then = {result.fold: result.worker.get("attention", earlier_attention(config)) for result in results}
+        self._refuse([f"attention of fold {fold}: {was} then, {now} now" for fold, was in then.items() if was != now])
+
     def check_states(self) -> None:
         """Raises: UserError if an unfinished fold has a state that cannot be continued here. Imports torch."""
         from raycv.training.state import StateFolder

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from raycv.common.files import read_record, write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_run_folder
 from raycv.cv.open_run import OpenRun
+from raycv.cv.preparation import Base
 from raycv.cv.resume import Earlier, earlier_run, sole_process
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
@@ -45,9 +46,10 @@ class ResumedRun:
             say(self._console, f"Warning: {warning}", "yellow")
         check_run_folder(self.config, taken=True)
 
-    def check_base(self, facts: dict[str, Any]) -> None:
+    def check_base(self, base: Base) -> None:
         """Raises: UserError if the base model is another, a state cannot be continued, or MLflow lacks the run."""
-        self._earlier.check_base(facts)
+        self._earlier.check_base(base.facts)
+        self._earlier.check_attention(base.config)
         self._earlier.check_states()
         self._tracker, self._parent_id = earlier_store(self._earlier, self._typed)
 

@@ -92,7 +92,7 @@ def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
 
 
 def warn_of_control(chosen: Chosen, tell: Callable[[str], None]) -> None:
-    """Tells if the run that answers is a control: whatever it learned is not about posts."""
+    """Tells if the run that answers is a control: it learned nothing about posts."""
     if chosen.control:
         tell(
             f"run {chosen.run} is a control with permuted labels (data.shuffle_labels=true), so its answers mean "

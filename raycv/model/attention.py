@@ -55,7 +55,7 @@ def choose_attention(config: Any) -> tuple[str, str | None]:
 
 
 def earlier_attention(config: Any) -> str:
-    """The attention that versions of raycv which recorded none computed: the kernel's wherever the family has it."""
+    """Returns the attention of earlier versions of raycv, which recorded none: the kernel's if the family has it."""
     from transformers import AutoModelForSequenceClassification
 
     classes: Any = AutoModelForSequenceClassification._model_mapping
@@ -181,7 +181,7 @@ def _logits(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:
 
 
 def _logits_alone(model: Any, rows: list[torch.Tensor], pad_id: int) -> torch.Tensor:
-    """The same for each row in a batch of its own. All are compared at once, so that the largest logit is the scale."""
+    """Computes each row in a batch of its own. The caller compares all rows at once: the largest logit is the scale."""
     return torch.cat([_logits(model, [row], pad_id) for row in rows])
 
 

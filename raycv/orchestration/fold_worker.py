@@ -96,7 +96,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         started -= spent(state)
     outcome = trainer.fit(split.train_indices, split.val_indices, state)
     labels = shared.encoded.labels[split.val_indices]
-    collapsed = collapse_reasons(outcome.best.metrics, int(labels.sum()), len(labels), outcome.val_scores)
+    collapsed = collapse_reasons(outcome.best.metrics, int(labels.sum()), len(labels), outcome.val_scores, labels)
     if collapsed:
         outcome.events.append(collapsed_because(collapsed))
         if not rank:

@@ -123,7 +123,7 @@ class NodeNeeds:
 @cache
 def _own_code() -> tuple[dict[str, str | None], str | None]:
     """Versions and source of the driver, as they were at the first call."""
-    return {name: package_version(name) for name in VERSIONS}, source_hash()
+    return {name: package_version(name) for name in ("raycv", *VERSIONS)}, source_hash()
 
 
 def _differ(what: str, ours: str | None, name: str, theirs: str | None) -> str | None:

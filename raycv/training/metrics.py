@@ -27,19 +27,22 @@ LEAST_SPREAD = 0.005
 """The standard deviation below which scores hardly vary: half a step of the threshold.
 
 Scores that all lie within one step (0.01) cannot deviate more, so at most one threshold tells them apart.
-The range alone would let a single odd pair hide that all others get the same score.
+The range alone would let a single odd pair hide that all others get the same score. A few matched pairs among
+thousands deviate little too, however high they score, so the two classes must also lie that close on average.
 """
-RANKS_WELL = 0.9
-"""ROC-AUC from which scores that hardly vary are no sign of a useless classifier: it ranks well in a narrow range."""
 CHANCE_ERRORS = 1.645
-"""Standard errors above 0.5 up to which a ROC-AUC is within chance: one useless classifier in twenty lies above."""
+"""Standard errors above 0.5 up to which a ROC-AUC is within chance. One useless classifier in twenty lies above."""
 ROUNDING = 1e-9
 """The difference that two computations of the same F1 may have in the last digits."""
 COLLAPSED = "the classifier has collapsed"
 
 
 def collapse_reasons(
-    metrics: Mapping[str, float], matched: int, pairs: int, scores: "np.ndarray | None" = None
+    metrics: Mapping[str, float],
+    matched: int,
+    pairs: int,
+    scores: "np.ndarray | None" = None,
+    labels: "np.ndarray | None" = None,
 ) -> list[str]:
     """Returns why a classifier tells nothing about its validation pairs; empty if it tells something.
 
@@ -48,6 +51,7 @@ def collapse_reasons(
         matched: The number of pairs that are truly matched.
         pairs: The number of pairs.
         scores: The probabilities of the pairs. Without them we cannot know whether they vary.
+        labels: The labels of the pairs, 0 or 1; given with the scores.
 
     Returns:
         A phrase with numbers for each sign: one label for all, no gain over that label, a rank no better than chance,
@@ -71,11 +75,16 @@ def collapse_reasons(
         reasons.append(
             f"the ROC-AUC {metrics[ROC_AUC]:.3f} is within chance, which reaches {chance:.3f} on these pairs"
         )
-    if scores is not None and scores.std() < LEAST_SPREAD and metrics[ROC_AUC] < RANKS_WELL:
+    if scores is not None and labels is not None and _hardly_vary(scores, labels):
         ends = f"from {scores.min():.4f} to {scores.max():.4f}"
         deviation = f"their standard deviation {scores.std():.5f} is below {LEAST_SPREAD}"
         reasons.append(f"the scores hardly vary ({ends}): {deviation}")
     return reasons
+
+
+def _hardly_vary(scores: "np.ndarray", labels: "np.ndarray") -> bool:
+    apart = scores[labels == 1].mean() - scores[labels == 0].mean()
+    return bool(scores.std() < LEAST_SPREAD and apart < LEAST_SPREAD)
 
 
 def collapsed_because(reasons: Sequence[str]) -> str:
