@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from builders import files_of_a_gpu, tiny_llama
+from builders import files_of_a_gpu, tiny_gemma2, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
@@ -637,6 +637,7 @@ class Fake:
     identity = ModelIdentity("toy", 0, "none")
     threshold = 0.5
     computed_in = "fp32"
+    attention = earlier_attention = "sdpa"
 
     def check_pair(self, post: str, criterion: str) -> None:
         pass
@@ -795,7 +796,7 @@ def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeyp
     source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
 
     def as_first(values):
-        del values["format"], values["numerics"]
+        del values["format"], values["numerics"], values["attention"]
         values["identity"]["the version of raycv"] = "0.0.9"
 
     rewrite(state, as_first)
@@ -806,8 +807,33 @@ def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeyp
     assert output.read_bytes().startswith(begun)
 
 
+@pytest.mark.long
+def test_scores_of_two_attentions_are_not_mixed(tmp_path, monkeypatch):
+    """An earlier version computed a model that caps its scores with the kernel, which drops the cap."""
+    toy = Toy(toy_base(tmp_path, tiny_gemma2))
+    capped = toy.save_with_criteria(tmp_path, toy.model())
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    source, output, state = left_in_the_middle(capped, tmp_path, monkeypatch)
+    assert json.loads(state.read_text())["attention"] == "eager"
+
+    def as_before_it_was_recorded(values):
+        assert values.pop("attention") == "eager"
+        values["format"] = 1
+
+    begun = state.read_text()
+    for change in (as_before_it_was_recorded, lambda values: values.update(attention="sdpa")):
+        rewrite(state, change)
+        with pytest.raises(UserError) as caught:
+            score(capped, source, output)
+        assert caught.value.what == ("The scores so far were computed with sdpa attention, these would be with eager.")
+        assert f"delete {state}" in str(caught.value)
+        state.write_text(begun)
+    score(capped, source, output)
+    assert len(read_csv(output)) == 27
+
+
 @pytest.mark.parametrize(
-    ("key", "said"), [("format", "its format is 2, and not 1"), ("numerics", "whose arithmetic has number 2")]
+    ("key", "said"), [("format", "its format is 3, and not 2"), ("numerics", "whose arithmetic has number 2")]
 )
 def test_a_state_of_another_format_or_arithmetic_is_refused_in_words(checkpoint, tmp_path, monkeypatch, key, said):
     source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
@@ -949,7 +975,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
             with pytest.raises(UserError, match="Another process"), ScoreFile(output.output, (), 0, {}).opened():
                 pass
         with output.opened(), pytest.raises(UserError, match=r"were computed in fp32(.|\n)*infer\.precision=fp32"):
-            output.append(ScoredChunk(2, 2, 0.5, "bf16"))
+            output.append(ScoredChunk(2, 2, 0.5, "bf16", "sdpa", "sdpa"))
     (tmp_path / "out.csv.part").write_bytes(b"row")
     next((tmp_path / "out.parquet.parts").iterdir()).unlink()
     for ending in ("csv", "parquet"):
@@ -1004,7 +1030,7 @@ def progress_of(tmp_path, monkeypatch, chunks, *, terminal: bool) -> str:
             clock.now += seconds
             rows = [BadRow(index, records + index, f"fault {index}") for index in range(bad)]
             progress = replace(progress, pairs=progress.pairs + 1000, bad=progress.bad + bad)
-            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", [], rows), progress)
+            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", "sdpa", "sdpa", [], rows), progress)
     return said.getvalue()
 
 
@@ -1223,6 +1249,7 @@ raycv.batch_inference.pairs.CHUNK_PAIRS = 2
 
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
+    attention = earlier_attention = "sdpa"
 
     def check_pair(self, post, criterion):
         pass

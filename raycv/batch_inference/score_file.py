@@ -35,7 +35,12 @@ IDENTITY_BYTES = 1_000_000
 
 
 class PairScorer(Predicts, Protocol):
-    """What scores chunks: `raycv.predict.Predictor`."""
+    """What scores chunks: `raycv.inference.predictor.Predictor`."""
+
+    attention: str
+    """sdpa or eager"""
+    earlier_attention: str
+    """the one that versions which recorded none computed"""
 
     def check_pair(self, post: str, criterion: str) -> None:
         """Raises: UserError if `criterion` leaves no room for a word of `post`."""
@@ -117,7 +122,7 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
 def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
     """What the scores depend on, by names that a message can use. The engine is not among it.
 
-    Nor is the precision: the first chunk tells which one `auto` is, and ScoreFile holds the others to it. `base`: where
+    Nor are precision and attention: the first chunk tells them, and ScoreFile holds the others to them. `base`: where
     the base model lies now, if not where training found it. Raises: UserError if it is not there.
     """
     asked = source.asked.text if source.asked else ""
@@ -190,7 +195,16 @@ def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
     bad = sorted([*chunk.bad, *unfit], key=lambda row: row.line)
-    return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
+    return ScoredChunk(
+        chunk.records,
+        chunk.position,
+        scorer.threshold,
+        scorer.computed_in,
+        scorer.attention,
+        scorer.earlier_attention,
+        scores,
+        bad,
+    )
 
 
 def _predicted(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Prediction]:

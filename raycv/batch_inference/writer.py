@@ -52,6 +52,9 @@ class ScoredChunk:
     position: int
     threshold: float
     precision: str
+    attention: str
+    earlier_attention: str
+    """the attention of earlier versions, which recorded none"""
     scores: list[PairScore] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -166,8 +169,8 @@ class ScoreFile:
         if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
             raise UserError(f"{self._state} is damaged.", remedies=remedies)
         # States of earlier versions say no format.
-        written = values.pop("format", FORMAT)
-        if written != FORMAT:
+        written = values.pop("format", FORMATS_READ[0])
+        if written not in FORMATS_READ:
             what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
             raise UserError(what, remedies=["continue with that version of raycv", *remedies])
         # They held every version for another arithmetic.
@@ -191,13 +194,14 @@ class ScoreFile:
         return found
 
     def append(self, chunk: ScoredChunk) -> None:
-        """Writes a chunk for good. Raises: UserError if it was computed in another precision than those before."""
+        """Writes a chunk for good.
+
+        Raises: UserError if it was computed in another precision or with another attention than those before.
+        """
         with self._writing():
             self._begin()
         before = self.progress
-        if before.precision not in (None, chunk.precision):
-            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
-            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        self._check_computed(before, chunk)
         labels = [label_of(score.score, chunk.threshold) for score in chunk.scores]
         rows = [
             (one.row, *one.ids, one.criterion_id, label, one.score, chunk.threshold, self._fold, one.truncated)
@@ -213,11 +217,30 @@ class ScoreFile:
                 truncated=before.truncated + sum(one.truncated for one in chunk.scores),
                 bad=before.bad + len(chunk.bad),
                 precision=chunk.precision,
+                attention=chunk.attention,
                 threshold=chunk.threshold,
                 part_bytes=self._sink.append(rows, before.records),
                 errors_bytes=append_bytes(self.errors, errors.encode("utf-8"), at=before.errors_bytes),
             )
             self._save(after)
+
+    def _check_computed(self, before: Progress, chunk: ScoredChunk) -> None:
+        """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
+        if before.precision not in (None, chunk.precision):
+            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        if not before.records:
+            return
+        then = before.attention or chunk.earlier_attention
+        if then != chunk.attention:
+            raise UserError(
+                f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+                remedies=[
+                    "continue with the version of raycv and on the kind of device that began the file",
+                    f"to start anew, {self._anew}",
+                    "name another output: output=<file>",
+                ],
+            )
 
     def _save(self, progress: Progress) -> None:
         values = {"format": FORMAT, **asdict(progress)}
@@ -251,8 +274,9 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
-FORMAT = 1
-"""How the state is written. Whoever changes it raises it by one."""
+FORMAT = 2
+"""How the state is written. Whoever changes it raises it by one. Format 1 has no attention."""
+FORMATS_READ = (1, FORMAT)
 SUM = "sha256"
 """Of the state itself: what is continued from a damaged one would lack rows, or have some twice."""
 

@@ -65,6 +65,11 @@ def attention_of(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def earlier_attention(model: Any) -> str:
+    """The attention that versions which recorded none computed: the kernel's wherever the family has it."""
+    return KERNEL if model._supports_sdpa else PLAIN
+
+
 @torch.no_grad()
 def with_right_attention(model: Any, tokenizer: Any, positions: int | None) -> tuple[Any, str | None]:
     """`model` if its kernel gives the logits of the plain code, else the same weights in the plain code, and why.
