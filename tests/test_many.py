@@ -770,13 +770,13 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     assert len(read_csv(output)) == 27
 
 
-def left_in_the_middle(checkpoint, folder, monkeypatch):
+def left_in_the_middle(checkpoint, folder, monkeypatch, *overrides):
     """The input, the output and the state of scores that were interrupted after the first of three chunks."""
     source = write_csv(folder / "in.csv", "post", [[post] for post in posts(9)])
     with monkeypatch.context() as patch:
         patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            score(checkpoint, source, folder / "out.csv")
+            score(checkpoint, source, folder / "out.csv", *overrides)
     return source, folder / "out.csv", folder / "out.csv.state.json"
 
 
@@ -902,6 +902,29 @@ def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoin
         score(checkpoint, source, tmp_path / "out.csv", f"base={other}")
     score(checkpoint, source, tmp_path / "out.csv", f"base={moved}")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_vocabulary_that_an_earlier_version_did_not_record_is_no_other_base_model(checkpoint, tmp_path, monkeypatch):
+    base = shutil.copytree(read_info(checkpoint).base_model, tmp_path / "base")
+    (base / "dict.txt").write_text("w1 1\n")
+    source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch, f"base={base}")
+    begun = state.read_text()
+
+    def without(file):
+        rewrite(state, lambda values: values["identity"]["the base model"][0].pop(file))
+
+    def is_refused():
+        with pytest.raises(UserError, match="cannot be continued: the base model changed"):
+            score(checkpoint, source, output, f"base={base}")
+
+    without("config.json")
+    is_refused()
+    state.write_text(begun)
+    (base / "dict.txt").write_text("w2 1\n")
+    is_refused()
+    without("dict.txt")
+    score(checkpoint, source, output, f"base={base}")
+    assert len(read_csv(output)) == 27
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])

@@ -1,6 +1,5 @@
 """A file of pairs, scored chunk by chunk: read, score, write."""
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -12,26 +11,23 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from raycv.batch_inference.identity import identity_of, identity_of_input
 from raycv.batch_inference.input_formats import pair_file
 from raycv.batch_inference.output_formats import Progress
 from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairSource, open_source
 from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile, check_output
 from raycv.config.schema import InferConfig, InferenceConfig
-from raycv.data.dataset import criteria_hash
 from raycv.data.problems import listed
 from raycv.data.types import Criterion
 from raycv.errors import UserError, counted
 from raycv.inference.choose import Chosen
 from raycv.inference.questions import Prediction, Predicts, shown_threshold
-from raycv.model.base_model import fetch_trained_base
-from raycv.model.checkpoint import MANIFEST, read_info
 from raycv.terminal.console import duration, say
 
 FIRST_BAD = 10
 """Bad rows that are shown; all of them stand in `<output>.errors.csv`."""
 PLAIN_SECONDS = 30
 """Between two lines of progress where there is no terminal."""
-IDENTITY_BYTES = 1_000_000
 
 
 class PairScorer(Predicts, Protocol):
@@ -100,7 +96,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
             kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
             say(console, kept if records else "stopped before the first records were scored")
             raise
-        if not begun.finished and not _identity_of_input(source).items() <= output.progress.identity.items():
+        if not begun.finished and not identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
                 remedies=["run the same command again: it says what to delete to start anew"],
@@ -117,52 +113,6 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
         for chunk in scored:
             output.append(chunk)
             view.update(chunk, output.progress)
-
-
-def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
-    """What the scores depend on, by names that a message can use. The engine is not among it.
-
-    Nor are precision and attention: the first chunk tells them, and ScoreFile holds the others to them. `base`: where
-    the base model lies now, if not where training found it. Raises: UserError if it is not there.
-    """
-    asked = source.asked.text if source.asked else ""
-    return {
-        **_identity_of_input(source),
-        "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
-        # One for all of them.
-        "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
-        "the criteria": criteria_hash(source.criteria),
-        "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
-        "the records of a chunk": source.chunk_records,
-        # Earlier versions took such cells as text, so their outputs are continued with missing=text.
-        **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
-    }
-
-
-def _identity_of_input(source: PairSource) -> dict[str, Any]:
-    stat = source.path.stat()
-    with source.path.open("rb") as file:
-        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
-    return {
-        "the size of the input": stat.st_size,
-        "the time of the input": stat.st_mtime_ns,
-        "the beginning of the input": head,
-    }
-
-
-def _checkpoint_hash(folder: Path) -> str:
-    """Of the adapter, the head, the threshold and the prompt's rules."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
-    """Of the base model's files, wherever they lie: at one place there may be another model the next time."""
-    info = read_info(checkpoint)
-    return fetch_trained_base(info.base_model, info.base_revision, given).sums()
 
 
 def local_engine(load: Callable[[], PairScorer]) -> Engine:

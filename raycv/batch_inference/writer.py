@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from raycv.batch_inference.identity import changed
 from raycv.batch_inference.input_formats import FORMATS
 from raycv.batch_inference.output_formats import (
     ERRORS_HEADER,
@@ -156,7 +157,7 @@ class ScoreFile:
     def _made(self, found: Progress) -> bool:
         """Whether the output is this run's, which was ended between its move into place and the state's removal."""
         ours = self.progress
-        same = found.finished and (found.identity, found.numerics) == (ours.identity, ours.numerics)
+        same = found.finished and found.numerics == ours.numerics and not changed(found.identity, ours.identity)
         return same and self._sink.finished(self.output, found)
 
     @property
@@ -179,15 +180,13 @@ class ScoreFile:
 
     def _continued(self, found: Progress) -> Progress:
         """`found`, if its scores depend on what this run's would."""
-        wanted = self.progress.identity
         if found.numerics != NUMERICS:
             raise UserError(
                 f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
                 f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
                 remedies=["continue with that version of raycv", f"to start anew, {self._anew}", "name another output"],
             )
-        names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
-        if names:
+        if names := changed(found.identity, self.progress.identity):
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
             remedies = ["run the command as it was", f"to start anew, {self._anew}", "name another output"]
             raise UserError(what, remedies=remedies)
