@@ -498,28 +498,32 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):
-    """One that an earlier version began took such words as text: it is continued with missing=text."""
-    source = write_csv(tmp_path / "in.csv", "post,criterion_id", rows_without_ids(9))
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    for number, (first, then) in enumerate([("missing=empty", "missing=text"), ("missing=text", "missing=empty")]):
+        (folder := tmp_path / str(number)).mkdir()
+        source, output, _ = left_in_the_middle(checkpoint, folder, monkeypatch, first)
+        with pytest.raises(UserError, match="cannot be continued: missing changed"):
+            score(checkpoint, source, output, then)
+        score(checkpoint, source, output, first)
+
+
+@pytest.mark.parametrize("overrides", [[], ["missing=text"]])
+def test_what_an_earlier_version_began_is_continued_as_text(checkpoint, tmp_path, monkeypatch, capfd, overrides):
+    """Such versions had no key for it, and took NaN and the like as text."""
     monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 3)
-
-    def begin(*overrides: str) -> dict[str, object]:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with monkeypatch.context() as patch:
-            patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                score(checkpoint, source, tmp_path / "out" / "s.csv", *overrides)
-        state = json.loads((tmp_path / "out" / "s.csv.state.json").read_text())
-        return dict(state["identity"])
-
-    earlier = begin("missing=text")
-    assert not [name for name in earlier if "missing" in name], "as earlier versions left it"
-    with pytest.raises(UserError, match=r"missing \(text in earlier versions\) changed"):
-        score(checkpoint, source, tmp_path / "out" / "s.csv")
-    score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
-    begin()
-    with pytest.raises(UserError, match=r"missing .* changed"):
-        score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
-    score(checkpoint, source, tmp_path / "out" / "s.csv")
+    texts = [*posts(4), "NaN", "null", *posts(2)]
+    source, output = write_csv(tmp_path / "in.csv", "post", [[post] for post in texts]), tmp_path / "out.csv"
+    score(checkpoint, source, tmp_path / "whole.csv", "criterion=C0", "missing=text")
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, output, "criterion=C0")
+    rewrite(tmp_path / "out.csv.state.json", lambda values: values["identity"].pop("missing"))
+    capfd.readouterr()
+    score(checkpoint, source, output, "criterion=C0", *overrides)
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    said = "an earlier version began this file: NaN and the like stay text, as it began (missing=text)"
+    assert (said in capfd.readouterr().err) == (overrides == [])
 
 
 def rows_without_ids(number: int) -> list[list[object]]:
@@ -798,6 +802,7 @@ def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeyp
     def as_first(values):
         del values["format"], values["numerics"], values["attention"]
         values["identity"]["the version of raycv"] = "0.0.9"
+        del values["identity"]["missing"]
 
     rewrite(state, as_first)
     begun = (tmp_path / "out.csv.part").read_bytes()

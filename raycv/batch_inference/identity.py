@@ -13,7 +13,7 @@ from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import MANIFEST, read_info
 
 IDENTITY_BYTES = 1_000_000
-BASE = "the base model"
+BASE, MISSING = "the base model", "missing"
 
 
 def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
@@ -38,8 +38,7 @@ def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[st
         "the criteria": criteria_hash(source.criteria),
         "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
         "the records of a chunk": source.chunk_records,
-        # Earlier versions took such cells as text, so their outputs are continued with missing=text.
-        **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
+        MISSING: source.missing,
     }
 
 
@@ -55,8 +54,16 @@ def identity_of_input(source: PairSource) -> dict[str, Any]:
     }
 
 
+def takes_missing_as_text(begun: Mapping[str, Any]) -> bool:
+    """Whether the file with the identity `begun` is of an earlier version, which took NaN and the like as text."""
+    return MISSING not in begun
+
+
 def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of what differs between the identity of a file that was begun and that of this command."""
+    if takes_missing_as_text(then):
+        # It is continued as it began, whatever the command says.
+        now = {name: value for name, value in now.items() if name != MISSING}
     names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
     return [name for name in names if name != BASE or _other_base(then.get(BASE), now.get(BASE))]
 

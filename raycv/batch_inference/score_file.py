@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raycv.batch_inference.identity import identity_of, identity_of_input
+from raycv.batch_inference.identity import identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.input_formats import pair_file
 from raycv.batch_inference.output_formats import Progress
 from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairSource, open_source
@@ -88,6 +88,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         begun = output.progress
         if begun.records and not begun.finished:
             say(console, f"continues after {counted(begun.records, 'record')}")
+            source = _as_begun(source, begun, console)
         try:
             if not begun.finished:
                 _score(source, engine, output, console)
@@ -104,6 +105,14 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         output.finish()
     say(console, summary(output))
     return output.progress
+
+
+def _as_begun(source: PairSource, begun: Progress, console: Console) -> PairSource:
+    """`source`, read as it was before the interruption. Tells what then differs from the command."""
+    if source.missing == "text" or not takes_missing_as_text(begun.identity):
+        return source
+    say(console, "an earlier version began this file: NaN and the like stay text, as it began (missing=text)")
+    return replace(source, missing="text")
 
 
 def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Console) -> None:
