@@ -641,6 +641,18 @@ def test_columns_that_look_like_one_that_is_read_are_mentioned(tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("column", ["symptoms", "symptom_name", "symptom name"])
+def test_an_optional_column_in_another_spelling_is_mentioned(tmp_path: Path, column: str) -> None:
+    """It changes no number, so it is not refused."""
+    files = specification()
+    expected = load(tmp_path / "without", files)
+    files[C] = table(f"criterion_id,criterion,{column}", [(c, t, "mood") for c, t in CRITERIA.items()])
+    data = load(tmp_path / "with", files)
+    assert data.criteria == expected.criteria
+    (said,) = [warning.rpartition("/")[2] for warning in data.warnings if "is not read" in warning]
+    assert said == f"criteria.csv: the column '{column}' is not read; if it is the `symptom`, rename it to that."
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 Edit = Callable[[Files], None]
@@ -836,10 +848,6 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "two text columns": (
         lambda files: files.update({P: table("post_id,post,text", [(p, t, t) for p, t in POSTS.items()])}),
         ["posts.csv, line 1: both post and text are there", "keep the one that is meant"],
-    ),
-    "optional column misspelt": (
-        replaced(C, b"criterion_id,criterion", b"criterion_id,criterion,Symptoms"),
-        ["criteria.csv, line 1: the column 'symptoms' is not read; did you mean `symptom`?", "put x_ before its name"],
     ),
     "over-long field": (
         added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),

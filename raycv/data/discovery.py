@@ -319,10 +319,6 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     """The only file of `folder` that holds one of `tables`. If there are several or none, it reports a fault."""
     matches = [file for table in tables for file in folder.of(table)]
     if len(matches) == 1:
-        for miss in _near_misses(matches[0]):
-            if miss.beside is None:
-                detail = f"the column {shown(miss.column)} is not read; did you mean `{miss.meant}`?"
-                faults.add(Kind.NEAR_COLUMN, matches[0].path, detail, "line 1")
         return matches[0]
     if matches:
         names = ", ".join(str(file) for file in matches)
@@ -342,17 +338,16 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     return None
 
 
-def _near_misses(file: _File) -> list[NearMiss]:
-    table = str(file.table)
-    return near_misses(file.columns, (*COLUMNS[table], *OPTIONAL.get(table, ())))
-
-
 def _unread(file: _File) -> list[str]:
-    """A warning for each column that is not read because the file also has the column that it resembles."""
+    """A warning for each column that resembles a known one and is not read.
+
+    The file has every column that it must have, so such a column changes no number.
+    """
+    table = str(file.table)
     return [
-        f"{file.path}: the column {shown(miss.column)} is not read, since `{miss.beside}` is."
-        for miss in _near_misses(file)
-        if miss.beside is not None
+        f"{file.path}: the column {shown(miss.column)} is not read"
+        + (f", since `{miss.beside}` is." if miss.beside else f"; if it is the `{miss.meant}`, rename it to that.")
+        for miss in near_misses(file.columns, (*COLUMNS[table], *OPTIONAL.get(table, ())))
     ]
 
 

@@ -41,10 +41,6 @@ class Kind(Enum):
     FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
     JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
     COLUMN = "columns that are missing", "name the columns in the first line as the message says"
-    NEAR_COLUMN = (
-        "columns that are nearly known",
-        "rename the column to the name that is meant; to leave it unread, put x_ before its name or remove it",
-    )
     SEPARATOR = (
         "tables that are separated by something else than commas",
         "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
