@@ -553,17 +553,26 @@ def test_a_json_line_of_invisible_characters_or_nul_is_no_blank_line(tmp_path):
 NEAR = {
     "criterion": """criteria criterions criterias critera criteron crierion criterion? criterium kriterion cirterion
         citerion criterion_text criterion_name criteria_name criterion-description criterion_code symptom symptoms
-        DSM5_symptom dsm5_symptoms symptom_name dsm5symptom""",
+        DSM5_symptom dsm5_symptoms symptom_name dsm5symptom criterionText criterionDescription CriterionName""",
     "criterion_id": """criterionid criterion-id criteria_id critera_id criterion_ids CriterionID criterion.id
         criteriaids crieterion_id criterin_id""",
     "post_id": "postid post-id PostID post.id post_ids psot_id post__id posts_id",
     "id": "ids id?",
 }
+# By one of their words these may say which criterion is asked.
+NAMES_A_CRITERION = {
+    "criterion": """symptom_text symptom_description criterion_desc criteria_desc criterion_definition
+        criterion_statement criterion_question criterion_label crit dsm_criterion dsm5_criterion DSM5_criterion
+        target_criterion Kriterium criterion_text_de symptomText asked_crit Symptom-Beschreibung""",
+    "criterion_id": "symptom_id criterion_number criterion_key crit_id SymptomID symptom_nr dsm5_criterion_id",
+}
 FINE = """text_length label_2 score date criteria_version label annotator author subreddit title language url split fold
-    criterion_1 criterion_2 criterion2 criteria_count n_criteria criterion_label criterion_date poster_id user_id
+    criterion_1 criterion_2 criterion2 criteria_count n_criteria criterion_date poster_id user_id
     thread_id host_id comment_id posted posted_at post_date post_length post_url post_score context test cost port
     source iteration critical criticism critic symptom_count status sentence_id sentence_text explanation index rating
-    created_utc upvotes idx uid x_criterion x_post_id x_id Unnamed:_0 diagnosis"""
+    created_utc upvotes idx uid x_criterion x_post_id x_id Unnamed:_0 diagnosis
+    num_of_criteria number_of_symptoms has_symptoms criterion_source criteria_set symptom_severity criterion_met
+    symptomatic x_symptom_id x_crit criterion_scores critique criteria_url symptom_n"""
 
 
 def test_near_misses_of_known_columns_are_refused_and_other_columns_are_not(tmp_path):
@@ -574,12 +583,32 @@ def test_near_misses_of_known_columns_are_refused_and_other_columns_are_not(tmp_
         write_csv(path, f"post,{name}", [["w1", "C0"]])
         with pytest.raises(FaultsError) as caught:
             open_source(path, CRITERIA, None)
-        shown = repr(name.strip().casefold())
+        shown = repr(name.strip())
         assert caught.value.faults == [f"line 1: the column {shown} is not read; did you mean {meant}?"]
         assert caught.value.remedies[0] == f"rename {shown} to {meant}"
         assert f"x_{meant}" in caught.value.remedies[1]
     for name in FINE.split():
         assert open_source(write_csv(path, f"post,{name}", [["w1", "C0"]]), CRITERIA, None).layout.notices == ()
+
+
+def test_a_column_that_may_name_a_criterion_is_refused_where_each_post_would_be_asked_for_all(tmp_path):
+    path = tmp_path / "in.csv"
+    for meant, names in NAMES_A_CRITERION.items():
+        for name in names.split():
+            write_csv(path, f"post,{name}", [["w1", "C0"]])
+            with pytest.raises(FaultsError) as caught:
+                open_source(path, CRITERIA, None)
+            assert caught.value.faults == [f"line 1: the column {name!r} is not read; did you mean {meant}?"]
+            # One criterion is given for all rows, or another column names it.
+            assert open_source(path, CRITERIA, "C0").layout.others == (name,)
+            write_csv(path, f"post,{name},criterion", [["w1", "C0", "C0"]])
+            assert open_source(path, CRITERIA, None).layout.others == (name,)
+    # What could be prose is not repeated.
+    write_csv(path, f"post,the symptom of {CANARY}", [["w1", "C0"]])
+    with pytest.raises(FaultsError) as caught:
+        open_source(path, CRITERIA, None)
+    assert "the column number 2 (a value of 25 characters) is not read" in str(caught.value)
+    assert CANARY not in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -617,16 +646,20 @@ def test_a_near_miss_beside_the_column_that_is_read_is_told(checkpoint, tmp_path
 def test_a_later_json_line_with_a_near_miss_is_a_bad_row(tmp_path):
     source = tmp_path / "in.jsonl"
     lines = [{"post": "a", "date": 1}, {"post": "b", "criteria": "C0"}, {"post": "c", "criteria": None}]
-    source.write_text("\n".join(json.dumps(line) for line in [*lines, {"post": "d", "n_criteria": 2}]))
+    source.write_text(
+        "\n".join(json.dumps(line) for line in [*lines, {"post": "d", "n_criteria": 2}, {"post": "e", "symptom_id": 3}])
+    )
     (chunk,) = open_source(source, CRITERIA, None).chunks()
     assert sorted({pair.row for pair in chunk.pairs}) == [1, 3, 4]
-    (bad,) = chunk.bad
-    assert bad.reason == "has 'criteria', which the first record has not; is it criterion?"
+    assert [bad.reason for bad in chunk.bad] == [
+        "has 'criteria', which the first record has not; is it criterion?",
+        "has 'symptom_id', which the first record has not; is it criterion_id?",
+    ]
 
 
 def test_a_misspelt_column_of_posts_is_hinted_at(tmp_path):
-    for name, meant in (("posts", "post"), ("texts", "text"), ("post_text", "post")):
-        with pytest.raises(UserError, match=f"is '{name}' the {meant}"):
+    for name, meant in (("Posts", "post"), ("texts", "text"), ("post_text", "post")):
+        with pytest.raises(UserError, match=rf"; perhaps '{name}' is the {meant}\.\n"):
             open_source(write_csv(tmp_path / "in.csv", f"{name},criterion", []), CRITERIA, None)
 
 
