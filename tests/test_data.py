@@ -268,7 +268,7 @@ def test_old_mac_line_ends_quoted_fields_and_an_index_column(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("yes", "no"), [("yes", "no"), ("Yes", "NO"), ("1", "0"), ("true", "False"), (" TRUE ", "false")]
+    ("yes", "no"), [("yes", "no"), ("Yes", "NO"), ("1", "0"), ("true", "False"), (" TRUE ", "false"), ("1.0", "0.0")]
 )
 def test_labels_in_every_spelling(tmp_path: Path, yes: str, no: str) -> None:
     files = specification()
@@ -564,7 +564,7 @@ def test_what_pandas_writes_for_nothing_is_empty(tmp_path: Path, spelling: str, 
     assert data.stats["dropped"] == {"posts": ["p8", "p9"], "criteria": [], "pairs": 18}
     assert data.stats["missing"] == {"posts": {spelling: 2}, "criteria": {}}
     (warning,) = (warning for warning in data.warnings if "data.missing" in warning)
-    assert f"2 cells of the posts hold what software writes for nothing (2 x {spelling})" in warning
+    assert f"Cells of the posts that hold only what software writes for nothing (2 x {spelling}) count" in warning
     message = refusal(tmp_path, empty="refuse")
     assert f"{name}, line 6: post 'p8' has no text: its cell holds {spelling}" in message
     assert "data.missing=text keeps them as text" in message
@@ -584,6 +584,11 @@ def test_a_criterion_that_is_missing_and_ids_that_are_spelt_like_that(tmp_path: 
     assert sorted(data.criteria) == [*(f"A.{n}" for n in range(1, 9)), "NA"]
     assert data.criteria["A.2"].symptom is None
     assert data.stats["missing"] == {"posts": {}, "criteria": {"NULL": 1}}
+    (warning,) = (warning for warning in data.warnings if "data.missing" in warning)
+    assert warning == (
+        "Cells of the criteria that hold only what software writes for nothing (1 x NULL) count as without text; "
+        "data.missing=text keeps such cells as text."
+    )
     assert sorted(load_criteria(tmp_path)) == sorted(data.criteria)
     kept = load_criteria(tmp_path, missing="text")
     assert (kept["A.9"].text, kept["A.2"].symptom) == ("NULL", "NaN")
@@ -778,7 +783,15 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "empty label": (
         replaced(G, b"p2,A.5,no", b"p2,A.5,"),
-        ["groundtruth.csv, line 15: label (empty) is unknown", "write labels as yes or no"],
+        ["groundtruth.csv, line 15: label is empty", "nobody judged cannot be used: judge it, or remove its post"],
+    ),
+    "label that is missing to pandas": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5,NaN"),
+        ["groundtruth.csv, line 15: label is empty: it holds NaN", "data.missing are about texts only"],
+    ),
+    "label of invisible characters": (
+        replaced(G, b"p2,A.5,no", "p2,A.5,\u2800".encode()),
+        ["groundtruth.csv, line 15: label is empty", "judge it, or remove its post"],
     ),
     "text in the label column": (
         replaced(G, b"p2,A.5,no", b"p2,A.5," + TEXT),
@@ -911,6 +924,10 @@ MALFORMED_RELEASE: dict[str, tuple[Edit, list[str]]] = {
         replaced(A, b"ANHEDONIA", b""),
         [f"{A}, line 6: DSM5_symptom (empty) is unknown", "would turn positives into negatives"],
     ),
+    "empty status": (
+        replaced(A, b"SLEEP_ISSUES,0", b"SLEEP_ISSUES,"),
+        [f"{A}, line 9: status is empty", "judge it, or remove its post"],
+    ),
     "unknown status": (
         replaced(A, b"SLEEP_ISSUES,0", b"SLEEP_ISSUES,-1"),
         [f"{A}, line 9: status '-1'", "write labels as"],
@@ -1001,6 +1018,7 @@ SINGLE_FAULT = [
     "label of an unknown criterion",
     "missing pair",
     "unknown label",
+    "label that is missing to pandas",
     "post without pairs",
     "path separator in a criterion id",
     "too many fields",

@@ -50,6 +50,11 @@ class Kind(Enum):
     DUPLICATE_ID = "duplicate ids", "keep one row for each id"
     DUPLICATE_PAIR = "duplicate pairs", "keep one row for each pair of post and criterion"
     LABEL = "unknown labels", "write labels as yes or no, 1 or 0, true or false"
+    NO_LABEL = (
+        "labels that are empty",
+        "a pair that nobody judged cannot be used: judge it, or remove its post from every table (data.empty and"
+        " data.missing are about texts only)",
+    )
     SYMPTOM = (
         "unknown symptom names",
         "correct the name, or teach raycv/data/parsing.py the new one: to drop such rows would turn positives into"
