@@ -121,7 +121,10 @@ MORE_DATA: dict[str, tuple[Edit, list[str]]] = {
     "half a surrogate pair": (replaced(P, b"Grey", b"Gr\xed\xa0\x80ey"), ["posts.csv, line 2: the byte 0xed"]),
     "columns that are misspelt": (
         replaced(G, b"criterion_id,label", b"criterion,lable"),
-        ["line 1: `criterion_id`, `label` missing", "is 'criterion' the criterion_id?; is 'lable' the label?"],
+        [
+            "line 1: `criterion_id`, `label` missing",
+            "perhaps 'criterion' is the criterion_id; perhaps 'lable' is the label",
+        ],
     ),
     "a byte order mark twice": (
         lambda files: files.update({P: b"\xef\xbb\xbf" * 2 + files[P]}),

@@ -268,7 +268,7 @@ def test_old_mac_line_ends_quoted_fields_and_an_index_column(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("yes", "no"), [("yes", "no"), ("Yes", "NO"), ("1", "0"), ("true", "False"), (" TRUE ", "false")]
+    ("yes", "no"), [("yes", "no"), ("Yes", "NO"), ("1", "0"), ("true", "False"), (" TRUE ", "false"), ("1.0", "0.0")]
 )
 def test_labels_in_every_spelling(tmp_path: Path, yes: str, no: str) -> None:
     files = specification()
@@ -564,7 +564,7 @@ def test_what_pandas_writes_for_nothing_is_empty(tmp_path: Path, spelling: str, 
     assert data.stats["dropped"] == {"posts": ["p8", "p9"], "criteria": [], "pairs": 18}
     assert data.stats["missing"] == {"posts": {spelling: 2}, "criteria": {}}
     (warning,) = (warning for warning in data.warnings if "data.missing" in warning)
-    assert f"2 cells of the posts hold what software writes for nothing (2 x {spelling})" in warning
+    assert f"Cells of the posts that hold only what software writes for nothing (2 x {spelling}) count" in warning
     message = refusal(tmp_path, empty="refuse")
     assert f"{name}, line 6: post 'p8' has no text: its cell holds {spelling}" in message
     assert "data.missing=text keeps them as text" in message
@@ -584,6 +584,11 @@ def test_a_criterion_that_is_missing_and_ids_that_are_spelt_like_that(tmp_path: 
     assert sorted(data.criteria) == [*(f"A.{n}" for n in range(1, 9)), "NA"]
     assert data.criteria["A.2"].symptom is None
     assert data.stats["missing"] == {"posts": {}, "criteria": {"NULL": 1}}
+    (warning,) = (warning for warning in data.warnings if "data.missing" in warning)
+    assert warning == (
+        "Cells of the criteria that hold only what software writes for nothing (1 x NULL) count as without text; "
+        "data.missing=text keeps such cells as text."
+    )
     assert sorted(load_criteria(tmp_path)) == sorted(data.criteria)
     kept = load_criteria(tmp_path, missing="text")
     assert (kept["A.9"].text, kept["A.2"].symptom) == ("NULL", "NaN")
@@ -639,6 +644,18 @@ def test_columns_that_look_like_one_that_is_read_are_mentioned(tmp_path: Path) -
         "groundtruth.csv: the column 'labels' is not read, since `label` is.",
         "criteria.csv: the column 'criteria' is not read, since `text` is.",
     ]
+
+
+@pytest.mark.parametrize("column", ["symptoms", "symptom_name", "symptom name"])
+def test_an_optional_column_in_another_spelling_is_mentioned(tmp_path: Path, column: str) -> None:
+    """It changes no number, so it is not refused."""
+    files = specification()
+    expected = load(tmp_path / "without", files)
+    files[C] = table(f"criterion_id,criterion,{column}", [(c, t, "mood") for c, t in CRITERIA.items()])
+    data = load(tmp_path / "with", files)
+    assert data.criteria == expected.criteria
+    (said,) = [warning.rpartition("/")[2] for warning in data.warnings if "is not read" in warning]
+    assert said == f"criteria.csv: the column '{column}' is not read; if it is the `symptom`, rename it to that."
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -766,7 +783,15 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "empty label": (
         replaced(G, b"p2,A.5,no", b"p2,A.5,"),
-        ["groundtruth.csv, line 15: label (empty) is unknown", "write labels as yes or no"],
+        ["groundtruth.csv, line 15: label is empty", "nobody judged cannot be used: judge it, or remove its post"],
+    ),
+    "label that is missing to pandas": (
+        replaced(G, b"p2,A.5,no", b"p2,A.5,NaN"),
+        ["groundtruth.csv, line 15: label is empty: it holds NaN", "data.missing are about texts only"],
+    ),
+    "label of invisible characters": (
+        replaced(G, b"p2,A.5,no", "p2,A.5,\u2800".encode()),
+        ["groundtruth.csv, line 15: label is empty", "judge it, or remove its post"],
     ),
     "text in the label column": (
         replaced(G, b"p2,A.5,no", b"p2,A.5," + TEXT),
@@ -837,10 +862,6 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
         lambda files: files.update({P: table("post_id,post,text", [(p, t, t) for p, t in POSTS.items()])}),
         ["posts.csv, line 1: both post and text are there", "keep the one that is meant"],
     ),
-    "optional column misspelt": (
-        replaced(C, b"criterion_id,criterion", b"criterion_id,criterion,Symptoms"),
-        ["criteria.csv, line 1: the column 'symptoms' is not read; did you mean `symptom`?", "put x_ before its name"],
-    ),
     "over-long field": (
         added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),
         [
@@ -902,6 +923,10 @@ MALFORMED_RELEASE: dict[str, tuple[Edit, list[str]]] = {
     "empty symptom": (
         replaced(A, b"ANHEDONIA", b""),
         [f"{A}, line 6: DSM5_symptom (empty) is unknown", "would turn positives into negatives"],
+    ),
+    "empty status": (
+        replaced(A, b"SLEEP_ISSUES,0", b"SLEEP_ISSUES,"),
+        [f"{A}, line 9: status is empty", "judge it, or remove its post"],
     ),
     "unknown status": (
         replaced(A, b"SLEEP_ISSUES,0", b"SLEEP_ISSUES,-1"),
@@ -993,6 +1018,7 @@ SINGLE_FAULT = [
     "label of an unknown criterion",
     "missing pair",
     "unknown label",
+    "label that is missing to pandas",
     "post without pairs",
     "path separator in a criterion id",
     "too many fields",

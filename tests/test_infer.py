@@ -485,7 +485,7 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     assert (float(probability) >= float(against)) == (said == "matched") == (label == "matched")
     output = ScoreFile(tmp_path / "scores.csv", (), 0, {})
     with output.opened():
-        output.append(ScoredChunk(1, 1, threshold, "fp32", [PairScore(1, (), "A.1", score, False)]))
+        output.append(ScoredChunk(1, 1, threshold, "fp32", "sdpa", "sdpa", [PairScore(1, (), "A.1", score, False)]))
         output.finish()
     assert f",{label}," in (tmp_path / "scores.csv").read_text()
     assert output.progress.matched == (label == "matched")

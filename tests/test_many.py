@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from builders import files_of_a_gpu, tiny_llama
+from builders import files_of_a_gpu, tiny_gemma2, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
@@ -498,28 +498,32 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):
-    """One that an earlier version began took such words as text: it is continued with missing=text."""
-    source = write_csv(tmp_path / "in.csv", "post,criterion_id", rows_without_ids(9))
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    for number, (first, then) in enumerate([("missing=empty", "missing=text"), ("missing=text", "missing=empty")]):
+        (folder := tmp_path / str(number)).mkdir()
+        source, output, _ = left_in_the_middle(checkpoint, folder, monkeypatch, first)
+        with pytest.raises(UserError, match="cannot be continued: missing changed"):
+            score(checkpoint, source, output, then)
+        score(checkpoint, source, output, first)
+
+
+@pytest.mark.parametrize("overrides", [[], ["missing=text"]])
+def test_what_an_earlier_version_began_is_continued_as_text(checkpoint, tmp_path, monkeypatch, capfd, overrides):
+    """Such versions had no key for it, and took NaN and the like as text."""
     monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 3)
-
-    def begin(*overrides: str) -> dict[str, object]:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with monkeypatch.context() as patch:
-            patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                score(checkpoint, source, tmp_path / "out" / "s.csv", *overrides)
-        state = json.loads((tmp_path / "out" / "s.csv.state.json").read_text())
-        return dict(state["identity"])
-
-    earlier = begin("missing=text")
-    assert not [name for name in earlier if "missing" in name], "as earlier versions left it"
-    with pytest.raises(UserError, match=r"missing \(text in earlier versions\) changed"):
-        score(checkpoint, source, tmp_path / "out" / "s.csv")
-    score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
-    begin()
-    with pytest.raises(UserError, match=r"missing .* changed"):
-        score(checkpoint, source, tmp_path / "out" / "s.csv", "missing=text")
-    score(checkpoint, source, tmp_path / "out" / "s.csv")
+    texts = [*posts(4), "NaN", "null", *posts(2)]
+    source, output = write_csv(tmp_path / "in.csv", "post", [[post] for post in texts]), tmp_path / "out.csv"
+    score(checkpoint, source, tmp_path / "whole.csv", "criterion=C0", "missing=text")
+    with monkeypatch.context() as patch:
+        patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(checkpoint, source, output, "criterion=C0")
+    rewrite(tmp_path / "out.csv.state.json", lambda values: values["identity"].pop("missing"))
+    capfd.readouterr()
+    score(checkpoint, source, output, "criterion=C0", *overrides)
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    said = "an earlier version began this file: NaN and the like stay text, as it began (missing=text)"
+    assert (said in capfd.readouterr().err) == (overrides == [])
 
 
 def rows_without_ids(number: int) -> list[list[object]]:
@@ -549,17 +553,26 @@ def test_a_json_line_of_invisible_characters_or_nul_is_no_blank_line(tmp_path):
 NEAR = {
     "criterion": """criteria criterions criterias critera criteron crierion criterion? criterium kriterion cirterion
         citerion criterion_text criterion_name criteria_name criterion-description criterion_code symptom symptoms
-        DSM5_symptom dsm5_symptoms symptom_name dsm5symptom""",
+        DSM5_symptom dsm5_symptoms symptom_name dsm5symptom criterionText criterionDescription CriterionName""",
     "criterion_id": """criterionid criterion-id criteria_id critera_id criterion_ids CriterionID criterion.id
         criteriaids crieterion_id criterin_id""",
     "post_id": "postid post-id PostID post.id post_ids psot_id post__id posts_id",
     "id": "ids id?",
 }
+# By one of their words these may say which criterion is asked.
+NAMES_A_CRITERION = {
+    "criterion": """symptom_text symptom_description criterion_desc criteria_desc criterion_definition
+        criterion_statement criterion_question criterion_label crit dsm_criterion dsm5_criterion DSM5_criterion
+        target_criterion Kriterium criterion_text_de symptomText asked_crit Symptom-Beschreibung""",
+    "criterion_id": "symptom_id criterion_number criterion_key crit_id SymptomID symptom_nr dsm5_criterion_id",
+}
 FINE = """text_length label_2 score date criteria_version label annotator author subreddit title language url split fold
-    criterion_1 criterion_2 criterion2 criteria_count n_criteria criterion_label criterion_date poster_id user_id
+    criterion_1 criterion_2 criterion2 criteria_count n_criteria criterion_date poster_id user_id
     thread_id host_id comment_id posted posted_at post_date post_length post_url post_score context test cost port
     source iteration critical criticism critic symptom_count status sentence_id sentence_text explanation index rating
-    created_utc upvotes idx uid x_criterion x_post_id x_id Unnamed:_0 diagnosis"""
+    created_utc upvotes idx uid x_criterion x_post_id x_id Unnamed:_0 diagnosis
+    num_of_criteria number_of_symptoms has_symptoms criterion_source criteria_set symptom_severity criterion_met
+    symptomatic x_symptom_id x_crit criterion_scores critique criteria_url symptom_n"""
 
 
 def test_near_misses_of_known_columns_are_refused_and_other_columns_are_not(tmp_path):
@@ -570,12 +583,32 @@ def test_near_misses_of_known_columns_are_refused_and_other_columns_are_not(tmp_
         write_csv(path, f"post,{name}", [["w1", "C0"]])
         with pytest.raises(FaultsError) as caught:
             open_source(path, CRITERIA, None)
-        shown = repr(name.strip().casefold())
+        shown = repr(name.strip())
         assert caught.value.faults == [f"line 1: the column {shown} is not read; did you mean {meant}?"]
         assert caught.value.remedies[0] == f"rename {shown} to {meant}"
         assert f"x_{meant}" in caught.value.remedies[1]
     for name in FINE.split():
         assert open_source(write_csv(path, f"post,{name}", [["w1", "C0"]]), CRITERIA, None).layout.notices == ()
+
+
+def test_a_column_that_may_name_a_criterion_is_refused_where_each_post_would_be_asked_for_all(tmp_path):
+    path = tmp_path / "in.csv"
+    for meant, names in NAMES_A_CRITERION.items():
+        for name in names.split():
+            write_csv(path, f"post,{name}", [["w1", "C0"]])
+            with pytest.raises(FaultsError) as caught:
+                open_source(path, CRITERIA, None)
+            assert caught.value.faults == [f"line 1: the column {name!r} is not read; did you mean {meant}?"]
+            # One criterion is given for all rows, or another column names it.
+            assert open_source(path, CRITERIA, "C0").layout.others == (name,)
+            write_csv(path, f"post,{name},criterion", [["w1", "C0", "C0"]])
+            assert open_source(path, CRITERIA, None).layout.others == (name,)
+    # What could be prose is not repeated.
+    write_csv(path, f"post,the symptom of {CANARY}", [["w1", "C0"]])
+    with pytest.raises(FaultsError) as caught:
+        open_source(path, CRITERIA, None)
+    assert "the column number 2 (a value of 25 characters) is not read" in str(caught.value)
+    assert CANARY not in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -613,16 +646,20 @@ def test_a_near_miss_beside_the_column_that_is_read_is_told(checkpoint, tmp_path
 def test_a_later_json_line_with_a_near_miss_is_a_bad_row(tmp_path):
     source = tmp_path / "in.jsonl"
     lines = [{"post": "a", "date": 1}, {"post": "b", "criteria": "C0"}, {"post": "c", "criteria": None}]
-    source.write_text("\n".join(json.dumps(line) for line in [*lines, {"post": "d", "n_criteria": 2}]))
+    source.write_text(
+        "\n".join(json.dumps(line) for line in [*lines, {"post": "d", "n_criteria": 2}, {"post": "e", "symptom_id": 3}])
+    )
     (chunk,) = open_source(source, CRITERIA, None).chunks()
     assert sorted({pair.row for pair in chunk.pairs}) == [1, 3, 4]
-    (bad,) = chunk.bad
-    assert bad.reason == "has 'criteria', which the first record has not; is it criterion?"
+    assert [bad.reason for bad in chunk.bad] == [
+        "has 'criteria', which the first record has not; is it criterion?",
+        "has 'symptom_id', which the first record has not; is it criterion_id?",
+    ]
 
 
 def test_a_misspelt_column_of_posts_is_hinted_at(tmp_path):
-    for name, meant in (("posts", "post"), ("texts", "text"), ("post_text", "post")):
-        with pytest.raises(UserError, match=f"is '{name}' the {meant}"):
+    for name, meant in (("Posts", "post"), ("texts", "text"), ("post_text", "post")):
+        with pytest.raises(UserError, match=rf"; perhaps '{name}' is the {meant}\.\n"):
             open_source(write_csv(tmp_path / "in.csv", f"{name},criterion", []), CRITERIA, None)
 
 
@@ -637,6 +674,7 @@ class Fake:
     identity = ModelIdentity("toy", 0, "none")
     threshold = 0.5
     computed_in = "fp32"
+    attention = earlier_attention = "sdpa"
 
     def check_pair(self, post: str, criterion: str) -> None:
         pass
@@ -769,13 +807,13 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     assert len(read_csv(output)) == 27
 
 
-def left_in_the_middle(checkpoint, folder, monkeypatch):
+def left_in_the_middle(checkpoint, folder, monkeypatch, *overrides):
     """The input, the output and the state of scores that were interrupted after the first of three chunks."""
     source = write_csv(folder / "in.csv", "post", [[post] for post in posts(9)])
     with monkeypatch.context() as patch:
         patch.setattr("raycv.batch_inference.score_file.ProgressView.update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            score(checkpoint, source, folder / "out.csv")
+            score(checkpoint, source, folder / "out.csv", *overrides)
     return source, folder / "out.csv", folder / "out.csv.state.json"
 
 
@@ -795,8 +833,9 @@ def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeyp
     source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
 
     def as_first(values):
-        del values["format"], values["numerics"]
+        del values["format"], values["numerics"], values["attention"]
         values["identity"]["the version of raycv"] = "0.0.9"
+        del values["identity"]["missing"]
 
     rewrite(state, as_first)
     begun = (tmp_path / "out.csv.part").read_bytes()
@@ -806,8 +845,33 @@ def test_a_state_of_the_first_version_is_continued(checkpoint, tmp_path, monkeyp
     assert output.read_bytes().startswith(begun)
 
 
+@pytest.mark.long
+def test_scores_of_two_attentions_are_not_mixed(tmp_path, monkeypatch):
+    """An earlier version computed a model that caps its scores with the kernel, which drops the cap."""
+    toy = Toy(toy_base(tmp_path, tiny_gemma2))
+    capped = toy.save_with_criteria(tmp_path, toy.model())
+    monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 9)
+    source, output, state = left_in_the_middle(capped, tmp_path, monkeypatch)
+    assert json.loads(state.read_text())["attention"] == "eager"
+
+    def as_before_it_was_recorded(values):
+        assert values.pop("attention") == "eager"
+        values["format"] = 1
+
+    begun = state.read_text()
+    for change in (as_before_it_was_recorded, lambda values: values.update(attention="sdpa")):
+        rewrite(state, change)
+        with pytest.raises(UserError) as caught:
+            score(capped, source, output)
+        assert caught.value.what == ("The scores so far were computed with sdpa attention, these would be with eager.")
+        assert f"delete {state}" in str(caught.value)
+        state.write_text(begun)
+    score(capped, source, output)
+    assert len(read_csv(output)) == 27
+
+
 @pytest.mark.parametrize(
-    ("key", "said"), [("format", "its format is 2, and not 1"), ("numerics", "whose arithmetic has number 2")]
+    ("key", "said"), [("format", "its format is 3, and not 2"), ("numerics", "whose arithmetic has number 2")]
 )
 def test_a_state_of_another_format_or_arithmetic_is_refused_in_words(checkpoint, tmp_path, monkeypatch, key, said):
     source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch)
@@ -876,6 +940,29 @@ def test_another_base_model_is_not_continued_and_one_that_was_moved_is(checkpoin
         score(checkpoint, source, tmp_path / "out.csv", f"base={other}")
     score(checkpoint, source, tmp_path / "out.csv", f"base={moved}")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_vocabulary_that_an_earlier_version_did_not_record_is_no_other_base_model(checkpoint, tmp_path, monkeypatch):
+    base = shutil.copytree(read_info(checkpoint).base_model, tmp_path / "base")
+    (base / "dict.txt").write_text("w1 1\n")
+    source, output, state = left_in_the_middle(checkpoint, tmp_path, monkeypatch, f"base={base}")
+    begun = state.read_text()
+
+    def without(file):
+        rewrite(state, lambda values: values["identity"]["the base model"][0].pop(file))
+
+    def is_refused():
+        with pytest.raises(UserError, match="cannot be continued: the base model changed"):
+            score(checkpoint, source, output, f"base={base}")
+
+    without("config.json")
+    is_refused()
+    state.write_text(begun)
+    (base / "dict.txt").write_text("w2 1\n")
+    is_refused()
+    without("dict.txt")
+    score(checkpoint, source, output, f"base={base}")
+    assert len(read_csv(output)) == 27
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -949,7 +1036,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
             with pytest.raises(UserError, match="Another process"), ScoreFile(output.output, (), 0, {}).opened():
                 pass
         with output.opened(), pytest.raises(UserError, match=r"were computed in fp32(.|\n)*infer\.precision=fp32"):
-            output.append(ScoredChunk(2, 2, 0.5, "bf16"))
+            output.append(ScoredChunk(2, 2, 0.5, "bf16", "sdpa", "sdpa"))
     (tmp_path / "out.csv.part").write_bytes(b"row")
     next((tmp_path / "out.parquet.parts").iterdir()).unlink()
     for ending in ("csv", "parquet"):
@@ -1004,7 +1091,7 @@ def progress_of(tmp_path, monkeypatch, chunks, *, terminal: bool) -> str:
             clock.now += seconds
             rows = [BadRow(index, records + index, f"fault {index}") for index in range(bad)]
             progress = replace(progress, pairs=progress.pairs + 1000, bad=progress.bad + bad)
-            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", [], rows), progress)
+            view.update(ScoredChunk(records, 10 * records, 0.5, "fp32", "sdpa", "sdpa", [], rows), progress)
     return said.getvalue()
 
 
@@ -1223,6 +1310,7 @@ raycv.batch_inference.pairs.CHUNK_PAIRS = 2
 
 class SlowFirst:
     threshold, computed_in = 0.5, "fp32"
+    attention = earlier_attention = "sdpa"
 
     def check_pair(self, post, criterion):
         pass

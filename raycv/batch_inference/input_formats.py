@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycv.data.problems import FIELD_LIMIT, Kind
-from raycv.data.table_reader import LINE_LIMIT, UnreadableError, check_file, field_limit, opened
+from raycv.data.table_reader import LINE_LIMIT, UnreadableError, check_file, field_limit, folded, opened
 from raycv.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class PairFile:
         return self.path.stat().st_size
 
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns in small letters. Raises: UserError, UnreadableError."""
+        """The names of the columns as they are spelt. Raises: UserError, UnreadableError."""
         raise NotImplementedError
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
@@ -145,21 +145,17 @@ class CsvFile(PairFile):
             for line, fields, fault in records:
                 if fault:
                     raise UserError(f"{self.path}, line {line}: {fault}.", remedies=[COLUMNS_REMEDY])
-                return _folded(fields)
+                return tuple(fields)
         return ()
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
         with opened(self.path) as file, field_limit(), closing(_csv_records(lines := _Lines(file))) as records:
-            columns = _folded(next(records)[1])
+            columns = folded(next(records)[1])
             for number, (line, fields, fault) in enumerate(records, 1):
                 if fault is None and len(fields) != len(columns):
                     fault = f"{counted(len(fields), 'field')} instead of {len(columns)}"
                 self.position = lines.bytes_read
                 yield Record(number, line, dict(zip(columns, fields, strict=False)), fault)
-
-
-def _folded(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.strip().casefold() for name in names)
 
 
 def _csv_records(lines: _Lines) -> Generator[tuple[int, list[str], str | None], None, None]:
@@ -199,11 +195,11 @@ class JsonLinesFile(PairFile):
 
     def columns(self) -> tuple[str, ...]:
         fault = None
-        with closing(self.records(())) as records:
-            for record in records:
-                if record.values:
-                    return tuple(record.values)
-                fault = fault or f"line {record.line}: {record.fault or 'an object without keys'}"
+        with closing(self._objects()) as objects:
+            for _, line, entries, found in objects:
+                if entries:
+                    return tuple(key for key, _ in entries)
+                fault = fault or f"line {line}: {found or 'an object without keys'}"
         if fault:
             remedies = ['write a JSON object on each line: {"post": "..."}']
             raise UserError(
@@ -212,31 +208,43 @@ class JsonLinesFile(PairFile):
         return ()
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
+        for number, line, entries, fault in self._objects():
+            yield Record(
+                number,
+                line,
+                dict(zip(folded(key for key, _ in entries), (value for _, value in entries), strict=True)),
+                fault,
+            )
+
+    def _objects(self) -> Generator[tuple[int, int, "_Entries", str | None], None, None]:
+        """The number and line of each object, its entries, and why it cannot be read."""
         with opened(self.path) as file:
             lines, number = _Lines(file), 0
             line = lines.start_record()
             for text in lines:
                 if not text.isspace():
                     number += 1
-                    values, fault = _json_object(text) if not lines.cut else ({}, _too_long("line", LINE_LIMIT))
+                    entries, fault = (
+                        _json_object(text) if not lines.cut else (_Entries(), _too_long("line", LINE_LIMIT))
+                    )
                     self.position = lines.bytes_read
-                    yield Record(number, line, values, fault)
+                    yield number, line, entries, fault
                 line = lines.start_record()
 
 
-def _json_object(text: str) -> tuple[dict[str, object], str | None]:
+def _json_object(text: str) -> tuple["_Entries", str | None]:
     try:
         value = json.loads(text, object_pairs_hook=_Entries)
     except json.JSONDecodeError as error:
-        return {}, f"not JSON: {error.msg}"
+        return _Entries(), f"not JSON: {error.msg}"
     except (RecursionError, ValueError):
-        return {}, "JSON that is nested too deeply, or has a number that is too long"
+        return _Entries(), "JSON that is nested too deeply, or has a number that is too long"
     if not isinstance(value, _Entries):
-        return {}, "not a JSON object"
-    names = _folded([key for key, _ in value])
+        return _Entries(), "not a JSON object"
+    names = folded(key for key, _ in value)
     if twice := repeated(names):
-        return {}, f"the key {twice} occurs {names.count(twice)} times"
-    return dict(zip(names, (entry for _, entry in value), strict=True)), None
+        return _Entries(), f"the key {twice} occurs {names.count(twice)} times"
+    return value, None
 
 
 class _Entries(list[tuple[str, object]]):
@@ -244,7 +252,7 @@ class _Entries(list[tuple[str, object]]):
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """A known column that occurs in `names` more than once; None if there is no such column."""
+    """A column that has a meaning and stands among `names`, in small letters, more than once."""
     return next((name for group in KNOWN_COLUMNS for name in group if names.count(name) > 1), None)
 
 
@@ -256,16 +264,17 @@ class ParquetFile(PairFile):
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Maps each column in small letters to its name in the file."""
-        return {name.strip().casefold(): name for name in self._opened().schema_arrow.names}
+        """Column in small letters -> as the file has it."""
+        names = self._opened().schema_arrow.names
+        return dict(zip(folded(names), names, strict=True))
 
     @property
     def total(self) -> int:
         return int(self._opened().metadata.num_rows)
 
     def columns(self) -> tuple[str, ...]:
-        # We keep repetitions, so that find_layout can refuse them.
-        return tuple(name.strip().casefold() for name in self._opened().schema_arrow.names)
+        # With repetitions, which are refused.
+        return tuple(self._opened().schema_arrow.names)
 
     def records(self, wanted: Sequence[str]) -> Generator[Record, None, None]:
         names = [self._names[name] for name in wanted]

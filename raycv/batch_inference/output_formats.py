@@ -27,6 +27,8 @@ class Progress:
     truncated: int = 0
     bad: int = 0
     precision: str | None = None
+    attention: str | None = None
+    """None before the first chunk, and in states of earlier versions"""
     threshold: float | None = None
     part_bytes: int = 0
     errors_bytes: int = 0

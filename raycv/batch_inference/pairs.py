@@ -16,12 +16,12 @@ from raycv.batch_inference.input_formats import (
     repeated,
     unreadable,
 )
-from raycv.data.discovery import NearMiss, misspelt, near_misses
+from raycv.data.discovery import NearMiss, criterion_columns, misspelt, near_misses
 from raycv.data.parsing import Missing, id_fault, is_blank, is_missing
 from raycv.data.problems import FIELD_LIMIT, listed, named
-from raycv.data.table_reader import UnreadableError, is_unicode, separator_of
+from raycv.data.table_reader import UnreadableError, folded, is_unicode, separator_of
 from raycv.data.types import Criterion
-from raycv.errors import FaultsError, UserError, shown
+from raycv.errors import FaultsError, UserError
 from raycv.inference.questions import find_criterion
 
 CHUNK_PAIRS = 2304
@@ -85,17 +85,19 @@ class Layout:
         return [self.post, *([self.criterion] if self.criterion else []), *self.ids]
 
 
-def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.header) -> Layout:
-    """Finds the columns to read.
+def find_layout(path: Path, spelt: Sequence[str], header: str = PairFile.header, *, asked: bool = False) -> Layout:
+    """Which columns are read.
 
     Args:
-        path: The file, for messages.
-        columns: The names of its columns in small letters.
+        path: The file.
+        spelt: Its columns as it spells them.
         header: The place of these names, for messages.
+        asked: Whether one criterion is given for all rows.
 
     Raises:
-        UserError: There is no column of posts, a column occurs twice, two could be meant, or a name is misspelt.
+        UserError: There is no column of posts, it is not clear which is meant, or one is misspelt.
     """
+    columns = folded(spelt)
     if twice := repeated(columns):
         remedies = ["keep one column of each name"]
         raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
@@ -106,26 +108,40 @@ def find_layout(path: Path, columns: Sequence[str], header: str = PairFile.heade
             what = f"{path} has both {' and '.join(found)}: it is not clear which is asked."
             raise UserError(what, remedies=["keep the one that is meant, or rename the other"])
     if not posts:
-        have = f"its columns are {listed(list(columns))}" if columns else "it is empty"
+        have = f"its columns are {listed([name.strip() for name in spelt])}" if columns else "it is empty"
         if separator := separator_of(columns):
             have += f", separated by {separator} and not by commas"
-        have += misspelt([POST_COLUMNS], columns)
+        have += misspelt([POST_COLUMNS], spelt)
         remedy = "save it with commas" if separator else COLUMNS_REMEDY
         raise UserError(f"{path} has no column post or text: {have}.", remedies=[remedy])
-    near = near_misses(columns, KNOWN_COLUMNS, _SYNONYMS)
+    near = _unread(spelt, every=not (criteria or asked))
     _refuse_near(path, [miss for miss in near if miss.beside is None], header)
     layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
-    notices = tuple(f"the column {shown(miss.column)} is not read, since {miss.beside} is" for miss in near)
-    return replace(layout, others=tuple(name for name in columns if name not in layout.wanted), notices=notices)
+    notices = tuple(f"the column {miss.shown} is not read, since {miss.beside} is" for miss in near)
+    return replace(
+        layout,
+        others=tuple(name.strip() for name, read in zip(spelt, columns, strict=True) if read not in layout.wanted),
+        notices=notices,
+    )
+
+
+def _unread(spelt: Sequence[str], *, every: bool) -> list[NearMiss]:
+    """The columns that are not read and most likely should be.
+
+    `every`: each post is asked for every criterion, so a column that may name one counts too.
+    """
+    near = near_misses(spelt, KNOWN_COLUMNS, _SYNONYMS)
+    found = {miss.column for miss in near}
+    return [*near, *(miss for miss in criterion_columns(spelt) if every and miss.column not in found)]
 
 
 def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
     """Raises: FaultsError if a column is probably misspelt: each post would be asked for every criterion."""
     if not near:
         return
-    faults = [f"{header}: the column {shown(miss.column)} is not read; did you mean {miss.meant}?" for miss in near]
+    faults = [f"{header}: the column {miss.shown} is not read; did you mean {miss.meant}?" for miss in near]
     remedies = [
-        *(f"rename {shown(miss.column)} to {miss.meant}" for miss in near),
+        *(f"rename {miss.shown} to {miss.meant}" for miss in near),
         f"to leave it unread, give it a name that is not nearly a known one (x_{near[0].meant}), or remove it",
     ]
     raise FaultsError(f"input={path} cannot be used", faults, remedies=remedies)
@@ -189,9 +205,9 @@ class PairSource:
             given = [name for name, value in record.values.items() if value is not None]
             if any(name in CRITERION_COLUMNS for name in given):
                 raise ValueError("names a criterion, which the first record does not")
-            for miss in near_misses(given, KNOWN_COLUMNS, _SYNONYMS):
+            for miss in _unread(given, every=self.asked is None):
                 if miss.meant in CRITERION_COLUMNS:
-                    raise ValueError(f"has {shown(miss.column)}, which the first record has not; is it {miss.meant}?")
+                    raise ValueError(f"has {miss.shown}, which the first record has not; is it {miss.meant}?")
             return [self.asked] if self.asked else list(self.criteria.values())
         name = _text(record, column)
         found = find_criterion(name, self.criteria)
@@ -258,7 +274,7 @@ def open_source(
     """
     try:
         file = pair_file(path)
-        layout = find_layout(path, file.columns(), file.header)
+        layout = find_layout(path, file.columns(), file.header, asked=criterion is not None)
     except (UnreadableError, OSError) as error:
         raise unreadable(path, error) from error
     if layout.criterion and criterion is not None:

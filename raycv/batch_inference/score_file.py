@@ -1,10 +1,9 @@
 """Scores a file of pairs chunk by chunk: reads, scores, writes."""
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,30 +11,32 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from raycv.batch_inference.identity import identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.input_formats import pair_file
 from raycv.batch_inference.output_formats import Progress
 from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairSource, open_source
 from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile, check_output
 from raycv.config.schema import InferConfig, InferenceConfig
-from raycv.data.dataset import criteria_hash
 from raycv.data.problems import listed
 from raycv.data.types import Criterion
 from raycv.errors import UserError, counted
 from raycv.inference.choose import Chosen
 from raycv.inference.questions import Prediction, Predicts, shown_threshold
-from raycv.model.base_model import fetch_trained_base
-from raycv.model.checkpoint import MANIFEST, read_info
 from raycv.terminal.console import duration, say
 
 FIRST_BAD = 10
 """Bad rows that are printed. `<output>.errors.csv` has all of them."""
 PLAIN_SECONDS = 30
-"""Seconds between two lines of progress if there is no terminal."""
-IDENTITY_BYTES = 1_000_000
+"""Between two lines of progress where there is no terminal."""
 
 
 class PairScorer(Predicts, Protocol):
     """An object that scores chunks: `raycv.inference.predictor.Predictor`."""
+
+    attention: str
+    """sdpa or eager"""
+    earlier_attention: str
+    """the one that versions which recorded none computed"""
 
     def check_pair(self, post: str, criterion: str) -> None:
         """Raises: UserError if `criterion` leaves no room for a word of `post`."""
@@ -90,6 +91,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         begun = output.progress
         if begun.records and not begun.finished:
             say(console, f"continues after {counted(begun.records, 'record')}")
+            source = _as_begun(source, begun, console)
         try:
             if not begun.finished:
                 _score(source, engine, output, console)
@@ -98,7 +100,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
             kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
             say(console, kept if records else "stopped before the first records were scored")
             raise
-        if not begun.finished and not _identity_of_input(source).items() <= output.progress.identity.items():
+        if not begun.finished and not identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
                 remedies=["run the same command again: it says what to delete to start anew"],
@@ -108,6 +110,14 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     return output.progress
 
 
+def _as_begun(source: PairSource, begun: Progress, console: Console) -> PairSource:
+    """`source`, read as it was before the interruption. Tells what then differs from the command."""
+    if source.missing == "text" or not takes_missing_as_text(begun.identity):
+        return source
+    say(console, "an earlier version began this file: NaN and the like stay text, as it began (missing=text)")
+    return replace(source, missing="text")
+
+
 def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Console) -> None:
     """Scores the records that `output` does not cover yet."""
     begun = output.progress
@@ -115,60 +125,6 @@ def _score(source: PairSource, engine: Engine, output: ScoreFile, console: Conso
         for chunk in scored:
             output.append(chunk)
             view.update(chunk, output.progress)
-
-
-def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
-    """The facts that the scores depend on, under names that a message can use.
-
-    The engine is not among them. The precision is not either: the first chunk shows which one `auto` is, and ScoreFile
-    refuses another one.
-
-    Args:
-        source: The file and the criteria.
-        chosen: The checkpoints.
-        base: Folder or hub id of the base model now; None for where training found it.
-
-    Raises:
-        UserError: The base model is not there.
-    """
-    asked = source.asked.text if source.asked else ""
-    return {
-        **_identity_of_input(source),
-        "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
-        # All checkpoints share one base model, so we hash it once.
-        "the base model": [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
-        "the criteria": criteria_hash(source.criteria),
-        "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
-        "the records of a chunk": source.chunk_records,
-        # Earlier versions took such cells as text, so their outputs are continued with missing=text.
-        **({"missing (text in earlier versions)": source.missing} if source.missing != "text" else {}),
-    }
-
-
-def _identity_of_input(source: PairSource) -> dict[str, Any]:
-    stat = source.path.stat()
-    with source.path.open("rb") as file:
-        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
-    return {
-        "the size of the input": stat.st_size,
-        "the time of the input": stat.st_mtime_ns,
-        "the beginning of the input": head,
-    }
-
-
-def _checkpoint_hash(folder: Path) -> str:
-    """A hash of the adapter, the head, the threshold and the prompt's rules."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
-    """Checksums of the base model's files. Their place does not count, as it may hold another model next time."""
-    info = read_info(checkpoint)
-    return fetch_trained_base(info.base_model, info.base_revision, given).sums()
 
 
 def local_engine(load: Callable[[], PairScorer]) -> Engine:
@@ -201,7 +157,16 @@ def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
     bad = sorted([*chunk.bad, *unfit], key=lambda row: row.line)
-    return ScoredChunk(chunk.records, chunk.position, scorer.threshold, scorer.computed_in, scores, bad)
+    return ScoredChunk(
+        chunk.records,
+        chunk.position,
+        scorer.threshold,
+        scorer.computed_in,
+        scorer.attention,
+        scorer.earlier_attention,
+        scores,
+        bad,
+    )
 
 
 def _predicted(pairs: Sequence[AskedPair], scorer: PairScorer) -> list[Prediction]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from raycv.batch_inference.identity import changed
 from raycv.batch_inference.input_formats import FORMATS
 from raycv.batch_inference.output_formats import (
     ERRORS_HEADER,
@@ -52,6 +53,9 @@ class ScoredChunk:
     position: int
     threshold: float
     precision: str
+    attention: str
+    earlier_attention: str
+    """the attention of earlier versions, which recorded none"""
     scores: list[PairScore] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -164,7 +168,7 @@ class ScoreFile:
     def _made(self, found: Progress) -> bool:
         """Whether an earlier run made the output and ended between its move into place and the state's removal."""
         ours = self.progress
-        same = found.finished and (found.identity, found.numerics) == (ours.identity, ours.numerics)
+        same = found.finished and found.numerics == ours.numerics and not changed(found.identity, ours.identity)
         return same and self._sink.finished(self.output, found)
 
     @property
@@ -176,9 +180,9 @@ class ScoreFile:
         remedies = [f"to start anew, {self._anew}"]
         if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
             raise UserError(f"{self._state} is damaged.", remedies=remedies)
-        # States of earlier versions have no format number, and have the format of number 1.
-        written = values.pop("format", FORMAT)
-        if written != FORMAT:
+        # States of earlier versions say no format.
+        written = values.pop("format", FORMATS_READ[0])
+        if written not in FORMATS_READ:
             what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
             raise UserError(what, remedies=["continue with that version of raycv", *remedies])
         # Earlier versions counted each version of raycv as another arithmetic, so we drop that entry.
@@ -186,29 +190,28 @@ class ScoreFile:
         return Progress(**values)
 
     def _continued(self, found: Progress) -> Progress:
-        """Returns `found`. Raises: UserError if its scores depend on other facts than those of this run."""
-        wanted = self.progress.identity
+        """`found`, if its scores depend on what this run's would."""
         if found.numerics != NUMERICS:
             raise UserError(
                 f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
                 f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
                 remedies=["continue with that version of raycv", f"to start anew, {self._anew}", "name another output"],
             )
-        names = [name for name in {**wanted, **found.identity} if wanted.get(name) != found.identity.get(name)]
-        if names:
+        if names := changed(found.identity, self.progress.identity):
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
             remedies = ["run the command as it was", f"to start anew, {self._anew}", "name another output"]
             raise UserError(what, remedies=remedies)
         return found
 
     def append(self, chunk: ScoredChunk) -> None:
-        """Writes a chunk to disk. Raises: UserError if its precision is not that of the earlier chunks."""
+        """Writes a chunk for good.
+
+        Raises: UserError if it was computed in another precision or with another attention than those before.
+        """
         with self._writing():
             self._begin()
         before = self.progress
-        if before.precision not in (None, chunk.precision):
-            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
-            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        self._check_computed(before, chunk)
         labels = [label_of(score.score, chunk.threshold) for score in chunk.scores]
         rows = [
             (one.row, *one.ids, one.criterion_id, label, one.score, chunk.threshold, self._fold, one.truncated)
@@ -224,11 +227,30 @@ class ScoreFile:
                 truncated=before.truncated + sum(one.truncated for one in chunk.scores),
                 bad=before.bad + len(chunk.bad),
                 precision=chunk.precision,
+                attention=chunk.attention,
                 threshold=chunk.threshold,
                 part_bytes=self._sink.append(rows, before.records),
                 errors_bytes=append_bytes(self.errors, errors.encode("utf-8"), at=before.errors_bytes),
             )
             self._save(after)
+
+    def _check_computed(self, before: Progress, chunk: ScoredChunk) -> None:
+        """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
+        if before.precision not in (None, chunk.precision):
+            what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        if not before.records:
+            return
+        then = before.attention or chunk.earlier_attention
+        if then != chunk.attention:
+            raise UserError(
+                f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+                remedies=[
+                    "continue with the version of raycv and on the kind of device that began the file",
+                    f"to start anew, {self._anew}",
+                    "name another output: output=<file>",
+                ],
+            )
 
     def _save(self, progress: Progress) -> None:
         values = {"format": FORMAT, **asdict(progress)}
@@ -263,8 +285,9 @@ class ScoreFile:
             raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
 
 
-FORMAT = 1
-"""The number of the state's format. Raise it by one when the format changes."""
+FORMAT = 2
+"""The number of the state's format. Raise it by one when the format changes. Format 1 has no attention."""
+FORMATS_READ = (1, FORMAT)
 SUM = "sha256"
 """Key of the state's own checksum. An output that continues a damaged state would lack rows, or repeat some."""
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from raycv.config.validation import validate
 from raycv.data.splits import Split, splits_record
 from raycv.data.types import Dataset
 from raycv.errors import FaultsError, UserError, counted, together
-from raycv.model.base_files import RARE
+from raycv.model.base_files import comparable
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
@@ -52,9 +51,10 @@ class Earlier:
         then, now = base_of(self.folder), json.loads(json.dumps(facts))
         old, new = _base_files(then), _base_files(now)
         lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
-        # A rare vocabulary that an earlier version did not record cannot be compared.
-        files = [file for file in sorted(old | new) if file in old or not any(fnmatch(file, rare) for rare in RARE)]
-        lines += [_then_now(f"base model, {file}", old.get(file), new.get(file)) for file in files]
+        lines += [
+            _then_now(f"base model, {file}", old.get(file), new.get(file))
+            for file in comparable(sorted(old | new), old)
+        ]
         self._refuse([line for line in lines if line])
 
     def check_attention(self, config: Any) -> None:

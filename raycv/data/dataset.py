@@ -125,7 +125,7 @@ def _used(seen: set[str], file: Texts, kind: Kind, labels: Labels, faults: Fault
 
 
 def _check_classes(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], faults: Faults) -> None:
-    if not (posts.whole and criteria.whole and labels.whole) or faults.has(Kind.LABEL, Kind.FIELD_COUNT):
+    if not (posts.whole and criteria.whole and labels.whole) or faults.has(Kind.LABEL, Kind.NO_LABEL, Kind.FIELD_COUNT):
         return
     classes = {pair.label for pair in pairs}
     if not pairs:
@@ -268,9 +268,9 @@ def _drop_warnings(dropped: Mapping[str, Any]) -> list[str]:
 
 def _missing_warnings(missing: Mapping[str, Mapping[str, int]]) -> list[str]:
     return [
-        f"{counted(sum(spellings.values()), 'cell')} of the {table} hold what software writes for nothing"
-        f" ({', '.join(f'{number:,} x {spelling}' for spelling, number in sorted(spellings.items()))}) and count as"
-        " without text; data.missing=text keeps them as text."
+        f"Cells of the {table} that hold only what software writes for nothing"
+        f" ({', '.join(f'{number:,} x {spelling}' for spelling, number in sorted(spellings.items()))}) count as without"
+        " text; data.missing=text keeps such cells as text."
         for table, spellings in missing.items()
         if spellings
     ]

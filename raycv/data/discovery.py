@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from raycv.data.problems import Faults, Kind, named
-from raycv.data.table_reader import UnreadableError, check_file, read_columns, separator_of
+from raycv.data.table_reader import UnreadableError, check_file, folded, read_columns, separator_of
 from raycv.errors import shown
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
@@ -58,8 +58,13 @@ class Sources:
 @dataclass(frozen=True)
 class _File:
     path: Path
-    columns: tuple[str, ...] = ()
+    spelt: tuple[str, ...] = ()
+    """The columns as the file spells them."""
     problem: UnreadableError | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return folded(self.spelt)
 
     @property
     def table(self) -> str | None:
@@ -73,7 +78,7 @@ class _File:
     def __str__(self) -> str:
         if self.problem is not None:
             return f"{self.path.name} (cannot be read: {self.problem.detail})"
-        return f"{self.path.name} ({_column_list(self.columns)})"
+        return f"{self.path.name} ({_column_list(self.spelt)})"
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,16 @@ def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
 
     Args:
         groups: The required columns, alternative names together.
-        columns: The columns of the file.
+        columns: The columns of the file as it spells them.
     """
-    lacking = [names for names in groups if not set(names) & set(columns)]
-    free = [name for name in columns if not any(name in names for names in groups)]
+    spellings = dict(zip(folded(columns), columns, strict=True))
+    lacking = [names for names in groups if not set(names) & set(spellings)]
+    free = [name for name in spellings if not any(name in names for names in groups)]
     near = {name: _closest(name, free) for names in lacking for name in names}
-    return "".join(f"; is {named(found)} the {name}?" for name, found in near.items() if found)
+    # Callers end the sentence, so this is not a question.
+    return "".join(
+        f"; perhaps {named(spellings[found].strip())} is the {name}" for name, found in near.items() if found
+    )
 
 
 def _closest(name: str, columns: Sequence[str]) -> str | None:
@@ -164,6 +173,18 @@ _COMPOUNDS = {
 """Words that can follow the name of a column without a change of its meaning."""
 _LONGEST = 40
 """Characters of a near miss at most. Its letters are nearly those of a known name, so a message may show it."""
+_CRITERION_WORDS = ("criterion", "criterium", "symptom", "crit", "kriterien")
+_KEY_WORDS = {"id", "ids", "key", "number", "num", "no", "nr"}
+_COUNTS = {"n", "num", "number", "no", "nr", "has", "is", "any"}
+"""First words of a column that counts criteria, or tells whether there are any."""
+_FACTS = {
+    "n", "count", "total", "sum", "mean", "version", "date", "time", "timestamp", "year", "source", "url", "link",
+    "file", "path", "hash", "length", "len", "size", "char", "token", "score", "prob", "probability", "threshold",
+    "severity", "weight", "rank", "duration", "onset", "met", "present", "match", "matched", "status", "flag",
+    "language", "lang", "set", "group", "category", "type", "author", "annotator", "rater", "annotation", "comment",
+    "note", "evidence", "rationale", "explanation", "reason", "confidence", "agreement",
+}  # fmt: skip
+"""Words of a column that tells something of a criterion, or of how it was judged, and not which it is."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,8 @@ class NearMiss:
     """A column that is not read, with the known column that its author most likely meant."""
 
     column: str
+    shown: str
+    """Its name for a message."""
     meant: str
     beside: str | None
     """The column that is read instead, if the file has one."""
@@ -182,21 +205,55 @@ def near_misses(
     """Finds the columns whose names are near misses of known ones.
 
     Args:
-        columns: The columns of a file.
+        columns: The columns of a file as it spells them.
         groups: The known columns, alternative names together.
         synonyms: Further names of some known columns: the synonym -> the known name.
     """
-    synonyms, found = synonyms or {}, []
-    for column in columns:
-        if any(column in group for group in groups) or len(column) > _LONGEST:
+    synonyms, found, names_read = synonyms or {}, [], folded(columns)
+    for column, name in zip(columns, names_read, strict=True):
+        if any(name in group for group in groups) or len(name) > _LONGEST:
             continue
         for group in groups:
             names = (*group, *(other for other, known in synonyms.items() if known in group))
             if near := nearest(column, names):
-                beside = next((name for name in group if name in columns), None)
-                found.append(NearMiss(column, synonyms.get(near, near), beside))
+                beside = next((name for name in group if name in names_read), None)
+                found.append(NearMiss(column, shown(column.strip()), synonyms.get(near, near), beside))
                 break
     return found
+
+
+def criterion_columns(columns: Sequence[str]) -> list[NearMiss]:
+    """Finds the columns that by one of their words may say which criterion a row is about: `symptom_id`.
+
+    This is wider than `near_misses`, for files without a criterion column.
+
+    Args:
+        columns: The columns of a file as it spells them.
+    """
+    return [
+        NearMiss(column, _named_column(column.strip(), number), _asked_column(column), None)
+        for number, column in enumerate(columns, 1)
+        if _names_criterion(column)
+    ]
+
+
+def _asked_column(column: str) -> str:
+    return "criterion_id" if _KEY_WORDS.intersection(_words(column)) else "criterion"
+
+
+def _named_column(column: str, number: int) -> str:
+    """`column` for a message. Its other words can be anything, so prose is shown by its place and length only."""
+    return named(column) if named(column) == shown(column) else f"number {number} ({named(column)})"
+
+
+@lru_cache(maxsize=4096)
+def _names_criterion(column: str) -> bool:
+    words = _words(column)
+    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS} or words[-1].isdigit():
+        return False
+    if any(word.removesuffix("s") in _FACTS for word in words):
+        return False
+    return any(_is_near_word(word, known) for word in words for known in _CRITERION_WORDS)
 
 
 @lru_cache(maxsize=4096)
@@ -211,13 +268,21 @@ def nearest(column: str, known: tuple[str, ...]) -> str | None:
 
 
 def _is_near(column: str, known: str) -> bool:
-    # We count a number as a word, since criterion_2 is not the column criterion.
-    words, wanted = (re.findall(r"[^\W\d_]+|\d+", name.casefold()) for name in (column, known))
+    words, wanted = _words(column), _words(known)
     if "".join(words) in map("".join, product(*map(_forms, wanted))):
         return True
     if len(words) == len(wanted) + 1 and words[-1] in _COMPOUNDS.get(known, ()):
         words = words[:-1]
     return len(words) == len(wanted) and all(map(_is_near_word, words, wanted))
+
+
+def _words(name: str) -> list[str]:
+    """The words of a column: `criterion`, `Text` and `2` of `criterionText_2`.
+
+    We count a number as a word, since criterion_2 is not the column criterion.
+    """
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    return re.findall(r"[^\W\d_]+|\d+", apart.casefold())
 
 
 def _is_near_word(word: str, known: str) -> bool:
@@ -245,11 +310,11 @@ def _column_list(columns: tuple[str, ...]) -> str:
     """The columns of a file for a message. Without a known name the first line may be data, so only their number."""
     if not columns:
         return "no columns"
-    words = {word for column in columns for word in re.split(r"[;|\t]", column)}
+    words = {word for column in folded(columns) for word in re.split(r"[;|\t]", column)}
     if not words & _KNOWN_COLUMNS:
         return f"{len(columns)} column{'s' if len(columns) != 1 else ''}, no known name in the first line"
     rest = f" and {len(columns) - _MOST_NAMES} more" if len(columns) > _MOST_NAMES else ""
-    return "columns: " + ", ".join(named(name) for name in columns[:_MOST_NAMES]) + rest
+    return "columns: " + ", ".join(named(name.strip()) for name in columns[:_MOST_NAMES]) + rest
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
@@ -319,10 +384,6 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     """The only file of `folder` that holds one of `tables`. If there are several or none, it reports a fault."""
     matches = [file for table in tables for file in folder.of(table)]
     if len(matches) == 1:
-        for miss in _near_misses(matches[0]):
-            if miss.beside is None:
-                detail = f"the column {shown(miss.column)} is not read; did you mean `{miss.meant}`?"
-                faults.add(Kind.NEAR_COLUMN, matches[0].path, detail, "line 1")
         return matches[0]
     if matches:
         names = ", ".join(str(file) for file in matches)
@@ -342,17 +403,16 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
     return None
 
 
-def _near_misses(file: _File) -> list[NearMiss]:
-    table = str(file.table)
-    return near_misses(file.columns, (*COLUMNS[table], *OPTIONAL.get(table, ())))
-
-
 def _unread(file: _File) -> list[str]:
-    """A warning for each column that is not read because the file also has the column that it resembles."""
+    """A warning for each column that resembles a known one and is not read.
+
+    The file has every column that it must have, so such a column changes no number.
+    """
+    table = str(file.table)
     return [
-        f"{file.path}: the column {shown(miss.column)} is not read, since `{miss.beside}` is."
-        for miss in _near_misses(file)
-        if miss.beside is not None
+        f"{file.path}: the column {miss.shown} is not read"
+        + (f", since `{miss.beside}` is." if miss.beside else f"; if it is the `{miss.meant}`, rename it to that.")
+        for miss in near_misses(file.spelt, (*COLUMNS[table], *OPTIONAL.get(table, ())))
     ]
 
 
@@ -370,8 +430,8 @@ def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> Non
         near = file.named_like if file.named_like in tables else None
         table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
         lacking = ", ".join(missing_columns(table, file.columns))
-        meant = misspelt(COLUMNS[table], file.columns)
-        found, separator = _column_list(file.columns), separator_of(file.columns)
+        meant = misspelt(COLUMNS[table], file.spelt)
+        found, separator = _column_list(file.spelt), separator_of(file.columns)
         if separator:
             faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
         else:

@@ -28,7 +28,8 @@ _ALIASES = {"LEEP_ISSUES": "SLEEP_ISSUES"}
 """Typing errors of the release -> the right names."""
 _NO_SYMPTOM = "SPECIAL_CASE"
 """A name of the release beside the nine symptoms. Its rows are skipped."""
-_LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "true": 1, "false": 0}
+# pandas writes 1.0 and 0.0 for a column of numbers that once had an empty cell.
+_LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
 _ID_LIMIT = 100
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 # Unicode's Default_Ignorable_Code_Point: characters that stay invisible in fonts and programs that do not know them.
@@ -309,8 +310,11 @@ def read_labels(sources: Sources, posts: Texts | None, criteria: Texts | None, f
 
 def _label(row: Row, column: str, path: Path, faults: Faults) -> int | None:
     value = row.id(column)
-    if value.casefold() not in _LABELS:
-        faults.add(Kind.LABEL, path, f"{column} {named(value) if value else '(empty)'} is unknown", row.place)
+    if is_blank(value) or is_missing(value):
+        held = f": it holds {value}" if is_missing(value) else ""
+        faults.add(Kind.NO_LABEL, path, f"{column} is empty{held}", row.place)
+    elif value.casefold() not in _LABELS:
+        faults.add(Kind.LABEL, path, f"{column} {named(value)} is unknown", row.place)
     return _LABELS.get(value.casefold())
 
 

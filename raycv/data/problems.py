@@ -41,10 +41,6 @@ class Kind(Enum):
     FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
     JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
     COLUMN = "columns that are missing", "name the columns in the first line as the message says"
-    NEAR_COLUMN = (
-        "columns that are nearly known",
-        "rename the column to the name that is meant; to leave it unread, put x_ before its name or remove it",
-    )
     SEPARATOR = (
         "tables that are separated by something else than commas",
         "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
@@ -54,6 +50,11 @@ class Kind(Enum):
     DUPLICATE_ID = "duplicate ids", "keep one row for each id"
     DUPLICATE_PAIR = "duplicate pairs", "keep one row for each pair of post and criterion"
     LABEL = "unknown labels", "write labels as yes or no, 1 or 0, true or false"
+    NO_LABEL = (
+        "labels that are empty",
+        "a pair that nobody judged cannot be used: judge it, or remove its post from every table (data.empty and"
+        " data.missing are about texts only)",
+    )
     SYMPTOM = (
         "unknown symptom names",
         "correct the name, or teach raycv/data/parsing.py the new one: to drop such rows would turn positives into"

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def read_table(path: Path, faults: Faults) -> Table:
             return Table(path, CRITERIA_COLUMNS, _json_rows(path, report), whole=True)
         for line, fields in _records(path, report):
             if not columns:
-                columns = _header(fields)
+                columns = folded(fields)
                 _check_header(columns, line, report)
                 continue
             broken = len(fields) != len(columns)
@@ -87,7 +87,7 @@ def read_table(path: Path, faults: Faults) -> Table:
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """The column names of a CSV or criteria JSON file in small letters; empty for other JSON or an empty file.
+    """The column names of a CSV or criteria JSON file as they are spelt; empty for other JSON or an empty file.
 
     Raises:
         UnreadableError: The first record cannot be read, or the file is not JSON despite its name.
@@ -96,12 +96,13 @@ def read_columns(path: Path) -> tuple[str, ...]:
         return CRITERIA_COLUMNS if _json_entries(path) is not None else ()
     with closing(_records(path, lambda *_: None)) as records:
         for _, fields in records:
-            return _header(fields)
+            return tuple(fields)
     return ()
 
 
-def _header(fields: list[str]) -> tuple[str, ...]:
-    return tuple(name.strip().casefold() for name in fields)
+def folded(names: Iterable[str]) -> tuple[str, ...]:
+    """Column names as raycv compares them: without the spaces around them, in small letters."""
+    return tuple(name.strip().casefold() for name in names)
 
 
 def _check_header(columns: tuple[str, ...], line: int, report: Report) -> None:

@@ -15,7 +15,7 @@ from raycv.config.schema import InferenceConfig, Precision
 from raycv.data.problems import listed
 from raycv.errors import UserError
 from raycv.inference.questions import SCORE_DECIMALS, ModelIdentity, Prediction
-from raycv.model.attention import KERNEL, PLAIN, attention_of
+from raycv.model.attention import KERNEL, PLAIN, attention_of, earlier_attention
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
@@ -89,9 +89,9 @@ class Predictor:
             plain_attention=any(info.attention == PLAIN for info in infos),
             tell=tell,
         )
-        _check_attention(classifier, infos, tell)
-        # Adapters stay beside the base in gamma form (raycv.model.dora). This is exact in any type, and one base
-        # serves all folds.
+        self.attention, self.earlier_attention = attention_of(classifier), earlier_attention(classifier.config)
+        _check_attention(self.attention, {info.attention or self.earlier_attention for info in infos}, tell)
+        # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
@@ -265,11 +265,8 @@ def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell:
     )
 
 
-def _check_attention(classifier: Any, infos: Sequence[CheckpointInfo], tell: Callable[[str], None]) -> None:
-    """Warns if a checkpoint was trained with another attention than `classifier` computes."""
-    now = attention_of(classifier)
-    # Earlier versions recorded no attention. They used the kernel wherever the model family has it.
-    before = {info.attention or (KERNEL if classifier._supports_sdpa else PLAIN) for info in infos}
+def _check_attention(now: str, before: set[str], tell: Callable[[str], None]) -> None:
+    """Tells if a checkpoint was trained with another attention than the model computes `now`."""
     if before != {now}:
         tell(
             f"Warning: the checkpoint was trained with {KERNEL} attention and is computed with {now}: scores may be "

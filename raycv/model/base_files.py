@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -188,6 +188,11 @@ def is_small_file(file: str) -> bool:
     if file in INDEXES or fnmatch(file, _ADAPTER):
         return False
     return any(fnmatch(file, pattern) for pattern in _SMALL)
+
+
+def comparable(files: Iterable[str], recorded: Collection[str]) -> list[str]:
+    """Those of `files` whose sums can be compared with the `recorded` ones: earlier versions left RARE files out."""
+    return [file for file in files if file in recorded or not any(fnmatch(file, rare) for rare in RARE)]
 
 
 def _is_pointer(path: Path) -> bool:

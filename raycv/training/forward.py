@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raycv.common.devices import is_out_of_memory
-from raycv.model.attention import KERNEL, PLAIN, attention_of, attention_window, far_apart
+from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart
 from raycv.prompts.encoder import EncodedPairs
 from raycv.training.packing import (
     FILL,
@@ -141,8 +141,8 @@ class RowScorer:
 
     @property
     def earlier_attention(self) -> str:
-        """The attention of versions that recorded none: the kernel, if the family has it."""
-        return KERNEL if self._classifier()._supports_sdpa else PLAIN
+        """The attention that versions which recorded none computed with this model."""
+        return earlier_attention(self._classifier().config)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Returns the float32 (or float64) logits [n, 2] of the rows of `batch`, in their order."""
