@@ -7,7 +7,7 @@ AUDIT := .venv/.audit
 # What starts no Ray shares the cores; each Ray takes them all.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: install quickstart test test-slow test-faults check docs format lock audit licenses
+.PHONY: install quickstart test test-slow test-faults test-all check docs format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -28,11 +28,15 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and (core or not faults)"
+	$(BIN)/python -m pytest -m "slow and (core or not faults) and not study"
 
 # The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install
 	$(BIN)/python -m pytest -m faults
+
+# Every test there is, and the docs: well over an hour on two cores.
+test-all: test docs
+	$(BIN)/python -m pytest -m slow
 
 check: install
 	$(BIN)/ruff format --check .
