@@ -108,7 +108,7 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
 
 
 def _leaves(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[int | str, ...]]:
-    """The places of the values in an unknown section. A value that is no section is its own place."""
+    """The places of the values in an unknown section. Any other value has one place."""
     if not isinstance(value, Mapping) or not value:
         yield loc
         return

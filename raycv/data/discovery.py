@@ -149,7 +149,7 @@ def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     lacking = [names for names in groups if not set(names) & set(spellings)]
     free = [name for name in spellings if not any(name in names for names in groups)]
     near = {name: _closest(name, free) for names in lacking for name in names}
-    # Callers end the sentence, so this is no question.
+    # Callers end the sentence, so this must not be a question.
     return "".join(
         f"; perhaps {named(spellings[found].strip())} is the {name}" for name, found in near.items() if found
     )
