@@ -249,11 +249,14 @@ def _named_column(column: str, number: int) -> str:
 @lru_cache(maxsize=4096)
 def _names_criterion(column: str) -> bool:
     words = _words(column)
-    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS} or words[-1].isdigit():
+    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS}:
         return False
     if any(word.removesuffix("s") in _FACTS for word in words):
         return False
-    return any(_is_near_word(word, known) for word in words for known in _CRITERION_WORDS)
+    near = [any(_is_near_word(word, known) for known in _CRITERION_WORDS) for word in words]
+    # criterion_2 is one column of several, and criterion_dsm5 is not.
+    is_numbered = words[-1].isdigit() and near[-2:-1] == [True]
+    return any(near) and not is_numbered
 
 
 @lru_cache(maxsize=4096)
