@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from raycv.config import schema as schema
+from raycv.config import schema
 from raycv.config.schema import Section
 from raycv.config.validation import fields, meaning
 from scripts.docstrings import code_passages, python_files

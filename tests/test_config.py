@@ -361,6 +361,33 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
     assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent" in faults
 
 
+@pytest.mark.parametrize(
+    ("schema", "override", "said"),
+    [
+        (InferConfig, "data.missing=text", "data.missing: unknown key; did you mean missing?"),
+        (RunConfig, "missing=text", "missing: unknown key; did you mean data.missing?"),
+        (InferConfig, "train.precision=bf16", "train.precision: unknown key; did you mean infer.precision?"),
+        (RunConfig, "infer.precision=bf16", "infer.precision: unknown key; did you mean train.precision?"),
+        (RunConfig, "trian.seed=1", "trian.seed: unknown key; did you mean train.seed?"),
+        (RunConfig, "trian.zzz=1", "trian.zzz: unknown key; did you mean train?"),
+        (RunConfig, "zzz.zzz=1", "zzz.zzz: unknown key; the keys here are: model, dora, "),
+    ],
+)
+def test_a_key_of_another_command_names_the_one_here(schema: type[Section], override: str, said: str) -> None:
+    name = {RunConfig: "run", InferConfig: "infer"}[schema]
+    with pytest.raises(FaultsError) as caught:
+        validate(schema, compose(name, [f"+{override}"]))
+    assert caught.value.faults[0].startswith(said)
+    assert len(caught.value.faults) == 1
+
+
+def test_every_key_of_an_unknown_section_is_named() -> None:
+    """A file of another command, say."""
+    faults = faults_of(values_under("+data.more.missing=text", "+data.more.zzz=1"))
+    assert faults[0] == "data.more.missing: unknown key; did you mean data.missing?"
+    assert faults[1].startswith("data.more.zzz: unknown key; the keys here are: dir, criteria_dir, ")
+
+
 def test_effective_batch_must_hold_whole_micro_batches() -> None:
     (fault,) = faults_of(values_under("train.batch_size=5"))
     assert fault.startswith("train.effective_batch_size: must be a multiple of train.batch_size, which is 5 ")

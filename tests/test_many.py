@@ -563,7 +563,7 @@ NEAR = {
 NAMES_A_CRITERION = {
     "criterion": """symptom_text symptom_description criterion_desc criteria_desc criterion_definition
         criterion_statement criterion_question criterion_label crit dsm_criterion dsm5_criterion DSM5_criterion
-        target_criterion Kriterium criterion_text_de symptomText asked_crit Symptom-Beschreibung""",
+        target_criterion Kriterium criterion_text_de symptomText asked_crit Symptom-Beschreibung criterion_dsm5""",
     "criterion_id": "symptom_id criterion_number criterion_key crit_id SymptomID symptom_nr dsm5_criterion_id",
 }
 FINE = """text_length label_2 score date criteria_version label annotator author subreddit title language url split fold

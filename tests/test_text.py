@@ -39,6 +39,7 @@ class Heard:
     identity = ModelIdentity("toy", 0, "base")
     threshold = 0.5
     computed_in = precision_of_auto = "fp32"
+    attention = earlier_attention = "sdpa"
     pairs: list[tuple[str, str]] = []  # noqa: RUF012
 
     def __init__(self, *_: object) -> None:

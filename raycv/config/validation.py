@@ -90,7 +90,7 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
     received: dict[str, str] = {}
     for fault in error.errors():
         if fault["type"] == "extra_forbidden":
-            unknown.append(_unknown(fault["loc"], known))
+            unknown += [_unknown(loc, known) for loc in _leaves(fault["loc"], fault["input"])]
             continue
         key = _key(fault["loc"], known)
         # A union reports a fault for each of its types, so we join them into one line with all that it expects.
@@ -105,6 +105,15 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
         for key, parts in expected.items()
     ]
     return wrong + unknown
+
+
+def _leaves(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[int | str, ...]]:
+    """The places of the values in an unknown section. Any other value has one place."""
+    if not isinstance(value, Mapping) or not value:
+        yield loc
+        return
+    for name, inner in value.items():
+        yield from _leaves((*loc, name), inner)
 
 
 def _unknown(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
@@ -134,9 +143,15 @@ def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
 
 
 def _hint(key: str, known: Mapping[str, str]) -> str:
-    """The likely intended key: a near name in the section, or the same name in another. Else the section's keys."""
+    """The likely intended key: a near name in the section, or the same name elsewhere. Else the section's keys."""
     parent, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)] or elsewhere
-    return f"did you mean {near[0]}?" if near else f"the keys here are: {', '.join(siblings)}"
+    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
+    # Several sections can have the name, so we take the most similar one: train.seed for trian.seed.
+    near = near or difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
+    if near:
+        return f"did you mean {near[0]}?"
+    if not siblings:
+        return _hint(parent, known)
+    return f"the keys here are: {', '.join(siblings)}"

@@ -149,7 +149,7 @@ def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     lacking = [names for names in groups if not set(names) & set(spellings)]
     free = [name for name in spellings if not any(name in names for names in groups)]
     near = {name: _closest(name, free) for names in lacking for name in names}
-    # Callers end the sentence, so this is not a question.
+    # Callers end the sentence, so this must not be a question.
     return "".join(
         f"; perhaps {named(spellings[found].strip())} is the {name}" for name, found in near.items() if found
     )
@@ -249,11 +249,14 @@ def _named_column(column: str, number: int) -> str:
 @lru_cache(maxsize=4096)
 def _names_criterion(column: str) -> bool:
     words = _words(column)
-    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS} or words[-1].isdigit():
+    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS}:
         return False
     if any(word.removesuffix("s") in _FACTS for word in words):
         return False
-    return any(_is_near_word(word, known) for word in words for known in _CRITERION_WORDS)
+    near = [any(_is_near_word(word, known) for known in _CRITERION_WORDS) for word in words]
+    # criterion_2 is one column of several, and criterion_dsm5 is not.
+    is_numbered = words[-1].isdigit() and near[-2:-1] == [True]
+    return any(near) and not is_numbered
 
 
 @lru_cache(maxsize=4096)
