@@ -44,38 +44,6 @@ def cluster():
     made.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("overrides", "gpus", "cpus", "concurrent"),
-    [
-        ((), 1, 4, 4),
-        (("cv.folds=3",), 1, 4, 3),
-        (("cv.max_concurrent=2",), 1, 4, 2),
-        (("resources.gpus_per_fold=0.5",), 0.5, 2, 5),
-        (("resources.gpus_per_fold=2",), 2, 8, 2),
-        (("resources.gpus_per_fold=0",), 0, 4, 5),
-        (("resources.gpus_per_fold=0", "resources.cpus_per_fold=8"), 0, 8, 2),
-        (("resources.gpus_per_fold=0", "resources.cpus_per_fold=0.5"), 0, 0.5, 5),
-        (("resources.gpus_per_fold=3", "resources.autoscaling=true"), 3, 1, 5),
-    ],
-)
-def test_what_a_fold_gets_and_how_many_run_at_once(cluster, overrides, gpus, cpus, concurrent):
-    from raycv.resources.placement import plan
-
-    placement = plan(config(*overrides))
-    assert (placement.gpus, placement.cpus, placement.concurrent) == (gpus, cpus, concurrent)
-    assert not placement.alone
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [("resources.gpus_per_fold=3",), ("resources.cpus_per_fold=9",)])
-def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(cluster, overrides):
-    from raycv.resources.placement import plan
-
-    with pytest.raises(UserError, match=r"no node has them \(nodes: .*8 CPUs, 2 GPUs"):
-        plan(config(*overrides))
-
-
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 
 

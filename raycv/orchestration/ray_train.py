@@ -185,8 +185,8 @@ def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
         # Scores say something about the authors of posts.
         write_text(folder.predictions, predictions, private=True)
         sums = {folder.predictions.name: hashlib.sha256(predictions.encode()).hexdigest(), **result.sha256}
-        # The training states stay until the driver has found these files: if it does not, the fold resumes from them.
         write_json(folder.result, asdict(replace(result, sha256=sums)))
+    shutil.rmtree(folder.state, ignore_errors=True)
 
 
 def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:

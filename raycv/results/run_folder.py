@@ -78,8 +78,7 @@ class FoldFolder:
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
         self.state = root / "state"
-        """The training states from which an interrupted fold resumes. The driver removes them when it has found the
-        files of the finished fold."""
+        """The training states from which an interrupted fold resumes. They are gone when the fold is finished."""
 
     def sums(self) -> dict[str, str]:
         """Returns the SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
