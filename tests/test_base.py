@@ -790,11 +790,13 @@ def test_a_vocabulary_of_another_folder_is_refused(tmp_path, llama, key):
     load_tokenizer(fetch(str(path)))
 
 
-def test_what_is_loaded_names_the_folder_itself(tmp_path):
+def test_what_is_loaded_names_the_folder_itself(tmp_path, monkeypatch):
     """A tokenizer copies its sentencepiece model when it is saved: the folder of links is gone by then."""
     import torch
 
-    before = set(os.listdir(tempfile.gettempdir()))
+    (tmp_path / "temporary").mkdir()
+    # The machine's own holds the folders of other tests.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     path = sentencepiece_files(tiny_llama(tmp_path / "m", tokenizer=False, vocab=400))
     files = fetch(str(path))
     tokenizer = load_tokenizer(files)
@@ -802,7 +804,7 @@ def test_what_is_loaded_names_the_folder_itself(tmp_path):
     assert tokenizer.name_or_path == model.name_or_path == model.config.name_or_path == str(path)
     tokenizer.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (path / "tokenizer.model").read_bytes()
-    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("raycv-base-")]
+    assert not list((tmp_path / "temporary").glob("raycv-base-*"))
     (path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"cannot be loaded from {path}") as caught:
         load_config(files)

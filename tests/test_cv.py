@@ -16,16 +16,12 @@ from commands import ROOT, background, raycv, wait_until
 
 from raycv.common.files import read_json
 from raycv.config.command_line import compose
-from raycv.config.schema import RunConfig, ServeConfig
+from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
 from raycv.errors import UserError
 from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-def config(*overrides):
-    return validate(RunConfig, compose("run", list(overrides)))
 
 
 @pytest.fixture(scope="module")
