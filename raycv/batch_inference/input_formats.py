@@ -8,14 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycv.data.problems import FIELD_LIMIT, Kind
 from raycv.data.table_reader import LINE_LIMIT, UnreadableError, check_file, field_limit, folded, opened
 from raycv.errors import UserError, counted
-
-if TYPE_CHECKING:
-    pass
 
 POST_COLUMNS = ("post", "text")
 CRITERION_COLUMNS = ("criterion", "criterion_id")

@@ -143,8 +143,6 @@ def check_given_gpu(cpu: str) -> None:
     """
     import torch
 
-    from raycv.common.devices import is_out_of_memory
-
     try:
         (torch.zeros(1, device="cuda") + 1).item()
     except (AssertionError, RuntimeError) as error:

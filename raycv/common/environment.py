@@ -10,14 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycv import __version__
 from raycv.common.numerics import NUMERICS
 from raycv.errors import counted
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",

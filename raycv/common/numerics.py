@@ -1,9 +1,5 @@
 """The number of raycv's arithmetic, and the packages whose versions change numerical results."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
 """Packages whose versions must be the same in all folds of a run, on every node and after a resume.
 

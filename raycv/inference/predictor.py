@@ -91,7 +91,8 @@ class Predictor:
         )
         self.attention, self.earlier_attention = attention_of(classifier), earlier_attention(classifier.config)
         _check_attention(self.attention, {info.attention or self.earlier_attention for info in infos}, tell)
-        # Adapters stay beside the base in gamma form (raycv.dora): exact in any type, and one base serves all folds.
+        # Adapters stay beside the base in gamma form (raycv.model.dora). This is exact in any type, and one base
+        # serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)

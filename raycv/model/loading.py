@@ -171,7 +171,7 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     if pad_id is None or pad_id >= config.vocab_size:
         raise UserError(
             f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {config.vocab_size}.",
-            remedies=["load the tokenizer with raycv.base.load_tokenizer, which chooses one"],
+            remedies=["load the tokenizer with raycv.model.loading.load_tokenizer, which chooses one"],
         )
     config.pad_token_id = pad_id
 

@@ -3,14 +3,11 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycv.errors import RunFailedError
 from raycv.results.fold_result import FoldResult
 from raycv.training.metrics import F1, METRICS, ROC_AUC, THRESHOLD, all_matched_f1, collapsed_because
-
-if TYPE_CHECKING:
-    pass
 
 COLUMNS = (*METRICS, THRESHOLD)
 
