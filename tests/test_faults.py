@@ -92,10 +92,12 @@ def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, 
     run = run_of(tmp_path)
     with started(tmp_path, f"resources.retries={retries}") as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(run.fold(0)))
+        # Now, since a look at all processes may take as long as the removal.
+        trial = newest(process, TRIAL)
         for number in range(50_000):
             (run.fold(0).state / f"many-{number}").touch()
         wait_for(process, tmp_path, run.fold(0).result.is_file)
-        newest(process, TRIAL).kill()
+        trial.kill()
         assert run.fold(0).state.exists(), "the trial was done"
         assert process.wait(timeout=300) == 0, said(tmp_path)
     assert not run.fold(0).state.exists()
@@ -116,8 +118,13 @@ def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, 
     assert "Run mine failed: the Ray cluster at " in said(tmp_path)
     assert "the folds go on from their last states: python -m raycv.run resume=mine\n" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
-    assert statuses(tmp_path) == {"mine": "FAILED", "fold_0": "FAILED"}
-    assert "fold 0: goes on after epoch" in resume(tmp_path, "resume=latest")
+    left = statuses(tmp_path)
+    assert left.pop("mine") == "FAILED"
+    # Fold 0 may end before the loss of the cluster is noticed.
+    finished = left["fold_0"] == "FINISHED"
+    assert finished or left == {"fold_0": "FAILED"}
+    kept = "1 finished fold of 2 kept" if finished else "fold 0: goes on after epoch"
+    assert kept in resume(tmp_path, "resume=latest")
     assert_like_unbroken(tmp_path, whole)
 
 
