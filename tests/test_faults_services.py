@@ -867,7 +867,7 @@ def test_a_read_only_working_directory_no_home_and_a_collapsed_classifier(tmp_pa
     assert re.search(r"fold [01]: Warning: the classifier has collapsed", done.stdout)
     for fold in (0, 1):
         assert re.search(rf"^! fold {fold}: the classifier has collapsed: all", done.stdout, re.MULTILINE)
-        assert len(read_json(tmp_path / "runs" / "mine" / f"fold_{fold}" / "result.json")["collapsed"]) == 3
+        assert len(read_json(tmp_path / "runs" / "mine" / f"fold_{fold}" / "result.json")["collapsed"]) == 4
     assert re.search(r"^ *[01] (\* )?! ", done.stdout, re.MULTILINE)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raycv").experiment_id])
