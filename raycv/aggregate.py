@@ -1,4 +1,4 @@
-"""`python -m raycv.aggregate run=<name|latest|MLflow parent id>`: writes a run's summary again (user story 2)."""
+"""`python -m raycv.aggregate run=<name>`: writes a run's summary again (user story 2)."""
 
 from raycv.config.command_line import run_command
 from raycv.config.schema import AggregateConfig

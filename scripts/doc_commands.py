@@ -18,7 +18,7 @@ from unittest.mock import patch
 from raycv.config.command_line import HYDRA_OPTIONS, run_command
 from raycv.config.validation import fields
 from scripts.markdown import ROOT, code_blocks, inline_code, name_of, pages
-from scripts.words import FROM_CODE, commands, help_header
+from scripts.words import commands, help_header
 
 PLACEHOLDERS = {
     "<name>": "name",
@@ -130,7 +130,7 @@ def shown() -> Iterator[tuple[str, list[str]]]:
         for line, block in code_blocks(page, "bash"):
             for offset, words in typed(block):
                 yield f"{name_of(page)}:{line + offset}", words
-        for line, code in inline_code(page) if name_of(page) not in FROM_CODE else ():
+        for line, code in inline_code(page):
             if code.startswith(("python -m raycv.", "make ")) and "..." not in code:
                 yield f"{name_of(page)}:{line}", shlex.split(code)
     for command in commands():

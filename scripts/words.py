@@ -1,6 +1,6 @@
 """Checks that the docs are in plain English: no banned phrase, no sentence that opens oddly, none that is too long.
 
-python -m scripts.words             README and its companions, docs, --help, configs/, and the code in CHECKED
+python -m scripts.words             README and its companions, docs, --help, configs/, and the texts in the code
 python -m scripts.words FILE ...    these Markdown or Python files alone
 """
 
@@ -35,31 +35,6 @@ BANNED = {
     r"lest|save for|as it stands": "write: so that ... not, except, unchanged",
 }
 """Phrases that a reader must read twice, and what to write instead."""
-FROM_CODE = {"docs/development/modules.md"}
-"""Pages whose prose is that of docstrings, which are not all checked yet."""
-CHECKED = (
-    "raycv/aggregate.py",
-    "raycv/batch_inference",
-    "raycv/common",
-    "raycv/config",
-    "raycv/data",
-    "raycv/errors.py",
-    "raycv/infer.py",
-    "raycv/inference",
-    "raycv/model",
-    "raycv/prompts",
-    "raycv/resources",
-    "raycv/results",
-    "raycv/run.py",
-    "raycv/serve.py",
-    "raycv/serving",
-    "raycv/synthesize.py",
-    "raycv/terminal",
-    "raycv/tracking",
-    "raycv/training",
-    "raycv/utils.py",
-)
-"""Rooms and modules whose docstrings and comments are checked."""
 
 
 def breaches(passage: Passage) -> Iterator[str]:
@@ -117,8 +92,7 @@ def config_comments() -> Iterator[Passage]:
 def main(files: Iterable[str]) -> None:
     """Prints every breach; exit code 1 if there is one."""
     given = [Path(file) for file in files]
-    code = [file for place in CHECKED for file in python_files(ROOT / place)]
-    checked = given or [*(page for page in pages() if name_of(page) not in FROM_CODE), *code]
+    checked = given or [*pages(), *python_files(ROOT / "raycv")]
     read = [each for file in checked for each in (code_passages if file.suffix == ".py" else passages)(file)]
     if not given:
         read += [*help_passages(), *config_comments()]

@@ -147,7 +147,7 @@ def test_environment_sets_what_differs_between_machines(monkeypatch: pytest.Monk
 
 def test_the_stores_of_mlflows_plugins_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = compose("run", ["tracking.uri=my-store://host"])
-    with pytest.raises(FaultsError, match="is no MLflow store"):
+    with pytest.raises(FaultsError, match="is not an MLflow store"):
         validate(RunConfig, values)
     plugin = tmp_path / "my_store-1.0.dist-info"
     plugin.mkdir()

@@ -839,7 +839,7 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "text after a quote": (
         added(P, b'p4,"closed" early ' + TEXT + b"\n"),
-        ["posts.csv, line 6: a quoted field of the record that starts here goes on", "quotes where it must"],
+        ["posts.csv, line 6: a quoted field of the record that starts here continues", "quotes where it must"],
     ),
     "Latin-1": (
         replaced(P, b"Grey", "caf\u00e9".encode("latin-1")),
@@ -972,7 +972,7 @@ MALFORMED_RELEASE: dict[str, tuple[Edit, list[str]]] = {
         lambda files: files.update({J: files[J].replace(b'{"id"', b'["' + TEXT + b'"], {"id"', 1)}),
         [": 1 fault", f"{J}, entry 1: needs `id` and `text`, both strings", 'give the criteria as {"criteria"'],
     ),
-    "JSON escape that is no character": (
+    "JSON escape that is not a character": (
         lambda files: files.update({J: files[J].replace(b"number 2", b"\\ud83d", 1)}),
         [f"{J}, entry 2: an escape", "save the file as UTF-8"],
     ),

@@ -106,11 +106,6 @@ def test_code_in_docstrings_and_strings_of_the_code_are_not_words(tmp_path: Path
     assert [breach for passage in code_passages(module) for breach in words.breaches(passage)] == []
 
 
-def test_the_checked_rooms_are_there_and_sorted() -> None:
-    assert list(words.CHECKED) == sorted(words.CHECKED)
-    assert [place for place in words.CHECKED if not (ROOT / place).exists()] == []
-
-
 def test_readme_docs_help_and_code_are_in_plain_english(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         words.main([])

@@ -371,7 +371,7 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     (tmp_path / "runs/a/data_stats.json").write_text("{}")
     latest = raycv("aggregate", cwd=tmp_path)
     assert "run=latest is a\n" in latest.stdout
-    assert "is no fold result of this version of raycv" in latest.stderr
+    assert "is not a fold result of this version of raycv" in latest.stderr
     damaged = raycv("aggregate", "run=runs/b", cwd=tmp_path)
     assert "b/config.yaml is damaged" in damaged.stderr
     assert {latest.returncode, damaged.returncode} == {2}

@@ -45,7 +45,7 @@ def said(folder):
 
 def gone_on(folder, fold):
     """How often `fold` went on from a state."""
-    return len(re.findall(f"fold {fold}: goes on after epoch", said(folder)))
+    return len(re.findall(f"fold {fold}: resumes after epoch", said(folder)))
 
 
 def run_of(folder):
@@ -101,7 +101,7 @@ def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, 
         assert run.fold(0).state.exists(), "the trial was done"
         assert process.wait(timeout=300) == 0, said(tmp_path)
     assert not run.fold(0).state.exists()
-    assert [word for word in ("tried again", "failed", "damaged", "goes on") if word in said(tmp_path)] == []
+    assert [word for word in ("tried again", "failed", "damaged", "resumes after") if word in said(tmp_path)] == []
     assert statuses(tmp_path) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
     assert_like_unbroken(tmp_path, whole)
 
@@ -116,14 +116,14 @@ def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, 
     _, alive = psutil.wait_procs(its, timeout=60)
     assert [each.name() for each in alive] == []
     assert "Run mine failed: the Ray cluster at " in said(tmp_path)
-    assert "the folds go on from their last states: python -m raycv.run resume=mine\n" in said(tmp_path)
+    assert "the folds resume from their last states: python -m raycv.run resume=mine\n" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
     left = statuses(tmp_path)
     assert left.pop("mine") == "FAILED"
     # Fold 0 may end before the loss of the cluster is noticed.
     finished = left["fold_0"] == "FINISHED"
     assert finished or left == {"fold_0": "FAILED"}
-    kept = "1 finished fold of 2 kept" if finished else "fold 0: goes on after epoch"
+    kept = "1 finished fold of 2 kept" if finished else "fold 0: resumes after epoch"
     assert kept in resume(tmp_path, "resume=latest")
     assert_like_unbroken(tmp_path, whole)
 
@@ -158,7 +158,7 @@ def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_
     assert "Traceback" not in said(tmp_path)
     assert not run.report.exists()
     assert statuses(tmp_path) == {"mine": "FAILED", "fold_0": "FAILED", "fold_1": "FINISHED"}
-    assert "fold 0: goes on after epoch" in resume(tmp_path, "resume=latest")
+    assert "fold 0: resumes after epoch" in resume(tmp_path, "resume=latest")
     assert_like_unbroken(tmp_path, whole)
 
 
@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_breaks_nothing_off(tmp_path, pause):
         assert process.wait(timeout=120) == 130, said(tmp_path)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert [each.name() for each in alive] == []
-    assert "Go on where it stopped: python -m raycv.run resume=mine" in said(tmp_path)
+    assert "Resume it: python -m raycv.run resume=mine" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
     assert statuses(tmp_path) == {"mine": "KILLED", "fold_0": "KILLED"}
 

@@ -381,7 +381,7 @@ def test_a_run_whose_disk_becomes_full_says_so_and_goes_on_when_there_is_room(tm
     resumed = disk.run(disk.place, "-m", "raycv.run", "resume=mine")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     for k in range(2):
-        assert f"fold {k}: goes on after epoch {kept[k]}" in resumed.stdout
+        assert f"fold {k}: resumes after epoch {kept[k]}" in resumed.stdout
         assert [epoch["epoch"] for epoch in read_json(runs.fold(k).result)["history"]] == list(range(1, 31))
     # SQLite would take the path for the one outside of the namespace.
     shutil.copy(disk.path / "mlflow.db", tmp_path)

@@ -203,10 +203,10 @@ def test_bad_rows_are_named_by_line_and_the_rest_is_scored(checkpoint, tmp_path,
         9: "the post is not UTF-8",
         10: "4 fields instead of 3",
         11: "the post holds a NUL character",
-        12: "a quoted field goes on after its closing quote",
+        12: "a quoted field continues after its closing quote",
         14: "leaves no room for a post",
         15: "2 fields instead of 3",
-        16: "a quoted field goes on after its closing quote",
+        16: "a quoted field continues after its closing quote",
         17: "the criterion is empty",
     }
     assert list(bad) == list(expected)
@@ -363,7 +363,7 @@ def test_times_and_nested_values_of_parquet_are_no_ids_and_no_posts(tmp_path, na
         table = pyarrow.table({"post": ["w1", "w2"]} | {name: column})
         pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
         (chunk,) = open_source(tmp_path / "in.parquet", CRITERIA, "C0").chunks()
-        fault = "id is neither a text nor a number" if name == "id" else "the post is no text"
+        fault = "id is neither a text nor a number" if name == "id" else "the post is not a text"
         assert chunk.bad[0] == BadRow(1, 1, fault), column.type
         assert [pair.row for pair in chunk.pairs] == ([2] if name == "id" else [])
 

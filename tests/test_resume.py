@@ -226,7 +226,7 @@ def test_checkpointing_that_is_asked_for_as_it_goes_on_is_done_and_changes_no_bi
 def test_another_precision_is_refused(toy, tmp_path):
     """A fold that began on a GPU in bf16 does not go on in fp32."""
     case, state, _ = half_a_fold(toy, tmp_path)
-    with pytest.raises(UserError, match="was trained in bf16, and would go on in fp32 here"):
+    with pytest.raises(UserError, match="was trained in bf16, and would resume in fp32 here"):
         fit(toy, case, Saver(), replace(state, facts=state.facts | {"precision": "bf16"}))
 
 
@@ -253,7 +253,7 @@ def test_another_number_of_threads_is_told(toy, tmp_path):
     finally:
         torch.set_num_threads(before)
     now, then = (f"cpu ({counted(number, 'thread')})" for number in (before + 1, before))
-    warning = f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits"
+    warning = f"Warning: resumes with {now}, and had {then}: numbers may differ in their last bits"
     assert result.events == [*expected[0].events, warning]
 
 
@@ -861,7 +861,7 @@ def test_what_cannot_go_on_is_said(left):
     left.tracking.unlink()
     for fold in range(2):
         shutil.rmtree(left.fold(fold).root)
-    assert "nothing to go on" in said("mine")
+    assert "nothing to resume" in said("mine")
 
 
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
@@ -985,7 +985,7 @@ def resume(folder, *words, kept=None):
     kept = {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept or run.finished(2)}
     result = raycv("run", *words, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"Going on with run mine: {len(kept)} finished fold" in result.stdout
+    assert f"Resuming run mine: {len(kept)} finished fold" in result.stdout
     assert kept == {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept}
     return result.stdout
 
@@ -1017,7 +1017,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     assert not report.exists()
     said = resume(tmp_path, "resume=latest")
     # Most often within one; a worker that outlives the killed driver by a second may have ended its epoch.
-    assert re.search(r"fold 1: goes on after epoch [12]( and step \d+ of the next)?\n", said)
+    assert re.search(r"fold 1: resumes after epoch [12]( and step \d+ of the next)?\n", said)
     assert_like_unbroken(tmp_path, whole)
     report.unlink()
     resume(tmp_path, "resume=mine")
@@ -1043,12 +1043,12 @@ def test_after_ctrl_c_the_printed_command_goes_on_even_from_the_state_before_a_d
     said = (tmp_path / "out").read_text()
     assert "Interrupted: 1 of 2 folds are finished" in said
     assert set(statuses(tmp_path).items()) == {("mine", "KILLED"), ("fold_0", "FINISHED"), ("fold_1", "KILLED")}
-    printed = re.search("Go on where it stopped: python -m raycv.run (.*)", said)[1]
+    printed = re.search("Resume it: python -m raycv.run (.*)", said)[1]
     newest = max(RunFolder(tmp_path / "runs" / "mine").fold(1).state.glob("0*"))
     damage(newest, "flipped")
     said = resume(tmp_path, *shlex.split(printed))
     assert f"fold 1: the training state {newest.name} is damaged and passed over" in said
-    assert "fold 1: goes on after epoch" in said
+    assert "fold 1: resumes after epoch" in said
     assert_like_unbroken(tmp_path, whole)
 
 

@@ -178,7 +178,7 @@ def _csv_fault(message: str) -> str:
         return f"{_too_long('field', FIELD_LIMIT)}; perhaps a quote is never closed"
     if "unexpected end" in message:
         return "a quote is opened and never closed"
-    return "a quoted field goes on after its closing quote"
+    return "a quoted field continues after its closing quote"
 
 
 def _too_long(what: str, limit: int) -> str:

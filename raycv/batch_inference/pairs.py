@@ -95,7 +95,7 @@ def find_layout(path: Path, spelt: Sequence[str], header: str = PairFile.header,
         asked: Whether one criterion is given for all rows.
 
     Raises:
-        UserError: There is no column of posts, it is not clear which is meant, or one is misspelt.
+        UserError: The file has no column of posts, more than one, or a misspelt one.
     """
     columns = folded(spelt)
     if twice := repeated(columns):
@@ -230,7 +230,7 @@ def _text(record: Record, column: str) -> str:
     if value is None:
         raise ValueError(f"the {column} is missing")
     if not isinstance(value, str):
-        raise ValueError(f"the {column} is no text")
+        raise ValueError(f"the {column} is not a text")
     if not is_unicode(value):
         raise ValueError(f"the {column} is not UTF-8")
     if "\0" in value:

@@ -282,7 +282,7 @@ class ScoreFile:
             self._state.unlink()
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
-            raise UserError(f"Nothing could be scored: {why}.", remedies=["mend the input, and run the command again"])
+            raise UserError(f"Nothing could be scored: {why}.", remedies=["fix the input, and run the command again"])
 
 
 FORMAT = 2

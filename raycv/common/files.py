@@ -132,7 +132,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
     except UserError as error:
         raise UserError(error.what, remedies=[GOOD_COPY]) from error
     if not isinstance(values, dict):
-        fault = "it is no JSON object"
+        fault = "it is not a JSON object"
     else:
         kinds = dict.fromkeys(texts, str) | kinds
         lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]

@@ -374,7 +374,7 @@ def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",
-            remedies=["give the missing value, or mend the ${...} reference; --cfg job shows the config as it stands"],
+            remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config as it stands"],
         ) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

@@ -59,7 +59,7 @@ def check_store(uri: str, info: ValidationInfo) -> str:
     try:
         scheme = urlsplit(uri).scheme
     except ValueError as error:
-        raise ValueError(f"is no address ({error})") from error
+        raise ValueError(f"is not an address ({error})") from error
     kind, _, driver = scheme.partition("+")
     if kind == "sqlite":
         file = uri.removeprefix(SQLITE)
@@ -72,7 +72,7 @@ def check_store(uri: str, info: ValidationInfo) -> str:
         raise ValueError("holds white space: write %20 for it (a space in a password too)")
     named = uri if uri in BARE else kind if "://" in uri else None
     if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
-        raise ValueError("is no MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
+        raise ValueError("is not an MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
     return uri
 
 

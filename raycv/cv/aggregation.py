@@ -25,7 +25,7 @@ def aggregate(config: AggregateConfig) -> None:
     """Reduces the folds of a finished run again, writes `report.json` and logs the parent summary.
 
     A run in `config.dir` is read from its folder; any other `config.run` is taken for the id of an MLflow parent run.
-    Raises: UserError if there is no such run; RunFailedError if a fold of it is missing.
+    Raises: UserError if no run has that name or id; RunFailedError if the run lacks a fold.
     """
     folder = find_run(Path(config.dir), config.run)
     console = Console()
@@ -59,7 +59,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
 
 
 def _again(folder: RunFolder) -> str:
-    # A run that has its report is finished, and does not go on.
+    # A run that has its report is finished: raycv resumes it only without that file.
     return (f"rm {shlex.quote(str(folder.report))}; " if folder.report.is_file() else "") + resume_command(folder)
 
 

@@ -24,23 +24,27 @@ from raycv.results.run_folder import RunFolder, resume_command
 from raycv.terminal.console import say
 
 
-def check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
-    """Raises: UserError if runs cannot be written, or the run's folder exists; an earlier run's is `taken` for sure."""
+def check_runs_folder(config: RunConfig) -> None:
+    """Raises: UserError if raycv cannot write to the folder of runs, `run.dir`."""
     try:
         check_writable(Path(config.run.dir))
     except OSError as error:
         raise UserError(
-            f"run.dir={config.run.dir}: {error.filename} is no folder that can be written ({error.strerror}).",
+            f"run.dir={config.run.dir}: raycv cannot write to {error.filename} ({error.strerror}).",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
         ) from error
-    if not taken and config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
+
+
+def check_name(config: RunConfig) -> None:
+    """Raises: UserError if `run.name` is set and its folder exists."""
+    if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
             f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
             remedies=[
                 "choose another run.name, or leave it out",
                 *(
-                    [f"if it was interrupted, go on with it: {resume_command(RunFolder(folder))}"]
+                    [f"if it was interrupted, resume it: {resume_command(RunFolder(folder))}"]
                     if RunFolder(folder).has_begun()
                     else []
                 ),
@@ -50,25 +54,24 @@ def check_run_folder(config: RunConfig, *, taken: bool = False) -> None:
 
 
 def new_run_folder(config: RunConfig) -> RunFolder:
-    """A fresh folder for the run, named `run.name`, or by the time.
+    """Makes a folder for the run, named `run.name`, or by the time.
 
-    Raises: UserError if the name is taken or the folder cannot be made.
+    Raises: UserError if the name is taken, or raycv cannot make the folder.
     """
-    check_run_folder(config)
     runs = Path(config.run.dir).absolute()
     first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):
         name = first if attempt == 1 else f"{first}-{attempt}"
         try:
-            # Of two processes that make it at once one is told that it exists.
+            # If two processes make it at the same time, one of them fails here.
             (runs / name).mkdir(parents=True)
             break
         except OSError as error:
             if (runs / name).exists():
-                check_run_folder(config)
+                check_name(config)
                 continue
             raise UserError(
-                f"run.dir={config.run.dir}: the folder {runs / name} cannot be made ({error.strerror}).",
+                f"run.dir={config.run.dir}: raycv cannot make the folder {runs / name} ({error.strerror}).",
                 remedies=["choose a folder that you may write to: run.dir=<folder>"],
             ) from error
     return RunFolder(runs / name)
@@ -104,23 +107,24 @@ class NewRun:
         self._held = held
 
     def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
-        """Raises: UserError if the run's folder cannot be made, with all that is wrong with a new MLflow store."""
+        """Raises: UserError if raycv cannot make the run's folder, with all faults of a new MLflow store."""
         try:
-            check_run_folder(self.config)
+            check_runs_folder(self.config)
+            check_name(self.config)
         except UserError as error:
             from raycv.tracking.store_checks import new_store_faults
 
-            # Where one folder cannot be written, others cannot either.
+            # A disk that refuses this folder may refuse the store's too: the user hears of both at once.
             raise together([error, *new_store_faults(self.config.tracking)]) from error
 
     def check_base(self, base: Base) -> None:
-        """Raises: UserError if the MLflow store cannot be used. The run records the base model as it is."""
+        """Raises: UserError if raycv cannot use the MLflow store. A new run accepts any base model."""
         from raycv.tracking.tracker import check_store
 
         check_store(self.config.tracking)
 
     def open(self, prepared: Prepared) -> OpenRun:
-        """Makes the run's folder and its MLflow parent; takes both back if one of them cannot be made."""
+        """Makes the run's folder and its MLflow parent; removes the folder again if a step fails."""
         from raycv.orchestration.cluster import check_nodes
         from raycv.tracking.tracker import Tracker
 
@@ -132,10 +136,10 @@ class NewRun:
             tracker = Tracker(config.tracking.uri)
             parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
         except BaseException:
-            # Nothing is computed yet, and the name is free again.
+            # Nothing is computed yet. Without the folder the name is free again.
             shutil.rmtree(folder.root, ignore_errors=True)
             raise
         self._held.enter_context(sole_process(folder))
         resume = resume_command(folder)
-        say(self._console, f"Run folder: {folder.root}   (if the run is broken off: {resume})")
+        say(self._console, f"Run folder: {folder.root}   (if the run is interrupted: {resume})")
         return OpenRun(config, folder, tracker, parent_id, self._console)

@@ -1,4 +1,4 @@
-"""A run that is under way: its config, folder and MLflow parent, and what becomes of them at its end."""
+"""A run that is under way: its config, folder and MLflow parent, and how it ends."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,21 +26,28 @@ class OpenRun:
     folder: RunFolder
     tracker: "Tracker"
     parent_id: str
-    """of the parent run in MLflow"""
+    """the id of the parent run in MLflow"""
     console: Console
-    make_ready: Callable[[], None] = lambda: None
-    """what an earlier run needs before its folds start"""
-    resumed: bool = False
+    make_ready: Callable[[], None] | None = None
+    """for a resumed run: prepares its folder and MLflow parent before its folds start"""
+
+    @property
+    def params(self) -> dict[str, str]:
+        """The config as parameters of MLflow."""
+        from raycv.tracking.tracker import flat_params
+
+        return flat_params(self.config.model_dump())
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
-        """Ends the MLflow parent run as FINISHED, FAILED or KILLED whatever happens in the block.
+        """Ends the MLflow parent run as FINISHED, FAILED or KILLED when the block ends.
 
         A run that has its report is complete; only MLflow may lack something.
         """
         status = "FAILED"
         try:
-            self.make_ready()
+            if self.make_ready is not None:
+                self.make_ready()
             yield
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -53,7 +60,7 @@ class OpenRun:
         except RunFailedError:
             raise  # Its message has the command to resume.
         except Exception:
-            say(self.console, f"The run stopped before its end.\n{self._what_is_left()}")
+            say(self.console, f"The run stopped early.\n{self._what_is_left()}")
             raise
         finally:
             if self.folder.report.is_file():
@@ -63,22 +70,19 @@ class OpenRun:
                 self.tracker.finish_family(self.parent_id, status)
 
     def log(self, report: dict[str, Any]) -> None:
-        """Logs the summary and whatever folds MLflow lacks; only warns if MLflow does not take it."""
-        from raycv.tracking.tracker import flat_params
-
+        """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
         try:
-            params = flat_params(self.config.model_dump())
-            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, params)
+            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
             self.tracker.log_report(self.parent_id, report, self.folder.report)
-            if self.resumed:
+            if self.make_ready is not None:
                 self.tracker.log_files(self.parent_id, [self.folder.environment])
         except UserError as error:
             later = f"Log it later: {aggregate_command(self.folder)}"
             say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
 
     def _what_is_left(self) -> str:
-        """What to type after a run that ended before its time."""
+        """Tells what to type after a run that stopped early."""
         if self.folder.report.is_file():
             log = f"Log it into MLflow: {aggregate_command(self.folder)}"
             return f"The run is complete, its report is {self.folder.report}\n{log}"
-        return f"Go on where it stopped: {resume_command(self.folder)}"
+        return f"Resume it: {resume_command(self.folder)}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Run(Protocol):
-    """A new run or one that resumes. Its methods are called in this order, each once."""
+    """A new run or a resumed one. The pipeline calls its methods in this order, each once."""
 
     config: RunConfig
 
@@ -37,7 +37,7 @@ class Run(Protocol):
         """Raises: UserError if the run cannot use the base model, or its MLflow store."""
 
     def open(self, prepared: Prepared) -> OpenRun:
-        """The run with its folder and its MLflow parent, from which on its folds may start."""
+        """Opens the run's folder and MLflow parent. After that its folds may start."""
 
 
 def cross_validate(config: RunConfig, console: Console | None = None, typed: Collection[str] = ()) -> dict[str, Any]:
@@ -45,18 +45,18 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
 
     Args:
         config: with `resume`, it names an earlier run, whose own config then counts.
-        console: where the run prints.
+        console: the run prints there.
         typed: the keys that the command line sets; a resumed run compares them.
 
     Returns:
-        The report, as it stands in `report.json`.
+        The report, with the content of `report.json`.
 
     Raises:
         UserError: for anything that the user can correct, before Ray or torch start where that is possible.
         RunFailedError: if a fold fails.
     """
     console = console or Console()
-    # `held` keeps other processes out of the run's folder until all of this one's have ended.
+    # `held` keeps other processes out of the run's folder until Ray's processes have ended.
     with contextlib.ExitStack() as held:
         resumes = config.resume is not None
         run: Run = ResumedRun(config, typed, console, held) if resumes else NewRun(config, console, held)
@@ -93,14 +93,13 @@ def _train_folds(
     from raycv.orchestration.mlflow_callback import FoldRuns
     from raycv.orchestration.ray_tune import fold_task, run_folds
     from raycv.terminal.live_view import LiveView
-    from raycv.tracking.tracker import flat_params
 
     config, folder = run.config, run.folder
     finished = folder.finished(config.cv.folds)
     folds = [split.fold for split in prepared.splits if split.fold not in finished]
     if folds:
         task = fold_task(config, folder, prepared, placement)
-        children = FoldRuns(config.tracking, run.parent_id, folder, flat_params(config.model_dump()), FOLD_KEY)
+        children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         with LiveView(folds, config.train.epochs, config.train.effective_batch_size, run.console) as view:
             logged.callback(children.close)
             run_folds(task, folds, placement, children, view)

@@ -1,4 +1,4 @@
-"""What the driver makes once for all folds: data set, splits, base model, token arrays."""
+"""The driver makes these once for all folds: data set, splits, base model, token arrays."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ class Base:
     files: "BaseFiles"
     tokenizer: Any
     config: Any
-    """of transformers"""
+    """the model's config, of transformers"""
     facts: dict[str, Any]
     """for `environment.json`"""
 
@@ -45,7 +45,7 @@ def load_data(config: RunConfig) -> tuple[Dataset, list[Split]]:
 
 
 def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
-    """The control: whatever a model learns from labels permuted over all pairs is not about the posts."""
+    """The control: labels permuted over all pairs tell a model nothing about the posts."""
     import random
 
     labels = [pair.label for pair in dataset.pairs]
@@ -64,7 +64,7 @@ def check_base_and_gpu(config: RunConfig) -> None:
 
 
 def prepare_base(config: RunConfig) -> Base:
-    """Fetches the base model once for all folds. Raises: UserError if it cannot be had, or is none for `config`."""
+    """Fetches the base model once for all folds. Raises: UserError if raycv cannot fetch it, or cannot train it."""
     from raycv.model.adapters import check_model
     from raycv.model.base_model import absolute_name, fetch_base
     from raycv.model.loading import check_max_length, load_config, load_tokenizer, set_pad_token

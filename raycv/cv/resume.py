@@ -28,18 +28,18 @@ MAY_DIFFER = {
     "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
     "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
-"""Keys that may be given anew with `resume`: where and how it runs, not what is computed."""
+"""Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The run that goes on."""
+    """The run to resume, compared with what this command asks for."""
 
     folder: RunFolder
     config: RunConfig
     """as it was recorded, but for what may differ"""
     faults: tuple[str, ...]
-    """what the command line asks for and the run is not"""
+    """keys that the command line sets to another value than the run has"""
 
     def check(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: FaultsError with all that differs: config, data, splits, versions."""
@@ -67,7 +67,7 @@ class Earlier:
 
         now, _ = choose_attention(config)
         if now != PLAIN:
-            # A kernel that is wrong without a sign in the config is found when a fold starts; the report then warns.
+            # A fold finds a wrong kernel that the config does not reveal when it starts; the report then warns.
             return
         folds = self.folder.finished(self.config.cv.folds)
         results = [FoldResult.read(self.folder.fold(fold).result) for fold in folds]
@@ -88,25 +88,25 @@ class Earlier:
             raise together(faults)
 
     def warnings(self) -> list[str]:
-        """What is no reason to refuse: raycv's version, and the commit of its code, as most change no number."""
+        """Differences that do not prevent a resume: raycv's version and git commit. Most commits change no number."""
         recorded = read_record(self.folder.environment, packages=dict, git=dict | None)
         commits = (_commit(state) for state in (recorded["git"], code_state()))
         lines = [
             _then_now("raycv's version", recorded["packages"].get("raycv"), package_version("raycv")),
             _then_now("the code's git commit", *commits),
         ]
-        return [f"{line}: folds that go on may differ if what is computed was changed" for line in lines if line]
+        return [f"{line}: resumed folds may differ if the change touches what is computed" for line in lines if line]
 
     def _refuse(self, faults: list[str]) -> None:
         if faults:
             raise FaultsError(
-                f"Run {self.folder.root.name} cannot go on, since not all is as it was",
+                f"Run {self.folder.root.name} cannot be resumed, since something differs from its record",
                 faults,
-                remedies=[f"put it back, and go on: {resume_command(self.folder)}", f"or {AFRESH}"],
+                remedies=[f"put it back, then resume: {resume_command(self.folder)}", f"or {AFRESH}"],
             )
 
     def _numerics(self) -> list[str]:
-        """That the run, or one of its finished folds, was computed with another arithmetic than raycv has now."""
+        """Reports a run, or a finished fold, whose arithmetic (`NUMERICS`) is not the one that raycv has now."""
         environment = read_record(self.folder.environment, packages=dict, git=dict | None)
         numbers = {environment.get("numerics", FIRST_NUMERICS)}
         for fold in self.folder.finished(self.config.cv.folds):
@@ -119,7 +119,7 @@ class Earlier:
         return [f"{line}; the run began with {began}: resume it with that, or start afresh"] if line else []
 
     def _recorded_config(self) -> list[str]:
-        # A run of an earlier version has no hash of it.
+        # Earlier versions recorded no hash of it.
         then, now = read_record(self.folder.environment).get("config_sha256"), sha256_of(self.folder.config)
         line = _then_now("config.yaml was changed, its sha256", then, now)
         return [f"{line}; MLflow's parent run has the one that was recorded"] if then is not None and line else []
@@ -149,12 +149,12 @@ class Earlier:
 def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     """The run that `config.resume` names, in `config.run.dir`; `typed`: the keys that the command line sets.
 
-    Raises: UserError if there is none, or if it is finished.
+    Raises: UserError if there is no such run, or if it is finished.
     """
     assert config.resume is not None
     folder = _find(Path(config.run.dir), config.resume)
     values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
-    # The commit that a branch, or null, meant then: by now it may mean another.
+    # A branch, or null, may mean another commit by now: the recorded commit counts.
     commit = base_of(folder).get("revision")
     if commit is not None and given["model"]["revision"] in (commit, values["model"]["revision"]):
         given["model"]["revision"] = commit
@@ -167,8 +167,7 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
     values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
     values["run"]["dir"] = str(folder.root.parent)
-    as_it_goes_on = validate(RunConfig, values)
-    return Earlier(folder, as_it_goes_on, tuple(faults))
+    return Earlier(folder, validate(RunConfig, values), tuple(faults))
 
 
 @contextmanager
@@ -182,27 +181,27 @@ def sole_process(folder: RunFolder) -> Iterator[None]:
     except Timeout:
         raise UserError(
             f"Run {folder.root.name} is under way: another process holds {folder.lock}.",
-            remedies=["wait until it ends, or stop it (Ctrl-C); then go on: " + resume_command(folder)],
+            remedies=["wait until it ends, or stop it (Ctrl-C); then resume: " + resume_command(folder)],
         ) from None
     except OSError as error:
         raise UserError(
-            f"Run {folder.root.name} cannot go on: {folder.root} cannot be written ({error.strerror}).",
+            f"Run {folder.root.name} cannot be resumed: raycv cannot write to {folder.root} ({error.strerror}).",
             remedies=["make the folder writable for you"],
         ) from error
     try:
-        # Another process may have ended it since it was looked for.
+        # Another process may have finished the run in the meantime.
         _refuse_finished(folder)
         yield
     finally:
         if folder.report.is_file():
-            # Nobody may go on with a complete run.
+            # Nobody may resume a complete run.
             folder.lock.unlink(missing_ok=True)
             folder.share.unlink(missing_ok=True)
         lock.release()
 
 
 def base_of(folder: RunFolder) -> dict[str, Any]:
-    """What the run recorded of its base model. Raises: UserError if that is damaged."""
+    """Reads what the run recorded of its base model. Raises: UserError if the record is damaged."""
     return dict(read_record(folder.environment, base_model=dict)["base_model"])
 
 
@@ -219,7 +218,7 @@ def _find(runs: Path, which: str) -> RunFolder:
             raise UserError(what, remedies=runs_there(runs, which, "run.dir"))
         _refuse_finished(folder)
         if not folder.has_begun():
-            what = f"resume={which}: the run ended before its first fold: nothing to go on."
+            what = f"resume={which}: the run ended before its first fold, so it has nothing to resume."
             raise UserError(what, remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH])
         return folder
     folders = runs_in(runs)
@@ -242,7 +241,7 @@ def _refuse_finished(folder: RunFolder) -> None:
 
 
 def _tracking_uri(folder: RunFolder, config: RunConfig, typed: Collection[str]) -> str:
-    """Where the run is tracked. A password was not written down, so the address that is given now may have it."""
+    """Finds the run's MLflow store. The record has no password, so the address on the command line may add it."""
     given = config.tracking.uri
     if "tracking.uri" in typed:
         return given

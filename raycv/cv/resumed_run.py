@@ -10,7 +10,7 @@ from rich.console import Console
 from raycv.common.environment import describe_environment
 from raycv.common.files import read_record, write_json
 from raycv.config.schema import RunConfig
-from raycv.cv.new_run import check_run_folder
+from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
 from raycv.cv.preparation import Base
 from raycv.cv.resume import Earlier, earlier_run, sole_process
@@ -44,7 +44,7 @@ class ResumedRun:
         self._earlier.check(dataset, splits)
         for warning in self._earlier.warnings():
             say(self._console, f"Warning: {warning}", "yellow")
-        check_run_folder(self.config, taken=True)
+        check_runs_folder(self.config)
 
     def check_base(self, base: Base) -> None:
         """Raises: UserError if the base model is another, a state cannot be continued, or MLflow lacks the run."""
@@ -54,7 +54,7 @@ class ResumedRun:
         self._tracker, self._parent_id = earlier_store(self._earlier, self._typed)
 
     def open(self, prepared: Prepared) -> OpenRun:
-        """Raises: UserError if a node does not see the run's folder, or has other code."""
+        """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
         from raycv.orchestration.cluster import check_nodes
 
         folder = self._earlier.folder
@@ -66,7 +66,6 @@ class ResumedRun:
             self._parent_id,
             self._console,
             make_ready=self._make_ready,
-            resumed=True,
         )
 
     def _make_ready(self) -> None:
@@ -80,7 +79,7 @@ class ResumedRun:
                 folder.fold(fold).set_result_aside()
         finished = folder.finished(folds)
         kept = f"{counted(len(finished), 'finished fold')} of {folds} kept as they are"
-        say(self._console, f"Going on with run {folder.root.name}: {kept}")
+        say(self._console, f"Resuming run {folder.root.name}: {kept}")
         for fold in range(folds):
             files = folder.fold(fold)
             files.error.unlink(missing_ok=True)

@@ -155,7 +155,7 @@ def _csv_fault(message: str, line: int) -> UnreadableError:
     if "unexpected end" in message:
         detail = "a quote is opened in the record that starts here and never closed"
     else:
-        detail = "a quoted field of the record that starts here goes on after its closing quote; reading stopped"
+        detail = "a quoted field of the record that starts here continues after its closing quote; reading stopped"
     return UnreadableError(Kind.QUOTING, detail, place)
 
 
@@ -284,7 +284,7 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
             report(Kind.JSON, "needs `id` and `text`, both strings", place)
         elif not is_unicode(f"{criterion_id}{text}") or "\0" in f"{criterion_id}{text}":
             # JSON can escape characters that UTF-8 cannot hold. The tokenizer and the hashes would fail on them.
-            report(Kind.ENCODING, "an escape \\uXXXX that is no character", place)
+            report(Kind.ENCODING, "an escape \\uXXXX that is not a character", place)
             broken = True
         elif len(str(text)) > FIELD_LIMIT:
             report(Kind.LONG_FIELD, f"`text` has more than {FIELD_LIMIT:,} characters", place)

@@ -199,7 +199,7 @@ class Predictor:
             scores = np.zeros(len(encoded.labels))
             if not bool(logits.isfinite().all()):
                 raise UserError(
-                    "The model's answer is no number (NaN or infinity), so it is no answer.",
+                    "The model computed NaN or infinity, which is not an answer.",
                     remedies=["compute in single precision: infer.precision=fp32", *DAMAGED],
                 )
             np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())

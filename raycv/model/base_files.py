@@ -103,7 +103,7 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if CONFIG not in present:
         raise UserError(
-            f"{folder} is no model: it has no {CONFIG}; it holds {listed_files(present)}.",
+            f"{folder} is not a model: it has no {CONFIG}; it holds {listed_files(present)}.",
             remedies=[
                 "model.name wants a base model; a fold's checkpoint is an adapter, which belongs on top of one"
                 if ADAPTER_CONFIG in present

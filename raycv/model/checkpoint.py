@@ -110,7 +110,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise UserError(
-            f"{folder} is no raycv checkpoint: it has no {MANIFEST}.",
+            f"{folder} is not a raycv checkpoint: it has no {MANIFEST}.",
             remedies=["name a folder like runs/<name>/fold_<k>/checkpoint"],
         )
     values = read_json(manifest)
@@ -140,7 +140,7 @@ def _check_sums(folder: Path) -> None:
     values = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     sums = values.get("sha256", {}) if isinstance(values, dict) else None
     if not isinstance(sums, dict):
-        raise UserError(f"{folder / MANIFEST} is damaged: sha256 is no object.", remedies=DAMAGED)
+        raise UserError(f"{folder / MANIFEST} is damaged: sha256 is not an object.", remedies=DAMAGED)
     for name in SUMMED:
         if name in sums and (not (folder / name).is_file() or sums[name] != sha256_of(folder / name)):
             raise UserError(

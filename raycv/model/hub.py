@@ -121,7 +121,7 @@ def _download(name: str, commit: str, present: set[str], base_seconds: float) ->
     weight_format, entry = find_entry(name, present)
     small = {file for file in present if is_small_file(file)}
     if CONFIG not in small:
-        raise UserError(f"{name} on the hub is no model: it has no {CONFIG}.", remedies=["check model.name"])
+        raise UserError(f"{name} on the hub is not a model: it has no {CONFIG}.", remedies=["check model.name"])
     with _alone(name):
         # Another process may have downloaded the files while this one waited, so we look again.
         found = _cached(name, commit, present)
@@ -146,7 +146,7 @@ def _snapshot(name: str, commit: str, files: Iterable[str], base_seconds: float)
 
     patterns = [glob.escape(file) for file in sorted(files)]
     fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
-    remedies = ["run again: the download goes on where it stopped", *_without_hub(name, commit)]
+    remedies = ["run again: the download resumes where it stopped", *_without_hub(name, commit)]
     what = f"the download of {name} from the hub"
     return Path(call_with_retries(what, fetch, passing=_can_pass, remedies=remedies, base_seconds=base_seconds))
 

@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GONE_SECONDS = 30.0
+"""A head of the cluster that does not answer for so long is gone. After 60 seconds Ray ends the process."""
+JOIN_REMEDIES = (
+    "see that the cluster is up: ray status",
+    "start one on this machine: ray start --head",
+    "where it asks for a token, and this machine has it: RAY_AUTH_MODE=token",
+    "unset RAY_ADDRESS, and a local Ray is started for the run",
+)
+
 
 def node_survey() -> Callable[..., dict[str, Any]]:
     """`survey`, made ready to travel by value: a node may have another raycv, or none."""
@@ -45,22 +54,13 @@ def node_survey() -> Callable[..., dict[str, Any]]:
 
 
 def share_of(task: FoldTask) -> Share:
-    """The run's folder as this process sees it."""
+    """The run's folder as this process sees it, to check that it is the driver's."""
     return task.needs.share_at(ray.get_runtime_context().get_node_id(), own_node_name())
 
 
 def own_node_name() -> str:
+    """Names this process's node as messages name it: address and host name."""
     return node_name(ray.util.get_node_ip_address(), socket.gethostname())
-
-
-GONE_SECONDS = 30.0
-"""Without an answer, and the head of the cluster is gone. After 60 Ray ends the process."""
-JOIN_REMEDIES = (
-    "see that the cluster is up: ray status",
-    "start one on this machine: ray start --head",
-    "where it asks for a token, and this machine has it: RAY_AUTH_MODE=token",
-    "unset RAY_ADDRESS, and a local Ray is started for the run",
-)
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -92,7 +92,7 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
         raise UserError(f"Ray did not start in time: {error}", remedies=remedies) from error
     logging.getLogger("ray").setLevel(level)
     if not ray_logs:
-        # Tune would print the whole traceback of a failed trial; the fold's own error is shown, and error.json has all.
+        # Tune would print the whole traceback of a failed trial. raycv prints the fold's error; error.json has all.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Ray's own handler of SIGTERM would end the process where it stands.
     stop_like_ctrl_c()
@@ -104,10 +104,10 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and what else stops a run end the block, in which Ray starts, and what was started.
+    """Ctrl-C, or another signal that stops a run, ends the block, in which Ray starts, and Ray's new processes.
 
-    Ray's start forks a dozen processes, and Python drops, with a traceback, what a signal raises within a fork or a
-    `__del__`: there it is raised a moment later. What is dropped elsewhere is heeded at the end of the block.
+    Ray's start forks a dozen processes. Python drops an exception that a signal raises within a fork or a `__del__`.
+    There the signal is repeated a moment later. If it is dropped elsewhere, the end of the block raises it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -185,14 +185,15 @@ def _cluster_to_join() -> str | None:
     except OSError as error:
         if asked:
             raise UserError(f"RAY_ADDRESS={asked}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
-        # What `ray start` wrote down outlives a cluster that was killed, or whose machine was.
+        # `ray start` leaves an address file. It stays when the cluster or its machine is killed.
         logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
         return "local"
-    # Only of a cluster that it finds itself does Ray take it that it asks for the token below HOME.
+    # Ray uses the token below HOME only for a cluster that it finds itself.
     return address if asked else "auto"
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
+    """Places an actor or task on the node of this process."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
@@ -244,7 +245,7 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
             if _answers(address):
                 answered = time.monotonic()
             if time.monotonic() - answered > GONE_SECONDS or not _answers(node):
-                # What stops the run may have been sent to all its processes: then Ray is gone because of it.
+                # A signal that stops the run may have reached all its processes, and ended Ray too.
                 if over.wait(GONE_SECONDS / 10):
                     return
                 gone.set()
@@ -263,7 +264,7 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
             f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
             remedies=[
                 "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
-                f"the folds go on from their last states: {resume_command(root)}",
+                f"the folds resume from their last states: {resume_command(root)}",
             ],
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""What travels between the driver, the trials and the workers: the task of a fold, and the board where they post."""
+"""The messages between driver, trials and workers: the task of a fold, and the board where they post."""
 
 import contextlib
 from collections.abc import Callable
@@ -27,13 +27,13 @@ FOLD_KEY = "fold"
 
 @dataclass(frozen=True)
 class SharedArrays:
-    """What all folds read. Lives in the object store; workers map its arrays instead of copying them."""
+    """The arrays that all folds read. They live in the object store; workers map them instead of copying them."""
 
     encoded: "EncodedPairs"
     splits: list["Split"]
     pairs: list[Pair]
     texts: tuple[dict[str, str], dict[str, str]] | None
-    """of posts and criteria, by id; only if they are to stand in the predictions (privacy.log_text)"""
+    """posts and criteria by id, if the user wants them in the predictions (privacy.log_text); otherwise None"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FoldTask:
     run: str
     root: str
     shared: "ray.ObjectRef"
-    """of SharedArrays"""
+    """to the SharedArrays"""
     base: "BaseFiles"
     rules: PromptRules
     criteria: dict[str, str | None]
@@ -52,7 +52,7 @@ class FoldTask:
     criteria_hash: str
     placement: Placement
     needs: NodeNeeds
-    """what every node must have as the driver has it"""
+    """files and versions that every node must share with the driver"""
     board: Any
     """handle of the ProgressBoard actor"""
     worker: Callable[[dict[str, Any]], dict[str, Any]]
@@ -62,7 +62,7 @@ class FoldTask:
 class ProgressBoard:
     """An actor where workers post how far they are and the driver's live view reads it, never in training's way.
 
-    `kept`: the file of what outlives its process, which Ray starts anew if it dies: attempts, places, nodes.
+    `kept`: its file. It keeps attempts, placement groups and left-out nodes for the next process if Ray restarts it.
     """
 
     def __init__(self, kept: str) -> None:
@@ -83,7 +83,7 @@ class ProgressBoard:
         self._events.append((fold, text))
 
     def begin(self, fold: int) -> int:
-        """Counts an attempt at a fold, which is beginning. Returns how many there are: they outlive their processes."""
+        """Counts an attempt at a fold. Returns the number of attempts, which survives the death of a process."""
         self._attempts[fold] = self._attempts.get(fold, 0) + 1
         self._keep()
         return self._attempts[fold]
@@ -93,31 +93,31 @@ class ProgressBoard:
         return self._attempts.get(fold, 0)
 
     def fail(self, fold: int, message: str, remedies: list[str]) -> None:
-        """Why a fold failed, where there was no room to write it down."""
+        """Keeps why a fold failed, in case the trial cannot write a file."""
         self._errors[fold] = message, remedies
 
     def error(self, fold: int) -> tuple[str, list[str]] | None:
-        """What `fail` was told."""
+        """The arguments of the last `fail` for the fold, or None."""
         return self._errors.get(fold)
 
     def hold(self, fold: int, place: str) -> None:
-        """The placement group that the workers of a fold are in, by its id."""
+        """Keeps the id of the placement group that holds the workers of a fold."""
         self._places[fold] = place
         self._keep()
 
     def held(self, fold: int) -> str | None:
-        """The id of the placement group that a fold held last, and None from then on."""
+        """Returns the id of the fold's placement group and forgets it; None if there is no such group."""
         place = self._places.pop(fold, None)
         self._keep()
         return place
 
     def leave_out(self, node: str, why: str, remedies: list[str]) -> None:
-        """No fold of the run is to be trained on `node` (its id in Ray) any more."""
+        """Keeps all later folds of the run away from `node` (its id in Ray)."""
         self._left_out[node] = why, remedies
         self._keep()
 
     def left_out(self) -> dict[str, tuple[str, list[str]]]:
-        """The nodes that are left out, each with the reason and what to do."""
+        """The nodes that get no fold, each with the reason and what to do."""
         return self._left_out
 
     def read(self) -> tuple[dict[int, dict[str, Any]], list[tuple[int, str]]]:
@@ -126,7 +126,7 @@ class ProgressBoard:
         return self._posts, events
 
     def _keep(self) -> None:
-        # On a full disk it is in memory still.
+        # If the disk is full, memory still has it.
         with contextlib.suppress(OSError, UserError):
             kept = {"places": self._places, "attempts": self._attempts, "left_out": self._left_out}
             write_json(self._kept, kept)
@@ -134,7 +134,7 @@ class ProgressBoard:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that the folds need, made once in the driver."""
+    """The input of all folds. The driver makes it once."""
 
     dataset: Dataset
     splits: list[Split]

@@ -39,7 +39,7 @@ STEP_POST_SECONDS = 1.0
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions.
 
-    Goes on from the fold's training state if there is one; leaves the checkpoint in the fold's folder.
+    Resumes from the fold's training state if there is one; leaves the checkpoint in the fold's folder.
     """
     started = time.monotonic()
     task: FoldTask = arguments["task"]
@@ -71,6 +71,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     told: list[str] = []
     dtype = base_dtype(precision)
     model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=told.append)
+    attention = attention_of(model)
     set_seed(config.train.seed)
     adapted = add_dora(model, config.model, config.dora)
     rank = ray.train.get_context().get_world_rank()
@@ -84,15 +85,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         with share.held():
             states.take()
     listener = _RayListener(task, fold, rank, states, share)
-    listener.on_event(f"{why}, {attention_of(model)} attention, on {describe_device(device)}")
+    listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
     memory = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
     state = states.newest(listener.on_event)
     if state is not None:
-        listener.goes_on(state)
-        # The time that the fold took, not this process alone.
+        listener.resumes(state)
+        # `seconds` counts all processes of the fold, not only this one.
         started -= spent(state)
     outcome = trainer.fit(split.train_indices, split.val_indices, state)
     labels = shared.encoded.labels[split.val_indices]
@@ -102,7 +103,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         if not rank:
             listener.on_event(f"Warning: {collapsed_because(collapsed)}")
     if not rank:
-        info = _checkpoint_info(task, fold, base, outcome.best, precision, attention_of(model))
+        info = _checkpoint_info(task, fold, base, outcome.best, precision, attention)
         with share.held():
             states.check_writer()
             save_fold_checkpoint(folder, adapted, tokenizer, info)
@@ -115,7 +116,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "device": describe_device(device),
         "precision": precision,
         "precision_reason": why,
-        "attention": attention_of(model),
+        "attention": attention,
         "workers": trainer.workers.size,
         "gradient_checkpointing": trainer.checkpointing.on,
         **count_parameters(adapted),
@@ -162,7 +163,7 @@ def save_fold_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "
         folder.root.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.root) as temporary:
             save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer, info)
-            # Of a process that was killed before the fold's result was written.
+            # A process that was killed before it wrote the fold's result may have left one.
             shutil.rmtree(folder.checkpoint, ignore_errors=True)
             os.replace(Path(temporary) / "checkpoint", folder.checkpoint)
     except (OSError, SafetensorError) as error:
@@ -171,7 +172,7 @@ def save_fold_checkpoint(folder: FoldFolder, model: Any, tokenizer: Any, info: "
 
 
 def _memory_share(placement: Placement, device: Any) -> float:
-    """The part of a worker's device that is its own: of a GPU as asked for, of the machine one among all workers."""
+    """The share of a device that one worker may use: its part of a GPU, or an equal part of the machine's memory."""
     if device.type == "cuda":
         return min(1.0, placement.gpus / placement.workers)
     return 1 / (placement.concurrent * placement.workers)
@@ -223,7 +224,7 @@ def _predictions(shared: SharedArrays, split: "Split", scores: "np.ndarray") -> 
 
 
 def epoch_metrics(result: "EpochResult") -> dict[str, float]:
-    """An epoch as plain numbers: what goes to Tune, to MLflow and into `result.json`."""
+    """An epoch as plain numbers, for Tune, MLflow and `result.json`."""
     return {
         EPOCH_KEY: result.epoch,
         TRAIN_LOSS: result.train_loss,
@@ -237,7 +238,7 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 
 
 class _RayListener:
-    """Carries the loop's news on: epochs through Ray Train, steps to the progress board, states to their folder."""
+    """Passes on what the loop reports: epochs to Ray Train, steps to the progress board, states to their folder."""
 
     def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share) -> None:
         self.task = task
@@ -247,11 +248,11 @@ class _RayListener:
         self.share = share
         self._posted = 0.0
 
-    def goes_on(self, state: "TrainState") -> None:
-        """Training will go on from `state`."""
+    def resumes(self, state: "TrainState") -> None:
+        """Tells the board that training resumes from `state`."""
         if self.rank:
             return
-        self.on_event(f"goes on after {state}")
+        self.on_event(f"resumes after {state}")
         best = max((epoch["metrics"][F1] for epoch in state.facts["epochs"]), default=0.0)
         self.task.board.post.remote(self.fold, {"earlier_f1": best})
 
@@ -274,11 +275,11 @@ class _RayListener:
         metrics = epoch_metrics(result)
         if not self.rank:
             self.task.board.post.remote(self.fold, {"history": metrics})
-        # All workers report, the first for them all: Ray Train waits for each.
+        # Ray Train waits until each worker reports, and hands on the first one's metrics.
         ray.train.report(metrics)
 
     def on_state(self, state: "TrainState") -> None:
-        # One for all workers: it holds what each has for itself.
+        # The first worker saves the states of all workers.
         if not self.rank:
             with self.share.held():
                 self.states.save(state)

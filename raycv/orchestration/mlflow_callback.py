@@ -46,8 +46,8 @@ class FoldRuns(MLflowLoggerCallback):
         self._logged: dict[Any, set[int]] = {}
         self._pending: dict[Any, list[tuple[dict[str, Any], int]]] = {}
         self._away_until = 0.0
-        # One thread, so still one writer. Tune calls its callbacks inside its event loop: a slow store would keep it
-        # from fetching results, and a trial that ends meanwhile then waits for ever on its one-slot queue.
+        # One thread, so still one writer. Tune calls its callbacks inside its event loop. A slow store would keep Tune
+        # from fetching results. A trial that ends meanwhile would then wait for ever on its one-slot queue.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class FoldRuns(MLflowLoggerCallback):
         # Tune pickles its callbacks into its own state; connections and threads stay behind.
         left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs", "_logged", "_pending", "_away_until")
         state = {key: value for key, value in self.__dict__.items() if key not in left_behind}
-        # That state is a file in the run folder: no place for a password.
+        # Tune writes this state to a file in the run folder, so it must not hold a password.
         tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
         return state | {"tracking": tracking, "tracking_uri": tracking.uri}
 
@@ -89,7 +89,7 @@ class FoldRuns(MLflowLoggerCallback):
             self._start(trial, fold)
         run_id, pending = self._trial_runs[trial], self._pending.get(trial, [])
         if trial not in self._logged:
-            # Of a fold that goes on, the last epoch may be trained once more.
+            # A resumed fold may train its last epoch once more.
             self._logged[trial] = self.tracker.logged_epochs(run_id)
         while pending:
             result, moment = pending[0]
@@ -100,7 +100,7 @@ class FoldRuns(MLflowLoggerCallback):
                     # The store may have it, and only the answer is lost: it is asked before the next attempt.
                     del self._logged[trial]
                     raise
-                # Of a fold that is tried again after the death of a process, too.
+                # A fold that starts again after the death of a process may report it twice, too.
                 self._logged[trial].add(result[EPOCH_KEY])
             pending.pop(0)
         return str(run_id)

@@ -18,7 +18,7 @@ from raycv.batch_inference.score_file import Engine, PairScorer, Recipe, score_c
 from raycv.batch_inference.writer import ScoredChunk
 from raycv.common.devices import CPU_FOR_INFERENCE, check_given_gpu, check_gpu_before_ray
 from raycv.errors import UserError
-from raycv.orchestration.cluster import ray_cluster
+from raycv.orchestration.cluster import node_resources, ray_cluster
 
 CHUNK, SCORED = "chunk", "scored"
 
@@ -31,7 +31,7 @@ def ray_engine(recipe: Recipe) -> Engine:
     def scored(source: PairSource, done: int) -> Generator[ScoredChunk, None, None]:
         if not on_cpus:
             check_gpu_before_ray(CPU_FOR_INFERENCE)
-        with ray_cluster(ray_logs=False), _placed(*scorer_shares(_nodes(), on_cpus=on_cpus)) as placed:
+        with ray_cluster(ray_logs=False), _placed(*scorer_shares(node_resources(), on_cpus=on_cpus)) as placed:
             for row in _dataset(recipe, source, done, placed).iter_rows():
                 found = pickle.loads(row[SCORED])
                 if isinstance(found, UserError):
@@ -42,8 +42,8 @@ def ray_engine(recipe: Recipe) -> Engine:
 
 
 def _dataset(recipe: Recipe, source: PairSource, done: int, placed: Mapping[str, Any]) -> ray.data.Dataset:
-    """A row for each chunk, in the order of the file: the pickled ScoredChunk, or the UserError that ends it all."""
-    # Its own remarks on progress bars and actors; what fails is raised.
+    """A row for each chunk, in the order of the file: the pickled ScoredChunk, or the UserError that ends it."""
+    # Ray Data logs remarks on progress bars and actors. It raises what fails.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -52,17 +52,17 @@ def _dataset(recipe: Recipe, source: PairSource, done: int, placed: Mapping[str,
     # A block is a chunk: Ray would gather small ones up to 128 MB before it hands any on.
     context.target_max_block_size = 1
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    # The file is read on this machine alone: the other nodes need not see it.
+    # Only this machine reads the file: the other nodes need not see it.
     chunks = ray.data.read_datasource(_Chunks(source, done), override_num_blocks=1, num_cpus=0, label_selector=here)
     with warnings.catch_warnings():
-        # Of the scheduling strategy, for which Ray Data has no other parameter yet.
+        # Ray Data has no other parameter for the scheduling strategy yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return chunks.map_batches(_ChunkScorer, fn_constructor_args=(recipe.load,), batch_size=1, **placed)
 
 
 @contextmanager
 def _placed(scorers: int, cpus: float, gpus: float) -> Iterator[dict[str, Any]]:
-    """What Ray Data is to know of the scorers; without GPUs each has a node to itself, as each holds a whole model."""
+    """The options of Ray Data for the scorers. Without GPUs each gets its own node, since each holds a whole model."""
     pool = {"compute": ray.data.ActorPoolStrategy(size=scorers), "num_cpus": cpus, "num_gpus": gpus}
     if gpus:
         yield pool
@@ -71,21 +71,16 @@ def _placed(scorers: int, cpus: float, gpus: float) -> Iterator[dict[str, Any]]:
     try:
         yield pool | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
-        # On a cluster that was joined it would outlive us, and keep its cores.
+        # On a cluster that this process joined, the group would stay and keep its cores.
         remove_placement_group(group)
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    """The resources of each node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def scorer_shares(nodes: Sequence[Mapping[str, float]], *, on_cpus: bool = False) -> tuple[int, float, float]:
     """How many scorers there are, and the cores and GPUs of each.
 
-    A GPU each, where there are any, unless they are to compute `on_cpus`. Else one on a node, all with one number of
-    cores, since that of threads is part of what a score is, in its last digits: the number that puts most cores to
-    work, be it without the small nodes.
+    Each gets a GPU if there are any, unless the scorers compute `on_cpus`. Otherwise each gets a node, and all get the
+    same number of cores: the number of threads decides the last digits of a score. It is the number that
+    uses most cores, even if small nodes get no scorer.
     """
     gpus = 0 if on_cpus else int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:

@@ -22,7 +22,7 @@ from raycv.errors import UserError, counted
 from raycv.inference.answerer import load_answerer
 from raycv.inference.log import InferenceWriter, record_answers
 from raycv.inference.questions import Answer, Answerer, Question, asked_for
-from raycv.orchestration.cluster import ray_cluster
+from raycv.orchestration.cluster import node_resources, ray_cluster
 from raycv.serving.discovery import first_changed
 from raycv.serving.http_api import Overloaded, TooManyPairsError, build_api
 from raycv.serving.messages import Setup
@@ -42,7 +42,7 @@ class Scorer:
 
     def __init__(self, setup: Setup) -> None:
         if setup.own_threads:
-            # Of Ray; torch, which is not imported yet, chooses by itself where it is not set.
+            # Ray sets it. Without it torch, which is not imported yet, chooses its own number.
             os.environ.pop(THREADS, None)
         self._setup = setup
         self._limits = setup.config.serve
@@ -77,7 +77,7 @@ class Scorer:
     async def score(self, questions: Sequence[Question], log: bool, alone: bool = False) -> dict[str, Any]:
         """The answers to `questions`, computed together with those of requests that arrive at the same time.
 
-        What is computed together moves the last digits, so `alone` gives what a process of its own would.
+        Pairs of one batch change each other's last digits. `alone` computes what a separate process would.
         Raises: UserError if a question cannot be answered, TooManyPairsError, Overloaded.
         """
         self._check(questions)
@@ -101,14 +101,14 @@ class Scorer:
         return {"answers": outcome, "criteria": self._symptoms, "model": self._model, "warnings": warnings}
 
     def _changed(self) -> list[str]:
-        """What to warn of: who names the scorer's address is not told by its announcement, as raycv.infer is."""
+        """Warns of files that changed: only raycv.infer reads the announcement; others know the address."""
         if self._setup.host != socket.gethostname():  # a replica elsewhere sees other files
             return []
         changed = first_changed(self._setup.stamps)
         return [f"{changed} changed since the scorer started: start it again"] if changed else []
 
     def health(self) -> dict[str, Any]:
-        """Of this replica: which model, since when, how much it did."""
+        """The state of this replica: its model, its age, its counts."""
         return {
             "status": "ok",
             "instance": self._setup.instance,
@@ -180,19 +180,18 @@ class Scorer:
 def running(setup: Setup) -> Iterator[None]:
     """The scorer, answering on its host and port until the block ends.
 
-    Raises: UserError if Ray cannot be had, has no room for it, or the model cannot be loaded.
+    Raises: UserError if Ray does not start or has no room for it, or the model does not load.
     """
     config = setup.config.serve
-    # Only warnings of Serve's own logger, whatever level Serve gives it.
+    # Only warnings of Serve's own logger: Serve sets its level later.
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
     # A scorer stays, and so would the dashboard's processes; a cluster that it joins has its own.
     with ExitStack() as ending, ray_cluster(ray_logs=False, dashboard=False):
         _refuse_second_serve()
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            application = build_application(setup, *replica_resources(config, nodes), quiet)
-            # On this node alone: the address is one of this machine.
+            application = build_application(setup, *replica_resources(config, node_resources()), quiet)
+            # Only on this node: the address is one of this machine.
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": config.host, "port": config.port},
@@ -236,10 +235,10 @@ def build_application(setup: Setup, cpus: float, gpus: float, quiet: LoggingConf
 
 
 def batch_wait_seconds(waiting: int, batch_wait_ms: float) -> float:
-    """How long the next batch waits for more requests, where `waiting` are under way.
+    """How long the next batch waits for more requests, while `waiting` are under way.
 
-    Who asks alone is answered at once. A batch takes little longer than a pair, and threads that compute keep the
-    interpreter from those that take requests in: so it waits where several ask, and for a crowd twice as long.
+    A single request gets its answer at once. A batch takes little longer than a pair, and threads that compute delay
+    the threads that accept requests. So a batch waits if several ask, and twice as long for a crowd.
     """
     return (0 if waiting <= 1 else 1 if waiting < CROWD else 2) * batch_wait_ms / 1000
 
@@ -251,7 +250,7 @@ def _refuse_second_serve() -> None:
         return
     raise UserError(
         "Ray Serve already runs on this cluster, and its HTTP port cannot be changed.",
-        remedies=["stop the scorer, or whatever it serves", "unset RAY_ADDRESS: a local Ray is started"],
+        remedies=["stop the scorer, or what else it serves", "unset RAY_ADDRESS: a local Ray is started"],
     )
 
 

@@ -28,12 +28,12 @@ TRIAL_DIED = "the process that drives the fold died"
 def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
     """The Tune trainable: trains fold `trial["fold"]` under Ray Train and leaves its files in the run folder.
 
-    A fold that fails for good leaves `error.json` instead of a result and ends like any other: what Tune sees as an
-    error is then the death of this process, and that alone is tried again.
+    A fold that fails for good leaves `error.json` instead of a result, and its trial ends like any other. So Tune sees
+    an error only if this process dies, and only then tries again.
     """
     fold = trial[FOLD_KEY]
     if RunFolder(Path(task.root)).fold(fold).result.is_file():
-        # Of an attempt whose process died when all was done: folds that are finished are not given to Tune.
+        # Tune gets no finished folds. An earlier attempt finished this one, and its process died after that.
         return
     try:
         _fit(task, fold)
@@ -42,12 +42,13 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
 
 
 def _fit(task: FoldTask, fold: int) -> None:
-    """Trains the fold; if a process of it dies, again from the fold's last state, `resources.retries` times in all.
+    """Trains the fold. If a process dies, trains again from the fold's last state, up to `resources.retries` times.
 
-    Ray Train's own retries would repeat errors of the training too, which come again. Lost nodes of which Ray was told
-    in advance (a preemption) are its own to retry, without limit. A node that cannot train the fold is left out from
-    then on, and another is tried: that costs no retry.
-    Raises: whatever the worker raised; RunFailedError if its processes died too often, or if no node is left.
+    Ray Train's own retries would repeat errors of the training too, which come again. Ray Train retries after an
+    announced loss of a node (a preemption), without limit. A node that cannot train the fold gets no further fold, and
+    another node is tried, which costs no retry.
+
+    Raises: the worker's error; RunFailedError if its processes died too often, or if no node is left.
     """
     with seldom_collecting():
         from raycv.orchestration.trainer import Trainer, unfit_node, what_died
@@ -60,7 +61,7 @@ def _fit(task: FoldTask, fold: int) -> None:
     while True:
         # Ray Train would make the run's folder where this node does not see it.
         share_of(task).check()
-        # It would also go on from what it finds under the same name; what training goes on from is ours.
+        # Ray Train would also resume from its own files under the same name; training resumes from ours.
         shutil.rmtree(folder, ignore_errors=True)
         left_out = ray.get(task.board.left_out.remote())
         _check_nodes_left(task, left_out)
@@ -81,9 +82,9 @@ def _fit(task: FoldTask, fold: int) -> None:
 
 
 def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
-    """Leaves the node of `unfit` out for the rest of the run, and tells so.
+    """Leaves the node of `unfit` out for the rest of the run, and tells the board.
 
-    Raises: `unfit` if it is this process's own node: what it does not find, it cannot find after another training.
+    Raises: `unfit` if it is this process's own node, where another training would end the same way.
     """
     if unfit.node == ray.get_runtime_context().get_node_id():
         raise unfit
@@ -111,7 +112,7 @@ def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str
 
 
 def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exception | None = None) -> None:
-    """Tells that attempt number `attempt` begins, since a process died.
+    """Tells the board that attempt number `attempt` begins, since a process died.
 
     Raises: RunFailedError if it is one too many.
     """
@@ -122,7 +123,7 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
 
 
 def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
-    """The error of a fold that was begun `attempts` times, `died` being what ended the last of them."""
+    """The error of a fold after `attempts` attempts; `died` names the process whose death ended the last one."""
     return RunFailedError(
         f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
         remedies=["where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent"],
@@ -130,7 +131,7 @@ def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
 
 
 def free_place(board: Any, fold: int) -> None:
-    """Gives back the cores and GPUs of an attempt: if its trial died they are held until the run ends.
+    """Frees the cores and GPUs of an attempt. If its trial died, Ray holds them until the run ends.
 
     `board`: handle of the ProgressBoard actor.
     """
@@ -144,7 +145,7 @@ def free_place(board: Any, fold: int) -> None:
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     """Writes why the fold failed where the driver and the user find it."""
     folder = RunFolder(Path(task.root)).fold(fold)
-    # Of a worker, or of Ray's controller where a worker failed before its training began.
+    # A worker failed, or Ray's controller if a worker failed before its training began.
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None) or error]
     cause = getattr(failures[0], "_base_exc", failures[0])
     text = "".join(traceback.format_exception(cause))
@@ -160,7 +161,7 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
         with share_of(task).held():
             write_json(folder.error, record)
     except (OSError, UserError):
-        # The disk or share that it failed for: the driver hears of it all the same.
+        # The disk or share may be the cause itself: the board tells the driver.
         ray.get(task.board.fail.remote(fold, message, remedies))
 
 
@@ -190,7 +191,7 @@ def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
 
 
 def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:
-    """The first file of the checkpoint that is missing here, or another than the worker wrote; None if there is none.
+    """Names the first file of the checkpoint that is missing here or differs from the worker's; None if all agree.
 
     `sums`: the worker's own checksums.
     """

@@ -38,7 +38,7 @@ STOPPED = "it was stopped before it ended"
 
 
 def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
-    """What trials and workers get. The arrays go through the object store once; weights never do."""
+    """Makes the task of trials and workers. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
     texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
     return FoldTask(
@@ -62,9 +62,9 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
 
 
 def progress_board(folder: RunFolder) -> Any:
-    """Starts the board of a run. Returns the actor's handle; the actor is started anew if its process dies."""
+    """Starts the board of a run. Returns the actor's handle; Ray restarts the actor if its process dies."""
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
-    # On this node: any other may be lost while the run goes on.
+    # On this node: the run may lose any other and continue.
     return board.options(scheduling_strategy=this_node()).remote(str(folder.ray / "board.json"))
 
 
@@ -90,9 +90,9 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(root.ray),
-            # First of all it is decided whether a fold is finished: MLflow is told the same.
+            # In this order: `states` decides whether a fold is finished, then `runs` logs the same to MLflow.
             callbacks=[states, runs],
-            # What a trial raises is the death of its process; a fold that fails says so in its files.
+            # A trial raises only if its process dies. A fold that fails writes its error to a file.
             failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
             verbose=0,
         ),
@@ -102,7 +102,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         try:
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            # Tune's own files, which a full disk leaves half: what became of the folds is told by theirs.
+            # A full disk leaves Tune's own files half written. The folds' files tell what became of the folds.
             otherwise = str(unwritable("What Ray keeps of the run", root.root, error))
     failed = [fold for fold in folds if not states.finished(fold)]
     if failed:
@@ -110,7 +110,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
         lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
         remedies = [
             *dict.fromkeys(states.remedies),
-            f"mend the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
+            f"fix the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
             f"what is finished is kept in {root.root}",
         ]
         raise RunFailedError("\n".join(lines), remedies=remedies)
@@ -150,7 +150,7 @@ class _FoldStates(TrialProgressCallback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
         result = self.root.fold(fold).result
-        # A trial on another node writes one or the other; both may be seen late here.
+        # A trial on another node writes a result or an error. The driver may see either late.
         settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
         said = None if result.is_file() else self._said(fold)
         if said is not None:
@@ -175,19 +175,19 @@ class _FoldStates(TrialProgressCallback):
             self._failed(fold, str(error).strip().splitlines()[-1])
 
     def _said(self, fold: int) -> tuple[str, Sequence[str]] | None:
-        """Why the fold failed, and what to do, if its trial said so."""
+        """Why the fold failed, and what to do, if its trial wrote or posted it."""
         file = self.root.fold(fold).error
         if file.is_file():
             record = read_json(file)
             return f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"]
-        # There was no room for the file, or its node does not see the run's folder.
+        # The disk was full, or the trial's node does not see the run's folder.
         told: tuple[str, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
         return told
 
     def finished(self, fold: int) -> bool:
-        """Whether the fold is finished, whatever became of its trial: its files are here, and as the worker left them.
+        """Whether the fold is finished, even if its trial failed: the driver finds the files that the worker wrote.
 
-        A result whose files are not here is set aside, so that a resumed run trains the fold again.
+        It sets a result without its files aside, so that a resumed run trains the fold again.
         """
         files = self.root.fold(fold)
         if fold in self._finished or not files.result.is_file():
@@ -203,7 +203,7 @@ class _FoldStates(TrialProgressCallback):
         return True
 
     def _failed(self, fold: int, error: str, remedies: Sequence[str] = ()) -> None:
-        """What to do comes at the run's end, once for all folds."""
+        """Shows the error now. The remedies come at the run's end, once for all folds."""
         self.errors[fold] = error
         self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
@@ -211,7 +211,7 @@ class _FoldStates(TrialProgressCallback):
 
 
 def _fault(root: RunFolder, fold: int) -> str | None:
-    """What is wrong with the files of a fold that has its result."""
+    """Names the fault in the files of a fold that has its result; None if they are whole."""
     try:
         FoldResult.of(root, fold)
     except UserError as error:
@@ -230,7 +230,7 @@ def _trained_at(result: Path) -> str:
 
 @contextmanager
 def _followed(board: Any, view: LiveView) -> Iterator[None]:
-    """Carries what workers post on `board` to `view` while the block runs."""
+    """Carries the workers' posts from `board` to `view` while the block runs."""
     over = threading.Event()
     best: dict[int, float] = {}
 
@@ -246,7 +246,7 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
 
     def follow() -> None:
         while not over.wait(POLL_SECONDS):
-            # While the board is started anew.
+            # Ray may be restarting the board.
             with contextlib.suppress(ray.exceptions.RayError):
                 carry()
 
@@ -258,4 +258,4 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
         over.set()
         thread.join(timeout=10)
         with contextlib.suppress(ray.exceptions.RayError):
-            carry()  # what came since the last look
+            carry()  # the last posts

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 class Trainer(TorchTrainer):
     """Trains a fold in its workers; the controller runs in the trial's process, which would wait for it otherwise.
 
-    Left out are the process that hands out Ray Data sets, since there are none, and the one that gives back what a dead
-    trial held: what the board holds is enough to, also where two Rays run on one machine, in which Ray's finds no
-    cluster. On one machine alone nobody announces that a node will go, and no further nodes can be asked for.
+    It leaves out two processes of Ray Train. One hands out Ray Data sets, and a fold has none. The other frees what a
+    dead trial held: the board's record is enough for that, and Ray's process fails where two Rays share a machine.
+    On a single machine nobody announces that a node will leave, and nobody can add nodes.
 
-    `folder`: for what Ray Train keeps; it would go on from what it finds there. `left_out`: nodes that get no worker.
+    `folder`: the files of Ray Train; it would resume from files that it finds there. `left_out`: nodes that get no
+    worker.
     """
 
     def __init__(self, task: "FoldTask", fold: int, folder: Path, left_out: Iterable[str] = ()) -> None:
@@ -77,7 +78,7 @@ class Trainer(TorchTrainer):
 
 
 def what_died(error: Exception) -> str | None:
-    """What died, if `error` of a Trainer is the death of one of its processes or of its node; None if it is another."""
+    """Names the process that died, if that is why a Trainer raised `error`; None if another error is the reason."""
     if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupFailedError | RayActorError):
         return "a worker of the fold died as it started, or its node"
     failures = getattr(error, "worker_failures", {})

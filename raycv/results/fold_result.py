@@ -64,11 +64,11 @@ class FoldResult:
             result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
-            raise UserError(f"{path} is no fold result of this version of raycv: {faults}.") from error
+            raise UserError(f"{path} is not a fold result of this version of raycv: {faults}.") from error
         shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
         if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
             what = f"{', '.join(wrong)} must lie in 0..1"
-            raise UserError(f"{path} is no fold result of this version of raycv: {what}.")
+            raise UserError(f"{path} is not a fold result of this version of raycv: {what}.")
         return result
 
     @classmethod

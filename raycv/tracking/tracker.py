@@ -502,7 +502,7 @@ def _collapsed(report: Mapping[str, Any]) -> list[tuple[int, list[str]]]:
 def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
     """The parent's description in the MLflow page: a table of the folds with a link to each."""
     lines = [
-        *(["**Control: the labels are permuted. These scores are no result.**", ""] if report["control"] else []),
+        *(["**Control: the labels are permuted. These scores are not a result.**", ""] if report["control"] else []),
         *(line for fold, why in _collapsed(report) for line in (f"**Fold {fold}: {collapsed_because(why)}.**", "")),
         f"Best fold: {report['best_fold']}",
         "",

@@ -395,7 +395,7 @@ class FoldTrainer:
         """
         if state.facts["precision"] != self.precision:
             raise UserError(
-                f"The fold was trained in {state.facts['precision']}, and would go on in {self.precision} here.",
+                f"The fold was trained in {state.facts['precision']}, and would resume in {self.precision} here.",
                 remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
             )
         self._check_attention(state)
@@ -413,7 +413,7 @@ class FoldTrainer:
         then, now = state.facts.get("device"), describe_device(self.accelerator.device)
         if then not in (None, now):
             # Other threads, or the kernels of another GPU, add in another order, so we warn.
-            self._tell(f"Warning: goes on with {now}, and had {then}: numbers may differ in their last bits")
+            self._tell(f"Warning: resumes with {now}, and had {then}: numbers may differ in their last bits")
 
     def _check_attention(self, state: TrainState) -> None:
         """Checks that the fold was trained with this attention. Otherwise its numbers would come from two functions.

@@ -89,7 +89,7 @@ class StateFolder:
         try:
             yield
         except OSError as error:
-            remedies = ["resume the run when the folder can be written: it goes on from the last one"]
+            remedies = ["resume the run when the folder can be written: it starts from the last one"]
             raise unwritable("The training state", self.root, error, remedies) from error
 
     def save(self, state: TrainState) -> None:
