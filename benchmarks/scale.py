@@ -113,6 +113,7 @@ def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
                 root=folder,
                 shared=ray.put(None),
                 base=fetch_base(BASE, None),
+                base_sums={},
                 rules=PromptRules("head_tail", 512, 0.25, 0.5, 400),
                 criteria={},
                 criteria_dir="",

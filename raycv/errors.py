@@ -82,6 +82,12 @@ def counted(number: float, noun: str) -> str:
     return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first `most` of `names` for a message, and the number of the others."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def printable(text: str) -> str:
     """`text` for a terminal: codes replace control characters, except line breaks and tabs."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -118,9 +118,12 @@ def test_the_copied_script_joins_a_running_cluster_of_two_nodes(tmp_path):
 class Machine:
     """A node with an address and a mount namespace of its own, as on another machine: it may see other folders."""
 
-    def __init__(self, head, address, hidden=None, **environment):
+    def __init__(self, head, address, hidden=None, replaced=None, **environment):
+        """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
         apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        if replaced:
+            apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (
             f'{"".join(apart)}exec "$0" -m ray.scripts.scripts start --address={head} --node-ip-address={address} "$@"'
         )
@@ -187,20 +190,27 @@ TINY = (
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.core
-def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_nothing(tmp_path, machines):
-    """They come when the folds wait for a node; then a good one comes. At the next run's start all three are asked."""
+def test_nodes_that_join_later_and_lack_the_share_or_differ_train_nothing(tmp_path, machines):
+    """They come when the folds wait for a node; then a good one comes. At the next run's start all four are asked."""
     made, start = machines
     cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
     shutil.copytree(ROOT / "raycv", tmp_path / "other" / "raycv", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "raycv" / "utils.py").open("a") as file:
         file.write("# one line more\n")
+    base, stale = tmp_path / "base", tmp_path / "stale"
+    for copy in (base, stale):
+        shutil.copytree(ROOT / "models" / "tiny_llama", copy)
+    with (stale / "config.json").open("a") as file:
+        file.write("\n")
     out, runs = tmp_path / "out", tmp_path / "runs"
     run = RunFolder(runs / "grown")
-    with background(tmp_path, *TINY, "resources.autoscaling=true", "run.name=grown", **cluster) as process:
+    asked = (f"model.name={base}", "resources.autoscaling=true", "resources.retries=3", "run.name=grown")
+    with background(tmp_path, *TINY, *asked, **cluster) as process:
         wait_until(run.tracking.is_file, process, out)
         without = start("127.0.0.2", hidden=runs)
         other = start("127.0.0.3", PYTHONPATH=f"{tmp_path / 'other'}:{os.environ.get('PYTHONPATH', '')}")
-        wait_until(lambda: out.read_text().count("is left out from now on") == 2, process, out, 200)
+        third = start("127.0.0.5", replaced=(base, stale))
+        wait_until(lambda: out.read_text().count("is left out from now on") == 3, process, out, 300)
         start("127.0.0.4")
         assert process.wait(timeout=300) == 0, out.read_text()
     said = " ".join(out.read_text().split())
@@ -208,6 +218,8 @@ def test_nodes_that_join_later_without_the_share_or_with_another_raycv_train_not
     assert f"does not see the run's folder {run.root} (No such file or directory)" in said
     assert f"{other.name}" in said
     assert "raycv's source: driver " in said
+    assert f"{third.name}" in said
+    assert f"has another base model at {base} than the driver; these files differ: config.json." in said
     assert without.sees(runs) == []
     assert {fold["worker"]["address"] for fold in read_json(run.report)["folds"]} == {"127.0.0.4"}
     assert all((run.fold(fold).checkpoint / "adapter_model.safetensors").is_file() for fold in range(2))

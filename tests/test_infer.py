@@ -655,7 +655,7 @@ def test_a_word_that_a_person_types_is_text(monkeypatch, tmp_path, word):
         (Question("w0", "Z.99"), "no such criterion"),
         (Question(" "), "The post is empty"),
         (Question("w0", ""), "The criterion is empty"),
-        (Question("w0", "C1"), r"(?s)base model cannot be had.*no folder /nowhere.*base=<folder"),
+        (Question("w0", "C1"), r"(?s)cannot get the checkpoint's base model.*no folder /nowhere.*base=<folder"),
     ],
 )
 def test_a_question_is_checked_before_the_model_is_looked_for(run, tmp_path, question, said):

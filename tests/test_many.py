@@ -972,7 +972,7 @@ def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpo
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.iterdir())
     for output in (tmp_path / "new" / "folder" / f"out.{ending}", tmp_path / "there" / f"out.{ending}"):
-        with pytest.raises(UserError, match="base model cannot be had"):
+        with pytest.raises(UserError, match="raycv cannot get the checkpoint's base model"):
             score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
         with monkeypatch.context() as patch:
             patch.setattr("raycv.batch_inference.score_file.Recipe.load", refused)

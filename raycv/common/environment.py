@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from raycv import __version__
+from raycv.common.locations import PACKAGE
 from raycv.common.numerics import NUMERICS
 from raycv.errors import counted
 
@@ -97,7 +98,7 @@ def _processor() -> str:
 
 def code_state() -> dict[str, Any] | None:
     """The commit of the checkout that raycv runs from, and whether tracked files differ; None outside a checkout."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here = str(PACKAGE)
     try:
         if os.path.realpath(_git_says(here, "rev-parse", "--show-toplevel")) != os.path.dirname(os.path.realpath(here)):
             return None  # raycv is installed inside the repository of another project.

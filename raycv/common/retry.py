@@ -167,7 +167,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _waits(base_seconds: float) -> Generator[float, Any, None]:
     """Seconds before attempts 2, 3, 4, ...: the base times 1, 2, 4, ...
 
-    If the server asks for a longer wait, that counts. No wait exceeds LONGEST_WAIT_SECONDS.
+    If the server asks for a longer wait, that counts. The longest is LONGEST_WAIT_SECONDS, before jitter.
     """
     # backoff starts the generator with None and then sends each error, so the first value is not used.
     error = yield 0.0

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from raycv.common.files import sha256_of
 from raycv.data.discovery import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_criteria, find_sources
 from raycv.data.parsing import Labels, Missing, Texts, read_labels, read_texts
 from raycv.data.problems import Faults, Kind, listed, named
@@ -104,7 +105,7 @@ def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -
     """
     if labels.official:
         for key in sorted(criteria.texts.keys() - criteria.codes.values()):
-            detail = f"criterion_id {named(key)} is none of A.1 to A.9, so the annotations cannot name it"
+            detail = f"criterion_id {named(key)} is not one of A.1 to A.9, so the annotations cannot name it"
             faults.add(Kind.UNUSED_CRITERION, criteria.path, detail, criteria.places[key])
     elif labels.whole:
         used_posts = _used({post_id for post_id, _ in labels.seen}, posts, Kind.UNUSED_POST, labels, faults)
@@ -184,12 +185,7 @@ def _update(digest: "hashlib._Hash", *values: object) -> None:
 
 def file_stats(path: Path) -> dict[str, Any]:
     """Name, size in bytes and hex sha256 of a file."""
-    with path.open("rb") as file:
-        return {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def count(posts: Mapping[str, str], criteria: Mapping[str, Criterion], pairs: list[Pair]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raycv.data.problems import Faults, Kind, named
 from raycv.data.table_reader import UnreadableError, check_file, folded, read_columns, separator_of
-from raycv.errors import shown
+from raycv.errors import counted, first_of, shown
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
 
@@ -93,8 +93,7 @@ class _Folder:
     def found(self) -> str:
         """The content of the folder for a message: tables with their columns, then the names of all other entries."""
         names = [str(file) for file in self.files] + self.others
-        rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        return ", ".join(names[:_MOST_NAMES]) + rest if names else "nothing"
+        return first_of(names, _MOST_NAMES) or "nothing"
 
 
 def find_sources(posts_dir: Path, criteria_dir: Path, faults: Faults) -> Sources:
@@ -315,9 +314,8 @@ def _column_list(columns: tuple[str, ...]) -> str:
         return "no columns"
     words = {word for column in folded(columns) for word in re.split(r"[;|\t]", column)}
     if not words & _KNOWN_COLUMNS:
-        return f"{len(columns)} column{'s' if len(columns) != 1 else ''}, no known name in the first line"
-    rest = f" and {len(columns) - _MOST_NAMES} more" if len(columns) > _MOST_NAMES else ""
-    return "columns: " + ", ".join(named(name.strip()) for name in columns[:_MOST_NAMES]) + rest
+        return f"{counted(len(columns), 'column')}, no known name in the first line"
+    return "columns: " + first_of([named(name.strip()) for name in columns], _MOST_NAMES)
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
@@ -350,8 +348,7 @@ def _folder_problem(path: Path, error: OSError) -> str:
         return "it does not exist"
     if near := difflib.get_close_matches(path.name, names, n=1):
         return f"it does not exist; did you mean {parent / near[0]}?"
-    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"it does not exist; {parent} holds: {', '.join(names[:_MOST_NAMES]) + rest or 'nothing'}"
+    return f"it does not exist; {parent} holds: {first_of(names, _MOST_NAMES) or 'nothing'}"
 
 
 def _spelt_as_on_disk(path: Path, faults: Faults) -> Path:

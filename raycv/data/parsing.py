@@ -230,7 +230,7 @@ def id_fault(key: str, *, is_criterion: bool) -> str | None:
     if is_blank(key):
         return f"holds nothing but invisible characters ({len(key)})" if key else "is empty"
     if len(key) > _ID_LIMIT:
-        return f"has {len(key):,} characters, more than {_ID_LIMIT}: no id, perhaps a text"
+        return f"has {len(key):,} characters, more than {_ID_LIMIT}: not an id, perhaps a text"
     if not key.isprintable():
         return f"holds a line break or another character that cannot be shown ({len(key)} characters)"
     if is_criterion and (re.search(r"[/\\]", key) or key in (".", "..")):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from raycv.errors import FaultsError, shown
+from raycv.errors import FaultsError, counted, first_of, shown
 
 FIELD_LIMIT = 1_000_000
 """Characters in one field at most. The longest post of ReDSM5 has 6,990 words, so a longer field is a broken file."""
@@ -86,13 +86,12 @@ def named(value: str) -> str:
     """
     if re.fullmatch(r"""[!-~]{1,40}(?<!["',])|\S?""", value):
         return shown(value)
-    return f"a value of {len(value)} character{'s' if len(value) != 1 else ''}"
+    return f"a value of {counted(len(value), 'character')}"
 
 
 def listed(values: list[str], most: int = _LISTED) -> str:
     """The first `most` of `values`, quoted for a message, and the number of the others."""
-    rest = f" and {len(values) - most:,} more" if len(values) > most else ""
-    return ", ".join(named(value) for value in values[:most]) + rest
+    return first_of([named(value) for value in values], most)
 
 
 @dataclass

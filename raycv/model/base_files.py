@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from raycv.common.files import sha256_of
 from raycv.common.retry import cause_of
-from raycv.errors import UserError
+from raycv.errors import UserError, first_of
 
 WeightFormat = Literal["safetensors", "pytorch_bin"]
 
@@ -218,6 +218,5 @@ def checksum(path: Path) -> str:
 
 
 def listed_files(names: Iterable[str], most: int = 8) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more or "no files"
+    """`names` for a message, sorted; `no files` if there are none."""
+    return first_of(sorted(names), most) or "no files"

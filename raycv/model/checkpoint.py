@@ -1,5 +1,6 @@
 """Writes and loads a trained fold: a plain PEFT folder (adapter, head, tokenizer), and `raycv.json` for inference."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from raycv.common.retry import cause_of
 from raycv.config.values import Fraction, NonEmpty
 from raycv.data.parsing import Missing
 from raycv.data.types import LABELS
-from raycv.errors import UserError, shown
+from raycv.errors import UserError, counted, shown
 from raycv.prompts.template import TEMPLATE, PromptRules
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def read_info(folder: Path) -> CheckpointInfo:
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
     try:
-        # In strict mode pydantic turns an object into a dataclass only when it reads JSON, so we pass the bytes.
-        return TypeAdapter(CheckpointInfo).validate_json(manifest.read_bytes(), strict=True)
+        # In strict mode pydantic turns an object into a dataclass only when it reads JSON, so we pass JSON.
+        return TypeAdapter(CheckpointInfo).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"]) or "the file"
@@ -164,11 +165,11 @@ def _check_tensors(model: "PeftModel", folders: Sequence[Path]) -> None:
         with safe_open(folder / WEIGHTS, "pt") as file:
             missing = sorted(set(tensors) - set(file.keys()))
         endless = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
-        for names, what in ((missing, "are missing"), (endless, "hold NaN or infinity")):
+        for names, what in ((missing, "lacks"), (endless, "holds NaN or infinity in")):
             if names:
                 raise UserError(
-                    f"The checkpoint {folder} is damaged: {len(names)} tensor(s) of {WEIGHTS} {what}, the first being "
-                    f"{names[0]}.",
+                    f"The checkpoint {folder} is damaged: {WEIGHTS} {what} {counted(len(names), 'tensor')}, the first "
+                    f"being {names[0]}.",
                     remedies=DAMAGED,
                 )
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raycv.common.files import is_full, unwritable
 from raycv.common.retry import ServiceError, call_with_retries, cause_of, is_passing, status_of
 from raycv.common.secrets import mask_secrets
 from raycv.errors import UserError, shown
@@ -180,7 +181,7 @@ def _alone(name: str) -> Iterator[None]:
         logger.info("waiting for another process that downloads %s", name)
         lock.acquire()
     except NotImplementedError:
-        logger.info("the file system of %s knows no locks: processes may fetch the same file", path.parent)
+        logger.info("the file system of %s does not support locks: processes may fetch the same file", path.parent)
     try:
         yield
     finally:
@@ -317,17 +318,10 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
     from huggingface_hub import constants
 
     cache = constants.HF_HUB_CACHE
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"The disk is full: {name} does not fit into {cache}.",
-            remedies=["free some space", "set HF_HOME to a folder on a larger disk, on every node"],
-        )
     # The last two occur if HOME is missing or is not a folder.
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
-        return UserError(
-            f"{name} cannot be written to {cache}: {error.strerror}.",
-            remedies=["set HF_HOME to a folder that you may write to, on every node"],
-        )
+    if is_full(error) or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        where = "set HF_HOME to a folder on a disk with room that you may write to, on every node"
+        return unwritable(name, Path(cache), error, [where])
     return UserError(
         f"{name} cannot be fetched from the hub: {cause_of(error)}.",
         remedies=[

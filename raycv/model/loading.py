@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycv.common.retry import cause_of
 from raycv.data.types import LABELS
-from raycv.errors import UserError, shown
+from raycv.errors import UserError, counted, shown
 from raycv.model.base_files import CONFIG, BaseFiles
 
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ def load_tokenizer(files: BaseFiles) -> Any:
         with _loading("tokenizer", files) as folder:
             tokenizer = load(folder, use_fast=False)
             _rename(tokenizer, folder, files)
-        logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
+        logger.warning("the fast tokenizer cannot be loaded, so raycv uses the slow one: %s", error.what)
     vocab_size = load_config(files).vocab_size
     _choose_pad_token(tokenizer, vocab_size)
     if len(tokenizer) > vocab_size:
         logger.warning(
-            "%d token(s) of the tokenizer have no embedding in %s; a text that spells one of them fails",
-            *(len(tokenizer) - vocab_size, files.name),
+            "%s has no embedding for %s of its tokenizer; a text that spells one of them fails",
+            *(files.name, counted(len(tokenizer) - vocab_size, "token")),
         )
     return tokenizer
 
@@ -262,15 +262,15 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
     broken = [key for key in lacking if not key.startswith(head)]
     if broken:
         raise UserError(
-            f"The weights of {files.name} do not fit its {CONFIG}: {len(broken)} tensor(s) are missing or of another "
-            f"shape, the first being {sorted(broken)[0]}.",
+            f"The weights of {files.name} do not fit its {CONFIG}: missing or of another shape: "
+            f"{counted(len(broken), 'tensor')}, the first being {sorted(broken)[0]}.",
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
     left = _left_out(model, found["unexpected_keys"])
     if left:
         raise UserError(
-            f"The weights of {files.name} do not fit its {CONFIG}: {len(left)} tensor(s) of its layers have no place "
-            f"in the model that it describes, the first being {left[0]}.",
+            f"The weights of {files.name} do not fit its {CONFIG}: the model that it describes has no "
+            f"place for {counted(len(left), 'tensor')} of the weights, the first being {left[0]}.",
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
     logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)

@@ -1,7 +1,7 @@
 """The messages between driver, trials and workers: the task of a fold, and the board where they post."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ class FoldTask:
     shared: "ray.ObjectRef"
     """to the SharedArrays"""
     base: "BaseFiles"
+    base_sums: Mapping[str, str]
+    """the checksum of each file of the base model, as the driver reads it"""
     rules: PromptRules
     criteria: dict[str, str | None]
     criteria_dir: str

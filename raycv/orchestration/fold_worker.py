@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from raycv.data.splits import Split
     from raycv.model.adapters import Precision
-    from raycv.model.base_files import BaseFiles
     from raycv.model.checkpoint import CheckpointInfo
     from raycv.training.loop import TrainResult
     from raycv.training.progress import EpochResult
@@ -66,6 +65,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     precision, why = choose_precision(config.train.precision)
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
+    share = share_of(task)
+    share.check_base(base.path, task.base_sums, base.sums())
     tokenizer = load_tokenizer(base)
     device = get_device()
     told: list[str] = []
@@ -80,7 +81,6 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(config.train.seed + rank)
     folder = RunFolder(Path(task.root)).fold(fold)
     states = StateFolder(folder.state)
-    share = share_of(task)
     if not rank:
         with share.held():
             states.take()
@@ -103,7 +103,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         if not rank:
             listener.on_event(f"Warning: {collapsed_because(collapsed)}")
     if not rank:
-        info = _checkpoint_info(task, fold, base, outcome.best, precision, attention)
+        info = _checkpoint_info(task, fold, outcome.best, precision, attention)
         with share.held():
             states.check_writer()
             save_fold_checkpoint(folder, adapted, tokenizer, info)
@@ -131,7 +131,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint_info(
-    task: FoldTask, fold: int, base: "BaseFiles", best: "EpochResult", precision: "Precision", attention: str
+    task: FoldTask, fold: int, best: "EpochResult", precision: "Precision", attention: str
 ) -> "CheckpointInfo":
     from raycv.model.checkpoint import CheckpointInfo
 
@@ -147,7 +147,7 @@ def _checkpoint_info(
         fold=fold,
         epoch=best.epoch,
         precision=precision,
-        base_sums=base.sums(),
+        base_sums=dict(task.base_sums),
         attention=attention,
         missing=task.config.data.missing,
     )

@@ -50,6 +50,7 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
             SharedArrays(prepared.encoded, prepared.splits, dataset.pairs, texts if config.privacy.log_text else None)
         ),
         base=prepared.base,
+        base_sums=prepared.base_facts["sha256"],
         rules=prepared.encoder.rules,
         criteria={criterion_id: criterion.symptom for criterion_id, criterion in dataset.criteria.items()},
         criteria_dir=absolute_folder(config.data.criteria_dir),

@@ -50,6 +50,11 @@ class EncodedPairs:
         return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
 
 
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """The number of tokens of the uncut `text`, special tokens included."""
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
 class PromptEncoder:
     """Encodes texts with a tokenizer under one set of prompt rules. Training and inference share it."""
 
@@ -59,7 +64,7 @@ class PromptEncoder:
 
     def count(self, prompt: str) -> int:
         """The number of tokens of the uncut `prompt`, special tokens included."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+        return count_tokens(self.tokenizer, prompt)
 
     def spans(self, text: str) -> Spans:
         """The pieces that a cut of `text` keeps whole: tokens if the tokenizer has their positions, else characters."""
@@ -99,15 +104,13 @@ def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[st
             `prompt.long_post` is not `none`.
     """
 
-    def count(text: str) -> int:
-        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    reserved = max(count(render("", criterion)) for criterion in criteria) - count(render("", ""))
+    empty = count_tokens(tokenizer, render("", ""))
+    reserved = max(count_tokens(tokenizer, render("", criterion)) for criterion in criteria) - empty
     post_limit = prompt.max_length - reserved
-    if prompt.long_post != "none" and post_limit <= count(render("", "")):
+    if prompt.long_post != "none" and post_limit <= empty:
         raise UserError(
             f"prompt.max_length={prompt.max_length}: the longest criterion and the question take "
-            f"{reserved + count(render('', ''))} tokens, which leaves no room for a post.",
+            f"{reserved + empty} tokens, which leaves no room for a post.",
             remedies=["raise prompt.max_length", "shorten the criteria", "prompt.long_post=none (cuts on the right)"],
         )
     rules = PromptRules(prompt.long_post, prompt.max_length, prompt.head_fraction, prompt.stride_fraction, post_limit)
@@ -163,18 +166,17 @@ def _statistics(
         "prompts_cut_by_tokenizer": len(cut),
     }
     if rules.long_post == "none":
-        statistics |= _losses(encoder, dataset)
+        # A cut on the right removes part of the question first, and with the longest posts the whole criterion.
+        all_post = {
+            post_id
+            for post_id, post in dataset.posts.items()
+            if encoder.count(f"post: {post}, criterion:") >= rules.max_length
+        }
+        statistics |= {
+            "prompts_without_question": len(cut),
+            "prompts_without_criterion": sum(pair.post_id in all_post for pair in dataset.pairs),
+        }
     return statistics
-
-
-def _losses(encoder: PromptEncoder, dataset: Dataset) -> dict[str, int]:
-    """Counts prompts that lose part of the question, or the whole criterion, to the literal cut on the right."""
-    question = criterion = 0
-    for pair in dataset.pairs:
-        post, text = dataset.posts[pair.post_id], dataset.criteria[pair.criterion_id].text
-        question += encoder.count(render(post, text)) > encoder.rules.max_length
-        criterion += encoder.count(f"post: {post}, criterion:") >= encoder.rules.max_length
-    return {"prompts_without_question": question, "prompts_without_criterion": criterion}
 
 
 def encoding_summary(statistics: dict[str, Any], posts: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raycv.common.environment import package_version
 from raycv.common.numerics import VERSIONS
-from raycv.errors import RunFailedError
+from raycv.errors import RunFailedError, first_of
 from raycv.resources.survey import share_fault, source_hash
 from raycv.results.run_folder import RunFolder, resume_command, share_nonce
 
@@ -63,6 +63,26 @@ class Share:
         if fault:
             resume = resume_command(RunFolder(Path(self.file).parent))
             raise NodeError(f"{self.name} {fault}.", self.node, remedies=[f"{SHARE_REMEDY}, then: {resume}"])
+
+    def check_base(self, path: Path, ours: Mapping[str, str], found: Mapping[str, str]) -> None:
+        """Compares the node's base model with the driver's: a stale copy would train a fold of another model.
+
+        Args:
+            path: The folder of the base model on the node.
+            ours: The checksum of each file that the driver reads.
+            found: The same of the node's files.
+
+        Raises:
+            NodeError: A file differs, is missing, or is one that the driver does not have.
+        """
+        differ = sorted(file for file in {*ours, *found} if ours.get(file) != found.get(file))
+        if differ:
+            resume = resume_command(RunFolder(Path(self.file).parent))
+            raise NodeError(
+                f"{self.name} has another base model at {path} than the driver; these files differ: {first_of(differ, 8)}.",
+                self.node,
+                remedies=[f"give that node the driver's files, or remove its copy, then: {resume}"],
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from raycv.common.environment import recorded_moment
 from raycv.common.files import AFRESH, GOOD_COPY, read_record
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
-from raycv.errors import FaultsError, UserError, shown
+from raycv.errors import FaultsError, UserError, first_of, shown
 from raycv.results.run_folder import RunFolder
 
 LATEST = "latest"
@@ -71,11 +71,10 @@ def runs_in(runs: Path) -> list[RunFolder]:
 def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
     """Returns remedies if the folder `runs`, which `folder_key` sets, has no run named `meant`."""
     names = [folder.root.name for folder in reversed(runs_in(runs))]
-    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
         there = f"did you mean {near[0]}?"
     elif names:
-        there = f"the runs there are ({LATEST} is the newest): {', '.join(names[:MOST_NAMES])}{rest}"
+        there = f"the runs there are ({LATEST} is the newest): {first_of(names, MOST_NAMES)}"
     else:
         there = QUICKSTART
     return [there, f"another folder: {folder_key}=<folder>"]

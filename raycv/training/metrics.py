@@ -94,7 +94,7 @@ def collapsed_because(reasons: Sequence[str]) -> str:
 
 
 def highest_chance_auc(matched: int, pairs: int) -> float:
-    """Returns the ROC-AUC that scores without any relation to the labels stay below 19 times of 20.
+    """Returns the ROC-AUC that scores without any relation to the labels stay below 19 times out of 20.
 
     Their standard error is that of the Mann-Whitney statistic (Hanley and McNeil 1982). The threshold is tuned on the
     same pairs and lifts even their F1 above its floor, so F1 alone does not show them.
