@@ -1051,7 +1051,7 @@ def test_the_slow_tokenizer_steps_in_when_no_fast_one_can_be_made(tmp_path, monk
     monkeypatch.setattr("transformers.tokenization_utils_fast.convert_slow_tokenizer", cannot)
     slow = load_tokenizer(fetch(str(path)))
     assert not slow.is_fast
-    assert "using the slow one" in caplog.text
+    assert "raycv uses the slow one" in caplog.text
     assert ids(slow) == ids(fast)
     assert (slow.padding_side, slow.truncation_side, slow.pad_token_id) == ("right", "right", 0)
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from raycv import __version__
 from raycv.common.environment import seldom_collecting
@@ -63,7 +63,17 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         raise _refused(name, error) from None
     except KeyboardInterrupt:
         _say(f"\nraycv.{name}: interrupted\n")
-        raise SystemExit(130) from None
+        _leave(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once. After an interrupted start of Ray an orderly exit can crash in Ray's native threads."""
+    logging.shutdown()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Nobody may read them any more.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _composed(name: str, schema: type[S]) -> S | None:
