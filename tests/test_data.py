@@ -954,7 +954,7 @@ MALFORMED_RELEASE: dict[str, tuple[Edit, list[str]]] = {
     ),
     "criterion without a symptom": (
         lambda files: files.update({J: criteria_json({**CRITERIA, "B.1": "other"})}),
-        [f"{J}, entry 10: criterion_id 'B.1' is none of A.1 to A.9", "data.criteria_dir"],
+        [f"{J}, entry 10: criterion_id 'B.1' is not one of A.1 to A.9", "data.criteria_dir"],
     ),
     "broken JSON": (
         replaced(J, b'{"id": "A.2"', b'{"id" "A.2"'),

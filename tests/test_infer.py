@@ -655,7 +655,7 @@ def test_a_word_that_a_person_types_is_text(monkeypatch, tmp_path, word):
         (Question("w0", "Z.99"), "no such criterion"),
         (Question(" "), "The post is empty"),
         (Question("w0", ""), "The criterion is empty"),
-        (Question("w0", "C1"), r"(?s)base model cannot be had.*no folder /nowhere.*base=<folder"),
+        (Question("w0", "C1"), r"(?s)base model cannot be used.*no folder /nowhere.*base=<folder"),
     ],
 )
 def test_a_question_is_checked_before_the_model_is_looked_for(run, tmp_path, question, said):
@@ -701,7 +701,7 @@ def test_own_words_need_no_criteria_files(run, tmp_path):
     told, asked = [], Question("w0 w3", "own words")
     checkpoint = moved(run, tmp_path, criteria_dir="/gone")
     assert answers_of(checkpoint, asked, tell=told.append) == answers_of(run / "fold_0" / "checkpoint", asked)
-    assert "is taken as it stands" in told[0]
+    assert "is used unchanged" in told[0]
     for named in (Question("w0"), Question("w0", "C1"), Question("w0", "A.4"), Question("w0", "z_z")):
         with pytest.raises(UserError, match="criteria"):
             answers_of(checkpoint, named)

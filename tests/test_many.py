@@ -494,7 +494,7 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
     by_id = write_csv(tmp_path / "ids.csv", "post,criterion_id", [["w1", "NA"], ["w1", "NaN"]])
     (chunk,) = open_source(by_id, criteria, None).chunks()
     assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["NA"]
-    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is none of the run's"]
+    assert [bad.reason for bad in chunk.bad] == ["the run has no criterion_id 'NaN'"]
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):
@@ -880,7 +880,7 @@ def test_a_state_of_another_format_or_arithmetic_is_refused_in_words(checkpoint,
     with pytest.raises(UserError, match=said) as caught:
         score(checkpoint, source, output)
     assert "continue with that version of raycv" in str(caught.value)
-    assert f"to start anew, delete {state}" in str(caught.value)
+    assert f"to start again, delete {state}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -895,7 +895,7 @@ def test_a_damaged_state_is_not_continued(checkpoint, tmp_path, monkeypatch, cha
             score(checkpoint, source, tmp_path / "out.csv")
     state = tmp_path / "out.csv.state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | change))
-    with pytest.raises(UserError, match=r"state\.json is damaged.*\n.*to start anew, delete"):
+    with pytest.raises(UserError, match=r"state\.json is damaged.*\n.*to start again, delete"):
         score(checkpoint, source, tmp_path / "out.csv")
 
 
@@ -908,7 +908,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
         with pytest.raises(UserError, match="changed while it was scored"):
             score(checkpoint, source, output)
     assert not output.exists()
-    with pytest.raises(UserError, match=r"(?s)the time of the input changed.*to start anew, delete"):
+    with pytest.raises(UserError, match=r"(?s)the time of the input changed.*to start again, delete"):
         score(checkpoint, source, output)
 
 
@@ -972,7 +972,7 @@ def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpo
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.iterdir())
     for output in (tmp_path / "new" / "folder" / f"out.{ending}", tmp_path / "there" / f"out.{ending}"):
-        with pytest.raises(UserError, match="base model cannot be had"):
+        with pytest.raises(UserError, match="base model cannot be used"):
             score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
         with monkeypatch.context() as patch:
             patch.setattr("raycv.batch_inference.score_file.Recipe.load", refused)

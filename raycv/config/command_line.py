@@ -266,7 +266,7 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
     if key in groups:
         if value not in groups[key]:
             raise UserError(
-                f"{argument}: {key!r} is a group of keys, and {shown(value)} is none of its files.",
+                f"{argument}: {key!r} is a group of keys, and {shown(value)} is not one of its files.",
                 remedies=[
                     f"choose one of them ({key}={', '.join(sorted(groups[key]))}), or set single keys: train.lr=1e-4"
                 ],
@@ -374,7 +374,7 @@ def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",
-            remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config as it stands"],
+            remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config"],
         ) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

@@ -104,7 +104,7 @@ def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -
     """
     if labels.official:
         for key in sorted(criteria.texts.keys() - criteria.codes.values()):
-            detail = f"criterion_id {named(key)} is none of A.1 to A.9, so the annotations cannot name it"
+            detail = f"criterion_id {named(key)} is not one of A.1 to A.9, so the annotations cannot name it"
             faults.add(Kind.UNUSED_CRITERION, criteria.path, detail, criteria.places[key])
     elif labels.whole:
         used_posts = _used({post_id for post_id, _ in labels.seen}, posts, Kind.UNUSED_POST, labels, faults)

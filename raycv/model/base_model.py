@@ -51,7 +51,7 @@ def fetch_trained_base(name: str, revision: str | None, given: str | None) -> Ba
         # Inference does not have the keys of training, so we drop the remedies that name them.
         kept = [remedy for remedy in error.remedies if "model." not in remedy]
         where = "if it lies elsewhere now, say where: base=<folder or hub id>"
-        raise UserError(f"The checkpoint's base model cannot be had. {error.what}", remedies=[where, *kept]) from error
+        raise UserError(f"The checkpoint's base model cannot be used. {error.what}", remedies=[where, *kept]) from error
 
 
 def check_name(name: str, revision: str | None) -> None:

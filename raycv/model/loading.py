@@ -98,7 +98,7 @@ def load_tokenizer(files: BaseFiles) -> Any:
         with _loading("tokenizer", files) as folder:
             tokenizer = load(folder, use_fast=False)
             _rename(tokenizer, folder, files)
-        logger.warning("the fast tokenizer cannot be had, using the slow one: %s", error.what)
+        logger.warning("the fast tokenizer cannot be loaded, so the slow one is used: %s", error.what)
     vocab_size = load_config(files).vocab_size
     _choose_pad_token(tokenizer, vocab_size)
     if len(tokenizer) > vocab_size:
