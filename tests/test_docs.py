@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("scripts.words", reason="the docs are in the checkout, not in the wheel")
 
 from scripts import doc_commands, links, reference, words
-from scripts.docstrings import code_passages
+from scripts.docstrings import code_passages, string_passages
 from scripts.markdown import ROOT, Passage, anchors, code_blocks, inline_code, pages, passages
 
 
@@ -99,11 +99,45 @@ def test_a_planted_breach_of_code_is_found(tmp_path: Path, code: str, line: int,
     assert found in breach
 
 
-def test_code_in_docstrings_and_strings_of_the_code_are_not_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "line", "found"),
+    [
+        ('raise UserError(\n    "The file is damaged.", remedies=["write it anew"]\n)\n', 2, "'anew' is banned"),
+        ('what = f"{path} is no {kind}"\n', 1, "'is no' is banned"),
+        ('what = (\n    f"{shown(value)} is "\n    "none of them"\n)\n', 2, "'is none' is banned"),
+        ('say(console, f"{kept} goes on" if kept else "stopped")\n', 1, "'goes on' is banned"),
+    ],
+)
+def test_a_planted_breach_of_a_message_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, line: int, found: str
+) -> None:
     module = tmp_path / "module.py"
-    text = 'x = "the loss is no number"  # noqa: goes on\n"""`goes on`, goes_on and on(goes on=1)."""\n# fmt: goes on\n'
+    module.write_text(code, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        words.main([str(module)])
+    assert ended.value.code == 1
+    (breach,) = capsys.readouterr().out.splitlines()
+    assert breach.startswith(f"{module}:{line}: ")
+    assert found in breach
+
+
+def test_names_and_code_are_not_words(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    text = (
+        'x["anew"] = f"{goes(on)}: `goes on`"  # noqa: goes on\n'
+        '"""`goes on`, goes_on and on(goes on=1)."""\n# fmt: goes on\n'
+    )
     module.write_text(text, encoding="utf-8")
-    assert [breach for passage in code_passages(module) for breach in words.breaches(passage)] == []
+    read = [*code_passages(module), *string_passages(module)]
+    assert [breach for passage in read for breach in words.breaches(passage)] == []
+
+
+def test_a_message_may_be_a_part_of_a_sentence_or_a_list_of_many_words(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text('x = "where memory ran out: ' + "word " * 30 + '"\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        words.main([str(module)])
+    assert ended.value.code == 0
 
 
 def test_readme_docs_help_and_code_are_in_plain_english(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +171,7 @@ def test_each_command_of_readme_and_docs_is_accepted() -> None:
     [
         ("python -m raycv.run train.epoch=3", "unknown key; did you mean train.epochs?"),
         ("python -m raycv.run train.epochs=many", "received 'many'"),
-        ("python -m raycv.run experiment=quickstrat", "'quickstrat' is none of its files"),
+        ("python -m raycv.run experiment=quickstrat", "'quickstrat' is not one of its files"),
         ("python -m raycv.results.find_run resume=latest", "there is no command raycv.results.find_run"),
         ("python -m raycv.run cv.folds 5", "cv.folds, 5: not key=value"),
         ("python -m raycv.infer post=one criterion=A.4 words", "words: not key=value"),

@@ -195,7 +195,11 @@ class ScoreFile:
             raise UserError(
                 f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
                 f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
-                remedies=["continue with that version of raycv", f"to start again, {self._to_start_again}", "name another output"],
+                remedies=[
+                    "continue with that version of raycv",
+                    f"to start again, {self._to_start_again}",
+                    "name another output",
+                ],
             )
         if names := changed(found.identity, self.progress.identity):
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
