@@ -30,12 +30,10 @@ def string_passages(path: Path) -> Iterator[Passage]:
     parts = [part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values]
     elsewhere = {id(node) for node in (*docstrings, *parts)}
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.JoinedStr | ast.Constant)
-            and id(node) not in elsewhere
-            and " " in (text := _text(node))
-        ):
-            yield Passage(f"{name_of(path)}:{node.lineno}", _without_code(text))
+        if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in elsewhere:
+            text = _text(node)
+            if " " in text:
+                yield Passage(f"{name_of(path)}:{node.lineno}", _without_code(text))
 
 
 def _text(node: ast.expr) -> str:

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import yaml
-
 from raycv.config import schema
+from raycv.config.command_line import help_header
 from raycv.config.schema import Section
 from raycv.config.validation import fields, meaning
 from scripts.docstrings import code_passages, python_files, string_passages
@@ -68,12 +67,6 @@ def commands() -> dict[str, type[Section]]:
     """Each command and its schema: `configs/<command>.yaml` belongs to `<Command>Config`."""
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     return {name: getattr(schema, f"{name.capitalize()}Config") for name in names}
-
-
-def help_header(command: str) -> str:
-    """What `--help` of a command prints before its keys."""
-    values = yaml.safe_load((ROOT / "configs" / f"{command}.yaml").read_text(encoding="utf-8"))
-    return str(values["hydra"]["help"]["header"])
 
 
 def help_passages() -> Iterator[Passage]:

@@ -1,5 +1,6 @@
 """README and docs: plain English, commands that raycv accepts, pages that are current, links that hold."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -252,12 +253,16 @@ def test_the_page_of_keys_has_defaults_and_allowed_values() -> None:
         assert row in page
 
 
-def test_a_page_of_refusals_can_be_made_of_a_list() -> None:
-    page = reference.refusals_page([("data-label", "a label | none", "fix it"), ("config-key", "a key", "rename it")])
-    assert page.splitlines()[-2:] == [
-        "| `config-key` | a key | rename it |",
-        "| `data-label` | a label \\| none | fix it |",
-    ]
+def test_the_pages_do_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYCV_RUN_DIR", "/elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert reference.outdated() == []
+
+
+def test_the_page_of_modules_has_no_numbers_of_requirements() -> None:
+    page = reference.modules_page()
+    assert "| `raycv/utils.py` | Seeds, random states, and" in page
+    assert not re.search(r"FR-\d|SC-\d|user story", page)
 
 
 # --- Links -----------------------------------------------------------------------------------------------------------
