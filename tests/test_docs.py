@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import page
 
 pytest.importorskip("scripts.words", reason="the docs are in the checkout, not in the wheel")
 
@@ -225,6 +226,28 @@ def test_code_is_found_where_it_stands(tmp_path: Path) -> None:
     page.write_text("Say `a=1`.\n\n```bash\nmake\n```\n\n```{note}\nOr `b=2`.\n```\n", encoding="utf-8")
     assert list(code_blocks(page, "bash")) == [(4, "make\n")]
     assert list(inline_code(page)) == [(1, "a=1"), (8, "b=2")]
+
+
+# --- Names of tests ---------------------------------------------------------------------------------------------------
+
+
+def test_the_fault_table_names_tests_that_exist() -> None:
+    """The docs, `When something fails`: each line has a test; `...` stands for a part of the name."""
+    lines = page("reference/failures.md").splitlines()
+    lines = [line for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| fault "))]
+    rows = [line.split("|")[3] for line in lines]
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(rows) > 45
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        assert named, row
+        for name in named:
+            pattern = re.escape(name).replace(r"\.\.\.", r"\w+").replace(r"\*", r"\w+")
+            assert any(re.fullmatch(pattern, test) for test in defined), name
 
 
 # --- Pages that come from code ---------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from builders import files_of_a_gpu, tiny_gemma2, tiny_llama
+from builders import no_gpu, tiny_gemma2, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
@@ -524,10 +523,6 @@ def test_what_an_earlier_version_began_is_continued_as_text(checkpoint, tmp_path
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     said = "an earlier version began this file: NaN and the like stay text, as it began (missing=text)"
     assert (said in capfd.readouterr().err) == (overrides == [])
-
-
-def rows_without_ids(number: int) -> list[list[object]]:
-    return [row[:0:-1] for row in rows_of(number)]
 
 
 @pytest.mark.parametrize("blank", ["\u2800", "\u3164", "\u00ad", "\u200e", "\u2063", "\ufe0f", "\u034f", "\U000e0020"])
@@ -1254,12 +1249,10 @@ def test_a_scorer_on_each_gpu_and_none_without_cores():
         scorer_shares([{"memory": 1.0}])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
-def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tmp_path, monkeypatch):
+@no_gpu
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tmp_path, unusable_gpu):
     import ray
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
     with pytest.raises(UserError, match="cannot use the NVIDIA GPU") as caught:
         score(checkpoint, source, tmp_path / "out.csv", "engine=ray")
@@ -1270,7 +1263,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tm
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@no_gpu
 def test_a_node_whose_gpu_torch_cannot_use_is_named_and_the_cpu_scores_if_asked(checkpoint, tmp_path):
     """Ray counts a GPU there, and gives it to the scorer."""
     from ray.cluster_utils import Cluster
