@@ -42,10 +42,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m scripts.words
 	$(BIN)/python -m scripts.doc_commands
-	$(BIN)/python -m scripts.reference --check
-	$(BIN)/python -m benchmarks.table --check
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not ray and not long"
 
 # The pages in docs/, into build/docs: a broken link is an error, and nothing is fetched.

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterator
 from unittest.mock import patch
 
-from raycv.config.command_line import HYDRA_OPTIONS, run_command
+from raycv.config.command_line import HYDRA_OPTIONS, help_header, run_command
 from raycv.config.validation import fields
 from scripts.markdown import ROOT, code_blocks, inline_code, name_of, pages
-from scripts.words import commands, help_header
+from scripts.words import commands
 
 PLACEHOLDERS = {
     "<name>": "name",
@@ -33,6 +33,14 @@ ANSWERS = {"--help", "--cfg", "--version"}
 """Options under which a command prints something and does no work."""
 SET_OUTSIDE = ("RAYCV_", "MLFLOW_", "RAY_")
 """Variables that change defaults: the docs are of a machine that sets none."""
+
+
+@contextlib.contextmanager
+def plain_environment() -> Iterator[None]:
+    """Takes the variables of `SET_OUTSIDE` out of the environment meanwhile."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_OUTSIDE)}
+    with patch.dict(os.environ, environment, clear=True):
+        yield
 
 
 def typed(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -91,11 +99,10 @@ def refusal(command: str, arguments: list[str]) -> str | None:
         return f"there is no option {', '.join(sorted(unknown))}"
     asked = arguments if ANSWERS & set(arguments) else [*arguments, "--cfg=job"]
     said = io.StringIO()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_OUTSIDE)}
     with (
         patch.object(sys, "argv", ["raycv", *asked]),
         patch.object(sys, "excepthook", sys.excepthook),
-        patch.dict(os.environ, environment, clear=True),
+        plain_environment(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(said),
     ):

@@ -1,4 +1,4 @@
-"""Docstrings and comments of Python files, as passages of prose for the check of words."""
+"""Docstrings, comments and other strings of Python files, as passages of prose for the check of words."""
 
 import ast
 import io
@@ -21,6 +21,28 @@ def code_passages(path: Path) -> Iterator[Passage]:
     text = path.read_text(encoding="utf-8")
     found = sorted([*_docstrings(text), *_comments(text)])
     yield from (Passage(f"{name_of(path)}:{line}", _without_code(prose)) for line, prose in found if prose)
+
+
+def string_passages(path: Path) -> Iterator[Passage]:
+    """The strings of several words that are not docstrings: messages to the user are among them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    parts = [part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values]
+    elsewhere = {id(node) for node in (*docstrings, *parts)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in elsewhere:
+            text = _text(node)
+            if " " in text:
+                yield Passage(f"{name_of(path)}:{node.lineno}", _without_code(text))
+
+
+def _text(node: ast.expr) -> str:
+    """The text of a string, with one word for each placeholder; empty for another constant."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    return CODE
 
 
 def python_files(place: Path) -> list[Path]:

@@ -6,20 +6,18 @@ python -m scripts.reference --check     writes nothing, fails if one is out of d
 
 import argparse
 import ast
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any
 
-import yaml
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from raycv.config.command_line import compose
+from raycv.config.command_line import groups_of, help_header, shown_values
 from raycv.config.schema import Section
-from raycv.config.validation import fields, meaning
-from scripts.doc_commands import SET_OUTSIDE
+from raycv.config.validation import fields, meaning, without_requirements
+from scripts.doc_commands import plain_environment
 from scripts.markdown import ROOT, name_of
-from scripts.words import commands, help_header
+from scripts.words import commands
 
 NOTICE = "<!-- Written by python -m scripts.reference: edit the code that it comes from. -->"
 
@@ -41,45 +39,30 @@ def commands_page() -> str:
         "",
     ]
     for name, schema in commands().items():
-        lines += [f"## raycv.{name}", "", "```text", help_header(name).rstrip(), "```", "", *_groups(name)]
+        lines += [f"## raycv.{name}", "", "```text", help_header(name), "```", "", *_groups(name)]
         lines += [*_keys(name, schema), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _groups(command: str) -> list[str]:
-    file = yaml.safe_load((ROOT / "configs" / f"{command}.yaml").read_text(encoding="utf-8"))
-    named = [next(iter(entry)) for entry in file["defaults"] if isinstance(entry, dict)]
-    rows = []
-    for group in (name for name in named if " " not in name):
-        files = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
-        if len(files) > 1 or group == "experiment":
-            rows.append(f"| `{group}=` | {', '.join(f'`{one}`' for one in files)} |")
+    choices = {group: files for group, files in groups_of(command).items() if len(files) > 1 or group == "experiment"}
+    rows = [_row(f"`{group}=`", ", ".join(f"`{one}`" for one in files)) for group, files in choices.items()]
     return ["A group sets several keys at once:", "", "| group | files |", "| --- | --- |", *rows, ""] if rows else []
 
 
 def _keys(command: str, schema: type[Section]) -> list[str]:
-    values = compose(command, [], missing_ok=True)
     table = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    with plain_environment():
+        values = shown_values(command, [])
     for key, field in fields(schema):
-        if not field.description:
-            continue
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        said = meaning(field).partition(" [")[0]
-        table.append(_row(f"`{key}`", _default(value), allowed(field), said))
+        if field.description:
+            default = "must be given" if values[key] == "???" else f"`{values[key]}`"
+            table.append(_row(f"`{key}`", default, allowed(field), meaning(field).partition(" [")[0]))
     return table
 
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _default(value: Any) -> str:
-    if value == "???":
-        return "must be given"
-    shown = yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]
-    return f"`{shown}`"
 
 
 def allowed(field: FieldInfo) -> str:
@@ -113,17 +96,11 @@ def modules_page() -> str:
     for path in sorted((ROOT / "raycv").rglob("*.py")):
         if "bundled" not in path.parts:
             words = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-            folders.setdefault(name_of(path.parent), []).append(_row(f"`{name_of(path)}`", " ".join(words.split())))
+            purpose = without_requirements(" ".join(words.split()))
+            folders.setdefault(name_of(path.parent), []).append(_row(f"`{name_of(path)}`", purpose))
     for folder, rows in folders.items():
         lines += [f"## {folder}", "", "| module | purpose |", "| --- | --- |", *rows, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def refusals_page(kinds: Iterable[tuple[str, str, str]]) -> str:
-    """Every kind of refusal with its cause and its cure. `PAGES` takes it in when the code has a list of kinds."""
-    rows = [_row(f"`{kind}`", cause, cure) for kind, cause, cure in sorted(kinds)]
-    lines = [NOTICE, "", "# Kinds of refusal", "", "The kind stands at the end of a message.", ""]
-    return "\n".join([*lines, "| kind | cause | cure |", "| --- | --- | --- |", *rows, ""])
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -147,8 +124,6 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
     options = arguments.parse_args()
-    for variable in [name for name in os.environ if name.startswith(SET_OUTSIDE)]:
-        del os.environ[variable]
     old = outdated()
     if options.check and old:
         raise SystemExit(f"out of date: {', '.join(old)}; write them: python -m scripts.reference")

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import yaml
-
 from raycv.config import schema
+from raycv.config.command_line import help_header
 from raycv.config.schema import Section
 from raycv.config.validation import fields, meaning
-from scripts.docstrings import code_passages, python_files
+from scripts.docstrings import code_passages, python_files, string_passages
 from scripts.markdown import ROOT, Passage, name_of, pages, passages
 
 MOST_WORDS = 25
@@ -39,15 +38,20 @@ BANNED = {
 
 def breaches(passage: Passage) -> Iterator[str]:
     """What is wrong with a passage, a line for each breach."""
-    for pattern, remedy in BANNED.items():
-        for match in re.finditer(rf"\b({pattern})(?!\w)", passage.text, re.IGNORECASE):
-            yield f"{passage.where}: {match[0]!r} is banned; {remedy}"
+    yield from banned_phrases(passage)
     for sentence in sentences(passage.text):
         words = [word for word in sentence.split() if re.search(r"\w", word)]
         if words and re.sub(r"\W", "", words[0]).lower() in OPENINGS:
             yield f"{passage.where}: a sentence opens with {words[0]!r}: {_start(words)}"
         if len(words) > MOST_WORDS:
             yield f"{passage.where}: {len(words)} words in a sentence, {MOST_WORDS} at most: {_start(words)}"
+
+
+def banned_phrases(passage: Passage) -> Iterator[str]:
+    """The banned phrases of a passage. For strings of the code this is the whole check: many are parts of sentences."""
+    for pattern, remedy in BANNED.items():
+        for match in re.finditer(rf"\b({pattern})(?!\w)", passage.text, re.IGNORECASE):
+            yield f"{passage.where}: {match[0]!r} is banned; {remedy}"
 
 
 def sentences(text: str) -> list[str]:
@@ -63,12 +67,6 @@ def commands() -> dict[str, type[Section]]:
     """Each command and its schema: `configs/<command>.yaml` belongs to `<Command>Config`."""
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     return {name: getattr(schema, f"{name.capitalize()}Config") for name in names}
-
-
-def help_header(command: str) -> str:
-    """What `--help` of a command prints before its keys."""
-    values = yaml.safe_load((ROOT / "configs" / f"{command}.yaml").read_text(encoding="utf-8"))
-    return str(values["hydra"]["help"]["header"])
 
 
 def help_passages() -> Iterator[Passage]:
@@ -96,8 +94,11 @@ def main(files: Iterable[str]) -> None:
     read = [each for file in checked for each in (code_passages if file.suffix == ".py" else passages)(file)]
     if not given:
         read += [*help_passages(), *config_comments()]
+    strings = [each for file in checked if file.suffix == ".py" for each in string_passages(file)]
     found = [breach for passage in read for breach in breaches(passage)]
-    print("\n".join(dict.fromkeys(found)) or f"{len(read):,} passages are in plain English")  # noqa: T201
+    found += [breach for passage in strings for breach in banned_phrases(passage)]
+    count = len(read) + len(strings)
+    print("\n".join(dict.fromkeys(found)) or f"{count:,} passages are in plain English")  # noqa: T201
     raise SystemExit(1 if found else 0)
 
 

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 SENTENCES = (
     "post: I have not slept for days, criterion: trouble sleeping Does the post match the criterion description?",
     "post: nothing is fun any more, criterion: loss of interest Output yes or no",
@@ -121,7 +124,6 @@ def tiny_llama(
     `weights` is safetensors or bin; `shard` the largest size of a file ("40KB" splits it); `tokenizer=False` writes
     none, and `vocab` is then the size of the vocabulary.
     """
-    import torch
     from transformers import LlamaForCausalLM
 
     chosen = bpe_tokenizer() if tokenizer is None else tokenizer
@@ -137,7 +139,6 @@ def tiny_llama(
 
 def tiny_gemma2(path: Path, tokenizer: Any = None, *, cap: float | None = 50.0) -> Path:
     """Saves a seeded Gemma2ForCausalLM whose scores reach the `cap` of its attention, and `tokenizer`, to `path`."""
-    import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     chosen = tokenizer or bpe_tokenizer(pad="[PAD]")
@@ -162,7 +163,6 @@ def tiny_gemma2(path: Path, tokenizer: Any = None, *, cap: float | None = 50.0) 
 
 def tiny_bert(path: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
     """Saves a seeded BertForMaskedLM (so without a pooler) and a word-level tokenizer with [PAD] to `path`."""
-    import torch
     from transformers import BertConfig, BertForMaskedLM
 
     tokenizer = wordlevel_tokenizer(" ".join(SENTENCES).split(), pad="[PAD]")
@@ -191,7 +191,6 @@ ARCHITECTURES = (
 
 def tiny_model(path: Path, architecture: str, *, seed: int = 0) -> Path:
     """Saves a small seeded model of any of ARCHITECTURES, and a tokenizer that ends a text with </s>, to `path`."""
-    import torch
     import transformers
     from tokenizers import processors
 
@@ -222,6 +221,7 @@ def tiny_model(path: Path, architecture: str, *, seed: int = 0) -> Path:
     return path
 
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 NVIDIA_VERSION = """\
 NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Fri Oct 15 12:55:40 UTC 2021
 GCC version:  gcc version 9.3.0

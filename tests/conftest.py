@@ -60,3 +60,12 @@ def _fresh_accelerate_state():
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def unusable_gpu(tmp_path, monkeypatch):
+    """A GPU that torch cannot use, in the files below `tmp_path / "root"`; the machine's own one needs `no_gpu`."""
+    from builders import files_of_a_gpu
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))

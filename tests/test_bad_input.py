@@ -364,7 +364,7 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a sweep": (["cv.folds=2,3", "--multirun"], ["--multirun is not supported"]),
     "several values": (["cv.folds=2,3"], ["cv.folds=2,3", "--help shows what it takes"]),
     "a number without end": (["cv.folds=" + "9" * 5000], ["--help shows what it takes"]),
-    "no experiment": (["experiment=nope"], ["'nope' is none of its files", "experiment=quickstart"]),
+    "no experiment": (["experiment=nope"], ["'nope' is not one of its files", "experiment=quickstart"]),
 }
 
 FILES: dict[str, tuple[str | bytes, list[str]]] = {

@@ -903,7 +903,7 @@ def test_bert_loads_too(tmp_path):
     assert logits(path).equal(first)
 
 
-def test_a_checkpoint_without_some_weights_is_refused(tmp_path, llama):
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
     path = tiny_llama(tmp_path)
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

@@ -673,7 +673,7 @@ def test_refusal_names_all_faults(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["train=5"], ["train=5", "group of keys", "train=default", "train.lr=1e-4"]),
-        (["experiment=nope"], ["experiment=nope", "'nope' is none of its files", "experiment=quickstart"]),
+        (["experiment=nope"], ["experiment=nope", "'nope' is not one of its files", "experiment=quickstart"]),
         (["train.lr=[1"], ["[1", "--help shows what it takes"]),
         (["train.lr=1e-4", "nonsense"], ["nonsense", "--help shows what it takes"]),
         (["data.dir=${oc.env:RAYCV_NOT_SET}"], ["cannot be resolved", "data.dir", "RAYCV_NOT_SET"]),

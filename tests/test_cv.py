@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import no_gpu
 from commands import ROOT, background, raycv, wait_until
 
 from raycv.common.files import read_json
@@ -38,9 +39,6 @@ def cluster():
     yield made
     ray.shutdown()
     made.shutdown()
-
-
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 
 
 @pytest.mark.slow

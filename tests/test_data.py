@@ -28,7 +28,7 @@ from raycv.data.dataset import (
     load_dataset,
     size_warning,
 )
-from raycv.data.parsing import _IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
+from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
 from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Dataset, Pair
 from raycv.errors import FaultsError
@@ -490,7 +490,7 @@ def test_the_ignorable_characters_are_those_of_unicode() -> None:
     }
     only_ignorable = [text for text in found if regex.match(r"\p{Default_Ignorable_Code_Point}", text)]
     assert all(is_blank(text) for text in only_ignorable)
-    table = [chr(code) for code in range(0x110000) if _IGNORABLE.match(chr(code))]
+    table = [chr(code) for code in range(0x110000) if IGNORABLE.match(chr(code))]
     assert table == only_ignorable
 
 
@@ -499,7 +499,7 @@ def test_what_shows_something_is_no_blank() -> None:
     inkless = {"\u2800", "\U0001d159"}
     for code in range(0x110000):
         text = chr(code)
-        seen = unicodedata.category(text)[0] in "LNPS" and not _IGNORABLE.match(text) and text not in inkless
+        seen = unicodedata.category(text)[0] in "LNPS" and not IGNORABLE.match(text) and text not in inkless
         if seen or unicodedata.category(text) in ("Co", "Cs"):
             assert not is_blank(text), hex(code)
         elif unicodedata.category(text)[0] in "MZ" or unicodedata.category(text) in ("Cc", "Cf"):

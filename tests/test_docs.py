@@ -1,5 +1,6 @@
 """README and docs: plain English, commands that raycv accepts, pages that are current, links that hold."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import page
 
 pytest.importorskip("scripts.words", reason="the docs are in the checkout, not in the wheel")
 
 from scripts import doc_commands, links, reference, words
-from scripts.docstrings import code_passages
+from scripts.docstrings import code_passages, string_passages
 from scripts.markdown import ROOT, Passage, anchors, code_blocks, inline_code, pages, passages
 
 
@@ -99,11 +101,45 @@ def test_a_planted_breach_of_code_is_found(tmp_path: Path, code: str, line: int,
     assert found in breach
 
 
-def test_code_in_docstrings_and_strings_of_the_code_are_not_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "line", "found"),
+    [
+        ('raise UserError(\n    "The file is damaged.", remedies=["write it anew"]\n)\n', 2, "'anew' is banned"),
+        ('what = f"{path} is no {kind}"\n', 1, "'is no' is banned"),
+        ('what = (\n    f"{shown(value)} is "\n    "none of them"\n)\n', 2, "'is none' is banned"),
+        ('say(console, f"{kept} goes on" if kept else "stopped")\n', 1, "'goes on' is banned"),
+    ],
+)
+def test_a_planted_breach_of_a_message_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, line: int, found: str
+) -> None:
     module = tmp_path / "module.py"
-    text = 'x = "the loss is no number"  # noqa: goes on\n"""`goes on`, goes_on and on(goes on=1)."""\n# fmt: goes on\n'
+    module.write_text(code, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        words.main([str(module)])
+    assert ended.value.code == 1
+    (breach,) = capsys.readouterr().out.splitlines()
+    assert breach.startswith(f"{module}:{line}: ")
+    assert found in breach
+
+
+def test_names_and_code_are_not_words(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    text = (
+        'x["anew"] = f"{goes(on)}: `goes on`"  # noqa: goes on\n'
+        '"""`goes on`, goes_on and on(goes on=1)."""\n# fmt: goes on\n'
+    )
     module.write_text(text, encoding="utf-8")
-    assert [breach for passage in code_passages(module) for breach in words.breaches(passage)] == []
+    read = [*code_passages(module), *string_passages(module)]
+    assert [breach for passage in read for breach in words.breaches(passage)] == []
+
+
+def test_a_message_may_be_a_part_of_a_sentence_or_a_list_of_many_words(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text('x = "where memory ran out: ' + "word " * 30 + '"\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        words.main([str(module)])
+    assert ended.value.code == 0
 
 
 def test_readme_docs_help_and_code_are_in_plain_english(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +173,7 @@ def test_each_command_of_readme_and_docs_is_accepted() -> None:
     [
         ("python -m raycv.run train.epoch=3", "unknown key; did you mean train.epochs?"),
         ("python -m raycv.run train.epochs=many", "received 'many'"),
-        ("python -m raycv.run experiment=quickstrat", "'quickstrat' is none of its files"),
+        ("python -m raycv.run experiment=quickstrat", "'quickstrat' is not one of its files"),
         ("python -m raycv.results.find_run resume=latest", "there is no command raycv.results.find_run"),
         ("python -m raycv.run cv.folds 5", "cv.folds, 5: not key=value"),
         ("python -m raycv.infer post=one criterion=A.4 words", "words: not key=value"),
@@ -192,6 +228,28 @@ def test_code_is_found_where_it_stands(tmp_path: Path) -> None:
     assert list(inline_code(page)) == [(1, "a=1"), (8, "b=2")]
 
 
+# --- Names of tests ---------------------------------------------------------------------------------------------------
+
+
+def test_the_fault_table_names_tests_that_exist() -> None:
+    """The docs, `When something fails`: each line has a test; `...` stands for a part of the name."""
+    lines = page("reference/failures.md").splitlines()
+    lines = [line for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| fault "))]
+    rows = [line.split("|")[3] for line in lines]
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(rows) > 45
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        assert named, row
+        for name in named:
+            pattern = re.escape(name).replace(r"\.\.\.", r"\w+").replace(r"\*", r"\w+")
+            assert any(re.fullmatch(pattern, test) for test in defined), name
+
+
 # --- Pages that come from code ---------------------------------------------------------------------------------------
 
 
@@ -218,12 +276,16 @@ def test_the_page_of_keys_has_defaults_and_allowed_values() -> None:
         assert row in page
 
 
-def test_a_page_of_refusals_can_be_made_of_a_list() -> None:
-    page = reference.refusals_page([("data-label", "a label | none", "fix it"), ("config-key", "a key", "rename it")])
-    assert page.splitlines()[-2:] == [
-        "| `config-key` | a key | rename it |",
-        "| `data-label` | a label \\| none | fix it |",
-    ]
+def test_the_pages_do_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYCV_RUN_DIR", "/elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert reference.outdated() == []
+
+
+def test_the_page_of_modules_has_no_numbers_of_requirements() -> None:
+    page = reference.modules_page()
+    assert "| `raycv/utils.py` | Seeds, random states, and" in page
+    assert not re.search(r"FR-\d|SC-\d|user story", page)
 
 
 # --- Links -----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from builders import files_of_a_gpu
+from builders import no_gpu
 from commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
 from rich.console import Console
 from test_tracking import finished_run
@@ -63,14 +62,12 @@ def test_bad_data_is_refused_in_seconds_and_nothing_is_written(tmp_path, overrid
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@no_gpu
 @pytest.mark.long
-def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, unusable_gpu, monkeypatch):
     """Unless the CPU is asked for: the run then meets what it is given to stumble over."""
     import ray
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     given = ["experiment=quickstart", f"run.dir={tmp_path}/runs", "tracking.uri=sqlite:////proc/refused-at-last.db"]
 
     def refused(*more):
@@ -245,8 +242,8 @@ def test_ctrl_c_that_is_dropped_while_ray_starts_is_heeded_after_it():
     """As a bare `except`, or a callback of C code, drops it."""
     code = """
 import contextlib, signal
-from raycv.orchestration.cluster import _interruptible
-with _interruptible():
+from raycv.orchestration.cluster import interruptible
+with interruptible():
     with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     print("dropped", flush=True)
@@ -534,7 +531,7 @@ def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
 @pytest.mark.long
 def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path, monkeypatch):
     """Its weights are missing here, or others than the worker's: the result is set aside, and the node is named."""
-    from raycv.orchestration.ray_tune import _FoldStates
+    from raycv.orchestration.ray_tune import FoldStates
 
     monkeypatch.setattr("raycv.resources.survey.SETTLE_SECONDS", 0.1)
     run = finished_run(tmp_path / "runs" / "mine", folds=3)
@@ -546,7 +543,7 @@ def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path
     shutil.rmtree(run.fold(1).checkpoint)
     (run.fold(2).checkpoint / "raycv.json").write_text("{ }")
     view = LiveView(range(3), 1, 8, Console(file=io.StringIO()))
-    states = _FoldStates(view, run, board=None, retries=0)
+    states = FoldStates(view, run, board=None, retries=0)
     assert [states.finished(fold) for fold in range(3)] == [True, False, False]
     assert run.finished(3) == [0]
     assert [run.fold(fold).state.is_dir() for fold in range(3)] == [False, True, True]

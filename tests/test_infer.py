@@ -701,7 +701,7 @@ def test_own_words_need_no_criteria_files(run, tmp_path):
     told, asked = [], Question("w0 w3", "own words")
     checkpoint = moved(run, tmp_path, criteria_dir="/gone")
     assert answers_of(checkpoint, asked, tell=told.append) == answers_of(run / "fold_0" / "checkpoint", asked)
-    assert "is taken as it stands" in told[0]
+    assert "is used unchanged" in told[0]
     for named in (Question("w0"), Question("w0", "C1"), Question("w0", "A.4"), Question("w0", "z_z")):
         with pytest.raises(UserError, match="criteria"):
             answers_of(checkpoint, named)

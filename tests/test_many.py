@@ -20,8 +20,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from builders import files_of_a_gpu, tiny_gemma2, tiny_llama
+from builders import no_gpu, tiny_gemma2, tiny_llama
 from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
@@ -494,7 +493,7 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
     by_id = write_csv(tmp_path / "ids.csv", "post,criterion_id", [["w1", "NA"], ["w1", "NaN"]])
     (chunk,) = open_source(by_id, criteria, None).chunks()
     assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["NA"]
-    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is none of the run's"]
+    assert [bad.reason for bad in chunk.bad] == ["the run has no criterion_id 'NaN'"]
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):
@@ -524,10 +523,6 @@ def test_what_an_earlier_version_began_is_continued_as_text(checkpoint, tmp_path
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     said = "an earlier version began this file: NaN and the like stay text, as it began (missing=text)"
     assert (said in capfd.readouterr().err) == (overrides == [])
-
-
-def rows_without_ids(number: int) -> list[list[object]]:
-    return [row[:0:-1] for row in rows_of(number)]
 
 
 @pytest.mark.parametrize("blank", ["\u2800", "\u3164", "\u00ad", "\u200e", "\u2063", "\ufe0f", "\u034f", "\U000e0020"])
@@ -880,7 +875,7 @@ def test_a_state_of_another_format_or_arithmetic_is_refused_in_words(checkpoint,
     with pytest.raises(UserError, match=said) as caught:
         score(checkpoint, source, output)
     assert "continue with that version of raycv" in str(caught.value)
-    assert f"to start anew, delete {state}" in str(caught.value)
+    assert f"to start again, delete {state}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -895,7 +890,7 @@ def test_a_damaged_state_is_not_continued(checkpoint, tmp_path, monkeypatch, cha
             score(checkpoint, source, tmp_path / "out.csv")
     state = tmp_path / "out.csv.state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | change))
-    with pytest.raises(UserError, match=r"state\.json is damaged.*\n.*to start anew, delete"):
+    with pytest.raises(UserError, match=r"state\.json is damaged.*\n.*to start again, delete"):
         score(checkpoint, source, tmp_path / "out.csv")
 
 
@@ -908,7 +903,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
         with pytest.raises(UserError, match="changed while it was scored"):
             score(checkpoint, source, output)
     assert not output.exists()
-    with pytest.raises(UserError, match=r"(?s)the time of the input changed.*to start anew, delete"):
+    with pytest.raises(UserError, match=r"(?s)the time of the input changed.*to start again, delete"):
         score(checkpoint, source, output)
 
 
@@ -1254,12 +1249,10 @@ def test_a_scorer_on_each_gpu_and_none_without_cores():
         scorer_shares([{"memory": 1.0}])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
-def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tmp_path, monkeypatch):
+@no_gpu
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tmp_path, unusable_gpu):
     import ray
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
     with pytest.raises(UserError, match="cannot use the NVIDIA GPU") as caught:
         score(checkpoint, source, tmp_path / "out.csv", "engine=ray")
@@ -1270,7 +1263,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tm
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@no_gpu
 def test_a_node_whose_gpu_torch_cannot_use_is_named_and_the_cpu_scores_if_asked(checkpoint, tmp_path):
     """Ray counts a GPU there, and gives it to the scorer."""
     from ray.cluster_utils import Cluster

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import files_of_a_gpu, tiny_gemma2
+from builders import tiny_gemma2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
@@ -108,19 +108,16 @@ def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([prediction.score for prediction in predictor.predict(pairs)])
 
 
-def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, tmp_path, monkeypatch):
+def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, unusable_gpu, monkeypatch):
     """The machine shows a GPU, which no torch here can use."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     fold = trained()
-    expected = scores(predictor(fold.folder), fold.pairs())
-    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path))
     if not GPU_HERE:
         with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU of \S+ \(driver 470.82.01\)"):
             predictor(fold.folder)
     asked = Predictor([fold.folder], InferenceConfig(precision="fp32", batch_size=16, device="cpu"))
-    np.testing.assert_array_equal(scores(asked, fold.pairs()), expected)
+    answers = scores(asked, fold.pairs())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    np.testing.assert_array_equal(scores(predictor(fold.folder), fold.pairs()), expected)
+    np.testing.assert_array_equal(answers, scores(predictor(fold.folder), fold.pairs()))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,22 +199,16 @@ def test_the_ensemble_is_the_mean_of_its_folds(trained):
     assert (ensemble.identity.fold, predictor(folds[1].folder).identity.fold) == ("ensemble", 1)
 
 
-def test_bf16_is_close_and_not_the_same(trained):
-    fold = trained()
-    model = predictor(fold.folder, precision="bf16")
-    assert model.computed_in == "bf16"
-    difference = np.abs(scores(model, fold.pairs()) - fold.scores)
-    assert 0 < difference.max() < 0.03
-
-
-@needs_int8
-@pytest.mark.parametrize("mode", MODES)
-def test_int8_is_close_and_not_the_same(trained, mode):
+@pytest.mark.parametrize(
+    ("precision", "mode", "most"),
+    [("bf16", "head_tail", 0.03), *(pytest.param("int8", mode, 0.05, marks=needs_int8) for mode in MODES)],
+)
+def test_a_precision_of_fewer_bits_is_close_and_not_the_same(trained, precision, mode, most):
     fold = trained(mode)
-    model = predictor(fold.folder, precision="int8")
-    assert model.computed_in == "int8"
+    model = predictor(fold.folder, precision=precision)
+    assert model.computed_in == precision
     difference = np.abs(scores(model, fold.pairs()) - fold.scores)
-    assert 0 < difference.max() < 0.05
+    assert 0 < difference.max() < most
 
 
 def test_layers_are_given_up_one_by_one_as_they_are_rounded(trained, monkeypatch):

@@ -447,7 +447,6 @@ SMALL = ["experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpo
 def unfinished(tmp_path_factory):
     """A folder with run `mine` as a killed process leaves it, but for its MLflow run; made without Ray."""
     from raycv.cv.new_run import write_inputs
-    from raycv.cv.preparation import load_data
     from raycv.orchestration.fold_task import Prepared
 
     folder = tmp_path_factory.mktemp("unfinished")

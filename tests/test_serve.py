@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from builders import files_of_a_gpu
+from builders import no_gpu
 from commands import heed_sigint, processes_with
 from toy import Toy, toy_base
 
@@ -397,12 +396,10 @@ def test_a_replica_that_no_node_can_hold_is_refused(given):
         replica_resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
-def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, monkeypatch):
+@no_gpu
+def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, unusable_gpu):
     import ray
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))
     given = [f"run={save_toy(tmp_path)}", f"dir={tmp_path}", "serve.port=0", "tracking.uri=none"]
     with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU(.|\n)*infer.device=cpu"):
         run_server(validate(ServeConfig, compose("serve", given)))

@@ -103,7 +103,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         if not begun.finished and not identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
-                remedies=["run the same command again: it says what to delete to start anew"],
+                remedies=["run the same command again: it says what to delete to start again"],
             )
         output.finish()
     say(console, summary(output))

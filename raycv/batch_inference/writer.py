@@ -172,12 +172,12 @@ class ScoreFile:
         return same and self._sink.finished(self.output, found)
 
     @property
-    def _anew(self) -> str:
+    def _to_start_again(self) -> str:
         return f"delete {self._state} and {self._sink.path.name} beside it"
 
     def _found(self) -> Progress:
         values = read_json(self._state)
-        remedies = [f"to start anew, {self._anew}"]
+        remedies = [f"to start again, {self._to_start_again}"]
         if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
             raise UserError(f"{self._state} is damaged.", remedies=remedies)
         # States of earlier versions say no format.
@@ -195,11 +195,15 @@ class ScoreFile:
             raise UserError(
                 f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
                 f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
-                remedies=["continue with that version of raycv", f"to start anew, {self._anew}", "name another output"],
+                remedies=[
+                    "continue with that version of raycv",
+                    f"to start again, {self._to_start_again}",
+                    "name another output",
+                ],
             )
         if names := changed(found.identity, self.progress.identity):
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
-            remedies = ["run the command as it was", f"to start anew, {self._anew}", "name another output"]
+            remedies = ["run the command as it was", f"to start again, {self._to_start_again}", "name another output"]
             raise UserError(what, remedies=remedies)
         return found
 
@@ -247,7 +251,7 @@ class ScoreFile:
                 f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
                 remedies=[
                     "continue with the version of raycv and on the kind of device that began the file",
-                    f"to start anew, {self._anew}",
+                    f"to start again, {self._to_start_again}",
                     "name another output: output=<file>",
                 ],
             )

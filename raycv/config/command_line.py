@@ -276,7 +276,7 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
     if key in groups:
         if value not in groups[key]:
             raise UserError(
-                f"{argument}: {key!r} is a group of keys, and {shown(value)} is none of its files.",
+                f"{argument}: {key!r} is a group of keys, and {shown(value)} is not one of its files.",
                 remedies=[
                     f"choose one of them ({key}={', '.join(sorted(groups[key]))}), or set single keys: train.lr=1e-4"
                 ],
@@ -329,30 +329,45 @@ def _answer(
 
 def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
     """The output of `--help`: every key with its value under `overrides`, and its meaning."""
-    import yaml
-
-    file = yaml.safe_load(bundled(f"configs/{name}.yaml").read_text(encoding="utf-8"))
-    lines = [f"python -m raycv.{name} [key=value ...]", "", file["hydra"]["help"]["header"].rstrip(), ""]
-    chosen = [entry for entry in file["defaults"] if isinstance(entry, dict) and " " not in next(iter(entry))]
-    if chosen:
-        groups = _groups()
-        lines += ["Groups of keys, each in files to choose from (group=file):"]
-        lines += [f"  {group}: {', '.join(sorted(groups[group]))}" for entry in chosen for group in entry] + [""]
+    lines = [f"python -m raycv.{name} [key=value ...]", "", help_header(name), ""]
+    if groups := groups_of(name):
+        lines.append("Groups of keys, each in files to choose from (group=file):")
+        lines += [*(f"  {group}: {', '.join(files)}" for group, files in groups.items()), ""]
     lines.append("Keys, with the value that they would have now:")
-    values = compose(name, overrides, missing_ok=True)
+    values = shown_values(name, overrides)
     for key, field in fields(schema):
-        if not field.description:
-            lines.append("")
-            continue
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        lines += [
-            f"  {key}={yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]}",
-            f"      {meaning(field)}",
-        ]
+        lines += [f"  {key}={values[key]}", f"      {meaning(field)}"] if field.description else [""]
     more = ["--cfg job checks and prints the same values as YAML. --hydra-help shows what else Hydra can do.", ""]
     return "\n".join([*lines, "", *more])
+
+
+def help_header(name: str) -> str:
+    """The text that `--help` of a command prints before its keys: its purpose, and examples."""
+    return str(_file(name)["hydra"]["help"]["header"]).rstrip()
+
+
+def groups_of(name: str) -> dict[str, list[str]]:
+    """The groups of keys of a command, each with its files."""
+    groups = _groups()
+    named = [next(iter(entry)) for entry in _file(name)["defaults"] if isinstance(entry, dict)]
+    return {group: sorted(groups[group]) for group in named if group in groups}
+
+
+def shown_values(name: str, overrides: list[str]) -> dict[str, str]:
+    """The value of each key under `overrides` as YAML on one line; `???` is one that must be given."""
+    import yaml
+
+    values = _flat(compose(name, overrides, missing_ok=True))
+    return {
+        key: yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0] for key, value in values.items()
+    }
+
+
+def _file(name: str) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load(bundled(f"configs/{name}.yaml").read_text(encoding="utf-8"))
+    return values
 
 
 def compose(name: str, overrides: list[str], *, missing_ok: bool = False) -> dict[str, Any]:
@@ -384,7 +399,7 @@ def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",
-            remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config as it stands"],
+            remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config"],
         ) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

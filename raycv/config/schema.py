@@ -278,6 +278,7 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 class InferenceConfig(Section):
     """How a trained fold computes."""
 
+    # Whole config files that users wrote, or copied from a run, may be older than this key, so it has a default.
     device: Literal["auto", "cpu"] = Field(
         default="auto", description="auto: a GPU where there is one, refused if torch cannot use it; cpu: the processor"
     )

@@ -53,8 +53,12 @@ def meaning(field: FieldInfo) -> str:
 
 
 def _said(field: FieldInfo) -> str:
-    """The description of a key without the number of its requirement, which only readers of the schema need."""
-    return re.sub(r" \(FR-\d+\)", "", field.description or "")
+    return without_requirements(field.description or "")
+
+
+def without_requirements(text: str) -> str:
+    """`text` without the numbers of requirements in brackets, which only readers of the code need."""
+    return re.sub(r" \((FR-\d+(, FR-\d+)*|user story \d+)\)", "", text)
 
 
 def text_keys(schema: type[Section]) -> set[str]:

@@ -35,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 # Unicode's Default_Ignorable_Code_Point: characters that stay invisible in fonts and programs that do not know them.
 # Python's unicodedata lacks the property, so we list the ranges of DerivedCoreProperties.txt of Unicode 18.0. They
 # include reserved code points. A test compares them with the tables of the regex package.
-_IGNORABLE = re.compile(
+IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
@@ -101,7 +101,7 @@ def _is_seen(character: str) -> bool:
     make them letters. Otherwise a post would be blank in one version of Python only. Surrogates count, since they are
     damage, which is reported elsewhere.
     """
-    if unicodedata.category(character) in _UNSEEN or _IGNORABLE.match(character):
+    if unicodedata.category(character) in _UNSEEN or IGNORABLE.match(character):
         return False
     is_noncharacter = ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"
     return not is_noncharacter and unicodedata.name(character, "") not in _INKLESS

@@ -35,7 +35,7 @@ class Kind(Enum):
     NO_FILE = "files that cannot be opened", "put a regular, readable file there"
     AMBIGUOUS = "tables that are ambiguous", "keep the one that is meant, and remove the others or move them elsewhere"
     ENCODING = "lines that are not UTF-8", "save the file as UTF-8 (Excel: `CSV UTF-8`), from the original if you can"
-    NUL = "lines with a NUL character", "write the file anew as UTF-8 text: a NUL character is a sign of damage"
+    NUL = "lines with a NUL character", "write the file again as UTF-8 text: a NUL character is a sign of damage"
     QUOTING = "records with broken quotes", _CSV
     LONG_FIELD = "fields that are too long", f"{_CSV}; no field may exceed {FIELD_LIMIT:,} characters"
     FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"

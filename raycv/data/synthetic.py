@@ -293,7 +293,7 @@ def _refuse_to_mix(out: Path) -> None:
     if out.resolve() == bundled("data/sample").resolve():
         raise UserError(
             f"{out} is the sample that ships with raycv and that the quickstart runs on.",
-            remedies=["give another folder as out=...", "to make it anew, remove it first"],
+            remedies=["give another folder as out=...", "to make it again, remove it first"],
         )
     readme = out / "README.md"
     marked = readme.is_file() and SYNTHETIC_MARK in readme.read_text(encoding="utf-8", errors="replace")

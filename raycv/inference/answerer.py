@@ -64,7 +64,7 @@ def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bo
         criteria = load_criteria(Path(resolve(given or info.criteria_dir)), missing=info.missing)
     except UserError as error:
         if not needed and given is None:
-            tell(f"the run's criteria cannot be read, and the one given is taken as it stands: {error.what}")
+            tell(f"the run's criteria cannot be read, and the one given is used unchanged: {error.what}")
             return {}
         remedies = ["name the folder that holds the run's criteria: criteria_dir=<folder>"]
         raise UserError(error.what, remedies=remedies) from error

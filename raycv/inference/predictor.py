@@ -287,7 +287,7 @@ def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
     if trained.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"base={given}: its tokenizer has other words than the checkpoint's, so it is another model.",
-            remedies=["give the very model that the run was trained on: base=<folder or hub id>", "leave base out"],
+            remedies=["give the model that the run was trained on: base=<folder or hub id>", "leave base out"],
         )
 
 

@@ -78,7 +78,7 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     level = logging.INFO if ray_logs else logging.ERROR
     try:
         address = _cluster_to_join()
-        with _interruptible():
+        with interruptible():
             context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
     except UserError:
         raise
@@ -103,7 +103,7 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Ctrl-C, or another signal that stops a run, ends the block, in which Ray starts, and Ray's new processes.
 
     Ray's start forks a dozen processes. Python drops an exception that a signal raises within a fork or a `__del__`.

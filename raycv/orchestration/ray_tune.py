@@ -75,7 +75,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
-    states = _FoldStates(view, root, task.board, task.config.resources.retries)
+    states = FoldStates(view, root, task.board, task.config.resources.retries)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -126,7 +126,7 @@ def _causes(errors: dict[int, str]) -> list[str]:
     return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
 
 
-class _FoldStates(TrialProgressCallback):
+class FoldStates(TrialProgressCallback):
     """Tells the live view when trials start and end, and why they failed. In place of Tune's own, which prints."""
 
     def __init__(self, view: LiveView, root: RunFolder, board: Any, retries: int) -> None:

@@ -152,8 +152,8 @@ def announce(record: Announcement, file: Path, limits: ServerConfig) -> None:
     if not is_loopback(limits.host):
         say(f"other machines can reach it at serve.host={limits.host}, port {limits.port}")
     if limits.token:
-        say("whoever asks must bring the token: Authorization: Bearer <token>")
-    say(f"raycv.infer finds it by itself with dir={file.parent}; Ctrl-C (or SIGTERM) stops it")
+        say("each request must have the token: Authorization: Bearer <token>")
+    say(f"raycv.infer finds it automatically with dir={file.parent}; Ctrl-C (or SIGTERM) stops it")
 
 
 def say(text: str) -> None:

@@ -31,7 +31,7 @@ BODY_SECONDS = 30.0
 """Limit for a whole body. A client that sends half of one and waits would hold a place in the queue for ever."""
 
 ALONE = (
-    "compute this request by itself, not with others that arrive at the same time: the same scores whenever it is "
+    "compute this request alone, not with others that arrive at the same time: the same scores whenever it is "
     "asked, for more time. Else they move with what is computed beside them: by 1e-6 in fp32, by some 1e-4 in bf16, "
     "which can flip the label of a score at the threshold"
 )
@@ -174,7 +174,7 @@ def _kind_of_body(value: Any) -> str:
 
 def _told(fault: dict[str, Any], known: set[str]) -> str:
     if fault["type"] == "json_invalid":
-        return f"it is no JSON from character {fault['loc'][-1]} on"
+        return f"it is not JSON from character {fault['loc'][-1]} on"
     return f"{_place(fault['loc'], known)}: {fault['msg']}"
 
 
