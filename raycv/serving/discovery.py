@@ -20,7 +20,7 @@ from raycv.data.problems import Faults
 from raycv.errors import UserError
 from raycv.inference.questions import shown_finish
 from raycv.model.base_model import fetch_trained_base, is_folder
-from raycv.model.checkpoint import MANIFEST, read_info
+from raycv.model.checkpoint import MANIFEST, SUMMED, read_info
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
 from raycv.serving.messages import Announcement
 
@@ -90,7 +90,9 @@ HEALTH_ATTEMPTS = 20
 def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:
     """The files that answers depend on. A base model from the hub has a known commit, so its files never change."""
     info = read_info(checkpoints[0])
-    files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
+    files = [folder / name for folder in checkpoints for name in (MANIFEST, *SUMMED)]
+    # The load of the model refuses a checkpoint that lacks one of these, and explains it.
+    files = [file for file in files if file.is_file()]
     # The criteria were found when they were read, so we ignore faults here. Other files of their folder may change
     # with every answer, so we stamp only the file of the criteria.
     criteria = find_criteria(Path(resolve(criteria_dir or info.criteria_dir)), Faults())
