@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raycv import __version__
 from raycv.errors import UserError, counted
 from raycv.inference.questions import Answer, Question
+from raycv.model.checkpoint import versions
 from raycv.tracking.lookup import LOCAL_URI, check_password
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def record(
         **{f"model.{key}": value for key, value in model.items() if value is not None},
         "checkpoints": ", ".join(map(str, checkpoints)),
         **params,
-        **{f"versions.{name}": version for name, version in _versions().items()},
+        **{f"versions.{name}": version for name, version in versions().items()},
     }
     return Record({"raycv.version": __version__, "raycv.run": str(model["run"])}, params, metrics)
 
@@ -89,15 +89,6 @@ def text_facts(name: str, texts: Sequence[str]) -> dict[str, Any]:
     digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
     facts = {f"{name}.characters": sum(map(len, texts)), f"{name}.sha256": digest}
     return facts if len(texts) == 1 else {f"{name}.texts": len(texts), **facts}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    from raycv.common.environment import describe_environment
-    from raycv.model.checkpoint import VERSIONED
-
-    packages = describe_environment()["packages"]
-    return {name: packages[name] for name in VERSIONED}
 
 
 def store_of(asked: str | None, tracked: str | None) -> str | None:
