@@ -258,6 +258,18 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     assert [bad.line for bad in chunk.bad] == [3]
 
 
+def test_a_line_that_was_cut_is_bad_even_if_an_unclosed_quote_swallowed_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("raycv.batch_inference.input_formats.LINE_LIMIT", 40)
+    source = tmp_path / "in.csv"
+    source.write_text('post\nw1\n"w2\n' + "w" * 100 + "\nw4\n")
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(pair.line, pair.post) for pair in chunk.pairs] == [(2, "w1"), (5, "w4")]
+    assert [(bad.line, bad.reason) for bad in chunk.bad] == [
+        (3, "a quote is opened and never closed"),
+        (4, "a line has more than 40 characters"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("ending", "beside"),
     [("csv", "part"), ("jsonl", "part"), ("parquet", "parts"), ("csv", "errors.csv"), ("csv", "state.json")],
