@@ -21,7 +21,7 @@ from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer, read_criteria
 from raycv.inference.choose import Chosen, choose, warn_of_control
 from raycv.inference.last_answer import remember, warn_if_moved
-from raycv.inference.log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
+from raycv.inference.log import NOT_LOGGED, InferenceLog, Record, named_store, record, record_answers, store_of
 from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import read_info
@@ -57,7 +57,7 @@ def infer(config: InferConfig) -> None:
         answer(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
         return
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
+    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
     answerer = load_answerer(
         chosen, config.infer, config.criteria_dir, logger.warning, base=config.base, questions=[question]
     )
@@ -84,7 +84,7 @@ def score_many(config: InferConfig) -> None:
 
     check_asked(config)
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
+    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
     needed = config.criterion is None or not is_own_words(config.criterion)
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
     warn_of_control(chosen, logger.warning)
@@ -172,10 +172,6 @@ def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: I
         discard(sys.stdout)
         what = f"The answer cannot be written to standard output: {error.strerror}."
         raise UserError(what, remedies=["see what takes it: the command behind |, or the file and its disk"]) from error
-
-
-def _tracking_uri(config: InferConfig) -> str | None:
-    return None if config.tracking.uri in (None, NOT_TRACKED) else config.tracking.uri
 
 
 def log(config: InferConfig, chosen: Chosen, entry: Record, *, patient: bool = False) -> None:

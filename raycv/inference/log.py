@@ -91,6 +91,11 @@ def text_facts(name: str, texts: Sequence[str]) -> dict[str, Any]:
     return facts if len(texts) == 1 else {f"{name}.texts": len(texts), **facts}
 
 
+def named_store(asked: str | None) -> str | None:
+    """The store that the user named; None if the user named none, or wants no log."""
+    return None if asked == NOT_TRACKED else asked
+
+
 def store_of(asked: str | None, tracked: str | None) -> str | None:
     """The store for an inference: `asked`, else the one that `tracked` its run, else the local one; None for no log."""
     return None if asked == NOT_TRACKED else asked or tracked or LOCAL_URI

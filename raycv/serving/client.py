@@ -13,7 +13,7 @@ from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen, choose
-from raycv.inference.log import NOT_TRACKED, store_of
+from raycv.inference.log import NOT_TRACKED, named_store, store_of
 from raycv.inference.questions import Question
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import MANIFEST
@@ -100,17 +100,13 @@ def _check_model(config: InferConfig, model: ServedModel) -> None:
             f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
             remedies=["leave infer.precision out", "compute in this process: server=none"],
         )
-    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": _store(config)}
+    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": named_store(config.tracking.uri)}
     given = [key for key, value in own.items() if value]
     if given:
         raise UserError(
             f"{given[0]}: is the scorer's own at {config.server}.",
             remedies=[f"give it where the scorer starts: python -m raycv.serve {given[0]}=...", "server=none"],
         )
-
-
-def _store(config: InferConfig) -> str | None:
-    return None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
 
 
 def _is_named(config: InferConfig, model: ServedModel) -> bool:
@@ -123,7 +119,7 @@ def _is_named(config: InferConfig, model: ServedModel) -> bool:
         return False
     # `run` is now an MLflow id, or the path of a run or a checkpoint.
     return _is_tracked_as(config, model) or _same_files(
-        choose(config.run, config.fold, Path(config.dir), _store(config)), model
+        choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)), model
     )
 
 
@@ -195,7 +191,7 @@ def _with_model(
     named = [each for each in found if _is_tracked_as(config, each[1].model)]
     if named:
         return named, None
-    chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
+    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
     return [each for each in found if _same_files(chosen, each[1].model)], chosen
 
 
@@ -210,7 +206,7 @@ def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig
     model = record.model
     if chosen is not None and chosen.finished != model.finished:
         return "does not know when its run finished, and has to be started again"
-    tracked = chosen.tracking_uri if chosen is not None else _store(config) or LOCAL_URI
+    tracked = chosen.tracking_uri if chosen is not None else named_store(config.tracking.uri) or LOCAL_URI
     if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
         return "does not say which files it answers from"
     if (changed := first_changed(record.stamps)) is not None:
