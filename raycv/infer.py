@@ -19,14 +19,14 @@ from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer, read_criteria
-from raycv.inference.choose import Chosen, choose, warn_of_control
+from raycv.inference.choose import Chosen, warn_of_control
 from raycv.inference.last_answer import remember, warn_if_moved
-from raycv.inference.log import NOT_LOGGED, InferenceLog, Record, named_store, record, record_answers, store_of
+from raycv.inference.log import NOT_LOGGED, InferenceLog, Record, record, record_answers, store_of
 from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import read_info
 from raycv.results.find_run import LATEST
-from raycv.serving.client import ask
+from raycv.serving.client import ask, finder
 
 logger = logging.getLogger("raycv.infer")
 
@@ -52,12 +52,13 @@ def infer(config: InferConfig) -> None:
         remedies = ["leave it out", "or give a file: input=pairs.csv output=scores.csv"]
         raise UserError("engine=ray is for a file of posts, and there is no input.", remedies=remedies)
     question = read_question(config)
-    reply = ask(config, [question], logger.warning)
+    find = finder(config)
+    reply = ask(config, [question], logger.warning, find)
     if reply is not None:
         answer(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
         return
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
+    chosen = find()
     answerer = load_answerer(
         chosen, config.infer, config.criteria_dir, logger.warning, base=config.base, questions=[question]
     )
@@ -84,7 +85,7 @@ def score_many(config: InferConfig) -> None:
 
     check_asked(config)
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
+    chosen = finder(config)()
     needed = config.criterion is None or not is_own_words(config.criterion)
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
     warn_of_control(chosen, logger.warning)

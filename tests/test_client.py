@@ -186,6 +186,27 @@ def test_a_scorer_beside_a_run_that_is_given_by_its_place_is_found(scorer, check
     assert ask(elsewhere, [QUESTION], lambda text: None) is not None
 
 
+def test_the_model_is_the_one_that_scorers_were_compared_with(scorer, checkpoint, tmp_path, monkeypatch):
+    """`latest` may be another run by the time that a scorer turns out not to fit."""
+    searches, loaded = [], []
+
+    def moving(*_):
+        searches.append(1)
+        return choose(str(checkpoint if len(searches) == 1 else tmp_path / "moved"), "best", tmp_path, None)
+
+    def load(chosen, *_, **__):
+        loaded.append(chosen)
+        raise UserError("enough", remedies=[])
+
+    monkeypatch.setattr("raycv.serving.client.choose", moving)
+    monkeypatch.setattr("raycv.infer.load_answerer", load)
+    announce(scorer, tmp_path, experiment="another")
+    with pytest.raises(UserError, match="enough"):
+        infer(validate(InferConfig, compose("infer", ["post=a", "run=latest", f"dir={tmp_path}"])))
+    assert searches == [1]
+    assert loaded[0].checkpoints == (checkpoint,)
+
+
 TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}
 
 
