@@ -22,7 +22,7 @@ from raycv.inference.answerer import load_answerer, read_criteria
 from raycv.inference.choose import Chosen, warn_of_control
 from raycv.inference.last_answer import remember, warn_if_moved
 from raycv.inference.log import NOT_LOGGED, InferenceLog, Record, record, record_answers, store_of
-from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
+from raycv.inference.questions import Answer, Question, as_json, as_text, model_line, needs_criteria
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import read_info
 from raycv.results.find_run import LATEST
@@ -86,7 +86,7 @@ def score_many(config: InferConfig) -> None:
     check_asked(config)
     started = time.monotonic()
     chosen = finder(config)()
-    needed = config.criterion is None or not is_own_words(config.criterion)
+    needed = needs_criteria(config.criterion)
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
     warn_of_control(chosen, logger.warning)
     recipe = Recipe(chosen.checkpoints, config.infer, config.base and absolute_name(config.base))

@@ -159,6 +159,11 @@ def is_own_words(criterion: str) -> bool:
     return not (criterion_code(name) or CODE.fullmatch(name) or CODES.fullmatch(name) or NAME.fullmatch(name))
 
 
+def needs_criteria(criterion: str | None) -> bool:
+    """Whether the run's criteria are needed to answer for `criterion`; None asks for each of them."""
+    return criterion is None or not is_own_words(criterion)
+
+
 def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
     """The criterion that `asked` names by id, symptom name or wording; else `asked` itself, without an id.
 
