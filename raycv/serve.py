@@ -19,7 +19,7 @@ from raycv.inference.log import named_store, store_of
 from raycv.model.base_model import absolute_name
 from raycv.serving.connection import TOKEN_VARIABLE, Connection, Unavailable, checked_token
 from raycv.serving.discovery import announce, announcement, discovery_file, files_of, is_loopback, say, stamps_of
-from raycv.serving.messages import Announcement
+from raycv.serving.messages import Announcement, Setup
 
 WATCH_SECONDS = 5
 SILENT = 2
@@ -46,7 +46,6 @@ def run_server(config: ServeConfig) -> None:
         check_gpu_before_ray(CPU_FOR_INFERENCE)
     # We import Ray only here, so that a mistyped key or name is refused at once.
     from raycv.orchestration.ray_serve import THREADS, running
-    from raycv.serving.messages import Setup
 
     chosen = with_fold_id(chosen, LOOK_SECONDS)
     store = store_of(config.tracking.uri, chosen.tracking_uri)

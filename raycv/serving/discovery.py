@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from raycv.common.files import write_json
 from raycv.common.locations import resolve
@@ -22,11 +21,10 @@ from raycv.inference.questions import shown_finish
 from raycv.model.base_model import fetch_trained_base, is_folder
 from raycv.model.checkpoint import MANIFEST, SUMMED, read_info
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
-from raycv.serving.messages import Announcement
+from raycv.serving.messages import Announcement, Setup
 
-if TYPE_CHECKING:
-    from raycv.serving.messages import Setup
 PATTERN = ".scorer-*.json"
+HEALTH_ATTEMPTS = 20
 
 
 def stamps_of(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -84,9 +82,6 @@ def first_changed(stamps: Mapping[str, list[int]]) -> str | None:
     return None
 
 
-HEALTH_ATTEMPTS = 20
-
-
 def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:
     """The files that answers depend on. A base model from the hub has a known commit, so its files never change."""
     info = read_info(checkpoints[0])
@@ -111,7 +106,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def announcement(setup: "Setup") -> Announcement:
+def announcement(setup: Setup) -> Announcement:
     """Asks the scorer for its model, and returns all that a client must know.
 
     Raises:
