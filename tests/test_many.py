@@ -27,7 +27,7 @@ from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
 from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.pairs import BadRow, Chunk, Layout, PairSource, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
 from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
 from raycv.config.command_line import compose
@@ -36,7 +36,6 @@ from raycv.config.validation import validate
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
-from raycv.inference import predictor as predict
 from raycv.inference.predictor import Predictor
 from raycv.inference.questions import ModelIdentity, Prediction
 from raycv.model.base_model import fetch_base
@@ -156,7 +155,6 @@ def test_without_a_criterion_column_each_post_is_asked_for_all_or_for_the_given_
 
 
 def test_scores_are_those_of_single_pairs_whatever_the_chunks(checkpoint, tmp_path, monkeypatch):
-    assert CHUNK_PAIRS <= predict.CHUNK_PAIRS, "a chunk is one batch of the predictor"
     rows = rows_of(20)
     source = write_csv(tmp_path / "in.csv", "post_id,criterion_id,post", rows)
     score(checkpoint, source, tmp_path / "whole.csv")

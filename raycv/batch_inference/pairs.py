@@ -22,10 +22,8 @@ from raycv.data.problems import FIELD_LIMIT, listed, named
 from raycv.data.table_reader import UnreadableError, folded, is_unicode, separator_of
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
-from raycv.inference.questions import find_criterion
+from raycv.inference.questions import CHUNK_PAIRS, find_criterion
 
-CHUNK_PAIRS = 2304
-"""Pairs that are scored and written together: as many as the predictor sorts at once."""
 CHUNK_CHARACTERS = 8_000_000
 """Characters of posts after which a chunk ends, even with few pairs. Bounds the memory if posts are huge."""
 _SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}

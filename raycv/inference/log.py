@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv import __version__
+from raycv.common.locations import SQLITE
 from raycv.errors import UserError, counted
 from raycv.inference.questions import Answer, Question
 from raycv.model.checkpoint import versions
@@ -115,7 +116,7 @@ class InferenceLog:
 
         check_password(uri)
         self._tracker: Tracker = Tracker(uri, seconds)
-        artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
+        artifacts = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns")
         self._experiment = self._tracker.open_experiment(
             TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
         )

@@ -16,6 +16,9 @@ from raycv.errors import UserError, counted
 SCORE_DECIMALS = 6
 """Decimals of an answer's score. Further ones of a model in float32 mean nothing."""
 
+CHUNK_PAIRS = 2304
+"""Pairs whose prompts are held and sorted at once: 256 posts with nine criteria. A file has as many in a chunk."""
+
 CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
 """The pattern of ids: A.4, z.9, PHQ-9, A.1.2, 4."""
 CODES = re.compile(rf"{CODE.pattern}(?:\s*,\s*{CODE.pattern})+", re.IGNORECASE)
