@@ -135,7 +135,8 @@ def _read_post(file: str) -> str:
         raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=remedies) from error
     if len(data) > POST_BYTES:
         remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
-        raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
+        what = f"post_file={file} has more than {POST_BYTES:,} bytes, which is too long for a post."
+        raise UserError(what, remedies=remedies)
     try:
         # Editors and echo add a line break at the end. We drop it, so that the post is the text that post= would give.
         post = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))

@@ -120,7 +120,7 @@ def test_what_curl_sends_by_itself_is_told_its_header():
     assert status == 422
     assert "send the header Content-Type: application/json" in answer["remedies"]
     assert call(app, "POST", "/score", b'{"post": w0}')[1]["error"] == (
-        "The body cannot be read: it is no JSON from character 9 on"
+        "The body cannot be read: it is not JSON: the fault is at character 9"
     )
     assert scorer.asked == []
 

@@ -125,13 +125,13 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     ("announced", "asked", "why"),
     [
         ({}, {"server": "none"}, None),
-        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, and asked for is bf16"),
+        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, but the request is for bf16"),
         # Precision apart, the scorers of earlier versions do not say where they compute.
         ({}, {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}}, "a device that it does not name"),
         (
             {"model": {"device": "cuda"}},
             {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}},
-            "computes on cuda, and asked for is the CPU",
+            "computes on cuda, but the request is for the CPU",
         ),
         ({}, {"criteria_dir": "elsewhere"}, "other criteria"),
         ({}, {"base": "elsewhere/base"}, "its base model from elsewhere"),
@@ -143,7 +143,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({"model": {"checkpoints": ["/other"]}}, {}, "no scorer has what answers here"),
         ({"model": {"checkpoints": []}}, {}, "no scorer has what answers here"),
         # Whoever asks for nothing special gets what this process would compute in.
-        ({"model": {"precision": "int8"}}, {}, "computes in int8, and asked for is fp32"),
+        ({"model": {"precision": "int8"}}, {}, "computes in int8, but the request is for fp32"),
     ],
 )
 def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked, why):

@@ -504,7 +504,7 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
     by_id = write_csv(tmp_path / "ids.csv", "post,criterion_id", [["w1", "NA"], ["w1", "NaN"]])
     (chunk,) = open_source(by_id, criteria, None).chunks()
     assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["NA"]
-    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is none of the run's"]
+    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is not one of the run's"]
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ class ParquetFile(PairFile):
                     self.position = number
                     yield Record(number, number, dict(zip(wanted, row, strict=True)))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged after row {number:,}.", remedies=["write it anew"]) from error
+            raise UserError(f"{self.path} is damaged after row {number:,}.", remedies=["write it again"]) from error
 
     def _opened(self) -> Any:
         import pyarrow.parquet
@@ -298,8 +298,8 @@ class ParquetFile(PairFile):
         try:
             return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
         except (OSError, ValueError) as error:
-            what = f"{self.path} is no Parquet file, or is damaged."
-            raise UserError(what, remedies=["write it anew, or name a CSV or JSONL file"]) from error
+            what = f"{self.path} is not a Parquet file, or is damaged."
+            raise UserError(what, remedies=["write it again, or name a CSV or JSONL file"]) from error
 
 
 def _column_values(column: Any) -> list[object]:

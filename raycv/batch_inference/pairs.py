@@ -210,7 +210,7 @@ class PairSource:
         name = _text(record, column)
         found = find_criterion(name, self.criteria)
         if column == "criterion_id" and not found.criterion_id:
-            raise ValueError(f"criterion_id {named(name)} is none of the run's")
+            raise ValueError(f"criterion_id {named(name)} is not one of the run's")
         if not found.criterion_id:
             # The run may have an id or name like NaN, so we refuse such a text only if the run lacks it.
             self._refuse_missing(column, name)

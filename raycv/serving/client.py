@@ -225,10 +225,10 @@ def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig
     if (changed := first_changed(record.stamps)) is not None:
         return f"started before {changed} changed, and has to be started again"
     if config.infer.device == "cpu" and model.device != "cpu":
-        return f"computes on {model.device or 'a device that it does not name'}, and asked for is the CPU"
+        return f"computes on {model.device or 'a device that it does not name'}, but the request is for the CPU"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
     if asked != model.precision:
-        return f"computes in {model.precision}, and asked for is {asked}"
+        return f"computes in {model.precision}, but the request is for {asked}"
     if (config.criteria_dir and absolute_folder(config.criteria_dir)) != model.criteria_dir:
         return "has other criteria (criteria_dir)"
     if config.base is not None and absolute_name(config.base) != (model.base_given or model.base):

@@ -161,7 +161,7 @@ def _kind_of_body(value: Any) -> str:
 
 def _told(fault: dict[str, Any], known: set[str]) -> str:
     if fault["type"] == "json_invalid":
-        return f"it is no JSON from character {fault['loc'][-1]} on"
+        return f"it is not JSON: the fault is at character {fault['loc'][-1]}"
     return f"{_place(fault['loc'], known)}: {fault['msg']}"
 
 
