@@ -19,14 +19,14 @@ from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer, read_criteria
-from raycv.inference.choose import Chosen, choose, warn_of_control
+from raycv.inference.choose import Chosen, warn_of_control
 from raycv.inference.last_answer import remember, warn_if_moved
-from raycv.inference.log import NOT_LOGGED, NOT_TRACKED, InferenceLog, Record, record, record_answers, store_of
-from raycv.inference.questions import Answer, Question, as_json, as_text, is_own_words, model_line
+from raycv.inference.log import NOT_LOGGED, InferenceLog, Record, record, record_answers, store_of
+from raycv.inference.questions import Answer, Question, as_json, as_text, model_line, needs_criteria
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import read_info
 from raycv.results.find_run import LATEST
-from raycv.serving.client import ask
+from raycv.serving.client import ask, finder
 
 logger = logging.getLogger("raycv.infer")
 
@@ -52,12 +52,13 @@ def infer(config: InferConfig) -> None:
         remedies = ["leave it out", "or give a file: input=pairs.csv output=scores.csv"]
         raise UserError("engine=ray is for a file of posts, and there is no input.", remedies=remedies)
     question = read_question(config)
-    reply = ask(config, [question], logger.warning)
+    find = finder(config)
+    reply = ask(config, [question], logger.warning, find)
     if reply is not None:
         answer(reply.answers[0], reply.criteria, config, single=question.criterion is not None)
         return
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
+    chosen = find()
     answerer = load_answerer(
         chosen, config.infer, config.criteria_dir, logger.warning, base=config.base, questions=[question]
     )
@@ -84,8 +85,8 @@ def score_many(config: InferConfig) -> None:
 
     check_asked(config)
     started = time.monotonic()
-    chosen = choose(config.run, config.fold, Path(config.dir), _tracking_uri(config))
-    needed = config.criterion is None or not is_own_words(config.criterion)
+    chosen = finder(config)()
+    needed = needs_criteria(config.criterion)
     criteria = read_criteria(chosen.checkpoints[0], config.criteria_dir, logger.warning, needed=needed)
     warn_of_control(chosen, logger.warning)
     recipe = Recipe(chosen.checkpoints, config.infer, config.base and absolute_name(config.base))
@@ -134,7 +135,8 @@ def _read_post(file: str) -> str:
         raise UserError(f"post_file={file} cannot be read: {error.strerror}.", remedies=remedies) from error
     if len(data) > POST_BYTES:
         remedies = ["give one post; for a file of posts: input=pairs.csv output=scores.csv"]
-        raise UserError(f"post_file={file} has more than {POST_BYTES:,} bytes: no post.", remedies=remedies)
+        what = f"post_file={file} has more than {POST_BYTES:,} bytes, which is too long for a post."
+        raise UserError(what, remedies=remedies)
     try:
         # Editors and echo add a line break at the end. We drop it, so that the post is the text that post= would give.
         post = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
@@ -172,10 +174,6 @@ def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: I
         discard(sys.stdout)
         what = f"The answer cannot be written to standard output: {error.strerror}."
         raise UserError(what, remedies=["see what takes it: the command behind |, or the file and its disk"]) from error
-
-
-def _tracking_uri(config: InferConfig) -> str | None:
-    return None if config.tracking.uri in (None, NOT_TRACKED) else config.tracking.uri
 
 
 def log(config: InferConfig, chosen: Chosen, entry: Record, *, patient: bool = False) -> None:

@@ -15,11 +15,11 @@ from raycv.config.schema import ServeConfig, ServerConfig
 from raycv.errors import UserError
 from raycv.inference.answerer import read_criteria
 from raycv.inference.choose import choose, with_fold_id
-from raycv.inference.log import NOT_TRACKED, store_of
+from raycv.inference.log import named_store, store_of
 from raycv.model.base_model import absolute_name
 from raycv.serving.connection import TOKEN_VARIABLE, Connection, Unavailable, checked_token
 from raycv.serving.discovery import announce, announcement, discovery_file, files_of, is_loopback, say, stamps_of
-from raycv.serving.messages import Announcement
+from raycv.serving.messages import Announcement, Setup
 
 WATCH_SECONDS = 5
 SILENT = 2
@@ -39,15 +39,13 @@ def run_server(config: ServeConfig) -> None:
     config = on_one_device(config.model_copy(update={"serve": limits}))
     config = config.model_copy(update={"base": config.base and absolute_name(config.base)})
     limits = config.serve
-    asked = None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
-    chosen = choose(config.run, config.fold, Path(config.dir), asked)
+    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
     criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
     if config.infer.device == "auto":
         check_gpu_before_ray(CPU_FOR_INFERENCE)
     # We import Ray only here, so that a mistyped key or name is refused at once.
     from raycv.orchestration.ray_serve import THREADS, running
-    from raycv.serving.messages import Setup
 
     chosen = with_fold_id(chosen, LOOK_SECONDS)
     store = store_of(config.tracking.uri, chosen.tracking_uri)

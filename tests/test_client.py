@@ -125,13 +125,13 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     ("announced", "asked", "why"),
     [
         ({}, {"server": "none"}, None),
-        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, and asked for is bf16"),
+        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, but the request is for bf16"),
         # Precision apart, the scorers of earlier versions do not say where they compute.
         ({}, {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}}, "a device that it does not name"),
         (
             {"model": {"device": "cuda"}},
             {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}},
-            "computes on cuda, and asked for is the CPU",
+            "computes on cuda, but the request is for the CPU",
         ),
         ({}, {"criteria_dir": "elsewhere"}, "other criteria"),
         ({}, {"base": "elsewhere/base"}, "its base model from elsewhere"),
@@ -143,7 +143,7 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
         ({"model": {"checkpoints": ["/other"]}}, {}, "no scorer has what answers here"),
         ({"model": {"checkpoints": []}}, {}, "no scorer has what answers here"),
         # Whoever asks for nothing special gets what this process would compute in.
-        ({"model": {"precision": "int8"}}, {}, "computes in int8, and asked for is fp32"),
+        ({"model": {"precision": "int8"}}, {}, "computes in int8, but the request is for fp32"),
     ],
 )
 def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked, why):
@@ -184,6 +184,27 @@ def test_a_scorer_beside_a_run_that_is_given_by_its_place_is_found(scorer, check
     announce(scorer, tmp_path)
     elsewhere = config(checkpoint, tmp_path / "elsewhere")
     assert ask(elsewhere, [QUESTION], lambda text: None) is not None
+
+
+def test_the_model_is_the_one_that_scorers_were_compared_with(scorer, checkpoint, tmp_path, monkeypatch):
+    """`latest` may be another run by the time that a scorer turns out not to fit."""
+    searches, loaded = [], []
+
+    def moving(*_):
+        searches.append(1)
+        return choose(str(checkpoint if len(searches) == 1 else tmp_path / "moved"), "best", tmp_path, None)
+
+    def load(chosen, *_, **__):
+        loaded.append(chosen)
+        raise UserError("enough", remedies=[])
+
+    monkeypatch.setattr("raycv.serving.client.choose", moving)
+    monkeypatch.setattr("raycv.infer.load_answerer", load)
+    announce(scorer, tmp_path, experiment="another")
+    with pytest.raises(UserError, match="enough"):
+        infer(validate(InferConfig, compose("infer", ["post=a", "run=latest", f"dir={tmp_path}"])))
+    assert searches == [1]
+    assert loaded[0].checkpoints == (checkpoint,)
 
 
 TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}

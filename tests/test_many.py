@@ -26,7 +26,7 @@ from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
 from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import CHUNK_PAIRS, BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.pairs import BadRow, Chunk, Layout, PairSource, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
 from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
 from raycv.config.command_line import compose
@@ -35,7 +35,6 @@ from raycv.config.validation import validate
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
-from raycv.inference import predictor as predict
 from raycv.inference.predictor import Predictor
 from raycv.inference.questions import ModelIdentity, Prediction
 from raycv.model.base_model import fetch_base
@@ -155,7 +154,6 @@ def test_without_a_criterion_column_each_post_is_asked_for_all_or_for_the_given_
 
 
 def test_scores_are_those_of_single_pairs_whatever_the_chunks(checkpoint, tmp_path, monkeypatch):
-    assert CHUNK_PAIRS <= predict.CHUNK_PAIRS, "a chunk is one batch of the predictor"
     rows = rows_of(20)
     source = write_csv(tmp_path / "in.csv", "post_id,criterion_id,post", rows)
     score(checkpoint, source, tmp_path / "whole.csv")
@@ -255,6 +253,18 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     (chunk,) = open_source(source, CRITERIA, "C0").chunks()
     assert [(pair.row, pair.line, pair.post) for pair in chunk.pairs] == [(1, 2, "w1"), (3, 4, "w3"), (4, 5, "w4")]
     assert [bad.line for bad in chunk.bad] == [3]
+
+
+def test_a_line_that_was_cut_is_bad_even_if_an_unclosed_quote_swallowed_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("raycv.batch_inference.input_formats.LINE_LIMIT", 40)
+    source = tmp_path / "in.csv"
+    source.write_text('post\nw1\n"w2\n' + "w" * 100 + "\nw4\n")
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(pair.line, pair.post) for pair in chunk.pairs] == [(2, "w1"), (5, "w4")]
+    assert [(bad.line, bad.reason) for bad in chunk.bad] == [
+        (3, "a quote is opened and never closed"),
+        (4, "a line has more than 40 characters"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -493,7 +503,7 @@ def test_words_for_nothing_in_every_format_and_ids_that_are_spelt_like_them(tmp_
     by_id = write_csv(tmp_path / "ids.csv", "post,criterion_id", [["w1", "NA"], ["w1", "NaN"]])
     (chunk,) = open_source(by_id, criteria, None).chunks()
     assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["NA"]
-    assert [bad.reason for bad in chunk.bad] == ["the run has no criterion_id 'NaN'"]
+    assert [bad.reason for bad in chunk.bad] == ["criterion_id 'NaN' is not one of the run's"]
 
 
 def test_an_output_is_continued_with_the_same_meaning_of_nothing_alone(checkpoint, tmp_path, monkeypatch):

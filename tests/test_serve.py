@@ -420,9 +420,13 @@ def test_answers_depend_on_checkpoint_criteria_and_base(tmp_path):
         (tmp_path / "criteria" / beside).write_text("post_id,post\n1,I sleep well\n")
     files = {path.relative_to(tmp_path).as_posix() for path in files_of([checkpoint], None, None)}
     base = toy.base.path.relative_to(tmp_path).as_posix()
-    wanted = {"checkpoint/raycv.json", "checkpoint/adapter_model.safetensors", "criteria/criteria.csv"}
+    weights = {"checkpoint/adapter_model.safetensors", "checkpoint/adapter_config.json"}
+    wanted = {"checkpoint/raycv.json", "criteria/criteria.csv", *weights}
     assert wanted | {f"{base}/{name}" for name in toy.base.files} == files
     assert f"{base}/model.safetensors" in files
+    # The load of the model explains what is missing, so no stamp of it is asked for.
+    (checkpoint / "adapter_config.json").unlink()
+    assert checkpoint / "adapter_config.json" not in files_of([checkpoint], None, None)
 
 
 def test_where_it_may_listen(monkeypatch):

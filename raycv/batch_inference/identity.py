@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.batch_inference.pairs import PairSource
+from raycv.common.files import sha256_of
 from raycv.data.dataset import criteria_hash
 from raycv.inference.choose import Chosen
 from raycv.model.base_files import comparable
@@ -80,8 +81,7 @@ def _checkpoint_hash(folder: Path) -> str:
     """A hash of the adapter, the head, the threshold and the prompt's rules."""
     digest = hashlib.sha256()
     for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

@@ -84,13 +84,14 @@ class _Lines:
         if not line:
             raise StopIteration
         self.number += 1
+        # A line may be read again, so its own length tells whether it was cut.
+        self.cut |= _is_cut(line)
         self._taken.append(line)
         return line
 
     def _read(self) -> str:
         line: str = self._file.readline(LINE_LIMIT + len("\r\n"))
-        if len(line.rstrip("\r\n")) > LINE_LIMIT:
-            self.cut = True
+        if _is_cut(line):
             self._skip_rest(line)
         return line
 
@@ -128,6 +129,10 @@ class _Lines:
             raise UnreadableError(Kind.QUOTING, detail, f"line {self.number - len(again)}")
         self._again.extendleft(reversed(again))
         self.number -= len(again)
+
+
+def _is_cut(line: str) -> bool:
+    return len(line) > LINE_LIMIT and len(line.rstrip("\r\n")) > LINE_LIMIT
 
 
 READ_AGAIN = 1_000_000

@@ -22,10 +22,8 @@ from raycv.data.problems import FIELD_LIMIT, listed, named
 from raycv.data.table_reader import UnreadableError, folded, is_unicode, separator_of
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
-from raycv.inference.questions import find_criterion
+from raycv.inference.questions import CHUNK_PAIRS, find_criterion
 
-CHUNK_PAIRS = 2304
-"""Pairs that are scored and written together: as many as the predictor sorts at once."""
 CHUNK_CHARACTERS = 8_000_000
 """Characters of posts after which a chunk ends, even with few pairs. Bounds the memory if posts are huge."""
 _SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}
@@ -212,7 +210,7 @@ class PairSource:
         name = _text(record, column)
         found = find_criterion(name, self.criteria)
         if column == "criterion_id" and not found.criterion_id:
-            raise ValueError(f"the run has no criterion_id {named(name)}")
+            raise ValueError(f"criterion_id {named(name)} is not one of the run's")
         if not found.criterion_id:
             # The run may have an id or name like NaN, so we refuse such a text only if the run lacks it.
             self._refuse_missing(column, name)

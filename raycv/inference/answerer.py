@@ -7,7 +7,7 @@ from raycv.config.schema import InferenceConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen, warn_of_control
-from raycv.inference.questions import Answerer, Question, asked_for, is_own_words
+from raycv.inference.questions import Answerer, Question, asked_for, needs_criteria
 
 Tell = Callable[[str], None]
 
@@ -34,9 +34,7 @@ def load_answerer(
     Raises:
         UserError: The model or the criteria cannot be loaded, or a question cannot be answered.
     """
-    needed = not questions or any(
-        question.criterion is None or not is_own_words(question.criterion) for question in questions
-    )
+    needed = not questions or any(needs_criteria(question.criterion) for question in questions)
     criteria = read_criteria(chosen.checkpoints[0], criteria_dir, tell, needed=needed)
     warn_of_control(chosen, tell)
     asked_for(questions, criteria)

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raycv import __version__
+from raycv.common.locations import SQLITE
 from raycv.errors import UserError, counted
 from raycv.inference.questions import Answer, Question
+from raycv.model.checkpoint import versions
 from raycv.tracking.lookup import LOCAL_URI, check_password
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def record(
         **{f"model.{key}": value for key, value in model.items() if value is not None},
         "checkpoints": ", ".join(map(str, checkpoints)),
         **params,
-        **{f"versions.{name}": version for name, version in _versions().items()},
+        **{f"versions.{name}": version for name, version in versions().items()},
     }
     return Record({"raycv.version": __version__, "raycv.run": str(model["run"])}, params, metrics)
 
@@ -91,13 +92,9 @@ def text_facts(name: str, texts: Sequence[str]) -> dict[str, Any]:
     return facts if len(texts) == 1 else {f"{name}.texts": len(texts), **facts}
 
 
-@cache
-def _versions() -> dict[str, str]:
-    from raycv.common.environment import describe_environment
-    from raycv.model.checkpoint import VERSIONED
-
-    packages = describe_environment()["packages"]
-    return {name: packages[name] for name in VERSIONED}
+def named_store(asked: str | None) -> str | None:
+    """The store that the user named; None if the user named none, or wants no log."""
+    return None if asked == NOT_TRACKED else asked
 
 
 def store_of(asked: str | None, tracked: str | None) -> str | None:
@@ -119,7 +116,7 @@ class InferenceLog:
 
         check_password(uri)
         self._tracker: Tracker = Tracker(uri, seconds)
-        artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns")
+        artifacts = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns")
         self._experiment = self._tracker.open_experiment(
             TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
         )

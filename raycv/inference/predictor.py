@@ -14,7 +14,7 @@ from raycv.common.devices import CPU_FOR_INFERENCE, inference_device
 from raycv.config.schema import InferenceConfig, Precision
 from raycv.data.problems import listed
 from raycv.errors import UserError
-from raycv.inference.questions import SCORE_DECIMALS, ModelIdentity, Prediction
+from raycv.inference.questions import CHUNK_PAIRS, SCORE_DECIMALS, ModelIdentity, Prediction
 from raycv.model.attention import KERNEL, PLAIN, attention_of, earlier_attention
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_trained_base
@@ -26,9 +26,6 @@ from raycv.prompts.template import FittedPost, render
 from raycv.training.forward import Layout, RowScorer, in_order
 from raycv.training.memory import MicroBatch
 from raycv.utils import pin_kernels
-
-CHUNK_PAIRS = 2304
-"""Pairs whose prompts are held and sorted at once: 256 posts with nine criteria."""
 
 REMEDIES = (
     "compute in half the memory where the device is fast at it: infer.precision=bf16",
@@ -68,11 +65,11 @@ class Predictor:
         )
         self.threshold = round(statistics.fmean(info.threshold for info in infos), SCORE_DECIMALS)
         self.device = inference_device(config.device)
-        self.precision = choose_precision(config.precision, self.info.precision, self.device)
-        if self.precision == "int8":
+        self.computed_in = choose_precision(config.precision, self.info.precision, self.device)
+        if self.computed_in == "int8":
             check_int8(self.device, len(infos))
         # int8 weights are rounded from the weights that training computed with, so we load those.
-        wide = self.info.precision if self.precision == "int8" else self.precision
+        wide = self.info.precision if self.computed_in == "int8" else self.computed_in
         self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
         files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
         _check_base(files, self.info, base, tell)
@@ -97,14 +94,9 @@ class Predictor:
         self.adapters = list(self.model.peft_config)
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
         self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
-        if self.precision == "int8":
+        if self.computed_in == "int8":
             # We convert after the check of packing, since the steps of int8 would hide whether the logits agree.
             self.model, self.adapters = to_int8(self.model), []
-
-    @property
-    def computed_in(self) -> str:
-        """fp32, bf16 or int8."""
-        return self.precision
 
     @property
     def precision_of_auto(self) -> str:

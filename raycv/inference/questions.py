@@ -16,6 +16,9 @@ from raycv.errors import UserError, counted
 SCORE_DECIMALS = 6
 """Decimals of an answer's score. Further ones of a model in float32 mean nothing."""
 
+CHUNK_PAIRS = 2304
+"""Pairs whose prompts are held and sorted at once: 256 posts with nine criteria. A file has as many in a chunk."""
+
 CODE = re.compile(r"[a-z]{0,4}(?:[._-]?\d{1,3}){1,4}", re.IGNORECASE)
 """The pattern of ids: A.4, z.9, PHQ-9, A.1.2, 4."""
 CODES = re.compile(rf"{CODE.pattern}(?:\s*,\s*{CODE.pattern})+", re.IGNORECASE)
@@ -157,6 +160,11 @@ def is_own_words(criterion: str) -> bool:
     """Whether `criterion` looks like a description, not like an id or a symptom name."""
     name = criterion.strip()
     return not (criterion_code(name) or CODE.fullmatch(name) or CODES.fullmatch(name) or NAME.fullmatch(name))
+
+
+def needs_criteria(criterion: str | None) -> bool:
+    """Whether the run's criteria are needed to answer for `criterion`; None asks for each of them."""
+    return criterion is None or not is_own_words(criterion)
 
 
 def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:

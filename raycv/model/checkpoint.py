@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +32,12 @@ MOST_TOKENS = 2**24
 FORMAT = 1
 DAMAGED = ("take another fold: fold=<k>", "copy the checkpoint again, or train the fold again")
 VERSIONED = ("raycv", "torch", "transformers", "peft")
+
+
+@cache
+def versions() -> Mapping[str, str | None]:
+    """The versions of the packages that compute scores: name -> version, or None if it is not installed."""
+    return {name: package_version(name) for name in VERSIONED}
 
 
 def _sound(rules: PromptRules) -> PromptRules:
@@ -76,7 +83,7 @@ class CheckpointInfo:
             **asdict(self),
             "template": TEMPLATE,
             "labels": {str(label): name for label, name in enumerate(LABELS)},
-            "versions": {name: package_version(name) for name in VERSIONED},
+            "versions": dict(versions()),
         }
 
 

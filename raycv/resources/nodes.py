@@ -78,8 +78,9 @@ class Share:
         differ = sorted(file for file in {*ours, *found} if ours.get(file) != found.get(file))
         if differ:
             resume = resume_command(RunFolder(Path(self.file).parent))
+            which = first_of(differ, 8)
             raise NodeError(
-                f"{self.name} has another base model at {path} than the driver; these files differ: {first_of(differ, 8)}.",
+                f"{self.name} has another base model at {path} than the driver; these files differ: {which}.",
                 self.node,
                 remedies=[f"give that node the driver's files, or remove its copy, then: {resume}"],
             )

@@ -41,7 +41,7 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         if not made:
             remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
             raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
-        return ([folder for folder in made if is_finished(folder)] or made)[-1]
+        return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
 
 
 @contextmanager
@@ -145,7 +145,8 @@ def recorded_config(folder: RunFolder) -> RunConfig:
 
 def is_finished(folder: RunFolder) -> bool:
     try:
-        return len(finished_folds(folder)) == folds_of(folder.config)
+        folds = folds_of(folder.config)
+        return len(folder.finished(folds)) == folds
     except UserError:
         return False
 

@@ -9,6 +9,7 @@ from typing import Any
 from raycv.common.files import read_json
 from raycv.common.numerics import FIRST_NUMERICS
 from raycv.errors import UserError
+from raycv.model.checkpoint import MANIFEST
 from raycv.results.run_folder import RunFolder
 from raycv.training.metrics import METRICS, collapse_reasons
 
@@ -87,7 +88,7 @@ class FoldResult:
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
         # Results of earlier versions have no checksums, so we only check that two of the files exist.
-        for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/raycv.json"):
+        for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/{MANIFEST}"):
             if name not in there:
                 raise UserError(f"{files.root / name} is missing.")
             if there[name] != result.sha256.get(name, there[name]):

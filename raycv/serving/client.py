@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen, choose
-from raycv.inference.log import NOT_TRACKED, store_of
+from raycv.inference.log import NOT_TRACKED, named_store, store_of
 from raycv.inference.questions import Question
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import MANIFEST
@@ -37,10 +38,23 @@ TOO_LARGE = (413, 422)
 """Those of REFUSED_INPUT that come from a scorer's limits. This process may compute such a request."""
 
 Tell = Callable[[str], None]
+Find = Callable[[], Chosen]
 
 
-def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
+def finder(config: InferConfig) -> Find:
+    """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
+    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
+
+
+def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find | None = None) -> Reply | None:
     """The answers of a scorer, or None if this process must compute them.
+
+    Args:
+        config: The model to ask, and how.
+        questions: The questions.
+        tell: Gets each warning for the user.
+        find: Finds the checkpoints that this process would load; None to find them as `config` says. A caller that
+            computes then gives its own, because `latest` may move between two searches.
 
     Raises:
         UserError: The scorer that `config` names cannot be reached or has another model, or a scorer refuses a
@@ -48,12 +62,13 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply
     """
     if config.server == IN_PROCESS:
         return None
+    find = find or finder(config)
     if config.server == AUTO:
-        return _ask_found(config, questions, tell)
+        return _ask_found(config, questions, tell, find)
     address, token = checked_address(config.server), checked_token(os.environ.get(TOKEN_VARIABLE))
     try:
         with Connection(address, token) as connection:
-            _check_model(config, connection.health().model)
+            _check_model(config, connection.health().model, find)
             return _ask(connection, config, questions, tell)
     except (Unavailable, ConnectionRefusedError) as error:
         raise UserError(
@@ -82,14 +97,14 @@ def _ask(connection: Connection, config: InferConfig, questions: Sequence[Questi
     return Reply(answer["answers"], {key: Criterion(key, "", symptom) for key, symptom in served.criteria.items()})
 
 
-def _check_model(config: InferConfig, model: ServedModel) -> None:
+def _check_model(config: InferConfig, model: ServedModel, find: Find) -> None:
     """Accepts any model for `run=latest fold=best`, else only the one that `config` names.
 
     Raises:
         UserError: The scorer has another model or precision, or `config` sets a key that the scorer decides.
     """
     whatever = config.run == LATEST and config.fold in ("best", model.fold, model.fold_asked)
-    if not whatever and not _is_named(config, model):
+    if not whatever and not _is_named(config, model, find):
         raise UserError(
             f"server={config.server}: the scorer has run {model.named}, fold {model.fold}, "
             f"not run={config.run} fold={config.fold}.",
@@ -100,7 +115,7 @@ def _check_model(config: InferConfig, model: ServedModel) -> None:
             f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
             remedies=["leave infer.precision out", "compute in this process: server=none"],
         )
-    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": _store(config)}
+    own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": named_store(config.tracking.uri)}
     given = [key for key, value in own.items() if value]
     if given:
         raise UserError(
@@ -109,11 +124,7 @@ def _check_model(config: InferConfig, model: ServedModel) -> None:
         )
 
 
-def _store(config: InferConfig) -> str | None:
-    return None if config.tracking.uri == NOT_TRACKED else config.tracking.uri
-
-
-def _is_named(config: InferConfig, model: ServedModel) -> bool:
+def _is_named(config: InferConfig, model: ServedModel, find: Find) -> bool:
     path = Path(config.run)
     # Other folders may hold a run of the same name, so a path to a folder on this machine is not a mere name.
     by_name = path.name == config.run or not path.is_dir()
@@ -122,9 +133,7 @@ def _is_named(config: InferConfig, model: ServedModel) -> bool:
     if config.run == LATEST:
         return False
     # `run` is now an MLflow id, or the path of a run or a checkpoint.
-    return _is_tracked_as(config, model) or _same_files(
-        choose(config.run, config.fold, Path(config.dir), _store(config)), model
-    )
+    return _is_tracked_as(config, model) or _same_files(find(), model)
 
 
 def _is_tracked_as(config: InferConfig, model: ServedModel) -> bool:
@@ -138,7 +147,7 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
     return [str(folder) for folder in chosen.checkpoints] == model.checkpoints
 
 
-def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply | None:
+def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find) -> Reply | None:
     given = Path(config.run).absolute()
     # If `run` is the path of a run or a checkpoint, its scorer may have announced itself in a folder above it.
     folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
@@ -150,7 +159,7 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell) -
     found = [(file, record) for file in files if (record := read_announcement(file)) is not None]
     if not found:
         return None
-    same, chosen = _with_model(found, config)
+    same, chosen = _with_model(found, config, find)
     if not same:
         # The user may have started a scorer and wonder why the answer takes so long, so we give the reason.
         others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
@@ -185,7 +194,7 @@ def _ask_announced(record: Announcement, config: InferConfig, questions: Sequenc
 
 
 def _with_model(
-    found: Sequence[tuple[Path, Announcement]], config: InferConfig
+    found: Sequence[tuple[Path, Announcement]], config: InferConfig, find: Find
 ) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
     """Chooses the scorers that have the checkpoints that this process would load.
 
@@ -195,7 +204,7 @@ def _with_model(
     named = [each for each in found if _is_tracked_as(config, each[1].model)]
     if named:
         return named, None
-    chosen = choose(config.run, config.fold, Path(config.dir), _store(config))
+    chosen = find()
     return [each for each in found if _same_files(chosen, each[1].model)], chosen
 
 
@@ -210,16 +219,16 @@ def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig
     model = record.model
     if chosen is not None and chosen.finished != model.finished:
         return "does not know when its run finished, and has to be started again"
-    tracked = chosen.tracking_uri if chosen is not None else _store(config) or LOCAL_URI
+    tracked = chosen.tracking_uri if chosen is not None else named_store(config.tracking.uri) or LOCAL_URI
     if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
         return "does not say which files it answers from"
     if (changed := first_changed(record.stamps)) is not None:
         return f"started before {changed} changed, and has to be started again"
     if config.infer.device == "cpu" and model.device != "cpu":
-        return f"computes on {model.device or 'a device that it does not name'}, and asked for is the CPU"
+        return f"computes on {model.device or 'a device that it does not name'}, but the request is for the CPU"
     asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
     if asked != model.precision:
-        return f"computes in {model.precision}, and asked for is {asked}"
+        return f"computes in {model.precision}, but the request is for {asked}"
     if (config.criteria_dir and absolute_folder(config.criteria_dir)) != model.criteria_dir:
         return "has other criteria (criteria_dir)"
     if config.base is not None and absolute_name(config.base) != (model.base_given or model.base):

@@ -54,7 +54,7 @@ def checked_token(token: str | None) -> str | None:
         return None
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(
-            f"{TOKEN_VARIABLE}: a token has 16 or more ASCII characters, without spaces; this one is not such a token.",
+            f"{TOKEN_VARIABLE}: a token must have 16 or more ASCII characters and no spaces; this one does not.",
             remedies=["this makes one: python -c 'import secrets; print(secrets.token_urlsafe())'"],
         )
     return token

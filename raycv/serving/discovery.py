@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from raycv.common.files import write_json
 from raycv.common.locations import resolve
@@ -20,13 +19,12 @@ from raycv.data.problems import Faults
 from raycv.errors import UserError
 from raycv.inference.questions import shown_finish
 from raycv.model.base_model import fetch_trained_base, is_folder
-from raycv.model.checkpoint import MANIFEST, read_info
+from raycv.model.checkpoint import MANIFEST, SUMMED, read_info
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
-from raycv.serving.messages import Announcement
+from raycv.serving.messages import Announcement, Setup
 
-if TYPE_CHECKING:
-    from raycv.serving.messages import Setup
 PATTERN = ".scorer-*.json"
+HEALTH_ATTEMPTS = 20
 
 
 def stamps_of(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -84,13 +82,12 @@ def first_changed(stamps: Mapping[str, list[int]]) -> str | None:
     return None
 
 
-HEALTH_ATTEMPTS = 20
-
-
 def files_of(checkpoints: Sequence[Path], criteria_dir: str | None, base: str | None) -> list[Path]:
     """The files that answers depend on. A base model from the hub has a known commit, so its files never change."""
     info = read_info(checkpoints[0])
-    files = [file for folder in checkpoints for file in (folder / MANIFEST, *sorted(folder.glob("adapter_model.*")))]
+    files = [folder / name for folder in checkpoints for name in (MANIFEST, *SUMMED)]
+    # The load of the model refuses a checkpoint that lacks one of these, and explains it.
+    files = [file for file in files if file.is_file()]
     # The criteria were found when they were read, so we ignore faults here. Other files of their folder may change
     # with every answer, so we stamp only the file of the criteria.
     criteria = find_criteria(Path(resolve(criteria_dir or info.criteria_dir)), Faults())
@@ -109,7 +106,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def announcement(setup: "Setup") -> Announcement:
+def announcement(setup: Setup) -> Announcement:
     """Asks the scorer for its model, and returns all that a client must know.
 
     Raises:

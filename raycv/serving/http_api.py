@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from raycv import __version__
 from raycv.config.schema import ServerConfig
 from raycv.errors import UserError
 from raycv.inference.questions import Question
+from raycv.serving.messages import Served, ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,24 +65,10 @@ class Scores(Protocol):
         """The model, the time since its start, and the counts of its work."""
 
 
-class Score(BaseModel):
-    """An answer. `score` is the probability of matched, which was compared with `threshold`."""
-
-    label: Literal["matched", "unmatched"]
-    score: float
-    threshold: float
-    criterion_id: str | None
-    model: dict[str, Any] = Field(description="run, fold, base, and when the run finished (UTC; null: not recorded)")
-    truncated: bool
-
-
-class Scored(BaseModel):
+class Scored(Served):
     """`answers` has a list for each pair: one answer, or one for each of the run's criteria if the pair names none."""
 
-    answers: list[list[Score]]
-    criteria: dict[str, str | None] = Field(description="the run's criteria: id -> symptom name")
-    model: dict[str, Any]
-    warnings: list[str]
+    model: ServedModel
 
 
 class Refused(BaseModel):

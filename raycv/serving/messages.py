@@ -70,12 +70,13 @@ class ServedIdentity(BaseModel):
     run: str
     fold: int | str
     base: str
-    finished: str | None = None
+    finished: Annotated[str | None, Field(description="when the run finished (UTC; null: not recorded)")] = None
 
 
 class ServedAnswer(BaseModel):
-    """An answer. Its strict schema tells a scorer's answer from another program's."""
+    """An answer. `score` is the probability of matched, which was compared with `threshold`."""
 
+    # The strict schema tells a scorer's answer from another program's.
     model_config = ConfigDict(extra="forbid", strict=True)
     label: Literal["matched", "unmatched"]
     score: Fraction
@@ -90,7 +91,7 @@ class Served(BaseModel):
 
     model_config = ConfigDict(strict=True)
     answers: list[Annotated[list[ServedAnswer], Field(min_length=1)]]
-    criteria: dict[str, str | None]
+    criteria: Annotated[dict[str, str | None], Field(description="the run's criteria: id -> symptom name")]
     warnings: list[str]
 
 

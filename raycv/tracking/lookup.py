@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycv.common.files import read_record, write_json
+from raycv.common.locations import SQLITE
 from raycv.errors import UserError
 from raycv.results.find_run import recorded_config, runs_there
 from raycv.results.run_folder import RunFolder
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from raycv.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
-LOCAL_URI = "sqlite:///mlflow.db"
+LOCAL_URI = f"{SQLITE}mlflow.db"
 
 
 def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
@@ -50,7 +51,7 @@ def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
     from raycv.tracking.tracker import Tracker
 
     check_password(uri)
-    database = uri.removeprefix("sqlite:///")
+    database = uri.removeprefix(SQLITE)
     if database != uri and not Path(database).is_file():
         raise UserError(
             f"The MLflow database {Path(database).absolute()} does not exist.",

@@ -79,7 +79,6 @@ CHECKPOINT = "checkpoint"
 START_TAG = "raycv.start"
 """Marks the call that made a run, so that a retry finds the run if the answer to that call was lost."""
 PARAM_LIMIT = 6000
-BATCH_LIMIT = 100
 
 
 class Tracker:
@@ -412,9 +411,7 @@ class Tracker:
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         # MLflow limits the length of values, so we cut them. config.yaml has them whole.
         batch = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
-        for start in range(0, len(batch), BATCH_LIMIT):
-            part = batch[start : start + BATCH_LIMIT]
-            self._call("log parameters", self._client.log_batch, run_id, params=part)
+        self._call("log parameters", self._client.log_batch, run_id, params=batch)
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         batch = [RunTag(key, value[:8000]) for key, value in tags.items()]
