@@ -837,7 +837,7 @@ def test_a_base_model_that_has_no_home(tmp_path, monkeypatch):
         )
     assert done.returncode == 2, done.stdout
     assert f"{NAME} cannot be written to /proc/nowhere/.cache/huggingface/hub" in done.stderr
-    assert "set HF_HOME to a folder that you may write to" in done.stderr
+    assert "set HF_HOME to a folder on a disk with room that you may write to" in done.stderr
 
 
 @pytest.mark.slow
