@@ -53,7 +53,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     tracker.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
-    tracker.log_report(parent_id, report, folder.report)
+    tracker.log_report(parent_id, report, folder)
     tracker.finish(parent_id, "FINISHED")
     return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {tracker.shown_uri}"
 
@@ -82,5 +82,5 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
         folds = folds_of(tracker.download(config.run, folder.config.name, folder.root))
         report = summarize(name, results, folds, stats, finished=tracker.finished_at(parent))
         write_json(folder.report, report)
-        tracker.log_report(config.run, report, folder.report)
+        tracker.log_report(config.run, report, folder)
     return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"

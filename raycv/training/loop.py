@@ -47,6 +47,8 @@ class TrainResult:
     best: EpochResult
     val_scores: np.ndarray
     """float64 [n_val]: probability of `matched` at the best epoch, in the order of the validation pairs"""
+    epoch_scores: np.ndarray | None
+    """float64 [epochs, n_val]: the same after each epoch; None if it resumed from a state without the earlier ones"""
     events: list[str]
     """events that a reader of the results should know: out-of-memory, early stopping"""
 
@@ -145,7 +147,8 @@ class FoldTrainer:
             self._tell(f"stopped early after epoch {len(progress.epochs)}: no better F1 for {config.patience} epochs")
         assert progress.best is not None
         set_weights(self.model, progress.best.weights)
-        return TrainResult(progress.epochs, progress.best.result, progress.best.scores, self.events)
+        every = None if progress.scores is None else np.stack(progress.scores)
+        return TrainResult(progress.epochs, progress.best.result, progress.best.scores, every, self.events)
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Validates `pairs`.
