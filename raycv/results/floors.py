@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 REGULARISATION = 10.0
-"""`C` of the logistic regression. A floor should be hard to beat, so we chose the best of four settings on synthetic data
+"""`C` of the logistic regression. A floor should be hard to beat. We chose the best of four settings on synthetic data
 of the size of ReDSM5: 10 beat 1, and balanced classes beat unweighted ones."""
 
 
