@@ -49,6 +49,14 @@ def small(name, folder, monkeypatch, *more):
     return result
 
 
+@pytest.mark.long
+def test_report_measures_each_size_in_a_process_of_its_own(tmp_path, monkeypatch):
+    result = small("report", tmp_path, monkeypatch)
+    assert [row["pairs"] for row in result["rows"]] == [540, 1080]
+    assert all(row["peak_bytes"] > 50e6 and row["json_bytes"] > 50e3 for row in result["rows"])
+    assert len(result["bars"]) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.study
 def test_layer_counts_6n_for_raycv_and_twice_that_for_peft(tmp_path, monkeypatch):

@@ -142,6 +142,7 @@ def evaluate(study: Study, draws: int = DRAWS, seed: int = SEED) -> dict[str, An
     criteria = criteria_section(study, samples)
     facts = {
         "thresholds": measurement.thresholds[TUNED_IN_FOLD].tolist(),
+        "pooled_threshold": points[-1]["threshold"],
         "fold_metrics": [{**row["tuned_in_fold"], **row["scores"]} for row in folds],
         "best_floor": floor["best"],
         "floor_difference": floor["difference_to_best"]["f1"],
