@@ -7,7 +7,7 @@ AUDIT := .venv/.audit
 # What starts no Ray shares the cores; each Ray takes them all.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: install quickstart test test-slow test-faults test-all check docs format lock audit licenses
+.PHONY: install quickstart example test test-slow test-faults test-all check docs format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -22,6 +22,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 quickstart: install
 	$(BIN)/python -m raycv.run experiment=quickstart cv.folds=5
+
+# The example of the docs: a quickstart's page, and a picture of it. It needs chromium.
+example: install
+	rm -rf build/example
+	$(BIN)/python -m raycv.run experiment=quickstart run.name=quickstart run.dir=build/example tracking.uri=sqlite:///build/example.db
+	$(BIN)/python -m scripts.example_page build/example/quickstart
 
 test: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not ray"

@@ -32,7 +32,7 @@ from test_data import (
     write,
 )  # fmt: skip
 
-from raycv import aggregate, infer, run, serve, synthesize
+from raycv import aggregate, infer, report, run, serve, synthesize
 from raycv.batch_inference.writer import check_output
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
@@ -43,6 +43,7 @@ from raycv.results.run_folder import RunFolder
 
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
+    "report": report.main,
     "synthesize": synthesize.main,
 }  # fmt: skip
 SECONDS = 10
@@ -510,6 +511,9 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "a summary of too long a name": ("aggregate", [f"run={LONG}"], ["run: is too long for a path"]),
     "the summary of no run": ("aggregate", ["run=nothing"], ["mlflow.db does not exist", "give its place"]),
     "a summary with an unknown key": ("aggregate", ["rum=3"], ["rum: unknown key; did you mean run?"]),
+    "a page of too long a name": ("report", [f"run={LONG}"], ["run: is too long for a path"]),
+    "the page of no run": ("report", ["run=nothing"], ["There is no run nothing in", "experiment=quickstart"]),
+    "a page with an unknown key": ("report", ["data.dri=x"], ["data.dri: unknown key; did you mean data.dir?"]),
     "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>"]),
     "no posts": ("synthesize", ["out=x", "posts=0"], ["posts: ", "received 0 "]),
     "a profile of no kind": ("synthesize", ["out=x", "profile=long"], ["profile: ", "received 'long'"]),
@@ -714,7 +718,7 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate"])
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report"])
 def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
     monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
     said = refused(command, *(["experiment=quickstart"] if command == "run" else []))

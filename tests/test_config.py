@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 import raycv
 from raycv.config.command_line import compose
-from raycv.config.schema import AggregateConfig, InferConfig, RunConfig, Section, ServeConfig, SynthesizeConfig
+from raycv.config.schema import (
+    AggregateConfig,
+    InferConfig,
+    ReportConfig,
+    RunConfig,
+    Section,
+    ServeConfig,
+    SynthesizeConfig,
+)
 from raycv.config.validation import fields, meaning, text_keys, validate
 from raycv.errors import FaultsError, UserError, shown
 from raycv.results.find_run import recorded_config
@@ -424,7 +432,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 # --- Paths -----------------------------------------------------------------------------------------------------------
 
 SCHEMAS: dict[str, type[Section]] = {
-    "run": RunConfig, "aggregate": AggregateConfig, "infer": InferConfig, "serve": ServeConfig,
+    "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
     "synthesize": SynthesizeConfig,
 }  # fmt: skip
 NO_PATHS = {

@@ -187,6 +187,42 @@ def test_parent_children_and_report(tracked):
 
 
 @pytest.mark.long
+def test_the_parent_has_the_page_its_verdict_and_the_checks_that_found_something(tracked):
+    tracker, parent_id, folder, _ = tracked
+    report = summarize("mine", [fold_result(0), fold_result(1)], 2)
+    checks = [
+        {"code": "RCV004", "status": "found", "finding": "F1 is at a floor."},
+        {"code": "RCV005", "status": "clear", "finding": "Nothing found."},
+    ]
+    verdict = {"sentences": ["F1 is 0.5.", "It is better than *all*.", "The weakest is A.1."]}
+    write_json(folder.evaluation, {"verdict": verdict, "checks": checks, "notice": "Research use, not for diagnosis."})
+    for file in (
+        folder.page,
+        folder.page_markdown,
+        folder.model_card,
+        folder.tables / "a.csv",
+        folder.figures / "a.svg",
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    tracker.log_missing_folds(parent_id, folder, 2, {})
+    tracker.log_report(parent_id, report, folder)
+    tags = tracker.run(parent_id).data.tags
+    assert {key: value for key, value in tags.items() if key.startswith("raycv.check")} == {
+        "raycv.check.RCV004": "F1 is at a floor."
+    }
+    note = tags["mlflow.note.content"]
+    assert note.startswith(r"F1 is 0.5. It is better than \*all\*. The weakest is A.1.")
+    assert "**Research use, not for diagnosis.**" in note
+    assert f"/runs/{tracker.children(parent_id)[1].info.run_id}" in note
+    made = ("evaluation.json", "report.html", "report.md", "model_card.md", "tables/a.csv", "figures/a.svg")
+    for number, artifact in enumerate(made):
+        place = folder.root / f"fetched_{number}"
+        place.mkdir()
+        assert tracker.download(parent_id, artifact, place).is_file()
+
+
+@pytest.mark.long
 def test_a_useless_fold_is_marked_on_child_and_parent_with_its_reasons(tracked):
     """Fold 0 is of an earlier version, whose child in MLflow has no mark; fold 1 is marked as it is logged."""
     tracker, parent_id, folder, _ = tracked

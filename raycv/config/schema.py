@@ -272,6 +272,21 @@ class AggregateConfig(Section):
     )
 
 
+class ReportDataConfig(Section):
+    dir: Location | None = Field(
+        description="data of the run; they fill in floors, hard negatives and near-duplicates that an earlier version "
+        "did not record; null: the run folder alone"
+    )
+
+
+class ReportConfig(Section):
+    """The config of `python -m raycv.report`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    dir: PathText = Field(description="folder that holds the runs")
+    data: ReportDataConfig
+
+
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 

@@ -1,5 +1,6 @@
 """Reduces the folds of a finished run again, from its folder or from MLflow (user story 2)."""
 
+import contextlib
 import shlex
 import tempfile
 from pathlib import Path
@@ -82,5 +83,8 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
         folds = folds_of(tracker.download(config.run, folder.config.name, folder.root))
         report = summarize(name, results, folds, stats, finished=tracker.finished_at(parent))
         write_json(folder.report, report)
+        # The parent has it if the run made its page. Then its verdict stays in the description.
+        with contextlib.suppress(UserError):
+            tracker.download(config.run, folder.evaluation.name, folder.root)
         tracker.log_report(config.run, report, folder)
     return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"

@@ -10,7 +10,7 @@ from rich.console import Console
 from raycv.common.signals import ignore_stops
 from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError
-from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.results.run_folder import RunFolder, aggregate_command, report_command, resume_command
 from raycv.terminal.console import say
 
 if TYPE_CHECKING:
@@ -82,6 +82,23 @@ class OpenRun:
             why = error.what if isinstance(error, UserError) else type(error).__name__
             lost = "a report of this run will lack floors, shortened posts, hard negatives or near-duplicates"
             say(self.console, f"Warning: {lost}, since they could not be recorded: {why}", "yellow")
+
+    def make_page(self) -> dict[str, Any] | None:
+        """Computes the statistics and writes the page. A fault there only warns: the run is complete without them.
+
+        Returns:
+            The content of `evaluation.json`, or None after a fault.
+        """
+        from raycv.rendering.publish import publish
+
+        try:
+            with self.console.status("Computing the statistics"):
+                return publish(self.folder)
+        except Exception as error:  # noqa: BLE001  (the report is written, and may hold days of training)
+            why = error.what if isinstance(error, UserError) else type(error).__name__
+            later = f"Make it later: {report_command(self.folder)}"
+            say(self.console, f"Warning: the page of the run could not be made: {why}\n{later}", "yellow")
+            return None
 
     def log(self, report: dict[str, Any]) -> None:
         """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""

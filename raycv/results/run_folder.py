@@ -21,6 +21,13 @@ class RunFolder:
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
         """Written last: its presence means that the run is complete. Its `finished` holds the time."""
+        self.evaluation = root / "evaluation.json"
+        """The statistics. It and the files below are made from the others, after the report, and can be made again."""
+        self.page = root / "report.html"
+        self.page_markdown = root / "report.md"
+        self.model_card = root / "model_card.md"
+        self.tables = root / "tables"
+        self.figures = root / "figures"
         self.lock = root / ".lock"
         """Held by the process that runs it; removed when the run is complete."""
         self.share = root / ".share"
@@ -56,6 +63,11 @@ def resume_command(folder: RunFolder) -> str:
 def aggregate_command(folder: RunFolder) -> str:
     """Returns the command that prints the summary of the run in `folder` again, and logs it to MLflow."""
     return _command("raycv.aggregate", "run", "dir", folder)
+
+
+def report_command(folder: RunFolder) -> str:
+    """Returns the command that makes the page of the run in `folder` again."""
+    return _command("raycv.report", "run", "dir", folder)
 
 
 def infer_command(folder: RunFolder) -> str:

@@ -28,12 +28,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from raycv import __version__
 from raycv.common.environment import recorded_moment
-from raycv.common.files import is_full, read_json, unwritable, write_json
+from raycv.common.files import is_full, read_json, read_record, unwritable, write_json
 from raycv.common.locations import SQLITE, absolute_uri
 from raycv.common.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, without_statement
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig, TrackingConfig
 from raycv.errors import UserError, together
+from raycv.rendering.escapes import for_markdown
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.tracking.store_checks import (
@@ -72,6 +73,8 @@ RUN_TAG = "raycv.run"
 FINISHED_TAG = "raycv.finished"
 COLLAPSED_TAG = "raycv.collapsed"
 REASONS_TAG = "raycv.collapsed_reasons"
+CHECK_TAG = "raycv.check"
+"""followed by a dot and the code of a check that found something"""
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """The metrics that are logged per epoch, with the epoch as the step. Tune passes on more, which is not logged."""
 BEST_PREFIX = "best_"
@@ -262,8 +265,16 @@ class Tracker:
         if report["collapsed_folds"]:
             tags[COLLAPSED_TAG] = f"fold {', '.join(map(str, report['collapsed_folds']))}"
             tags[REASONS_TAG] = "\n".join(f"fold {fold}: {'; '.join(why)}" for fold, why in _collapsed(report))
-        self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children)})
-        self.log_files(parent_id, [folder.pairs, folder.near_duplicates, folder.report])
+        evaluation = read_record(folder.evaluation) if folder.evaluation.is_file() else None
+        if evaluation:
+            found = [check for check in evaluation["checks"] if check["status"] == "found"]
+            tags |= {f"{CHECK_TAG}.{check['code']}": check["finding"] for check in found}
+        self._set_tags(parent_id, tags | {"mlflow.note.content": _note(report, children, evaluation)})
+        made = [folder.evaluation, folder.page, folder.page_markdown, folder.model_card]
+        self.log_files(parent_id, [folder.pairs, folder.near_duplicates, *made, folder.report])
+        for place in (folder.tables, folder.figures):
+            if place.is_dir():
+                self._call(f"log {place.name}", self._client.log_artifacts, parent_id, str(place), place.name)
 
     def _mark_collapsed(self, run_id: str, reasons: Sequence[str]) -> None:
         """Marks the child run of a fold as collapsed. Without reasons it does nothing."""
@@ -499,9 +510,11 @@ def _collapsed(report: Mapping[str, Any]) -> list[tuple[int, list[str]]]:
     return [(fold["fold"], fold["collapsed"]) for fold in report["folds"] if fold["collapsed"]]
 
 
-def _note(report: Mapping[str, Any], children: Mapping[int, Run]) -> str:
-    """The parent's description in the MLflow page: a table of the folds with a link to each."""
+def _note(report: Mapping[str, Any], children: Mapping[int, Run], evaluation: Mapping[str, Any] | None) -> str:
+    """The parent's description in the MLflow page: the verdict, and a table of the folds with a link to each."""
+    sentences = [for_markdown(sentence) for sentence in evaluation["verdict"]["sentences"]] if evaluation else []
     lines = [
+        *([" ".join(sentences), "", f"**{evaluation['notice']}**", ""] if evaluation else []),
         *(["**Control: the labels are permuted. These scores are not a result.**", ""] if report["control"] else []),
         *(line for fold, why in _collapsed(report) for line in (f"**Fold {fold}: {collapsed_because(why)}.**", "")),
         f"Best fold: {report['best_fold']}",
