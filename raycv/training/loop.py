@@ -202,6 +202,7 @@ class FoldTrainer(Steps):
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
                 raise UserError(
                     f"The {'training' if training else 'validation'} loss is {loss} in {place}.",
+                    kind="training-loss",
                     remedies=self._other_settings(),
                 )
             if training:
@@ -251,6 +252,7 @@ class FoldTrainer(Steps):
         if state.facts["precision"] != self.precision:
             raise UserError(
                 f"The fold was trained in {state.facts['precision']}, and would resume in {self.precision} here.",
+                kind="resume-differs",
                 remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
             )
         self._check_attention(state)
@@ -281,6 +283,7 @@ class FoldTrainer(Steps):
         if then != self.scorer.attention:
             raise UserError(
                 f"The fold was trained with {then} attention, and would be computed with {self.scorer.attention} here.",
+                kind="resume-differs",
                 remedies=[
                     "resume the run with the version of raycv, and on the kind of device, that began it",
                     "or start it afresh under another name: run.name=<new>",

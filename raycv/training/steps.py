@@ -172,7 +172,9 @@ class Steps:
             if not is_out_of_memory(error):
                 raise
             # Half of the weights may be updated, so we cannot replay this step.
-            raise UserError(f"Out of memory in the optimizer's step: {error}", remedies=REMEDIES) from error
+            raise UserError(
+                f"Out of memory in the optimizer's step: {error}", kind="memory-full", remedies=REMEDIES
+            ) from error
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return learning_rate
