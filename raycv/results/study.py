@@ -100,7 +100,9 @@ def _table(path: Path, numbers: Sequence[str]) -> "pd.DataFrame":
         table = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=[*IDS, *numbers])
         columns = {name: table[name].replace("", "nan").astype(float) for name in numbers}
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", kind="run-damaged", remedies=[GOOD_COPY]) from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}.", kind="run-damaged", remedies=[GOOD_COPY]
+        ) from error
     except ValueError as error:
         what = f"{path} is damaged: it is not a table of {', '.join([*IDS, *numbers])}."
         raise UserError(what, kind="run-damaged", remedies=[GOOD_COPY]) from error
@@ -127,7 +129,11 @@ def _facts(folder: RunFolder, rows: "pd.DataFrame") -> dict[str, Any]:
     same = len(table) == len(keys) and table.index.is_unique and set(keys) == set(table.index)
     table = table.loc[keys] if same else table
     if not same or not np.array_equal(table[["fold", "label"]].to_numpy(), rows[["fold", "label"]].to_numpy()):
-        raise UserError(f"{folder.pairs} is damaged: its pairs are not those of the folds.", kind="run-damaged", remedies=[GOOD_COPY])
+        raise UserError(
+            f"{folder.pairs} is damaged: its pairs are not those of the folds.",
+            kind="run-damaged",
+            remedies=[GOOD_COPY],
+        )
     facts = {name: table[name].to_numpy() for name in names[2:] if not table[name].isna().any()}
     return {name: values == 1 if name in ("shortened", "hard_negative") else values for name, values in facts.items()}
 
@@ -156,7 +162,9 @@ def _epoch_scores(folder: RunFolder, pairs: Sequence[int]) -> list[np.ndarray] |
         try:
             scores.append(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file} is damaged: it is not an array.", kind="run-damaged", remedies=[GOOD_COPY]) from error
+            raise UserError(
+                f"{file} is damaged: it is not an array.", kind="run-damaged", remedies=[GOOD_COPY]
+            ) from error
         if scores[-1].ndim != 2 or scores[-1].shape[1] != count:
             what = f"{file} is damaged: its shape is {scores[-1].shape}, and the fold has {count} pairs."
             raise UserError(what, kind="run-damaged", remedies=[GOOD_COPY])
