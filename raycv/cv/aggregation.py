@@ -9,13 +9,13 @@ import yaml
 from rich.console import Console
 
 from raycv.common.environment import utc_now
-from raycv.common.files import read_json, read_record, write_json
+from raycv.common.files import read_json, write_json
 from raycv.config.schema import AggregateConfig
 from raycv.errors import UserError
 from raycv.results.find_run import find_run, finished_at, folds_of, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
-from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.terminal.console import say
 from raycv.terminal.summary_table import summary_table
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, recorded_uri, tracked_run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from raycv.common.environment import describe_environment
-from raycv.common.files import read_record, write_json
+from raycv.common.files import write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
@@ -19,6 +19,7 @@ from raycv.data.types import Dataset
 from raycv.errors import UserError, counted
 from raycv.orchestration.fold_task import Prepared
 from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import read_record
 from raycv.terminal.console import say
 from raycv.tracking.lookup import tracked_run
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raycv.common.files import read_record, sha256_of
+from raycv.common.files import sha256_of
 from raycv.errors import UserError
 from raycv.model.checkpoint import DAMAGED, MANIFEST, read_info
 from raycv.results.find_run import (
@@ -22,7 +22,7 @@ from raycv.results.find_run import (
 )
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import best_fold
-from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, open_tracker
 
 Fold = int | Literal["best", "ensemble"]

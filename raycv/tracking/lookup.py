@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycv.common.files import read_record, write_json
+from raycv.common.files import write_json
 from raycv.common.locations import SQLITE
 from raycv.errors import UserError
 from raycv.results.find_run import recorded_config, runs_there
-from raycv.results.run_folder import RunFolder
+from raycv.results.run_folder import RunFolder, read_record
 
 if TYPE_CHECKING:
     from raycv.tracking.tracker import Tracker
