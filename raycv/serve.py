@@ -18,7 +18,8 @@ from raycv.inference.choose import choose, with_fold_id
 from raycv.inference.log import named_store, store_of
 from raycv.model.base_model import absolute_name
 from raycv.serving.connection import TOKEN_VARIABLE, Connection, Unavailable, checked_token
-from raycv.serving.discovery import announce, announcement, discovery_file, files_of, is_loopback, say, stamps_of
+from raycv.serving.discovery import announce, announcement, discovery_file, is_loopback, say
+from raycv.serving.fingerprint import files_of, stamps_of
 from raycv.serving.messages import Announcement, Setup
 
 WATCH_SECONDS = 5
@@ -65,8 +66,8 @@ def run_server(config: ServeConfig) -> None:
     try:
         with running(setup):
             try:
-                announced = announcement(setup)
-                announce(announced, file, limits)
+                announced, model = announcement(setup)
+                announce(announced, model, file, limits)
                 watch(announced)
             finally:
                 ignore_stops()

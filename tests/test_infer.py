@@ -43,7 +43,8 @@ from raycv.model.checkpoint import save_checkpoint
 from raycv.results.find_run import make_newest
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
-from raycv.tracking.tracker import Tracker
+from raycv.tracking.cross_validation import CrossValidationStore
+from raycv.tracking.experiment import open_experiment
 from raycv.training.loop import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
@@ -768,16 +769,16 @@ def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, cap
 @pytest.mark.long
 def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
     uri, files = f"sqlite:///{tmp_path}/mlflow.db", RunFolder(run)
-    tracker = Tracker(uri)
+    store = CrossValidationStore(uri)
     config = TrackingConfig(uri=uri, artifacts=str(tmp_path / "mlruns"), experiment="x")
-    parent_id, ids = tracker.start_parent(tracker.open_experiment(config), "toy", {}), []
+    parent_id, ids = store.start_parent(open_experiment(store, config), "toy", {}), []
     for fold in range(2):
-        ids.append(tracker.start_child(parent_id, fold, {}))
-        tracker.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
-        tracker.finish(ids[fold], "FINISHED")
-    tracker.log_metrics(parent_id, {"best_fold": 1})
+        ids.append(store.start_child(parent_id, fold, {}))
+        store.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
+        store.finish(ids[fold], "FINISHED")
+    store.log_metrics(parent_id, {"best_fold": 1})
     assert choose(parent_id, "best", tmp_path, uri).finished is None
-    tracker._set_tags(parent_id, {"raycv.finished": MARCH})
+    store.set_tags(parent_id, {"raycv.finished": MARCH})
     for asked, fold, found in ((parent_id, "best", 1), (parent_id, 0, 0), (ids[0], "best", 0), (ids[1], 1, 1)):
         chosen = choose(asked, fold, tmp_path, uri)
         (place,) = chosen.checkpoints

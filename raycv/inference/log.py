@@ -112,18 +112,21 @@ class InferenceLog:
     def __init__(self, uri: str, experiment: str, seconds: int | None = None) -> None:
         """`seconds` limits each request, which then has one attempt; None means the usual limit and attempts."""
         from raycv.config.schema import TrackingConfig
-        from raycv.tracking.tracker import Tracker
+        from raycv.tracking.experiment import open_experiment
+        from raycv.tracking.run_store import RunStore
 
         check_password(uri)
-        self._tracker: Tracker = Tracker(uri, seconds)
+        self._store = RunStore(uri, seconds)
         artifacts = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns")
-        self._experiment = self._tracker.open_experiment(
-            TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
+        self._experiment = open_experiment(
+            self._store, TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
         )
 
     def write(self, entry: Record) -> None:
         """Logs `entry` as one MLflow run."""
-        self._tracker.log_inference(self._experiment, entry.tags, entry.params, entry.metrics)
+        from raycv.tracking.inference_run import log_inference
+
+        log_inference(self._store, self._experiment, entry.tags, entry.params, entry.metrics)
 
 
 class InferenceWriter:

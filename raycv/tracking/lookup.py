@@ -11,13 +11,13 @@ from raycv.results.find_run import recorded_config, runs_there
 from raycv.results.run_folder import RunFolder, read_record
 
 if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 logger = logging.getLogger(__name__)
 LOCAL_URI = f"{SQLITE}mlflow.db"
 
 
-def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
+def mlflow_run(run: str, runs: Path, uri: str) -> tuple["CrossValidationStore", Any]:
     """Opens the store at `uri` and reads its run with the id `run`.
 
     Args:
@@ -33,22 +33,22 @@ def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
     """
     what = f"run={run} is neither a run in {runs.absolute()} nor an MLflow run"
     try:
-        tracker = open_tracker(uri)
+        store = open_store(uri)
     except UserError as error:
         raise UserError(f"{what}: {error.what}", remedies=[*runs_there(runs, run), *error.remedies]) from error
     try:
-        return tracker, tracker.run(run)
+        return store, store.run(run)
     except UserError as error:
         raise UserError(f"{what}: {error.what}", remedies=runs_there(runs, run)) from error
 
 
-def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
-    """Opens the MLflow store at `uri`; `seconds` as in Tracker.
+def open_store(uri: str, seconds: int | None = None) -> "CrossValidationStore":
+    """Opens the MLflow store at `uri`; `seconds` as in Store.
 
     Raises:
         UserError: The password or the database of the store is missing, or the store cannot be opened.
     """
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
     check_password(uri)
     database = uri.removeprefix(SQLITE)
@@ -57,10 +57,10 @@ def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
             f"The MLflow database {Path(database).absolute()} does not exist.",
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
-    return Tracker(uri, seconds)
+    return CrossValidationStore(uri, seconds)
 
 
-def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["Tracker", str]:
+def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["CrossValidationStore", str]:
     """Opens the store at `uri` and finds the parent run of the run in `folder` there.
 
     If a `given` store lacks the run, the run is logged there from its folder. The recorded store may be lost, or the
@@ -78,7 +78,8 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
     Raises:
         UserError: The store cannot be used, or it lacks the run and was not given.
     """
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
+    from raycv.tracking.experiment import open_experiment
 
     try:
         tracked = read_record(folder.tracking, "uri", "parent_run_id")
@@ -88,19 +89,19 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
         tracked = {}
     parent_id = str(tracked.get("parent_run_id"))
     try:
-        tracker = Tracker(uri) if given else open_tracker(uri)
-        if tracked and tracker.has(parent_id):
-            if given and tracked["uri"] != tracker.shown_uri:
-                write_json(folder.tracking, tracked | {"uri": tracker.shown_uri})
-            return tracker, parent_id
+        store = CrossValidationStore(uri) if given else open_store(uri)
+        if tracked and store.has(parent_id):
+            if given and tracked["uri"] != store.shown_uri:
+                write_json(folder.tracking, tracked | {"uri": store.shown_uri})
+            return store, parent_id
     except UserError as error:
         raise UserError(error.what, remedies=[*error.remedies, _another_store(key)]) from error
     if not given:
         remedies = ["give the store that has it, by the same key", _another_store(key)]
-        raise UserError(f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", remedies=remedies)
-    logger.warning("MLflow at %s does not have this run: it is logged there from its folder", tracker.shown_uri)
+        raise UserError(f"MLflow at {store.shown_uri} does not have run {parent_id}.", remedies=remedies)
+    logger.warning("MLflow at %s does not have this run: it is logged there from its folder", store.shown_uri)
     config = recorded_config(folder)
-    return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
+    return store, store.start_family(folder, config, open_experiment(store, config.tracking))
 
 
 def recorded_uri(folder: RunFolder, key: str) -> str:
