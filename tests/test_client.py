@@ -25,12 +25,12 @@ from raycv.infer import infer
 from raycv.inference.choose import choose
 from raycv.inference.questions import Question
 from raycv.model.checkpoint import MANIFEST
-from raycv.serve import watch
 from raycv.serving.client import ask
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
 from raycv.serving.discovery import PATTERN, discovery_file
 from raycv.serving.fingerprint import fingerprint, stamps_of
 from raycv.serving.messages import Announcement
+from raycv.serving.watch import watch
 from raycv.tracking.lookup import LOCAL_URI
 
 MARCH = "2026-03-01T10:00:00Z"
@@ -219,8 +219,8 @@ def test_the_model_is_the_one_that_scorers_were_compared_with(scorer, checkpoint
         loaded.append(chosen)
         raise UserError("enough", remedies=[])
 
-    monkeypatch.setattr("raycv.serving.client.choose", moving)
-    monkeypatch.setattr("raycv.infer.load_answerer", load)
+    monkeypatch.setattr("raycv.inference.choose.choose", moving)
+    monkeypatch.setattr("raycv.inference.answerer.load_answerer", load)
     announce(scorer, tmp_path, experiment="another")
     with pytest.raises(UserError, match="enough"):
         infer(validate(InferConfig, compose("infer", ["post=a", "run=latest", f"dir={tmp_path}"])))

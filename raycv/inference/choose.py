@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from raycv.common.files import sha256_of
+from raycv.config.schema import InferConfig
 from raycv.errors import UserError
+from raycv.inference.log import named_store
 from raycv.model.checkpoint import DAMAGED, MANIFEST, read_info
 from raycv.results.find_run import (
     LATEST,
@@ -48,6 +51,14 @@ class Chosen:
     """when the whole run was complete; None if it is not complete, or if nobody recorded it"""
     control: bool = False
     """whether the run learned from permuted labels (data.shuffle_labels)"""
+
+
+Find = Callable[[], Chosen]
+
+
+def finder(config: InferConfig) -> Find:
+    """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
+    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:

@@ -26,9 +26,9 @@ from raycv.orchestration.cluster import node_resources, ray_cluster
 from raycv.serving.fingerprint import fingerprint, first_changed
 from raycv.serving.http_api import Overloaded, TooManyPairsError, build_api
 from raycv.serving.messages import Setup
+from raycv.serving.settings import THREADS
 
 APP = "raycv"
-THREADS = "OMP_NUM_THREADS"
 DEPLOYMENT = "scorer"
 REQUESTS_OF_A_BATCH = 64
 CROWD = 8

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,7 +12,7 @@ from raycv.common.secrets import mask_secrets
 from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.inference.choose import Chosen, choose
+from raycv.inference.choose import Chosen, Find, finder
 from raycv.inference.log import NOT_TRACKED, named_store, store_of
 from raycv.inference.questions import Question
 from raycv.model.base_model import absolute_name
@@ -38,12 +37,6 @@ TOO_LARGE = (413, 422)
 """Those of REFUSED_INPUT that come from a scorer's limits. This process may compute such a request."""
 
 Tell = Callable[[str], None]
-Find = Callable[[], Chosen]
-
-
-def finder(config: InferConfig) -> Find:
-    """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
-    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
 
 
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find | None = None) -> Reply | None:
