@@ -28,7 +28,9 @@ def infer(config: InferConfig) -> None:
         return
     if config.engine == "ray":
         remedies = ["leave it out", "or give a file: input=pairs.csv output=scores.csv"]
-        raise UserError("engine=ray is for a file of posts, and there is no input.", remedies=remedies)
+        raise UserError(
+            "engine=ray is for a file of posts, and there is no input.", kind="config-value", remedies=remedies
+        )
     question, find = read_question(config), finder(config)
     reply = ask(config, [question], logger.warning, find)
     if reply is None:

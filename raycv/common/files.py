@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError
 
 
 def is_full(error: BaseException) -> bool:
@@ -35,7 +35,7 @@ def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[
     """
     cause = getattr(error, "strerror", None) or str(error)
     if not is_full(error):
-        return UserError(f"{what} cannot be written to {place}: {cause}.", remedies=remedies)
+        return UserError(f"{what} cannot be written to {place}: {cause}.", kind="disk-unwritable", remedies=remedies)
     disk = place.absolute()
     while not disk.is_mount():
         disk = disk.parent
@@ -43,6 +43,7 @@ def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[
     room = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free on it"
     return UserError(
         f"{what} cannot be written to {place}: the disk {disk} is full ({room}).",
+        kind="disk-full",
         remedies=[f"make room on {disk}: du -xh {disk} | sort -h | tail", *remedies],
     )
 
@@ -98,16 +99,16 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", private=private)
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises: UserError if it is missing, unreadable or not JSON."""
+def read_json(path: Path, kind: ErrorKind = "run-damaged") -> Any:
+    """Reads a JSON file. Raises: UserError of that kind if it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}.", kind=kind) from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error}).") from error
+        raise UserError(f"{path} is damaged: it is not JSON ({error}).", kind=kind) from error
     except RecursionError as error:
-        raise UserError(f"{path} is damaged: it is nested too deeply.") from error
+        raise UserError(f"{path} is damaged: it is nested too deeply.", kind=kind) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -50,4 +50,6 @@ def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: I
     except OSError as error:
         discard(sys.stdout)
         what = f"The answer cannot be written to standard output: {error.strerror}."
-        raise UserError(what, remedies=["see what takes it: the command behind |, or the file and its disk"]) from error
+        raise UserError(
+            what, kind="disk-unwritable", remedies=["see what takes it: the command behind |, or the file and its disk"]
+        ) from error

@@ -68,7 +68,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
     try:
         values = read_json(path)
     except UserError as error:
-        raise UserError(error.what, remedies=[GOOD_COPY]) from error
+        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
     if not isinstance(values, dict):
         fault = "it is not a JSON object"
     else:
@@ -77,7 +77,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
         if not lacking:
             return values
         fault = f"it lacks {', '.join(lacking)}"
-    raise UserError(f"{path} is damaged: {fault}.", remedies=[GOOD_COPY])
+    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
 def resume_command(folder: RunFolder) -> str:

@@ -42,6 +42,7 @@ def check_experiment(store: Store, config: TrackingConfig) -> Experiment | None:
     elif found.lifecycle_stage != "active":
         raise UserError(
             f"The MLflow experiment {config.experiment!r} was deleted.",
+            kind="tracking-store",
             remedies=[
                 f"restore it: mlflow experiments restore -x {found.experiment_id}",
                 "tracking.experiment=<other>",
