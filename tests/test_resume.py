@@ -902,8 +902,8 @@ def test_the_store_that_is_given_anew_is_the_runs_from_then_on(left, tmp_path):
     left.tracking.unlink()
     left.fold(0).root.mkdir()
     for uri in stores:
-        tracker, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
-        assert tracker.run(parent_id).info.run_name == "mine"
+        store, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
+        assert store.run(parent_id).info.run_name == "mine"
         assert read_json(left.tracking)["uri"] == uri
         assert read_json(left.tracking)["parent_run_id"] == parent_id
         shutil.copy(tmp_path / "first.db", tmp_path / "second.db")
