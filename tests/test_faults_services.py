@@ -40,11 +40,12 @@ from raycv.orchestration.fold_worker import save_fold_checkpoint
 from raycv.prompts.encoder import EncodedPairs
 from raycv.results.find_run import find_run, make_newest
 from raycv.results.run_folder import FoldFolder, RunFolder
-from raycv.tracking.tracker import EPOCH_METRICS, Tracker
+from raycv.tracking.cross_validation import EPOCH_METRICS, CrossValidationStore
+from raycv.tracking.experiment import open_experiment
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
-from raycv.training.sampler import epoch_order
 from raycv.training.state import StateFolder, TrainState
+from raycv.training.steps import epoch_order
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -629,11 +630,11 @@ def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp
 @pytest.mark.long
 def test_parameters_that_a_lost_server_missed_are_logged_later(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), "mine", {})
-    run_id = tracker.start_child(parent_id, 0, {"a": 1})
-    assert tracker.start_child(parent_id, 0, {"a": 1, "b": 2}) == run_id
-    assert tracker.run(run_id).data.params == {"a": "1", "b": "2", "fold": "0"}
+    store = CrossValidationStore(settings.uri)
+    parent_id = store.start_parent(open_experiment(store, settings), "mine", {})
+    run_id = store.start_child(parent_id, 0, {"a": 1})
+    assert store.start_child(parent_id, 0, {"a": 1, "b": 2}) == run_id
+    assert store.run(run_id).data.params == {"a": "1", "b": "2", "fold": "0"}
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -719,24 +720,24 @@ def test_latest_is_the_run_that_was_made_last_whatever_the_clock_said(tmp_path):
 
 def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
+    store = CrossValidationStore(settings.uri)
     began = int(1000 * (time.time() + 3600))
-    run = tracker._client.create_run(tracker.open_experiment(settings), start_time=began)
-    tracker.finish(run.info.run_id, "FINISHED")
-    assert tracker.run(run.info.run_id).info.end_time == began
+    run = store.client.create_run(open_experiment(store, settings), start_time=began)
+    store.finish(run.info.run_id, "FINISHED")
+    assert store.run(run.info.run_id).info.end_time == began
 
 
 @pytest.mark.long
 def test_a_run_in_mlflow_that_has_ended_keeps_its_time(tmp_path):
     """Its summary may be logged again later."""
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    run_id = tracker._client.create_run(tracker.open_experiment(settings), start_time=1).info.run_id
-    tracker._client.set_terminated(run_id, "FINISHED", end_time=2)
-    tracker.finish(run_id, "FINISHED")
-    assert tracker.run(run_id).info.end_time == 2
-    tracker.finish(run_id, "KILLED")
-    assert tracker.run(run_id).info.end_time > 2
+    store = CrossValidationStore(settings.uri)
+    run_id = store.client.create_run(open_experiment(store, settings), start_time=1).info.run_id
+    store.client.set_terminated(run_id, "FINISHED", end_time=2)
+    store.finish(run_id, "FINISHED")
+    assert store.run(run_id).info.end_time == 2
+    store.finish(run_id, "KILLED")
+    assert store.run(run_id).info.end_time > 2
 
 
 SET_BACK = r"""

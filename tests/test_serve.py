@@ -23,9 +23,11 @@ from raycv.config.schema import ServeConfig, ServerConfig
 from raycv.config.validation import validate
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen
-from raycv.serve import listening, on_one_device, run_server
+from raycv.serve import run_server
 from raycv.serving.connection import Connection
-from raycv.serving.discovery import PATTERN, files_of, is_loopback
+from raycv.serving.discovery import PATTERN, is_loopback
+from raycv.serving.fingerprint import files_of
+from raycv.serving.settings import listening, on_one_device
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
@@ -212,7 +214,7 @@ def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy
 def test_a_bad_body_is_refused_without_its_text(served, body, status):
     got, answer = served.send("/score", body)
     assert got == status
-    assert set(answer) == {"error", "remedies"}
+    assert set(answer) == {"error", "kind", "remedies"}
     assert CANARY not in json.dumps(answer)
 
 

@@ -23,7 +23,11 @@ def make_page(config: ReportConfig) -> None:
     runs = Path(config.dir)
     folder = find_run(runs, config.run)
     if folder is None:
-        raise UserError(f"There is no run {config.run} in {runs.absolute()}.", remedies=runs_there(runs, config.run))
+        raise UserError(
+            f"There is no run {config.run} in {runs.absolute()}.",
+            kind="run-missing",
+            remedies=runs_there(runs, config.run),
+        )
     console = Console()
     if config.run == "latest":
         say(console, f"run=latest is {folder.root.name}")

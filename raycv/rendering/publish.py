@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from raycv.common.files import read_record, write_json, write_text
+from raycv.common.files import write_json, write_text
 from raycv.common.secrets import mask_secrets
 from raycv.data.types import Dataset
 from raycv.evaluation.evaluate import evaluate
@@ -20,7 +20,7 @@ from raycv.rendering.performance import performance_sections
 from raycv.results.find_run import folds_of
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
-from raycv.results.run_folder import RunFolder
+from raycv.results.run_folder import RunFolder, read_record
 from raycv.results.study import load_study
 
 _ELSEWHERE = ("tracking.", "run.", "resume")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from raycv.common.files import AFRESH, unwritable, write_text
+from raycv.common.files import unwritable, write_text
 from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
 from raycv.errors import RunFailedError, UserError
 
@@ -82,7 +82,9 @@ class StateFolder:
         except FileNotFoundError:
             writer = ""
         if writer != self._writer:
-            raise RunFailedError(f"Another process trains the fold of {self.root}, or has finished it: this one ends.")
+            raise RunFailedError(
+                f"Another process trains the fold of {self.root}, or has finished it: this one ends.", kind="run-busy"
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -180,9 +182,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"The training state {folder} was written by another version of raycv: its {what} is {then[what]}, and "
                 f"this version has {now}.",
+                kind="package-version",
                 remedies=[
                     "resume with the raycv that began the run: its environment.json names version and commit",
-                    AFRESH,
+                    "start afresh under a new name: python -m raycv.run run.name=<new> ...",
                 ],
             )
     return manifest
