@@ -193,6 +193,7 @@ def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp
         assert caught.value.kind == "checkpoint-damaged"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["2>&-", "2>/dev/full"])
 def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
@@ -807,6 +808,7 @@ def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_prints_one_json_object_and_logs_no_text(run):
     cwd = run.parent.parent
@@ -834,6 +836,7 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
             assert b"zebra-canary" not in file.read_bytes(), file
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_answer_comes_although_tracking_is_away(run):
     post = f"post={CANARY}"
@@ -844,6 +847,7 @@ def test_the_answer_comes_although_tracking_is_away(run):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
     cwd = run.parent.parent
@@ -864,6 +868,7 @@ def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
         assert store.execute(logged).fetchall() == [("FINISHED",)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_standard_input_and_all_criteria(run):
     done = infer("post_file=-", "output=json", "tracking.uri=none", cwd=run.parent.parent, input=CANARY.encode())

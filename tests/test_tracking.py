@@ -359,6 +359,7 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
             signal.signal(number, handler)
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     code = (
@@ -371,6 +372,7 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     assert [process.returncode for process in started] == [0, 0, 0], ends
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, caplog):
     """By another process, and longer than SQLite itself waits."""
@@ -537,6 +539,7 @@ def test_an_epoch_that_arrives_twice_is_one_point(tmp_path):
     assert len(store.client.get_metric_history(parent_id, VAL_LOSS)) == 1
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_path, caplog):
     """As of a server that dies when it has written, and comes back."""
@@ -564,6 +567,7 @@ def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_
     assert [(point.step, point.value) for point in points] == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_http_server_and_its_death(server, tmp_path, caplog):
     url, process = server
