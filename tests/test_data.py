@@ -825,21 +825,24 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
         replaced(G, b"p1,A.3,no", b"p1,A.3"),
         ["groundtruth.csv, line 4: 2 fields instead of 3", "needs quotes"],
     ),
-    "stray line": (added(G, b"p99\n"), ["groundtruth.csv, line 29: 1 fields instead of 3", "needs quotes"]),
+    "stray line": (added(G, b"p99\n"), ["groundtruth.csv, line 29: 1 field instead of 3", "needs quotes"]),
     "unclosed quote in the groundtruth": (
         replaced(G, b"p2,A.1,no", b'p2,"A.1,no'),
-        ["groundtruth.csv, line 11: a quote is opened in the record that starts here and never closed", "quotes where"],
+        ["groundtruth.csv, line 11: a quote is opened and never closed; reading stopped", "quotes where"],
     ),
     "unclosed quote": (
         added(P, b'p4,"never closed ' + TEXT + b"\n"),
         [
-            "posts.csv, line 6: a quote is opened in the record that starts here and never closed",
+            "posts.csv, line 6: a quote is opened and never closed; reading stopped",
             "quotes where it must",
         ],
     ),
     "text after a quote": (
         added(P, b'p4,"closed" early ' + TEXT + b"\n"),
-        ["posts.csv, line 6: a quoted field of the record that starts here continues", "quotes where it must"],
+        [
+            "posts.csv, line 6: a quoted field continues after its closing quote; reading stopped",
+            "quotes where it must",
+        ],
     ),
     "Latin-1": (
         replaced(P, b"Grey", "caf\u00e9".encode("latin-1")),
@@ -865,7 +868,7 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "over-long field": (
         added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),
         [
-            "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters",
+            "posts.csv, line 6: a field has more than 1,000,000 characters",
             "no field may exceed",
         ],
     ),
@@ -1107,7 +1110,7 @@ def test_a_gigabyte_in_one_field_is_refused_without_reading_it(tmp_path: Path) -
     message = refusal(tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert "posts.csv, line 6: a line of more than 8,000,000 characters" in message
+    assert "posts.csv, line 6: a line has more than 8,000,000 characters; reading stopped" in message
     assert peak < 150 * 2**20
 
 
@@ -1115,7 +1118,7 @@ def test_a_long_quoted_field_of_many_lines_is_refused(tmp_path: Path) -> None:
     files = specification()
     files[P] += b'p4,"' + b"short line\n" * 200_000 + b'"\n'
     message = refusal(write(tmp_path, files))
-    assert "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters" in message
+    assert "posts.csv, line 6: a field has more than 1,000,000 characters" in message
 
 
 def test_a_field_at_the_limit_is_read_and_the_csv_limit_is_put_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from raycv.batch_inference.input_formats import (
     PairFile,
     Record,
     pair_file,
-    repeated,
+    repeated_known,
     unreadable,
 )
 from raycv.data.discovery import NearMiss, criterion_columns, misspelt, near_misses
@@ -96,7 +96,7 @@ def find_layout(path: Path, spelt: Sequence[str], header: str = PairFile.header,
         UserError: The file has no column of posts, more than one, or a misspelt one.
     """
     columns = folded(spelt)
-    if twice := repeated(columns):
+    if twice := repeated_known(columns):
         remedies = ["keep one column of each name"]
         raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
     posts = [name for name in POST_COLUMNS if name in columns]
@@ -167,23 +167,24 @@ class PairSource:
 
     def _chunks(self, done: int) -> Iterator[Chunk]:
         file = pair_file(self.path)
-        chunk, characters, begun = Chunk(done, 0), 0, done
+        pairs: list[AskedPair] = []
+        bad: list[BadRow] = []
+        number, characters, begun = done, 0, done
         for record in file.records(self.layout.wanted):
-            if record.number <= done:
+            number = record.number
+            if number <= done:
                 continue
             asked = self._asked(record)
             if isinstance(asked, BadRow):
-                chunk.bad.append(asked)
+                bad.append(asked)
             else:
-                chunk.pairs.extend(asked)
+                pairs.extend(asked)
                 characters += len(asked[0].post)
-            if record.number - begun == self.chunk_records or characters >= CHUNK_CHARACTERS:
-                yield Chunk(record.number, file.position, chunk.pairs, chunk.bad)
-                chunk, characters, begun = Chunk(record.number, 0), 0, record.number
-            else:
-                chunk = Chunk(record.number, file.position, chunk.pairs, chunk.bad)
-        if chunk.records > begun:
-            yield chunk
+            if number - begun == self.chunk_records or characters >= CHUNK_CHARACTERS:
+                yield Chunk(number, file.position, pairs, bad)
+                pairs, bad, characters, begun = [], [], 0, number
+        if number > begun:
+            yield Chunk(number, file.position, pairs, bad)
 
     def _asked(self, record: Record) -> list[AskedPair] | BadRow:
         """The pairs of a record: one, or one for each criterion."""
