@@ -25,8 +25,9 @@ from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
+from raycv.batch_inference.columns import Layout
 from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.pairs import BadRow, Chunk, PairSource, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
 from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
 from raycv.config.command_line import compose

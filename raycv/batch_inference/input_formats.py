@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from raycv.batch_inference.columns import repeated_known
 from raycv.data.problems import Kind
 from raycv.data.table_reader import (
     Lines,
@@ -17,19 +18,10 @@ from raycv.data.table_reader import (
     opened,
     parsed_json,
     read_columns,
-    repeated,
 )
 from raycv.errors import UserError
 
-POST_COLUMNS = ("post", "text")
-CRITERION_COLUMNS = ("criterion", "criterion_id")
-ID_COLUMNS = ("post_id", "id")
-"""Columns that are copied to the scores, so that each score can be matched with its post."""
-KNOWN_COLUMNS = (POST_COLUMNS, CRITERION_COLUMNS, ID_COLUMNS)
 _PARQUET_ROWS = 256
-COLUMNS_REMEDY = (
-    "name the columns in the first line: post (or text); if you like, criterion (words) or criterion_id (A.4), post_id"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +130,6 @@ def _json_object(text: str) -> tuple["_Entries", UnreadableError | None]:
 
 class _Entries(list[tuple[str, object]]):
     """The keys and values of a JSON object with repetitions. A dict would keep only the last of these."""
-
-
-def repeated_known(names: Sequence[str]) -> str | None:
-    """A column that has a meaning and stands among `names`, in small letters, more than once."""
-    return next((name for name in repeated(names) if any(name in group for group in KNOWN_COLUMNS)), None)
 
 
 class ParquetFile(PairFile):
