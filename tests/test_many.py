@@ -26,10 +26,10 @@ from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
 from raycv.batch_inference.columns import Layout
-from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import BadRow, Chunk, PairSource, open_source
+from raycv.batch_inference.pairs import BadRow, Chunk, PairSource, ScoredChunk, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
-from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
+from raycv.batch_inference.state import SUM, Progress, sum_of_state
+from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.command_line import compose
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.config.validation import validate
@@ -721,9 +721,11 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
         again = ScoreFile(output.output, source.layout.ids, 0, {"a": 1})
         with again.opened():
             assert again.progress.records == min(3 * stop, 20)
+            assert again.stage is (Stage.GROWING if stop else Stage.NEW)
             for chunk in scored(source, again.progress.records):
                 again.append(chunk)
             again.finish()
+        assert again.stage is Stage.MOVED
         assert (again.progress.pairs, again.progress.bad) == (54, 2)
         files = {file.name: file.read_bytes() for file in output.output.parent.iterdir()}
         assert set(files) == {f"out.{ending}", f"out.{ending}.errors.csv"}

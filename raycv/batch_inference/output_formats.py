@@ -6,36 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raycv.batch_inference.output_place import part_of
+from raycv.batch_inference.state import Progress
 from raycv.common.files import replaced
-from raycv.common.numerics import FIRST_NUMERICS
 from raycv.errors import UserError
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The part of the output that is safely on disk."""
-
-    identity: dict[str, Any]
-    """the facts that the scores depend on; only a run with the same facts may continue the output"""
-    records: int = 0
-    pairs: int = 0
-    matched: int = 0
-    truncated: int = 0
-    bad: int = 0
-    precision: str | None = None
-    attention: str | None = None
-    """None before the first chunk, and in states of earlier versions"""
-    threshold: float | None = None
-    part_bytes: int = 0
-    errors_bytes: int = 0
-    finished: bool = False
-    """everything is scored; only the move into place is left"""
-    numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic of the scores (`raycv.common.numerics.NUMERICS`)"""
 
 
 class Sink(Protocol):
@@ -61,19 +38,6 @@ class Sink(Protocol):
 
     def discard(self) -> None:
         """Removes all that is left at `path`."""
-
-
-ERRORS_HEADER = b"row,line,reason\n"
-"""Marks the list of an earlier run, which may be replaced. Without it the file belongs to another program."""
-
-
-def part_of(output: Path) -> Path:
-    """The place of the scores until they are complete."""
-    return beside(output, "parts" if output.suffix.casefold() == ".parquet" else "part")
-
-
-def beside(output: Path, ending: str) -> Path:
-    return output.with_name(f"{output.name}.{ending}")
 
 
 # --- CSV and JSON lines ----------------------------------------------------------------------------------------------
@@ -236,3 +200,11 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path)
+
+
+def sink_of(output: Path, columns: Sequence[str], fold_type: type) -> Sink:
+    """The sink for the format of `output`. `fold_type` is that of the column `fold`."""
+    ending = output.suffix.casefold()
+    if ending == ".parquet":
+        return ParquetParts(part_of(output), columns, fold_type)
+    return TextPart(part_of(output), columns, json_line if ending == ".jsonl" else csv_line)

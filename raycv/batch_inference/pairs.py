@@ -50,6 +50,33 @@ class Chunk:
     bad: list[BadRow] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """The score of one pair. `ids` has the values of the input's id columns."""
+
+    row: int
+    ids: tuple[str, ...]
+    criterion_id: str | None
+    label: str
+    score: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """The result of a chunk. Holds no text."""
+
+    records: int
+    position: int
+    threshold: float
+    precision: str
+    attention: str
+    earlier_attention: str
+    """the attention of earlier versions, which recorded none"""
+    scores: list[PairScore] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class PairSource:
     """A file and the criteria to ask its rows for. Plain data: Ray sends it to the process that reads the file."""

@@ -1,0 +1,113 @@
+"""The state of a file of scores: how far it is, on disk beside it, and whether this command may continue it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raycv.batch_inference.identity import changed
+from raycv.batch_inference.pairs import ScoredChunk
+from raycv.common.files import read_json, write_text
+from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
+from raycv.errors import UserError
+
+FORMAT = 2
+"""The number of the state's format. Raise it by one when the format changes. Format 1 has no attention."""
+FORMATS_READ = (1, FORMAT)
+SUM = "sha256"
+"""Key of the state's own checksum. An output that continues a damaged state would lack rows, or repeat some."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The part of the output that is safely on disk."""
+
+    identity: dict[str, Any]
+    """the facts that the scores depend on; only a run with the same facts may continue the output"""
+    records: int = 0
+    pairs: int = 0
+    matched: int = 0
+    truncated: int = 0
+    bad: int = 0
+    precision: str | None = None
+    attention: str | None = None
+    """None before the first chunk, and in states of earlier versions"""
+    threshold: float | None = None
+    part_bytes: int = 0
+    errors_bytes: int = 0
+    finished: bool = False
+    """everything is scored; only the move into place is left"""
+    numerics: int = FIRST_NUMERICS
+    """the number of the arithmetic of the scores (`raycv.common.numerics.NUMERICS`)"""
+
+
+def sum_of_state(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def write_state(path: Path, progress: Progress) -> None:
+    """Writes a state, whole or not at all. Raises: OSError; UserError if the disk is full."""
+    values = {"format": FORMAT, **asdict(progress)}
+    write_text(path, json.dumps({**values, SUM: sum_of_state(values)}, indent=2) + "\n", private=True)
+
+
+def read_state(path: Path, restart: str) -> Progress:
+    """Reads the state of this or an earlier version.
+
+    Args:
+        path: The file.
+        restart: The step that starts the output again, for messages.
+
+    Raises:
+        UserError: It is damaged, or a later version wrote it.
+    """
+    values = read_json(path)
+    remedies = [f"to start again, {restart}"]
+    if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
+        raise UserError(f"{path} is damaged.", remedies=remedies)
+    # States of earlier versions say no format.
+    written = values.pop("format", FORMATS_READ[0])
+    if written not in FORMATS_READ:
+        what = f"{path} was written by another version of raycv: its format is {written}, and not {FORMAT}."
+        raise UserError(what, remedies=["continue with that version of raycv", *remedies])
+    # Earlier versions counted each version of raycv as another arithmetic, so we drop that entry.
+    values["identity"].pop("the version of raycv", None)
+    return Progress(**values)
+
+
+def is_same(found: Progress, ours: Progress) -> bool:
+    """Whether both come from the same arithmetic and the same inputs."""
+    return found.numerics == ours.numerics and not changed(found.identity, ours.identity)
+
+
+def check_continues(found: Progress, ours: Progress, output: Path, restart: str) -> None:
+    """Raises: UserError if the scores of `found` depend on anything else than those of this command would."""
+    if found.numerics != NUMERICS:
+        raise UserError(
+            f"{output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
+            f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
+            remedies=["continue with that version of raycv", f"to start again, {restart}", "name another output"],
+        )
+    if names := changed(found.identity, ours.identity):
+        what = f"{output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
+        remedies = ["run the command as it was", f"to start again, {restart}", "name another output"]
+        raise UserError(what, remedies=remedies)
+
+
+def check_computed(before: Progress, chunk: ScoredChunk, restart: str) -> None:
+    """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
+    if before.precision not in (None, chunk.precision):
+        what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+        raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+    then = before.attention or chunk.earlier_attention
+    if before.records and then != chunk.attention:
+        raise UserError(
+            f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+            remedies=[
+                "continue with the version of raycv and on the kind of device that began the file",
+                f"to start again, {restart}",
+                "name another output: output=<file>",
+            ],
+        )
