@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,8 @@ class Sink(Protocol):
     def resume(self, progress: Progress) -> None:
         """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
 
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
-        """Writes the rows of the chunk after `records` records. Returns the bytes of the file; for Parquet 0."""
+    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
+        """Writes the rows of the chunk after `before`. Returns the bytes of the file; for Parquet 0."""
 
     def left(self) -> bool:
         """Whether `path` exists: rows that were written are still there."""
@@ -46,24 +46,23 @@ class Sink(Protocol):
 class TextPart:
     """Collects the rows as lines of one file."""
 
-    def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], *, as_json: bool) -> None:
         self.path = path
         self._columns = tuple(columns)
-        self._line_of = line_of
-        self._bytes = 0
+        self._as_json = as_json
 
     def resume(self, progress: Progress) -> None:
-        if progress.records == 0:
-            header = csv_line(self._columns, self._columns) if self._line_of is csv_line else ""
-            self._bytes = append_bytes(self.path, header.encode("utf-8"), at=0)
-            return
-        cut_to(self.path, progress.part_bytes)
-        self._bytes = progress.part_bytes
+        if progress.records:
+            cut_to(self.path, progress.part_bytes)
+        else:
+            append_bytes(self.path, b"", at=0)
 
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
-        lines = "".join(self._line_of(self._columns, row) for row in rows)
-        self._bytes = append_bytes(self.path, lines.encode("utf-8"), at=self._bytes)
-        return self._bytes
+    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
+        if self._as_json:
+            lines = json_lines(self._columns, rows)
+        else:
+            lines = csv_lines(rows if before.records else [self._columns, *rows])
+        return append_bytes(self.path, lines.encode("utf-8"), at=before.part_bytes)
 
     def left(self) -> bool:
         return self.path.exists()
@@ -78,16 +77,17 @@ class TextPart:
         self.path.unlink(missing_ok=True)
 
 
-def csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(
-        str(value).lower() if isinstance(value, bool) else value for value in row
+    csv.writer(buffer, lineterminator="\n").writerows(
+        [str(value).lower() if isinstance(value, bool) else value for value in row] for row in rows
     )
     return buffer.getvalue()
 
 
-def json_line(columns: Sequence[str], row: Sequence[Any]) -> str:
-    return json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"
+def json_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    records = (dict(zip(columns, row, strict=True)) for row in rows)
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def append_bytes(path: Path, data: bytes, *, at: int) -> int:
@@ -147,7 +147,7 @@ class ParquetParts:
     def left(self) -> bool:
         return self.path.exists()
 
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
+    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
         import pyarrow
         import pyarrow.parquet
 
@@ -155,7 +155,7 @@ class ParquetParts:
             values = zip(*rows, strict=True)
             arrays = [pyarrow.array(column, kind.type) for column, kind in zip(values, self._schema(), strict=True)]
             table = pyarrow.Table.from_arrays(arrays, schema=self._schema())
-            with replaced(self.path / f"{records:015}.parquet", private=True) as temporary:
+            with replaced(self.path / f"{before.records:015}.parquet", private=True) as temporary:
                 pyarrow.parquet.write_table(table, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -207,4 +207,4 @@ def sink_of(output: Path, columns: Sequence[str], fold_type: type) -> Sink:
     ending = output.suffix.casefold()
     if ending == ".parquet":
         return ParquetParts(part_of(output), columns, fold_type)
-    return TextPart(part_of(output), columns, json_line if ending == ".jsonl" else csv_line)
+    return TextPart(part_of(output), columns, as_json=ending == ".jsonl")

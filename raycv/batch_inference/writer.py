@@ -7,15 +7,13 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from raycv.batch_inference.output_formats import append_bytes, clear, csv_line, cut_to, sink_of
+from raycv.batch_inference.output_formats import append_bytes, clear, csv_lines, cut_to, sink_of
 from raycv.batch_inference.output_place import ERRORS_HEADER, beside, check_output, is_there, locked, taken_by, writing
 from raycv.batch_inference.pairs import ScoredChunk
 from raycv.batch_inference.state import Progress, check_computed, check_continues, is_same, read_state, write_state
 from raycv.common.numerics import NUMERICS
 from raycv.data.types import LABELS
 from raycv.errors import UserError
-
-_ERRORS_COLUMNS = ("row", "line", "reason")
 
 
 class Stage(Enum):
@@ -38,7 +36,7 @@ class ScoreFile:
         output: The file of scores.
         errors: The list of bad rows.
         stage: How far the output is.
-        progress: What is safely on disk.
+        progress: The part that is safely on disk.
     """
 
     def __init__(self, output: Path, ids: Sequence[str], fold: int | str, identity: Mapping[str, Any]) -> None:
@@ -121,7 +119,7 @@ class ScoreFile:
             (one.row, *one.ids, one.criterion_id, one.label, one.score, chunk.threshold, self._fold, one.truncated)
             for one in chunk.scores
         ]
-        errors = "".join(csv_line(_ERRORS_COLUMNS, (bad.row, bad.line, bad.reason)) for bad in chunk.bad)
+        errors = csv_lines((bad.row, bad.line, bad.reason) for bad in chunk.bad)
         with writing(self.output):
             after = replace(
                 before,
@@ -133,7 +131,7 @@ class ScoreFile:
                 precision=chunk.precision,
                 attention=chunk.attention,
                 threshold=chunk.threshold,
-                part_bytes=self._sink.append(rows, before.records),
+                part_bytes=self._sink.append(rows, before),
                 errors_bytes=append_bytes(self.errors, errors.encode("utf-8"), at=before.errors_bytes),
             )
             self._save(after)
