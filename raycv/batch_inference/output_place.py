@@ -31,7 +31,9 @@ def writing(output: Path) -> Iterator[None]:
         raise
     except OSError as error:
         remedies = ["make room or give another place: output=<file>; what is written is kept, and continued"]
-        raise UserError(f"output={output} cannot be written: {error.strerror}.", remedies=remedies) from error
+        raise UserError(
+            f"output={output} cannot be written: {error.strerror}.", kind="disk-unwritable", remedies=remedies
+        ) from error
 
 
 @contextlib.contextmanager
@@ -56,7 +58,7 @@ def locked(output: Path) -> Iterator[None]:
             lock.release()
     except Timeout as error:
         remedies = ["wait for it to end", "name another output"]
-        raise UserError(f"Another process writes {output}.", remedies=remedies) from error
+        raise UserError(f"Another process writes {output}.", kind="run-busy", remedies=remedies) from error
     finally:
         with contextlib.suppress(OSError):
             for folder in made:
@@ -78,17 +80,24 @@ def check_output(output: Path, source: Path | None = None) -> None:
     if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
         raise UserError(
             f"output={output}: writing it would overwrite the input {source}.",
+            kind="output-exists",
             remedies=["name another file: output=<file>"],
         )
     if output.suffix.casefold() not in FORMATS:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
-        raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
+        raise UserError(
+            f"output={output}: with input=, output is a file that ends in a format.",
+            kind="config-value",
+            remedies=remedies,
+        )
     try:
         # The files beside the output have longer names, so one may fail where the output itself does not.
         there = _in_the_way(output)
     except OSError as error:
         remedies = ["name another file: output=<file>"]
-        raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
+        raise UserError(
+            f"output={shown(output)} cannot be written: {error.strerror}.", kind="disk-unwritable", remedies=remedies
+        ) from error
     if there:
         raise taken_by(output, there[0])
 
@@ -114,7 +123,7 @@ def _in_the_way(output: Path) -> list[Path]:
 
 def taken_by(output: Path, place: Path) -> UserError:
     what = f"output={output}{'' if place == output else f': {place}'} is there already."
-    return UserError(what, remedies=["name another output", "delete it, or move it away"])
+    return UserError(what, kind="output-exists", remedies=["name another output", "delete it, or move it away"])
 
 
 def _is_empty(path: Path) -> bool:

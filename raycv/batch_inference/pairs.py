@@ -210,7 +210,7 @@ def open_source(
         raise unreadable(path, error) from error
     if layout.criterion and criterion is not None:
         what = f"criterion is given on the command line, and {path} has a column {layout.criterion}."
-        raise UserError(what, remedies=["leave criterion out", "remove or rename the column"])
+        raise UserError(what, kind="config-value", remedies=["leave criterion out", "remove or rename the column"])
     asked = find_criterion(criterion, criteria) if criterion is not None else None
     of_record = 1 if layout.criterion or asked else len(criteria)
     chunk_records = max(1, (chunk_pairs or CHUNK_PAIRS) // of_record)

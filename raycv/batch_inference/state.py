@@ -63,15 +63,15 @@ def read_state(path: Path, restart: str) -> Progress:
     Raises:
         UserError: It is damaged, or a later version wrote it.
     """
-    values = read_json(path)
+    values = read_json(path, "output-differs")
     remedies = [f"to start again, {restart}"]
     if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
-        raise UserError(f"{path} is damaged.", remedies=remedies)
+        raise UserError(f"{path} is damaged.", kind="output-differs", remedies=remedies)
     # States of earlier versions say no format.
     written = values.pop("format", FORMATS_READ[0])
     if written not in FORMATS_READ:
         what = f"{path} was written by another version of raycv: its format is {written}, and not {FORMAT}."
-        raise UserError(what, remedies=["continue with that version of raycv", *remedies])
+        raise UserError(what, kind="package-version", remedies=["continue with that version of raycv", *remedies])
     # Earlier versions counted each version of raycv as another arithmetic, so we drop that entry.
     values["identity"].pop("the version of raycv", None)
     return Progress(**values)
@@ -88,23 +88,27 @@ def check_continues(found: Progress, ours: Progress, output: Path, restart: str)
         raise UserError(
             f"{output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
             f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
+            kind="package-version",
             remedies=["continue with that version of raycv", f"to start again, {restart}", "name another output"],
         )
     if names := changed(found.identity, ours.identity):
         what = f"{output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
         remedies = ["run the command as it was", f"to start again, {restart}", "name another output"]
-        raise UserError(what, remedies=remedies)
+        raise UserError(what, kind="output-differs", remedies=remedies)
 
 
 def check_computed(before: Progress, chunk: ScoredChunk, restart: str) -> None:
     """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
     if before.precision not in (None, chunk.precision):
         what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
-        raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+        raise UserError(
+            what, kind="output-differs", remedies=[f"infer.precision={before.precision}", "name another output"]
+        )
     then = before.attention or chunk.earlier_attention
     if before.records and then != chunk.attention:
         raise UserError(
             f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+            kind="output-differs",
             remedies=[
                 "continue with the version of raycv and on the kind of device that began the file",
                 f"to start again, {restart}",

@@ -156,13 +156,18 @@ class ScoreFile:
             self._state.unlink()
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
-            raise UserError(f"Nothing could be scored: {why}.", remedies=["fix the input, and run the command again"])
+            raise UserError(
+                f"Nothing could be scored: {why}.",
+                kind="input-empty",
+                remedies=["fix the input, and run the command again"],
+            )
 
     def _move(self) -> None:
         if self.progress.pairs and is_there(self.output):
             raise UserError(
                 f"output={self.output} came to be there while the scores were computed, and is left as it is. They "
                 f"are complete, in {self._sink.path}.",
+                kind="output-exists",
                 remedies=["move it away, and run the same command: it puts the scores in place"],
             )
         # If the process is killed after this line, the next run does the rest.
