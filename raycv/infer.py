@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.signals import discard
+from raycv.common.text_files import FIELD_LIMIT
 from raycv.config.command_line import run_command
 from raycv.config.schema import InferConfig
 from raycv.data.parsing import is_blank
-from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer, read_criteria

@@ -20,6 +20,7 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raycv.common.text_files import FIELD_LIMIT
 from raycv.data.dataset import (
     EXPECTED_COUNTS,
     EXPECTED_IN_RELEASE,
@@ -29,7 +30,6 @@ from raycv.data.dataset import (
     size_warning,
 )
 from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
-from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Dataset, Pair
 from raycv.errors import FaultsError
 

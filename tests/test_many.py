@@ -257,7 +257,7 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
 
 
 def test_a_line_that_was_cut_is_bad_even_if_an_unclosed_quote_swallowed_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("raycv.data.table_reader.LINE_LIMIT", 40)
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 40)
     source = tmp_path / "in.csv"
     source.write_text('post\nw1\n"w2\n' + "w" * 100 + "\nw4\n")
     (chunk,) = open_source(source, CRITERIA, "C0").chunks()
@@ -347,7 +347,7 @@ def test_a_pair_without_room_for_a_word_of_its_post_is_a_bad_row(tmp_path, long_
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
-    monkeypatch.setattr("raycv.data.table_reader.LINE_LIMIT", 40)
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 40)
     for length in (*range(36, 46), *range(78, 86), *range(118, 126)):
         lines = [line if ending == "csv" else json.dumps({"post": line}) for line in ("w1", "w2", "w3")]
         lines[1] = "w" * length if ending == "csv" else json.dumps({"post": "w" * (length - 12)})
@@ -922,7 +922,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
 
 def test_quotes_that_are_never_closed_one_after_the_other_end_the_reading(checkpoint, tmp_path, monkeypatch):
     """Each would be looked for up to the end of the file: hours, for a large one."""
-    monkeypatch.setattr("raycv.data.table_reader.READ_AGAIN", 100)
+    monkeypatch.setattr("raycv.common.text_files.READ_AGAIN", 100)
     source = tmp_path / "in.csv"
     source.write_text("post,id\n" + "w1,2\n" * 50 + '6\'2","w2 and w3\n' * 200)
     with pytest.raises(UserError, match=r"in.csv, line \d\d: up to here one quote after the other is opened and never"):

@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raycv.batch_inference.columns import repeated_known
+from raycv.common.text_files import Lines, UnreadableError, check_file, csv_records, opened, parsed_json
 from raycv.data.problems import Kind
-from raycv.data.table_reader import (
-    Lines,
-    UnreadableError,
-    check_file,
-    csv_records,
-    folded,
-    opened,
-    parsed_json,
-    read_columns,
-)
+from raycv.data.table_reader import folded, read_columns
 from raycv.errors import UserError
 
 _PARQUET_ROWS = 256
@@ -122,11 +114,11 @@ def _json_object(text: str) -> tuple["_Entries", UnreadableError | None]:
     except UnreadableError as fault:
         return _Entries(), fault
     if not isinstance(value, _Entries):
-        return _Entries(), UnreadableError(Kind.JSON, "not a JSON object")
+        return _Entries(), UnreadableError("JSON", "not a JSON object")
     names = folded(key for key, _ in value)
     if twice := repeated_known(names):
         detail = f"the key {twice} occurs {names.count(twice)} times"
-        return _Entries(), UnreadableError(Kind.DUPLICATE_COLUMN, detail)
+        return _Entries(), UnreadableError("DUPLICATE_COLUMN", detail)
     return value, None
 
 
@@ -221,5 +213,5 @@ def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:
     return UserError(
         f"input={path}{place}: {error.detail}.",
         kind="input-file",
-        remedies=["input=<a readable file>", *error.kind.remedies],
+        remedies=["input=<a readable file>", *Kind[error.kind].remedies],
     )

@@ -7,44 +7,18 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raycv.batch_inference.output_place import part_of
 from raycv.batch_inference.state import Progress
 from raycv.common.files import replaced
 from raycv.errors import UserError
 
-
-class Sink(Protocol):
-    """Takes the rows until the output is complete."""
-
-    path: Path
-    """the file or folder of the rows"""
-
-    def resume(self, progress: Progress) -> None:
-        """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
-
-    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
-        """Writes the rows of the chunk after `before`. Returns the bytes of the file; for Parquet 0."""
-
-    def left(self) -> bool:
-        """Whether `path` exists: rows that were written are still there."""
-
-    def finish(self, output: Path) -> None:
-        """Moves all rows to `output`."""
-
-    def finished(self, output: Path, progress: Progress) -> bool:
-        """Whether `output` is the result of `finish`, judged by its size or its number of rows."""
-
-    def discard(self) -> None:
-        """Removes all that is left at `path`."""
-
-
 # --- CSV and JSON lines ----------------------------------------------------------------------------------------------
 
 
 class TextPart:
-    """Collects the rows as lines of one file."""
+    """Collects the rows as lines of one file, until the output is complete."""
 
     def __init__(self, path: Path, columns: Sequence[str], *, as_json: bool) -> None:
         self.path = path
@@ -52,12 +26,14 @@ class TextPart:
         self._as_json = as_json
 
     def resume(self, progress: Progress) -> None:
+        """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
         if progress.records:
             cut_to(self.path, progress.part_bytes)
         else:
             append_bytes(self.path, b"", at=0)
 
     def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
+        """Writes the rows of the chunk after `before`. Returns the bytes of the file."""
         if self._as_json:
             lines = json_lines(self._columns, rows)
         else:
@@ -65,15 +41,19 @@ class TextPart:
         return append_bytes(self.path, lines.encode("utf-8"), at=before.part_bytes)
 
     def left(self) -> bool:
+        """Whether rows that were written are still there."""
         return self.path.exists()
 
     def finish(self, output: Path) -> None:
+        """Moves all rows to `output`."""
         os.replace(self.path, output)
 
     def finished(self, output: Path, progress: Progress) -> bool:
+        """Whether `output` is the result of `finish`, judged by its size."""
         return not self.left() and output.is_file() and output.stat().st_size == progress.part_bytes
 
     def discard(self) -> None:
+        """Removes what is left."""
         self.path.unlink(missing_ok=True)
 
 
@@ -132,7 +112,10 @@ def changed_since(path: Path, there: str, written: str) -> UserError:
 
 
 class ParquetParts:
-    """Collects a file per chunk, named after the number of records before it. They become row groups of one file."""
+    """Collects a file per chunk, named after the number of records before it. They become row groups of one file.
+
+    Its methods are those of `TextPart`, but `append` returns 0, and `finished` compares numbers of rows.
+    """
 
     def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
         self.path = folder
@@ -206,7 +189,7 @@ def _parquet(path: Path) -> Any:
     return pyarrow.parquet.ParquetFile(path)
 
 
-def sink_of(output: Path, columns: Sequence[str], fold_type: type) -> Sink:
+def sink_of(output: Path, columns: Sequence[str], fold_type: type) -> TextPart | ParquetParts:
     """The sink for the format of `output`. `fold_type` is that of the column `fold`."""
     ending = output.suffix.casefold()
     if ending == ".parquet":

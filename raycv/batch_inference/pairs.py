@@ -6,9 +6,9 @@ from pathlib import Path
 
 from raycv.batch_inference.columns import CRITERION_COLUMNS, Layout, find_layout, unread_columns
 from raycv.batch_inference.input_formats import Record, pair_file, unreadable
+from raycv.common.text_files import FIELD_LIMIT, UnreadableError, is_unicode
 from raycv.data.parsing import Missing, id_fault, is_blank, is_missing
-from raycv.data.problems import FIELD_LIMIT, named
-from raycv.data.table_reader import UnreadableError, is_unicode
+from raycv.data.problems import named
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, find_criterion

@@ -9,8 +9,9 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from raycv.common.text_files import UnreadableError, check_file
 from raycv.data.problems import Faults, Kind, named
-from raycv.data.table_reader import UnreadableError, check_file, folded, read_columns, separator_of
+from raycv.data.table_reader import folded, read_columns, separator_of
 from raycv.errors import counted, first_of, shown
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
@@ -365,7 +366,7 @@ def _unread(file: _File) -> list[str]:
 
 def _report_suspect(file: _File, faults: Faults) -> None:
     if file.problem is not None:
-        faults.add(file.problem.kind, file.path, file.problem.detail, file.problem.place)
+        faults.add(Kind[file.problem.kind], file.path, file.problem.detail, file.problem.place)
     elif file.path.suffix.casefold() == ".json":
         faults.add(Kind.JSON, file.path, "holds no list of criteria")
     else:
