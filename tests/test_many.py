@@ -33,6 +33,8 @@ from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.command_line import compose
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.config.validation import validate
+from raycv.data.problems import Faults
+from raycv.data.table_reader import read_table
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
@@ -254,6 +256,29 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     (chunk,) = open_source(source, CRITERIA, "C0").chunks()
     assert [(pair.row, pair.line, pair.post) for pair in chunk.pairs] == [(1, 2, "w1"), (3, 4, "w3"), (4, 5, "w4")]
     assert [bad.line for bad in chunk.bad] == [3]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("p2,a,b\n", "3 fields instead of 2"),
+        ('p2,"a" b\n', "a quoted field continues after its closing quote"),
+        ('p2,"a\n', "a quote is opened and never closed"),
+        ("p2," + "a " * 10 + "\n", "a line has more than 20 characters"),
+    ],
+)
+def test_a_table_and_a_file_of_pairs_name_a_broken_record_in_the_same_words(tmp_path, monkeypatch, record, reason):
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 20)
+    source = tmp_path / "in.csv"
+    source.write_text(f"post_id,post\np1,w1\n{record}")
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(bad.line, bad.reason) for bad in chunk.bad] == [(3, reason)]
+    faults = Faults()
+    assert [row.id("post_id") for row in read_table(source, faults).rows if not row.broken] == ["p1"]
+    with pytest.raises(FaultsError) as caught:
+        faults.raise_any("")
+    stops = "" if "fields" in reason else "; reading stopped"
+    assert caught.value.faults == [f"{source}, line 3: {reason}{stops}"]
 
 
 def test_a_line_that_was_cut_is_bad_even_if_an_unclosed_quote_swallowed_it(tmp_path, monkeypatch):
