@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raycv.batch_inference.identity import identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.input_formats import pair_file
 from raycv.batch_inference.output_place import check_output
 from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairScore, PairSource, ScoredChunk, open_source
-from raycv.batch_inference.state import Progress
+from raycv.batch_inference.state import Progress, identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.data.problems import listed

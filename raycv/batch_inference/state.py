@@ -1,4 +1,4 @@
-"""The state of a file of scores: how far it is, on disk beside it, and whether this command may continue it."""
+"""The state of a file of scores: how far it is, the facts that it depends on, and whether a command may continue it."""
 
 import hashlib
 import json
@@ -7,11 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raycv.batch_inference.identity import changed
-from raycv.batch_inference.pairs import ScoredChunk
-from raycv.common.files import read_json, write_text
+from raycv.batch_inference.pairs import PairSource, ScoredChunk
+from raycv.common.files import read_json, sha256_of, write_text
 from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
+from raycv.data.dataset import criteria_hash
 from raycv.errors import UserError
+from raycv.inference.choose import Chosen
+from raycv.model.base_files import comparable
+from raycv.model.base_model import fetch_trained_base
+from raycv.model.checkpoint import MANIFEST, read_info
 
 FORMAT = 2
 """The number of the state's format. Raise it by one when the format changes. Format 1 has no attention."""
@@ -115,3 +119,83 @@ def check_computed(before: Progress, chunk: ScoredChunk, restart: str) -> None:
                 "name another output: output=<file>",
             ],
         )
+
+
+# --- The facts that scores depend on ---------------------------------------------------------------------------------
+
+IDENTITY_BYTES = 1_000_000
+BASE, MISSING = "the base model", "missing"
+
+
+def identity_of(source: PairSource, chosen: Chosen, base: str | None) -> dict[str, Any]:
+    """The facts that the scores depend on, under names that a message can use. The engine is not among them.
+
+    Nor are precision and attention: the first chunk tells them, and ScoreFile holds the others to them.
+
+    Args:
+        source: The file and what its rows are asked for.
+        chosen: The checkpoints.
+        base: Folder or hub id of the base model now; None for where training found it.
+
+    Raises:
+        UserError: The base model is not there.
+    """
+    asked = source.asked.text if source.asked else ""
+    return {
+        **identity_of_input(source),
+        "the checkpoints": [_checkpoint_hash(folder) for folder in chosen.checkpoints],
+        # All checkpoints of a run have the same base model.
+        BASE: [_base_sums(folder, base) for folder in chosen.checkpoints[:1]],
+        "the criteria": criteria_hash(source.criteria),
+        "criterion": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
+        "the records of a chunk": source.chunk_records,
+        MISSING: source.missing,
+    }
+
+
+def identity_of_input(source: PairSource) -> dict[str, Any]:
+    """The facts that can change while the file is scored."""
+    stat = source.path.stat()
+    with source.path.open("rb") as file:
+        head = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
+    return {
+        "the size of the input": stat.st_size,
+        "the time of the input": stat.st_mtime_ns,
+        "the beginning of the input": head,
+    }
+
+
+def takes_missing_as_text(begun: Mapping[str, Any]) -> bool:
+    """Whether the file with the identity `begun` is of an earlier version, which took NaN and the like as text."""
+    return MISSING not in begun
+
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of what differs between the identity of a file that was begun and that of this command."""
+    if takes_missing_as_text(then):
+        # The file continues as it began, even if the command says otherwise.
+        now = {name: value for name, value in now.items() if name != MISSING}
+    names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+    return [name for name in names if name != BASE or _other_base(then.get(BASE), now.get(BASE))]
+
+
+def _other_base(then: Any, now: Any) -> bool:
+    """Whether the base model is another, apart from files that earlier versions did not record."""
+    if not (then and now):
+        return True
+    (then,), (now,) = then, now
+    return {file: now[file] for file in comparable(now, then)} != dict(then)
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """A hash of the adapter, the head, the threshold and the prompt's rules."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / MANIFEST, *folder.glob("adapter_model.*")]):
+        digest.update(bytes.fromhex(sha256_of(path)))
+    return digest.hexdigest()
+
+
+def _base_sums(checkpoint: Path, given: str | None) -> dict[str, str]:
+    """Checksums of the base model's files. Their place does not count, as it may hold another model next time."""
+    info = read_info(checkpoint)
+    return fetch_trained_base(info.base_model, info.base_revision, given).sums()
