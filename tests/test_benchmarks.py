@@ -20,7 +20,7 @@ from benchmarks.harness import Bar, interleaved, spread
 ROOT = Path(benchmarks.__file__).parent.parent
 NAMES = (
     "layer", "collate", "fold", "growth", "batching", "overhead", "scale", "gpu",
-    "latency_cli", "load", "drift", "latency", "int8",
+    "latency_cli", "load", "drift", "latency", "int8", "report",
 )  # fmt: skip
 SPREAD = {"median", "min", "max", "n"}
 

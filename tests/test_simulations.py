@@ -66,7 +66,7 @@ def test_post_bootstrap_covers_the_truth_nineteen_times_out_of_twenty():
     """300 studies put the share of a 95 % interval within 92.5 to 97.5 % nineteen times out of twenty.
 
     At cross_fold the interval with thresholds held fixed is a little narrow, since a fold's threshold depends on the
-    other folds: 2,000 studies gave 93.5 to 94.3 %. Several metrics at once spread further in 300, so F1 stands for them.
+    other folds: 2,000 studies gave 93.5 to 94.3 %. Many metrics spread further in 300, so F1 stands for them.
     """
     covered = {}
     sizes = np.full(FOLDS, POSTS / FOLDS)
