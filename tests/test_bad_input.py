@@ -901,6 +901,7 @@ def test_a_process_refuses_a_gigabyte_of_words_in_seconds_and_little_memory(tmp_
     assert "1,000,000 characters" in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["a gigabyte in one field", "links in a circle", "a file that fails while it is read"])
 def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
@@ -912,6 +913,7 @@ def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, ca
         assert fragment in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["near key", "more folds than posts", "a number without end", "no model"])
 def test_a_process_refuses_configs_in_seconds(tmp_path: Path, case: str) -> None:

@@ -175,7 +175,7 @@ def test_the_walk_sees_what_is_loaded_through_others() -> None:
     assert "ray" in tops(loads("orchestration.ray_tune"))
     assert any(name.startswith("raycv.orchestration.fold_task.") for name in loads("orchestration.ray_tune"))
     assert {"mlflow", "ray"} <= tops(loads("orchestration.mlflow_callback"))
-    assert "ray" not in tops(loads("tracking.tracker"))
+    assert "ray" not in tops(loads("tracking.cross_validation"))
     assert "torch" in tops(loads("training.loop"))
 
 

@@ -1057,6 +1057,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
 SMALL_CHUNKS = "from raycv.batch_inference import pairs; pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, ending):
@@ -1220,6 +1221,7 @@ def test_a_chunk_of_bad_rows_alone_asks_the_model_nothing():
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from raycv.results.run_folder import RunFolder, aggregate_command, resume_comman
 from raycv.terminal.console import say
 
 if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class OpenRun:
     config: RunConfig
     """with the name that the run has now"""
     folder: RunFolder
-    tracker: "Tracker"
+    store: "CrossValidationStore"
     parent_id: str
     """the id of the parent run in MLflow"""
     console: Console
@@ -34,7 +34,7 @@ class OpenRun:
     @property
     def params(self) -> dict[str, str]:
         """The config as parameters of MLflow."""
-        from raycv.tracking.tracker import flat_params
+        from raycv.tracking.cross_validation import flat_params
 
         return flat_params(self.config.model_dump())
 
@@ -67,15 +67,15 @@ class OpenRun:
                 status = "FINISHED"
             # A store that is away may hide neither a result nor the error that ended the run.
             with contextlib.suppress(UserError):
-                self.tracker.finish_family(self.parent_id, status)
+                self.store.finish_family(self.parent_id, status)
 
     def log(self, report: dict[str, Any]) -> None:
         """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
         try:
-            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
-            self.tracker.log_report(self.parent_id, report, self.folder.report)
+            self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
+            self.store.log_report(self.parent_id, report, self.folder.report)
             if self.make_ready is not None:
-                self.tracker.log_files(self.parent_id, [self.folder.environment])
+                self.store.log_files(self.parent_id, [self.folder.environment])
         except UserError as error:
             later = f"Log it later: {aggregate_command(self.folder)}"
             say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")

@@ -1,10 +1,18 @@
-"""Names the files of a run folder and of its folds, and the commands to resume, aggregate and ask a run."""
+"""Names the files of a run folder and its folds, reads its records, and names the commands that take a run."""
 
 import secrets
 import shlex
 from pathlib import Path
+from typing import Any
 
-from raycv.common.files import sha256_of, write_text
+from raycv.common.files import read_json, sha256_of, write_text
+from raycv.errors import UserError
+
+GOOD_COPY = (
+    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
+)
+"""The remedy for a damaged record of a run."""
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 
 
 class RunFolder:
@@ -44,6 +52,32 @@ def share_nonce(folder: RunFolder) -> str:
     if not folder.share.is_file():
         write_text(folder.share, secrets.token_hex(16))
     return folder.share.read_text(encoding="utf-8")
+
+
+def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
+    """Reads a JSON object of the run folder and checks its keys.
+
+    Args:
+        path: The file.
+        texts: Keys that must be there with a text as value.
+        kinds: Further keys that must be there, each with the type of its value.
+
+    Raises:
+        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
+    """
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
+    if not isinstance(values, dict):
+        fault = "it is not a JSON object"
+    else:
+        kinds = dict.fromkeys(texts, str) | kinds
+        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
+        if not lacking:
+            return values
+        fault = f"it lacks {', '.join(lacking)}"
+    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
 def resume_command(folder: RunFolder) -> str:
