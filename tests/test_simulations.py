@@ -11,7 +11,7 @@ from raycv.evaluation.bootstrap import interval, resample
 from raycv.evaluation.measures import Counts, ThresholdCounts, label_metrics
 from raycv.evaluation.operating_points import Measurement, at_cross_epochs, epochs_of, steps_by
 
-pytestmark = [pytest.mark.slow, pytest.mark.study]
+pytestmark = pytest.mark.slow
 STUDIES, POSTS, CRITERIA, FOLDS = 300, 250, 6, 5
 
 
