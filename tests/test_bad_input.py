@@ -33,7 +33,7 @@ from test_data import (
 )  # fmt: skip
 
 from raycv import aggregate, infer, run, serve, synthesize
-from raycv.batch_inference.writer import check_output
+from raycv.batch_inference.output_place import check_output
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError, UserError

@@ -44,8 +44,8 @@ from raycv.tracking.cross_validation import EPOCH_METRICS, CrossValidationStore
 from raycv.tracking.experiment import open_experiment
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
-from raycv.training.sampler import epoch_order
 from raycv.training.state import StateFolder, TrainState
+from raycv.training.steps import epoch_order
 
 pytestmark = pytest.mark.timeout(900)
 

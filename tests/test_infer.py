@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from pages import undocumented
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile
+from raycv.batch_inference.pairs import AskedPair, Chunk
+from raycv.batch_inference.score_file import score_chunk
+from raycv.batch_inference.writer import ScoreFile
 from raycv.common.files import read_json, write_json, write_text
 from raycv.config.command_line import run_command
 from raycv.config.schema import InferConfig, InferenceConfig, TrackingConfig
@@ -481,6 +483,8 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     """Of one pair and of a file of them: rounding moves no score over its threshold."""
 
     class Near(Fixed):
+        attention = earlier_attention = "sdpa"
+
         def predict(self, pairs):
             return [Prediction(score, False) for _ in pairs]
 
@@ -493,7 +497,7 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     assert (float(probability) >= float(against)) == (said == "matched") == (label == "matched")
     output = ScoreFile(tmp_path / "scores.csv", (), 0, {})
     with output.opened():
-        output.append(ScoredChunk(1, 1, threshold, "fp32", "sdpa", "sdpa", [PairScore(1, (), "A.1", score, False)]))
+        output.append(score_chunk(Chunk(1, 1, [AskedPair(1, 2, (), "p", CRITERIA["A.1"])]), Near()))
         output.finish()
     assert f",{label}," in (tmp_path / "scores.csv").read_text()
     assert output.progress.matched == (label == "matched")

@@ -208,10 +208,12 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
 
 @pytest.mark.core
 def test_scores_are_the_users_alone_wherever_they_lie(used: Place) -> None:
-    names = {"predictions.csv", "scores.csv", "s.parquet", "scores.csv.errors.csv"}
+    names = {"predictions.csv", "epoch_scores.npy", "pairs.csv", "near_duplicates.csv"}
+    names |= {"scores.csv", "s.parquet", "scores.csv.errors.csv"}
     found = [path for path in used.work.rglob("*") if path.name in names]
     # Two folds, in the run folder and in MLflow's.
-    assert [path.name for path in found].count("predictions.csv") == 4
+    for name, times in (("predictions.csv", 4), ("epoch_scores.npy", 4), ("pairs.csv", 2), ("near_duplicates.csv", 2)):
+        assert [path.name for path in found].count(name) == times
     assert {path.name for path in found} == names
     assert {oct(path.stat().st_mode & 0o777) for path in found} == {"0o600"}
 

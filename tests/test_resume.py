@@ -30,7 +30,7 @@ from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv.common.environment import code_state, package_version
-from raycv.common.files import read_json, sha256_of, write_json
+from raycv.common.files import array_bytes, read_json, sha256_of, write_json
 from raycv.common.numerics import NUMERICS
 from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig
@@ -121,6 +121,9 @@ def same(one, other):
     assert replace(result.best, seconds=0) == replace(expected.best, seconds=0)
     assert result.events == expected.events
     np.testing.assert_array_equal(result.val_scores, expected.val_scores)
+    assert (result.epoch_scores is None) == (expected.epoch_scores is None)
+    if expected.epoch_scores is not None:
+        assert array_bytes(result.epoch_scores) == array_bytes(expected.epoch_scores)
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
@@ -221,6 +224,24 @@ def test_checkpointing_that_is_asked_for_as_it_goes_on_is_done_and_changes_no_bi
     assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 1]]
     same(fit(toy, case, saver, state, gradient_checkpointing="off"), expected)
     assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 0]]
+
+
+@pytest.mark.long
+def test_the_scores_of_every_epoch_are_kept_unless_an_earlier_version_did_not_save_them(toy, tmp_path):
+    case, state, expected = half_a_fold(toy, tmp_path)
+    saver = Saver()
+    resumed = fit(toy, case, saver, state)
+    every = resumed[0].epoch_scores
+    assert (every.dtype, every.shape) == (np.float64, (2, len(VAL)))
+    np.testing.assert_array_equal(every[resumed[0].best.epoch - 1], resumed[0].val_scores)
+    np.testing.assert_array_equal(every[1], saver.epochs[0][1])
+    assert not np.array_equal(*every)
+    earlier = replace(state, tensors={name: one for name, one in state.tensors.items() if name != "epoch_scores"})
+    resumed = fit(toy, case, Saver(tmp_path), earlier)
+    assert resumed[0].epoch_scores is None
+    same((replace(resumed[0], epoch_scores=every), resumed[1]), expected)
+    # Its own states lack them too, so a later process makes up nothing.
+    assert fit(toy, case, Saver(), StateFolder(tmp_path).newest(pytest.fail))[0].epoch_scores is None
 
 
 def test_another_precision_is_refused(toy, tmp_path):
@@ -1001,12 +1022,16 @@ def assert_like_unbroken(folder, whole):
     run, expected = RunFolder(folder / "runs" / "mine"), RunFolder(whole / "runs" / "mine")
     for fold in range(2):
         one, other = run.fold(fold), expected.fold(fold)
-        assert {path.name for path in one.root.iterdir()} == {"result.json", "predictions.csv", "checkpoint"}
+        names = {"result.json", "predictions.csv", "epoch_scores.npy", "checkpoint"}
+        assert {path.name for path in one.root.iterdir()} == names
         assert without_seconds(read_json(one.result)) == without_seconds(read_json(other.result))
         assert one.predictions.read_bytes() == other.predictions.read_bytes()
+        assert one.epoch_scores.read_bytes() == other.epoch_scores.read_bytes()
         weights = "adapter_model.safetensors"
         assert (one.checkpoint / weights).read_bytes() == (other.checkpoint / weights).read_bytes()
     assert without_seconds(read_json(run.report)) == without_seconds(read_json(expected.report))
+    assert run.pairs.read_bytes() == expected.pairs.read_bytes()
+    assert run.near_duplicates.read_bytes() == expected.near_duplicates.read_bytes()
     assert {path.name for path in run.root.iterdir()} == {path.name for path in expected.root.iterdir()}
     assert statuses(folder) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
     assert points(folder) == points(whole)
@@ -1027,6 +1052,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     assert re.search(r"fold 1: resumes after epoch [12]( and step \d+ of the next)?\n", said)
     assert_like_unbroken(tmp_path, whole)
     report.unlink()
+    RunFolder(tmp_path / "runs" / "mine").pairs.unlink()
     resume(tmp_path, "resume=mine")
     assert_like_unbroken(tmp_path, whole)
     # A finished fold that was damaged since is no finished one.

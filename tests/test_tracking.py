@@ -91,6 +91,8 @@ DAMAGES = {
     "predictions of others": lambda files: files.predictions.write_text(
         "post_id,criterion_id,label,score\nx,A.1,1,1\n"
     ),
+    "no scores of epochs": lambda files: files.epoch_scores.unlink(),
+    "other scores of epochs": lambda files: files.epoch_scores.write_bytes(b"others"),
     "no checkpoint": lambda files: shutil.rmtree(files.checkpoint),
     "a cut checkpoint": lambda files: (files.checkpoint / "raycv.json").write_text("{"),
     "another fold's": lambda files: write_json(files.result, asdict(fold_result(0))),
@@ -114,7 +116,13 @@ def test_a_finished_fold_is_what_it_left_or_damaged(tmp_path, damage):
         # As results were before they knew of the other files.
         assert FoldResult.of(folder, fold).sha256 == {}
         changed(files, sha256=files.sums())
+        # As they were before they knew of the scores of every epoch.
         assert set(FoldResult.of(folder, fold).sha256) == {"predictions.csv", "checkpoint/raycv.json"}
+        files.epoch_scores.write_bytes(b"scores")
+        assert FoldResult.of(folder, fold).fold == fold
+        changed(files, sha256=files.sums())
+        summed = {"predictions.csv", "epoch_scores.npy", "checkpoint/raycv.json"}
+        assert set(FoldResult.of(folder, fold).sha256) == summed
     DAMAGES[damage](folder.fold(1))
     assert FoldResult.of(folder, 0).fold == 0
     with pytest.raises(UserError, match="fold_1"):
@@ -171,7 +179,7 @@ def test_parent_children_and_report(tracked):
     assert set(EPOCH_METRICS) <= set(child.data.metrics)
     report = summarize("mine", [fold_result(0), fold_result(1)], 2)
     write_json(folder.report, report)
-    store.log_report(parent_id, report, folder.report)
+    store.log_report(parent_id, report, folder)
     parent = store.run(parent_id)
     assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
     assert parent.data.metrics["metric_std_f1"] == pytest.approx(0.0707106781)
@@ -195,7 +203,7 @@ def test_a_useless_fold_is_marked_on_child_and_parent_with_its_reasons(tracked):
 
     assert [tags(0), tags(1)] == [(None, None), ("true", "the scores hardly vary")]
     report = summarize("mine", [FoldResult.read(folder.fold(fold).result) for fold in range(2)], 2)
-    store.log_report(parent_id, report, folder.report)
+    store.log_report(parent_id, report, folder)
     reasons = (
         "all 20 pairs get the label matched; F1 0.182 is not above 0.182, which the label matched for all pairs gives; "
         "the ROC-AUC 0.580 is within chance, which reaches 0.863 on these pairs"

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -10,9 +11,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycv.errors import ErrorKind, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def is_full(error: BaseException) -> bool:
@@ -83,10 +87,24 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes `content`, whole or not at all. Raises: UserError if the disk is full."""
+    with replaced(path, private=private) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Writes `text` as UTF-8, whole or not at all. Raises: UserError if the disk is full."""
-    with replaced(path, private=private) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(path, text.encode("utf-8"), private=private)
+
+
+def array_bytes(array: "np.ndarray") -> bytes:
+    """The content of a .npy file with `array`. Equal arrays have equal bytes."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:

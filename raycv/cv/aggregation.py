@@ -53,7 +53,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     store, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     store.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
-    store.log_report(parent_id, report, folder.report)
+    store.log_report(parent_id, report, folder)
     store.finish(parent_id, "FINISHED")
     return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}"
 
@@ -82,5 +82,5 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
         folds = folds_of(store.download(config.run, folder.config.name, folder.root))
         report = summarize(name, results, folds, stats, finished=store.finished_at(parent))
         write_json(folder.report, report)
-        store.log_report(config.run, report, folder.report)
+        store.log_report(config.run, report, folder)
     return report, f"MLflow: parent run {config.run} at {store.shown_uri} (artifact report.json)"

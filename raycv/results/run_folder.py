@@ -24,6 +24,8 @@ class RunFolder:
         self.splits = root / "splits.json"
         self.data_stats = root / "data_stats.json"
         self.environment = root / "environment.json"
+        self.pairs = root / "pairs.csv"
+        self.near_duplicates = root / "near_duplicates.csv"
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
         """Written last: its presence means that the run is complete. Its `finished` holds the time."""
@@ -108,6 +110,9 @@ class FoldFolder:
         self.result = root / "result.json"
         """Written last of the fold's files: its presence means that the fold is finished."""
         self.predictions = root / "predictions.csv"
+        self.epoch_scores = root / "epoch_scores.npy"
+        """float64 [epochs, n_val]: the scores after each epoch, in the order of the predictions. Earlier versions wrote
+        none, and a fold that resumed from their states has none."""
         self.checkpoint = root / "checkpoint"
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
@@ -115,8 +120,9 @@ class FoldFolder:
         """The training states from which an interrupted fold resumes. They are gone when the fold is finished."""
 
     def sums(self) -> dict[str, str]:
-        """Returns the SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
-        return {self.predictions.name: sha256_of(self.predictions), **self.checkpoint_sums()}
+        """Returns the SHA-256 of the scores and of each file of the checkpoint, by its path in the folder."""
+        scores = [self.predictions, *([self.epoch_scores] if self.epoch_scores.is_file() else [])]
+        return {file.name: sha256_of(file) for file in scores} | self.checkpoint_sums()
 
     def checkpoint_sums(self) -> dict[str, str]:
         """Returns the SHA-256 of each file of the checkpoint, by its path in the folder."""

@@ -123,7 +123,7 @@ class CrossValidationStore(RunStore):
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
         self.log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
         self._mark_collapsed(run_id, result.collapse())
-        self.log_files(run_id, [config, folder.result, folder.predictions])
+        self.log_files(run_id, [config, folder.result, folder.predictions, folder.epoch_scores])
         if folder.checkpoint.is_dir():
             self.call(
                 "log a checkpoint",
@@ -142,7 +142,7 @@ class CrossValidationStore(RunStore):
             self.log_fold(run_id, FoldResult.read(files.result), files, folder.config)
             self.finish(run_id, "FINISHED")
 
-    def log_report(self, parent_id: str, report: Mapping[str, Any], report_file: Path) -> None:
+    def log_report(self, parent_id: str, report: Mapping[str, Any], folder: RunFolder) -> None:
         """Logs the parent summary: means, deviations, best fold, and a link to each child (user story 2)."""
         numbers: dict[str, float] = {"best_fold": report["best_fold"]}
         for key, value in report["mean"].items():
@@ -161,7 +161,7 @@ class CrossValidationStore(RunStore):
             tags[COLLAPSED_TAG] = f"fold {', '.join(map(str, report['collapsed_folds']))}"
             tags[REASONS_TAG] = "\n".join(f"fold {fold}: {'; '.join(why)}" for fold, why in collapsed(report))
         self.set_tags(parent_id, tags | {"mlflow.note.content": description(report, children)})
-        self.log_files(parent_id, [report_file])
+        self.log_files(parent_id, [folder.pairs, folder.near_duplicates, folder.report])
 
     def _mark_collapsed(self, run_id: str, reasons: Sequence[str]) -> None:
         """Marks the child run of a fold as collapsed. Without reasons it does nothing."""
