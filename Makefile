@@ -34,7 +34,8 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and (core or not faults) and not study"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and core and not ray"
+	$(BIN)/python -m pytest -m "slow and core and ray"
 
 # The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install

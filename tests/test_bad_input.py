@@ -33,7 +33,7 @@ from test_data import (
 )  # fmt: skip
 
 from raycv import aggregate, infer, report, run, serve, synthesize
-from raycv.batch_inference.writer import check_output
+from raycv.batch_inference.output_place import check_output
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError, UserError
@@ -913,6 +913,7 @@ def test_a_process_refuses_a_gigabyte_of_words_in_seconds_and_little_memory(tmp_
     assert "1,000,000 characters" in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["a gigabyte in one field", "links in a circle", "a file that fails while it is read"])
 def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
@@ -924,6 +925,7 @@ def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, ca
         assert fragment in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["near key", "more folds than posts", "a number without end", "no model"])
 def test_a_process_refuses_configs_in_seconds(tmp_path: Path, case: str) -> None:

@@ -1,6 +1,7 @@
 """Each check fires on a run that has its fault, and stays quiet on one that has not. Floors and slices by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,3 +166,11 @@ def test_an_empty_slice_has_no_metrics():
     found = evaluate(replace(simulated(40), shortened=np.zeros(360, dtype=bool)), 20)
     length = next(group for group in found["slices"] if group["name"] == "length")
     assert (length["slices"][0]["pairs"], length["slices"][0]["metrics"], length["difference"]) == (0, None, None)
+
+
+def test_the_page_lists_every_check():
+    page = Path(__file__).parent.parent / "docs/concepts/statistics.md"
+    if not page.is_file():
+        pytest.skip("the docs are in the checkout, not in the wheel")
+    rows = [f"| {check.code} | {check.title} | {check.severity} |" for check in CHECKS]
+    assert "\n".join(rows) in page.read_text(encoding="utf-8")

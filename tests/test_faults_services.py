@@ -208,6 +208,7 @@ def check_steps(said):
     assert "  2. shorten the prompts, in a new run" in said["refused"]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_memory_that_runs_out_step_by_step(tmp_path):
     """The kernel refuses it; each step is replayed over the same pairs."""
@@ -332,6 +333,7 @@ def as_writer(folder, base):
     print(json.dumps(refused))  # noqa: T201
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
     """A training state, a checkpoint and a report on a file system without room."""
@@ -447,6 +449,7 @@ def test_a_run_on_a_base_of_a_hub_that_answers_503_twice(tmp_path, monkeypatch):
     assert statuses(work) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
@@ -475,6 +478,7 @@ def test_a_run_on_a_base_that_the_hub_refuses(tmp_path, monkeypatch, fault, word
 # --- MLflow ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_server_that_is_down_at_the_start_is_tried_three_times(tmp_path):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)
@@ -767,7 +771,6 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.core
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here for a clock that can be set")
 def test_a_clock_that_is_set_back_during_a_run(tmp_path):
@@ -809,6 +812,7 @@ def elsewhere(folder):
     ]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mounted):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)

@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from pages import undocumented
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile
+from raycv.batch_inference.pairs import AskedPair, Chunk
+from raycv.batch_inference.score_file import score_chunk
+from raycv.batch_inference.writer import ScoreFile
 from raycv.common.files import read_json, write_json, write_text
 from raycv.config.command_line import run_command
 from raycv.config.schema import InferConfig, InferenceConfig, TrackingConfig
@@ -193,6 +195,7 @@ def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp
         assert caught.value.kind == "checkpoint-damaged"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["2>&-", "2>/dev/full"])
 def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
@@ -480,6 +483,8 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     """Of one pair and of a file of them: rounding moves no score over its threshold."""
 
     class Near(Fixed):
+        attention = earlier_attention = "sdpa"
+
         def predict(self, pairs):
             return [Prediction(score, False) for _ in pairs]
 
@@ -492,7 +497,7 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     assert (float(probability) >= float(against)) == (said == "matched") == (label == "matched")
     output = ScoreFile(tmp_path / "scores.csv", (), 0, {})
     with output.opened():
-        output.append(ScoredChunk(1, 1, threshold, "fp32", "sdpa", "sdpa", [PairScore(1, (), "A.1", score, False)]))
+        output.append(score_chunk(Chunk(1, 1, [AskedPair(1, 2, (), "p", CRITERIA["A.1"])]), Near()))
         output.finish()
     assert f",{label}," in (tmp_path / "scores.csv").read_text()
     assert output.progress.matched == (label == "matched")
@@ -807,6 +812,7 @@ def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_prints_one_json_object_and_logs_no_text(run):
     cwd = run.parent.parent
@@ -834,6 +840,7 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
             assert b"zebra-canary" not in file.read_bytes(), file
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_answer_comes_although_tracking_is_away(run):
     post = f"post={CANARY}"
@@ -844,6 +851,7 @@ def test_the_answer_comes_although_tracking_is_away(run):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
     cwd = run.parent.parent
@@ -864,6 +872,7 @@ def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
         assert store.execute(logged).fetchall() == [("FINISHED",)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_standard_input_and_all_criteria(run):
     done = infer("post_file=-", "output=json", "tracking.uri=none", cwd=run.parent.parent, input=CANARY.encode())

@@ -308,6 +308,7 @@ def as_worker(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_two_workers_go_on_each_with_its_own_random_state(tmp_path):
     code = "import sys; from pathlib import Path; from test_resume import as_worker;"
@@ -792,6 +793,7 @@ def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, mon
     assert len(sums) == 4
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_refuses_another_base(left):
     """Of which the recorded run had no weights."""
@@ -1036,6 +1038,7 @@ def assert_like_unbroken(folder, whole):
     assert len(points(folder)) == len(set(points(folder)))
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)

@@ -122,7 +122,7 @@ def served(tmp_path_factory):
         scorer.stop()
 
 
-pytestmark_ray = [pytest.mark.slow, pytest.mark.ray]
+pytestmark_ray = [pytest.mark.slow, pytest.mark.core, pytest.mark.ray]
 
 
 def ray_test(function):

@@ -189,7 +189,7 @@ def test_parent_children_and_report(tracked):
 
 @pytest.mark.long
 def test_the_parent_has_the_page_its_verdict_and_the_checks_that_found_something(tracked):
-    tracker, parent_id, folder, _ = tracked
+    store, parent_id, folder, _ = tracked
     report = summarize("mine", [fold_result(0), fold_result(1)], 2)
     checks = [
         {"code": "RCV004", "status": "found", "finding": "F1 is at a floor."},
@@ -206,21 +206,21 @@ def test_the_parent_has_the_page_its_verdict_and_the_checks_that_found_something
     ):
         file.parent.mkdir(exist_ok=True)
         file.write_text("x")
-    tracker.log_missing_folds(parent_id, folder, 2, {})
-    tracker.log_report(parent_id, report, folder)
-    tags = tracker.run(parent_id).data.tags
+    store.log_missing_folds(parent_id, folder, 2, {})
+    store.log_report(parent_id, report, folder)
+    tags = store.run(parent_id).data.tags
     assert {key: value for key, value in tags.items() if key.startswith("raycv.check")} == {
         "raycv.check.RCV004": "F1 is at a floor."
     }
     note = tags["mlflow.note.content"]
     assert note.startswith(r"F1 is 0.5. It is better than \*all\*. The weakest is A.1.")
     assert "**Research use, not for diagnosis.**" in note
-    assert f"/runs/{tracker.children(parent_id)[1].info.run_id}" in note
+    assert f"/runs/{store.children(parent_id)[1].info.run_id}" in note
     made = ("evaluation.json", "report.html", "report.md", "model_card.md", "tables/a.csv", "figures/a.svg")
     for number, artifact in enumerate(made):
         place = folder.root / f"fetched_{number}"
         place.mkdir()
-        assert tracker.download(parent_id, artifact, place).is_file()
+        assert store.download(parent_id, artifact, place).is_file()
 
 
 @pytest.mark.long
@@ -403,6 +403,7 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
             signal.signal(number, handler)
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     code = (
@@ -415,6 +416,7 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     assert [process.returncode for process in started] == [0, 0, 0], ends
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, caplog):
     """By another process, and longer than SQLite itself waits."""
@@ -581,6 +583,7 @@ def test_an_epoch_that_arrives_twice_is_one_point(tmp_path):
     assert len(store.client.get_metric_history(parent_id, VAL_LOSS)) == 1
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_path, caplog):
     """As of a server that dies when it has written, and comes back."""
@@ -608,6 +611,7 @@ def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_
     assert [(point.step, point.value) for point in points] == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_http_server_and_its_death(server, tmp_path, caplog):
     url, process = server

@@ -5,9 +5,9 @@ import os
 import re
 import sys
 
+from raycv.common.text_files import FIELD_LIMIT
 from raycv.config.schema import InferConfig
 from raycv.data.parsing import is_blank
-from raycv.data.problems import FIELD_LIMIT
 from raycv.errors import UserError
 from raycv.inference.questions import Question
 
