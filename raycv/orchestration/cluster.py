@@ -192,7 +192,7 @@ def _cluster_to_join() -> str | None:
 
 
 def _started_here() -> str | None:
-    """The address that `ray start` left on this machine for whoever joins; None if there is none."""
+    """The address that `ray start` left on this machine; None without one."""
     folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     try:
         return (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip() or None

@@ -61,7 +61,7 @@ class FoldTask:
     worker: Callable[[dict[str, Any]], dict[str, Any]]
     """train_worker, or what a benchmark puts in its place"""
     mark: int = 0
-    """what `mark_of` begins with; 0 for none"""
+    """the least result of `mark_of`; 0 for no marks"""
 
     def mark_of(self, fold: int) -> int:
         """The bytes of memory that tell the placement group of the fold's workers from others; 0 for no mark.

@@ -2,9 +2,10 @@
 
 import hashlib
 import shutil
+import threading
 import traceback
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,19 @@ def _reported(task: FoldTask, fold: int, trainer: Any) -> dict[str, Any]:
                 reported.add(epoch[EPOCH_KEY])
                 tune.report(epoch)
 
-    with ThreadPoolExecutor(1) as thread:
-        training = thread.submit(trainer.fit)
-        while not training.done():
-            wait([training], REPORT_SECONDS)
-            report(ray.get(task.board.epochs.remote(fold)))
+    training: Future[Any] = Future()
+
+    def train() -> None:
+        try:
+            training.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  (the trial raises it)
+            training.set_exception(error)
+
+    # A daemon, unlike the threads of a pool: a trial whose cluster is gone does not wait for it.
+    threading.Thread(target=train, daemon=True).start()
+    while not training.done():
+        wait([training], REPORT_SECONDS)
+        report(ray.get(task.board.epochs.remote(fold)))
     returned: dict[str, Any] = training.result().return_value
     # The board's process may have died with an epoch.
     report(returned["result"].history)

@@ -1,4 +1,4 @@
-"""Ray Train as a fold uses it, through its public interface. Imported in trials alone: it takes a second or two."""
+"""Ray Train as a fold uses it, through its public interface. Imported late, since it takes a second or two."""
 
 import os
 import pickle
