@@ -10,7 +10,7 @@ from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split
 from raycv.data.types import Dataset, Pair
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError
 from raycv.prompts.template import PromptRules
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
@@ -81,7 +81,7 @@ class ProgressBoard:
         self._posts: dict[int, dict[str, Any]] = {}
         self._epochs: dict[int, list[dict[str, float]]] = {}
         self._events: list[tuple[int, str]] = []
-        self._errors: dict[int, tuple[str, list[str]]] = {}
+        self._errors: dict[int, tuple[str, ErrorKind, list[str]]] = {}
         self._kept = Path(kept)
         empty: dict[str, dict[str, Any]] = {"attempts": {}, "left_out": {}}
         earlier = read_json(self._kept) if self._kept.is_file() else empty
@@ -110,11 +110,11 @@ class ProgressBoard:
         """How many attempts at a fold have begun."""
         return self._attempts.get(fold, 0)
 
-    def fail(self, fold: int, message: str, remedies: list[str]) -> None:
+    def fail(self, fold: int, message: str, kind: ErrorKind, remedies: list[str]) -> None:
         """Keeps why a fold failed, in case the trial cannot write a file."""
-        self._errors[fold] = message, remedies
+        self._errors[fold] = message, kind, remedies
 
-    def error(self, fold: int) -> tuple[str, list[str]] | None:
+    def error(self, fold: int) -> tuple[str, ErrorKind, list[str]] | None:
         """The arguments of the last `fail` for the fold, or None."""
         return self._errors.get(fold)
 

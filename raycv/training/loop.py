@@ -218,6 +218,7 @@ class FoldTrainer:
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
                 raise UserError(
                     f"The {'training' if training else 'validation'} loss is {loss} in {place}.",
+                    kind="training-loss",
                     remedies=self._other_settings(),
                 )
             if training:
@@ -340,7 +341,9 @@ class FoldTrainer:
             if not is_out_of_memory(error):
                 raise
             # Half of the weights may be updated, so we cannot replay this step.
-            raise UserError(f"Out of memory in the optimizer's step: {error}", remedies=REMEDIES) from error
+            raise UserError(
+                f"Out of memory in the optimizer's step: {error}", kind="memory-full", remedies=REMEDIES
+            ) from error
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -396,6 +399,7 @@ class FoldTrainer:
         if state.facts["precision"] != self.precision:
             raise UserError(
                 f"The fold was trained in {state.facts['precision']}, and would resume in {self.precision} here.",
+                kind="resume-differs",
                 remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
             )
         self._check_attention(state)
@@ -426,6 +430,7 @@ class FoldTrainer:
         if then != self.scorer.attention:
             raise UserError(
                 f"The fold was trained with {then} attention, and would be computed with {self.scorer.attention} here.",
+                kind="resume-differs",
                 remedies=[
                     "resume the run with the version of raycv, and on the kind of device, that began it",
                     "or start it afresh under another name: run.name=<new>",
