@@ -111,6 +111,10 @@ def test_after_fitting_the_tokenizer_cuts_nothing_and_question_and_criterion_are
     # Windows together hold all of a post.
     assert (facts["posts_shortened"], facts["posts_in_windows"]) == ((0, 4) if mode == "sliding" else (4, 0))
     assert ("in several windows" if mode == "sliding" else f"shortened ({mode})") in encoding_summary(facts, 9)
+    whole = {post_id for post_id, post in data.posts.items() if fitting.fit(post).texts == [post]}
+    assert 0 < len(whole) < len(POSTS)
+    expected = [mode != "sliding" and pair.post_id not in whole for pair in data.pairs]
+    assert encoded.shortened.tolist() == expected
     fitted = {post_id: fitting.fit(post).texts for post_id, post in data.posts.items()}
     texts = [text for pair in data.pairs for text in fitted[pair.post_id]]
     for row, (pair_index, text, prompt) in enumerate(
@@ -221,6 +225,7 @@ def test_none_is_the_literal_right_cut(kind: str) -> None:
     for ids, length, expected in zip(encoded.input_ids, encoded.lengths, whole, strict=True):
         assert ids[:length].tolist() == expected[:96]
     assert facts["prompts_cut_by_tokenizer"] == sum(len(ids) > 96 for ids in whole) == 12
+    assert encoded.shortened.tolist() == [len(ids) > 96 for ids in whole]
     assert facts["posts_shortened"] == 0
     assert f"12 of {len(whole)} cut on the right" in encoding_summary(facts, len(POSTS))
 

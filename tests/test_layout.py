@@ -28,8 +28,8 @@ MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py")) if path 
 BASICS = {"errors", "utils"}
 """Single files that every room may import."""
 ROOMS = (
-    "common", "data", "config", "prompts", "model", "training", "results", "resources", "tracking", "terminal",
-    "inference", "batch_inference", "serving", "orchestration", "cv",
+    "common", "data", "config", "prompts", "model", "training", "evaluation", "results", "resources", "tracking",
+    "terminal", "inference", "batch_inference", "serving", "orchestration", "cv",
 )  # fmt: skip
 """Each may import those before it."""
 COMMANDS = {"run", "aggregate", "infer", "serve", "synthesize"}
@@ -174,9 +174,8 @@ def libraries_private_names(path: Path) -> set[str]:
     return {name for name in names if re.match(rf"({'|'.join(LIBRARIES)})(\.\w+)*\._[A-Za-z]", name)}
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "model.hub"])
+@pytest.mark.parametrize("module", MODULES)
 def test_nothing_private_of_a_library_is_used(module: str) -> None:
-    """All but `raycv/model/hub.py`, which sets the time limits of a backend of huggingface_hub."""
     assert libraries_private_names(MODULES[module]) == set()
 
 
@@ -187,7 +186,7 @@ def test_private_names_of_libraries_are_seen(tmp_path: Path) -> None:
     assert {"ray.train._internal.session", "ray._private.worker.mode"} <= found
 
 
-@pytest.mark.parametrize("room", ["data", "prompts", "model", "training", "results"])
+@pytest.mark.parametrize("room", ["data", "prompts", "model", "training", "evaluation", "results"])
 def test_what_does_the_work_knows_neither_ray_nor_mlflow(room: str) -> None:
     for module in MODULES:
         if room_of(module) == room:
@@ -199,7 +198,7 @@ def test_the_walk_sees_what_is_loaded_through_others() -> None:
     assert "ray" in tops(loads("orchestration.ray_tune"))
     assert any(name.startswith("raycv.orchestration.fold_task.") for name in loads("orchestration.ray_tune"))
     assert {"mlflow", "ray"} <= tops(loads("orchestration.mlflow_callback"))
-    assert "ray" not in tops(loads("tracking.tracker"))
+    assert "ray" not in tops(loads("tracking.cross_validation"))
     assert "torch" in tops(loads("training.loop"))
 
 

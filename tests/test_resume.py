@@ -30,7 +30,7 @@ from test_train import TRAIN, VAL, Greedy
 from toy import Recorder, Toy, toy_base, train_config
 
 from raycv.common.environment import code_state, package_version
-from raycv.common.files import read_json, sha256_of, write_json
+from raycv.common.files import array_bytes, read_json, sha256_of, write_json
 from raycv.common.numerics import NUMERICS
 from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig
@@ -121,6 +121,9 @@ def same(one, other):
     assert replace(result.best, seconds=0) == replace(expected.best, seconds=0)
     assert result.events == expected.events
     np.testing.assert_array_equal(result.val_scores, expected.val_scores)
+    assert (result.epoch_scores is None) == (expected.epoch_scores is None)
+    if expected.epoch_scores is not None:
+        assert array_bytes(result.epoch_scores) == array_bytes(expected.epoch_scores)
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
@@ -223,6 +226,24 @@ def test_checkpointing_that_is_asked_for_as_it_goes_on_is_done_and_changes_no_bi
     assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 0]]
 
 
+@pytest.mark.long
+def test_the_scores_of_every_epoch_are_kept_unless_an_earlier_version_did_not_save_them(toy, tmp_path):
+    case, state, expected = half_a_fold(toy, tmp_path)
+    saver = Saver()
+    resumed = fit(toy, case, saver, state)
+    every = resumed[0].epoch_scores
+    assert (every.dtype, every.shape) == (np.float64, (2, len(VAL)))
+    np.testing.assert_array_equal(every[resumed[0].best.epoch - 1], resumed[0].val_scores)
+    np.testing.assert_array_equal(every[1], saver.epochs[0][1])
+    assert not np.array_equal(*every)
+    earlier = replace(state, tensors={name: one for name, one in state.tensors.items() if name != "epoch_scores"})
+    resumed = fit(toy, case, Saver(tmp_path), earlier)
+    assert resumed[0].epoch_scores is None
+    same((replace(resumed[0], epoch_scores=every), resumed[1]), expected)
+    # Its own states lack them too, so a later process makes up nothing.
+    assert fit(toy, case, Saver(), StateFolder(tmp_path).newest(pytest.fail))[0].epoch_scores is None
+
+
 def test_another_precision_is_refused(toy, tmp_path):
     """A fold that began on a GPU in bf16 does not go on in fp32."""
     case, state, _ = half_a_fold(toy, tmp_path)
@@ -287,6 +308,7 @@ def as_worker(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_two_workers_go_on_each_with_its_own_random_state(tmp_path):
     code = "import sys; from pathlib import Path; from test_resume import as_worker;"
@@ -572,6 +594,7 @@ def test_an_edited_config_is_refused(left):
     earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
     with pytest.raises(UserError) as caught:
         earlier.check(*load_data(earlier.config))
+    assert caught.value.kind == "resume-differs"
     assert f"config.yaml was changed, its sha256: {recorded[:28]}" in str(caught.value)
     assert "MLflow's parent run has the one that was recorded" in str(caught.value)
     assert "1 fault" in str(caught.value)
@@ -680,6 +703,7 @@ def test_a_state_of_another_version_is_refused_in_words_and_not_passed_over(left
     for look in (lambda: StateFolder(left.fold(1).state).newest(pytest.fail), go_on(left).check_states):
         with pytest.raises(UserError, match=words) as caught:
             look()
+        assert caught.value.kind == "package-version"
         assert "resume with the raycv that began the run" in str(caught.value)
         assert "run.name=<new>" in str(caught.value)
 
@@ -769,6 +793,7 @@ def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, mon
     assert len(sums) == 4
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_refuses_another_base(left):
     """Of which the recorded run had no weights."""
@@ -865,8 +890,9 @@ def test_what_cannot_go_on_is_said(left):
 
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
     config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
-    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds"):
+    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds") as caught:
         cross_validate(config)
+    assert caught.value.kind == "run-busy"
     assert capsys.readouterr() == ("", "")
 
 
@@ -878,8 +904,8 @@ def test_the_store_that_is_given_anew_is_the_runs_from_then_on(left, tmp_path):
     left.tracking.unlink()
     left.fold(0).root.mkdir()
     for uri in stores:
-        tracker, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
-        assert tracker.run(parent_id).info.run_name == "mine"
+        store, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
+        assert store.run(parent_id).info.run_name == "mine"
         assert read_json(left.tracking)["uri"] == uri
         assert read_json(left.tracking)["parent_run_id"] == parent_id
         shutil.copy(tmp_path / "first.db", tmp_path / "second.db")
@@ -911,8 +937,10 @@ def test_a_damaged_file_of_the_run_is_named(left, name, content):
 def test_a_run_that_another_process_has_ended_does_not_go_on(left):
     """Two resume it; the second holds the lock when the first is done."""
     write_json(left.report, {})
-    with pytest.raises(UserError, match="the run is finished"), sole_process(left):
+    with pytest.raises(UserError) as caught, sole_process(left):
         raise AssertionError("it went on")
+    assert caught.value.kind == "run-exists"
+    assert f"raycv.aggregate run={left.root.name}" in str(caught.value)
     left.report.unlink()
     with sole_process(left):
         pass
@@ -994,18 +1022,23 @@ def assert_like_unbroken(folder, whole):
     run, expected = RunFolder(folder / "runs" / "mine"), RunFolder(whole / "runs" / "mine")
     for fold in range(2):
         one, other = run.fold(fold), expected.fold(fold)
-        assert {path.name for path in one.root.iterdir()} == {"result.json", "predictions.csv", "checkpoint"}
+        names = {"result.json", "predictions.csv", "epoch_scores.npy", "checkpoint"}
+        assert {path.name for path in one.root.iterdir()} == names
         assert without_seconds(read_json(one.result)) == without_seconds(read_json(other.result))
         assert one.predictions.read_bytes() == other.predictions.read_bytes()
+        assert one.epoch_scores.read_bytes() == other.epoch_scores.read_bytes()
         weights = "adapter_model.safetensors"
         assert (one.checkpoint / weights).read_bytes() == (other.checkpoint / weights).read_bytes()
     assert without_seconds(read_json(run.report)) == without_seconds(read_json(expected.report))
+    assert run.pairs.read_bytes() == expected.pairs.read_bytes()
+    assert run.near_duplicates.read_bytes() == expected.near_duplicates.read_bytes()
     assert {path.name for path in run.root.iterdir()} == {path.name for path in expected.root.iterdir()}
     assert statuses(folder) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
     assert points(folder) == points(whole)
     assert len(points(folder)) == len(set(points(folder)))
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
@@ -1019,6 +1052,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     assert re.search(r"fold 1: resumes after epoch [12]( and step \d+ of the next)?\n", said)
     assert_like_unbroken(tmp_path, whole)
     report.unlink()
+    RunFolder(tmp_path / "runs" / "mine").pairs.unlink()
     resume(tmp_path, "resume=mine")
     assert_like_unbroken(tmp_path, whole)
     # A finished fold that was damaged since is no finished one.

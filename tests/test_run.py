@@ -117,9 +117,11 @@ def sample():
 
 def test_the_tree_is_complete(run):
     expected = {"config.yaml", "splits.json", "data_stats.json", "environment.json", "tracking.json", "report.json"}
+    expected |= {"pairs.csv", "near_duplicates.csv"}
     assert expected | {f"fold_{k}" for k in range(FOLDS)} == {path.name for path in run.iterdir()}
     for k in range(FOLDS):
-        assert {"result.json", "predictions.csv", "checkpoint"} == {path.name for path in (run / f"fold_{k}").iterdir()}
+        names = {path.name for path in (run / f"fold_{k}").iterdir()}
+        assert names == {"result.json", "predictions.csv", "epoch_scores.npy", "checkpoint"}
         names = {path.name for path in (run / f"fold_{k}" / "checkpoint").iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "raycv.json", "tokenizer.json"} <= names
 
@@ -172,6 +174,24 @@ def test_every_number_follows_from_the_predictions(report, predictions):
         assert report["std"][key] == pytest.approx(np.std(values, ddof=1))
     assert "ddof=1" in report["std_kind"]
     assert report["best_fold"] == int(np.argmax([fold["metrics"]["f1"] for fold in report["folds"]]))
+
+
+def test_the_scores_of_every_epoch_and_the_facts_about_pairs_are_recorded(run, report, predictions):
+    pairs = pd.read_csv(run / "pairs.csv", dtype={"post_id": str, "criterion_id": str})
+    for k, frame in enumerate(predictions):
+        scores, fold = np.load(run / f"fold_{k}" / "epoch_scores.npy"), report["folds"][k]
+        assert (scores.dtype, scores.shape) == (np.float64, (fold["epochs"], len(frame)))
+        np.testing.assert_array_equal(scores[fold["best_epoch"] - 1], frame["score"])
+        for epoch, each in zip(fold["history"], scores, strict=True):
+            assert roc_auc_score(frame["label"], each) == pytest.approx(epoch["roc_auc"])
+        mine = pairs[pairs["fold"] == k].reset_index(drop=True)
+        same = ["post_id", "criterion_id", "label"]
+        pd.testing.assert_frame_equal(mine[same], frame[same])
+    assert list(pairs.columns[-4:]) == ["shortened", "hard_negative", "prior", "tfidf"]
+    stats = json.loads((run / "data_stats.json").read_text())["encoding"]
+    assert pairs.groupby("post_id")["shortened"].max().sum() == stats["posts_shortened"]
+    assert pairs["hard_negative"].isna().all()
+    assert roc_auc_score(pairs["label"], pairs["tfidf"]) > roc_auc_score(pairs["label"], pairs["prior"]) > 0.5
 
 
 def test_learning_is_visible(report):
@@ -270,8 +290,10 @@ def test_the_infer_command_answers_from_the_latest_run_and_from_mlflow(done, rep
 
 
 def test_files_with_scores_are_the_users_alone(run):
-    for k in range(FOLDS):
-        assert (run / f"fold_{k}" / "predictions.csv").stat().st_mode & 0o077 == 0
+    names = ("predictions.csv", "epoch_scores.npy", "pairs.csv", "near_duplicates.csv")
+    files = [path for path in run.rglob("*") if path.name in names]
+    assert len(files) == 2 * FOLDS + 2
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
     assert not list(run.rglob("README.md"))
 
 
@@ -307,6 +329,7 @@ def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report):
     assert parent.data.params["cv.folds"] == "5"
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"config.yaml", "splits.json", "data_stats.json", "environment.json", "report.json"} <= artifacts
+    assert {"pairs.csv", "near_duplicates.csv"} <= artifacts
     for child in children:
         fold = child.data.tags["raycv.fold"]
         assert parent.data.tags[f"raycv.fold_{fold}.run_id"] == child.info.run_id
@@ -333,7 +356,7 @@ def test_mlflow_has_a_child_per_fold(mlflow_runs, report):
         assert child.data.params["fold"] == str(k)
         assert child.data.params["dora.r"] == "8"
         artifacts = {file.path for file in client.list_artifacts(child.info.run_id)}
-        assert {"config.yaml", "result.json", "predictions.csv", "checkpoint"} <= artifacts
+        assert {"config.yaml", "result.json", "predictions.csv", "epoch_scores.npy", "checkpoint"} <= artifacts
         checkpoint = {file.path for file in client.list_artifacts(child.info.run_id, "checkpoint")}
         assert "checkpoint/adapter_model.safetensors" in checkpoint
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -10,15 +11,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycv.errors import ErrorKind, UserError
 
-GOOD_COPY = (
-    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
-)
-"""The remedy for a damaged record of a run."""
-AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def is_full(error: BaseException) -> bool:
@@ -89,10 +87,24 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes `content`, whole or not at all. Raises: UserError if the disk is full."""
+    with replaced(path, private=private) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Writes `text` as UTF-8, whole or not at all. Raises: UserError if the disk is full."""
-    with replaced(path, private=private) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(path, text.encode("utf-8"), private=private)
+
+
+def array_bytes(array: "np.ndarray") -> bytes:
+    """The content of a .npy file with `array`. Equal arrays have equal bytes."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
@@ -115,32 +127,6 @@ def read_json(path: Path, kind: ErrorKind = "run-damaged") -> Any:
         raise UserError(f"{path} is damaged: it is not JSON ({error}).", kind=kind) from error
     except RecursionError as error:
         raise UserError(f"{path} is damaged: it is nested too deeply.", kind=kind) from error
-
-
-def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
-    """Reads a JSON object of the run folder and checks its keys.
-
-    Args:
-        path: The file.
-        texts: Keys that must be there with a text as value.
-        kinds: Further keys that must be there, each with the type of its value.
-
-    Raises:
-        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
-    """
-    try:
-        values = read_json(path)
-    except UserError as error:
-        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
-    if not isinstance(values, dict):
-        fault = "it is not a JSON object"
-    else:
-        kinds = dict.fromkeys(texts, str) | kinds
-        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
-        if not lacking:
-            return values
-        fault = f"it lacks {', '.join(lacking)}"
-    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
 def check_writable(folder: Path) -> None:

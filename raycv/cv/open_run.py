@@ -14,7 +14,8 @@ from raycv.results.run_folder import RunFolder, aggregate_command, resume_comman
 from raycv.terminal.console import say
 
 if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+    from raycv.orchestration.fold_task import Prepared
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class OpenRun:
     config: RunConfig
     """with the name that the run has now"""
     folder: RunFolder
-    tracker: "Tracker"
+    store: "CrossValidationStore"
     parent_id: str
     """the id of the parent run in MLflow"""
     console: Console
@@ -34,7 +35,7 @@ class OpenRun:
     @property
     def params(self) -> dict[str, str]:
         """The config as parameters of MLflow."""
-        from raycv.tracking.tracker import flat_params
+        from raycv.tracking.cross_validation import flat_params
 
         return flat_params(self.config.model_dump())
 
@@ -67,15 +68,28 @@ class OpenRun:
                 status = "FINISHED"
             # A store that is away may hide neither a result nor the error that ended the run.
             with contextlib.suppress(UserError):
-                self.tracker.finish_family(self.parent_id, status)
+                self.store.finish_family(self.parent_id, status)
+
+    def record_pairs(self, prepared: "Prepared") -> None:
+        """Writes what a later report needs beside the predictions. A fault there only warns: it may lose no result."""
+        from raycv.results.pair_records import write_pair_records
+
+        try:
+            with self.console.status("Recording floors and near-duplicates"):
+                write_pair_records(self.folder, prepared.dataset, prepared.splits, prepared.encoded.shortened)
+        except Exception as error:  # noqa: BLE001  (days of training may be in the folder)
+            # The text of an unexpected error may hold a part of a post, so we print its kind only.
+            why = error.what if isinstance(error, UserError) else type(error).__name__
+            lost = "a report of this run will lack floors, shortened posts, hard negatives or near-duplicates"
+            say(self.console, f"Warning: {lost}, since they could not be recorded: {why}", "yellow")
 
     def log(self, report: dict[str, Any]) -> None:
         """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
         try:
-            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
-            self.tracker.log_report(self.parent_id, report, self.folder.report)
+            self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
+            self.store.log_report(self.parent_id, report, self.folder)
             if self.make_ready is not None:
-                self.tracker.log_files(self.parent_id, [self.folder.environment])
+                self.store.log_files(self.parent_id, [self.folder.environment])
         except UserError as error:
             later = f"Log it later: {aggregate_command(self.folder)}"
             say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")

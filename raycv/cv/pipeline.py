@@ -79,6 +79,8 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             opened = run.open(prepared)
             with opened.under_way(), contextlib.ExitStack() as logged:
                 results = _train_folds(opened, prepared, placement, logged)
+                # After the folds: a run starts sooner, and they have the cores for themselves.
+                opened.record_pairs(prepared)
                 return _publish(opened, results, logged)
 
 

@@ -36,7 +36,7 @@ STEP_POST_SECONDS = 1.0
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and predictions.
+    """Runs on the fold's own GPU (or CPU): loads the base, trains, and returns FoldResult and scores.
 
     Resumes from the fold's training state if there is one; leaves the checkpoint in the fold's folder.
     """
@@ -126,6 +126,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "result": replace(result, sha256=sums),
         "predictions": _predictions(shared, split, outcome.val_scores),
+        "epoch_scores": outcome.epoch_scores,
         "node": share.node,
     }
 

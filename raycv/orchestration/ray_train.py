@@ -14,7 +14,7 @@ import ray.exceptions
 from ray import tune
 
 from raycv.common.environment import seldom_collecting
-from raycv.common.files import is_full, unwritable, write_json, write_text
+from raycv.common.files import array_bytes, is_full, unwritable, write_bytes, write_json
 from raycv.common.secrets import mask_secrets
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.orchestration.cluster import own_node_name, share_of
@@ -210,7 +210,10 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
     """
     folder = RunFolder(Path(task.root)).fold(fold)
     result: FoldResult = returned["result"]
-    predictions = returned["predictions"].to_csv(index=False, lineterminator="\n")
+    files = {folder.predictions: returned["predictions"].to_csv(index=False, lineterminator="\n").encode()}
+    epoch_scores = returned["epoch_scores"]
+    if epoch_scores is not None:
+        files[folder.epoch_scores] = array_bytes(epoch_scores)
     with share_of(task).held():
         fault = survey.settled(lambda: _unseen(folder, result.sha256))
         if fault is not None:
@@ -220,10 +223,14 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
             raise NodeError(what, returned["node"], remedies=[SHARE_REMEDY])
         folder.root.mkdir(exist_ok=True)
         folder.error.unlink(missing_ok=True)
+        # An earlier training of this fold may have left one, and this training may have none.
+        folder.epoch_scores.unlink(missing_ok=True)
         # Scores say something about the authors of posts.
-        write_text(folder.predictions, predictions, private=True)
-        sums = {folder.predictions.name: hashlib.sha256(predictions.encode()).hexdigest(), **result.sha256}
-        write_json(folder.result, asdict(replace(result, sha256=sums)))
+        sums = {}
+        for file, content in files.items():
+            write_bytes(file, content, private=True)
+            sums[file.name] = hashlib.sha256(content).hexdigest()
+        write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256)))
     shutil.rmtree(folder.state, ignore_errors=True)
 
 

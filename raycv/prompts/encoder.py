@@ -29,6 +29,9 @@ class EncodedPairs:
     post_of_pair: "np.ndarray"
     """int32 [P]: number of the pair's post."""
     pad_id: int
+    shortened: "np.ndarray | None" = None
+    """bool [P]: a prompt of the pair lacks a part of its text. Windows that together hold the post lack nothing. None
+    where nobody asks."""
 
     def group_of_row(self) -> "np.ndarray":
         """The group of each row, int64 [R]. Rows of a group hold the same window of a post under different criteria."""
@@ -130,6 +133,12 @@ def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPai
             prompts.append(render(text, dataset.criteria[pair.criterion_id].text))
             pair_of_row.append(index)
     input_ids, lengths = encoder.tokens(prompts)
+    full = np.flatnonzero(lengths == encoder.rules.max_length).tolist()
+    cut = [index for index in full if encoder.count(prompts[index]) > encoder.rules.max_length]
+    # Windows together hold the whole post, so `sliding` shortens nothing.
+    fits = [encoder.rules.long_post == "sliding" or not fitted[pair.post_id].shortened for pair in dataset.pairs]
+    shortened = ~np.array(fits, dtype=bool)
+    shortened[[pair_of_row[index] for index in cut]] = True
     encoded = EncodedPairs(
         input_ids=input_ids,
         lengths=lengths,
@@ -137,27 +146,27 @@ def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPai
         labels=np.array([pair.label for pair in dataset.pairs], dtype=np.int64),
         post_of_pair=np.array([number[pair.post_id] for pair in dataset.pairs], dtype=np.int32),
         pad_id=int(encoder.tokenizer.pad_token_id),
+        shortened=shortened,
     )
-    return encoded, _statistics(encoder, dataset, fitted, prompts, lengths)
+    return encoded, _statistics(encoder, dataset, fitted, cut, lengths)
 
 
 def _statistics(
     encoder: PromptEncoder,
     dataset: Dataset,
     fitted: dict[str, FittedPost],
-    prompts: Sequence[str],
+    cut: Sequence[int],
     lengths: "np.ndarray",
 ) -> dict[str, Any]:
+    """`cut`: the rows that the tokenizer cut."""
     rules = encoder.rules
     # Windows together hold the whole post, so `sliding` removes no tokens.
     removed = [fit.tokens - fit.kept for fit in fitted.values() if fit.shortened and rules.long_post != "sliding"]
-    full = [index for index in range(len(prompts)) if lengths[index] == rules.max_length]
-    cut = [index for index in full if encoder.count(prompts[index]) > rules.max_length]
     statistics = {
         "long_post": rules.long_post,
         "max_length": rules.max_length,
         "post_limit_tokens": rules.post_limit,
-        "prompts": len(prompts),
+        "prompts": len(lengths),
         "posts_shortened": len(removed),
         "posts_in_windows": sum(len(fit.texts) > 1 for fit in fitted.values()),
         "tokens_removed_mean": sum(removed) / len(removed) if removed else 0.0,

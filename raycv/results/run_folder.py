@@ -1,10 +1,18 @@
-"""Names the files of a run folder and of its folds, and the commands to resume, aggregate and ask a run."""
+"""Names the files of a run folder and its folds, reads its records, and names the commands that take a run."""
 
 import secrets
 import shlex
 from pathlib import Path
+from typing import Any
 
-from raycv.common.files import sha256_of, write_text
+from raycv.common.files import read_json, sha256_of, write_text
+from raycv.errors import UserError
+
+GOOD_COPY = (
+    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
+)
+"""The remedy for a damaged record of a run."""
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 
 
 class RunFolder:
@@ -16,6 +24,8 @@ class RunFolder:
         self.splits = root / "splits.json"
         self.data_stats = root / "data_stats.json"
         self.environment = root / "environment.json"
+        self.pairs = root / "pairs.csv"
+        self.near_duplicates = root / "near_duplicates.csv"
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
         """Written last: its presence means that the run is complete. Its `finished` holds the time."""
@@ -46,6 +56,32 @@ def share_nonce(folder: RunFolder) -> str:
     return folder.share.read_text(encoding="utf-8")
 
 
+def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
+    """Reads a JSON object of the run folder and checks its keys.
+
+    Args:
+        path: The file.
+        texts: Keys that must be there with a text as value.
+        kinds: Further keys that must be there, each with the type of its value.
+
+    Raises:
+        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
+    """
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
+    if not isinstance(values, dict):
+        fault = "it is not a JSON object"
+    else:
+        kinds = dict.fromkeys(texts, str) | kinds
+        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
+        if not lacking:
+            return values
+        fault = f"it lacks {', '.join(lacking)}"
+    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
+
+
 def resume_command(folder: RunFolder) -> str:
     """Returns the command that resumes the run in `folder`."""
     return _command("raycv.run", "resume", "run.dir", folder)
@@ -74,6 +110,9 @@ class FoldFolder:
         self.result = root / "result.json"
         """Written last of the fold's files: its presence means that the fold is finished."""
         self.predictions = root / "predictions.csv"
+        self.epoch_scores = root / "epoch_scores.npy"
+        """float64 [epochs, n_val]: the scores after each epoch, in the order of the predictions. Earlier versions wrote
+        none, and a fold that resumed from their states has none."""
         self.checkpoint = root / "checkpoint"
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
@@ -81,8 +120,9 @@ class FoldFolder:
         """The training states from which an interrupted fold resumes. They are gone when the fold is finished."""
 
     def sums(self) -> dict[str, str]:
-        """Returns the SHA-256 of the predictions and of each file of the checkpoint, by its path in the folder."""
-        return {self.predictions.name: sha256_of(self.predictions), **self.checkpoint_sums()}
+        """Returns the SHA-256 of the scores and of each file of the checkpoint, by its path in the folder."""
+        scores = [self.predictions, *([self.epoch_scores] if self.epoch_scores.is_file() else [])]
+        return {file.name: sha256_of(file) for file in scores} | self.checkpoint_sums()
 
     def checkpoint_sums(self) -> dict[str, str]:
         """Returns the SHA-256 of each file of the checkpoint, by its path in the folder."""

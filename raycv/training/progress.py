@@ -12,7 +12,7 @@ from raycv.training.state import TrainState
 
 WEIGHTS, BEST, OPTIMIZER, WORKERS = "weights.", "best.", "optimizer.", "workers."
 """Prefixes of the tensors in a training state."""
-SCORES = "best_scores"
+SCORES, EPOCH_SCORES = "best_scores", "epoch_scores"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,14 @@ class Progress:
     """the time of those steps"""
     learning_rate: float = 0.0
     """the learning rate of the last step"""
+    scores: list[np.ndarray] | None = field(default_factory=list)
+    """float64 [n_val] for each finished epoch; None if a state of an earlier version lacks them"""
 
     def add(self, result: EpochResult, scores: np.ndarray, model: torch.nn.Module) -> bool:
         """Adds a finished epoch, while `model` has its weights. Returns True if it is the best so far."""
         self.epochs.append(result)
+        if self.scores is not None:
+            self.scores.append(scores)
         self.step, self.loss, self.seconds = 0, 0.0, 0.0
         # Only a higher F1 is better, so the earliest of equal epochs stays.
         if self.best is not None and result.metrics[F1] <= self.best.result.metrics[F1]:
@@ -85,6 +89,8 @@ class Progress:
         best = {}
         if self.best:
             best = _prefixed(BEST, self.best.weights) | {SCORES: torch.from_numpy(self.best.scores)}
+        if self.scores:
+            best[EPOCH_SCORES] = torch.from_numpy(np.stack(self.scores))
         return TrainState(len(self.epochs), self.step, own | facts, best | tensors)
 
     @classmethod
@@ -96,7 +102,10 @@ class Progress:
         if facts["best_epoch"] is not None:
             scores = state.tensors[SCORES].numpy()
             best = Best(epochs[facts["best_epoch"] - 1], scores, _without(BEST, state.tensors))
-        return cls(epochs, best, state.step, facts["loss"], facts["seconds"], facts["learning_rate"])
+        every: list[np.ndarray] | None = []
+        if epochs:
+            every = list(state.tensors[EPOCH_SCORES].numpy()) if EPOCH_SCORES in state.tensors else None
+        return cls(epochs, best, state.step, facts["loss"], facts["seconds"], facts["learning_rate"], every)
 
 
 def spent(state: TrainState) -> float:
