@@ -186,10 +186,12 @@ def test_no_module_trusts_a_models_code_or_unpickles_a_file(module):
     tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
     trusts = [word.value for call in calls(tree) for word in call.keywords if word.arg == "trust_remote_code"]
     assert all(isinstance(value, ast.Constant) and value.value is False for value in trusts)
-    names = [ast.unparse(call.func) for call in calls(tree)]
+    # NumPy unpickles nothing where it is told so.
+    safe = {id(call) for call in calls(tree) if "allow_pickle=False" in map(ast.unparse, call.keywords)}
+    names = [ast.unparse(call.func) for call in calls(tree) if id(call) not in safe]
     assert not {"torch.load", "pickle.load", "joblib.load", "numpy.load", "np.load", "eval", "exec"} & set(names)
     # What this process and its Ray actors hand to each other.
-    if module != "orchestration/ray_data.py":
+    if module not in ("orchestration/ray_data.py", "orchestration/trainer.py"):
         assert "pickle.loads" not in names
 
 

@@ -150,7 +150,8 @@ def test_more_folds_than_posts_is_refused() -> None:
     assert str(caught.value) == (
         "The data cannot be split: 1 fault\n"
         "  - cv.folds=5 but there are only 4 posts, and a post is never split\n"
-        "  What to do: lower cv.folds, or bring more posts"
+        "  What to do: lower cv.folds, or bring more posts\n"
+        "  Kind: data-split"
     )
 
 
@@ -163,7 +164,8 @@ def test_fewer_pairs_of_a_class_than_folds_is_refused_with_all_faults() -> None:
         "  - cv.folds=4 but there are only 3 posts, and a post is never split\n"
         "  - cv.folds=4 but only 1 pairs are matched: a fold would have none\n"
         "  - cv.folds=4 but only 3 pairs are unmatched: a fold would have none\n"
-        "  What to do: lower cv.folds, or bring more posts"
+        "  What to do: lower cv.folds, or bring more posts\n"
+        "  Kind: data-split"
     )
     with pytest.raises(FaultsError, match="only 0 pairs are unmatched: a fold would have none"):
         make_splits([Pair(f"p{n}", "A.1", 1) for n in range(5)], 5, 42)
@@ -203,7 +205,8 @@ def test_empty_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         "The split into 2 folds with cv.seed=9 cannot be used: 2 faults\n"
         "  - fold 0: its validation part is empty\n"
         "  - fold 1: its training part (1 pairs) has no unmatched pair\n"
-        "  What to do: lower cv.folds, try another cv.seed, or bring more posts"
+        "  What to do: lower cv.folds, try another cv.seed, or bring more posts\n"
+        "  Kind: data-split"
     )
 
 
