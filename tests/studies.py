@@ -23,8 +23,8 @@ def study_of(
     criterion = np.zeros(rows, dtype=int) if criterion is None else np.asarray(criterion)
     return Study(
         run, np.asarray(labels, dtype=np.int8), np.asarray(scores, dtype=np.float64), np.asarray(fold), post, criterion,
-        [f"p{index:05d}" for index in range(post.max() + 1)], [f"A.{index + 1}" for index in range(criterion.max() + 1)],
-        **more,
+        [f"p{index:05d}" for index in range(post.max() + 1)],
+        [f"A.{index + 1}" for index in range(criterion.max() + 1)], **more,
     )  # fmt: skip
 
 
