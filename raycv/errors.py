@@ -57,6 +57,12 @@ class RunFailedError(UserError):
     exit_code = 1
 
 
+class NotShownError(UserError):
+    """A comparison does not show what the user requires of it. Scripts see it by the exit code 1."""
+
+    exit_code = 1
+
+
 class FaultsError(UserError):
     """All faults that one pass over a config or a data set found, reported together."""
 
