@@ -32,7 +32,7 @@ from benchmarks.peers import Rows, peer_trainer
 from raycv.model.adapters import add_dora
 from raycv.prompts.encoder import EncodedPairs
 from raycv.training.loop import FoldTrainer
-from raycv.training.sampler import epoch_order
+from raycv.training.steps import epoch_order
 
 POSTS = 9
 MIDSIZE = Shape(hidden=768, intermediate=2048, heads=12, layers=8, vocab=1400)

@@ -87,7 +87,7 @@ def on_one_device(config: ServeConfig) -> ServeConfig:
     gpus, on_cpu = config.serve.gpus_per_replica, config.infer.device == "cpu"
     if on_cpu and gpus not in ("auto", 0):
         what = f"infer.device=cpu computes on no GPU, and serve.gpus_per_replica={gpus:g} asks for some."
-        raise UserError(what, remedies=["leave one of the two out"])
+        raise UserError(what, kind="config-value", remedies=["leave one of the two out"])
     if not on_cpu and gpus != 0:
         return config
     infer = config.infer.model_copy(update={"device": "cpu"})
@@ -102,6 +102,7 @@ def listening(config: ServerConfig, token: str | None) -> ServerConfig:
     if token is None and not is_loopback(config.host):
         raise UserError(
             f"serve.host={config.host}: others could reach it, and there is no token.",
+            kind="config-value",
             remedies=[
                 f"set the environment variable {TOKEN_VARIABLE} to one of 16 characters or more; this makes one: "
                 "python -c 'import secrets; print(secrets.token_urlsafe())'",
@@ -117,6 +118,7 @@ def listening(config: ServerConfig, token: str | None) -> ServerConfig:
     except OSError as error:
         raise UserError(
             f"serve.host={config.host} serve.port={config.port}: cannot listen there ({error.strerror or error}).",
+            kind="config-value",
             remedies=["take another port: serve.port=8001", "or any that is free: serve.port=0"],
         ) from error
     return config.model_copy(update={"port": port, "token": token})

@@ -1,4 +1,4 @@
-"""Writes the pages of the docs that come from code: commands and keys, modules.
+"""Writes the pages of the docs that come from code: commands and keys, kinds of error, modules.
 
 python -m scripts.reference             writes them
 python -m scripts.reference --check     writes nothing, fails if one is out of date
@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from raycv.config.command_line import groups_of, help_header, shown_values
 from raycv.config.schema import Section
 from raycv.config.validation import fields, meaning, without_requirements
+from raycv.errors import KINDS, UserError
 from scripts.doc_commands import plain_environment
 from scripts.markdown import ROOT, name_of
 from scripts.words import commands
@@ -103,8 +104,35 @@ def modules_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def errors_page() -> str:
+    """Every kind of error with its cause and cure."""
+    lines = [
+        NOTICE,
+        "",
+        "# Kinds of error",
+        "",
+        "Each error ends with its kind, a short name that stays the same when the wording changes:",
+        "",
+        "```text",
+        str(UserError("There is no run in /data/runs.", kind="run-missing", remedies=["run=<name>"])),
+        "```",
+        "",
+        "- An error that reports several faults names each of their kinds once.",
+        "- A refusal of a [scorer](../guides/serving.md) has the field `kind`, and so has the `error.json` of a fold.",
+        "- In Python, `kind` of a `raycv.errors.UserError` is the first kind, and `kinds` has all.",
+        "",
+        "The message itself names the place, the value and the command that helps.",
+        "",
+        "| kind | cause | cure |",
+        "| --- | --- | --- |",
+        *(_row(f"`{kind}`", cause, cure) for kind, (cause, cure) in sorted(KINDS.items())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/commands.md": commands_page,
+    "docs/reference/errors.md": errors_page,
     "docs/development/modules.md": modules_page,
 }
 

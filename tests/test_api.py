@@ -108,7 +108,8 @@ def test_a_bad_body_is_refused_without_its_text(body, status, caplog):
     with caplog.at_level(logging.DEBUG):
         got, answer = call(app, "POST", "/score", body)
     assert got == status, answer
-    assert set(answer) == {"error", "remedies"}
+    assert set(answer) == {"error", "kind", "remedies"}
+    assert answer["kind"] == "scorer-request"
     assert CANARY not in json.dumps(answer) + caplog.text
     assert scorer.asked == []
 
@@ -131,20 +132,21 @@ def test_an_announced_size_is_refused_before_the_body_is_read():
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "kind"),
     [
-        (UserError("The post is empty.", remedies=["give its text"]), 400),
-        (TooManyPairsError("too many"), 413),
-        (Overloaded(), 503),
-        (RuntimeError(CANARY), 500),
+        (UserError("The post is empty.", kind="input-empty", remedies=["give its text"]), 400, "input-empty"),
+        (TooManyPairsError("too many", kind="scorer-request"), 413, "scorer-request"),
+        (Overloaded(), 503, "scorer-unavailable"),
+        (RuntimeError(CANARY), 500, "scorer-failed"),
     ],
 )
-def test_what_the_model_raises(error, status, caplog):
+def test_what_the_model_raises(error, status, kind, caplog):
     app, _ = api(error)
     with caplog.at_level(logging.DEBUG):
         got, answer = call(app, "POST", "/score", {"post": "w0"})
     assert got == status
-    assert set(answer) == {"error", "remedies"}
+    assert set(answer) == {"error", "kind", "remedies"}
+    assert answer["kind"] == kind
     assert CANARY not in json.dumps(answer) + caplog.text
 
 

@@ -45,6 +45,7 @@ class FakeScorer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.status, self.instance, self.asked = model, 200, "one", []
         self.unwell = False
+        self.more = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
 
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((body, self.headers.get("Authorization")))
-        refused = {"error": "no such criterion", "remedies": ["choose one"]}
+        refused = {"error": "no such criterion", "remedies": ["choose one"], **self.server.more}
         answer = self.server.answer
         self.reply(self.server.status, answer if self.server.status == 200 else refused)
 
@@ -196,7 +197,7 @@ def test_the_model_is_the_one_that_scorers_were_compared_with(scorer, checkpoint
 
     def load(chosen, *_, **__):
         loaded.append(chosen)
-        raise UserError("enough", remedies=[])
+        raise UserError("enough", kind="run-failed", remedies=[])
 
     monkeypatch.setattr("raycv.serving.client.choose", moving)
     monkeypatch.setattr("raycv.infer.load_answerer", load)
@@ -428,6 +429,12 @@ def test_a_refused_question_is_the_users_error(scorer, checkpoint, tmp_path):
     with pytest.raises(UserError, match="no such criterion") as caught:
         ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None)
     assert caught.value.remedies == ["choose one"]
+    # An earlier scorer sends no kind.
+    assert caught.value.kind == "scorer-request"
+    scorer.more = {"kind": "criterion-unknown"}
+    with pytest.raises(UserError) as caught:
+        ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None)
+    assert caught.value.kind == "criterion-unknown"
 
 
 def test_a_named_scorer_has_to_have_the_model(scorer, checkpoint, tmp_path, monkeypatch):

@@ -333,7 +333,10 @@ def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
     assert "Traceback (most" not in result.stdout + result.stderr
     run = tmp_path / "runs" / "broken"
     assert not (run / "report.json").exists()
-    assert "Traceback" in json.loads((run / "fold_0" / "error.json").read_text())["traceback"]
+    kept = json.loads((run / "fold_0" / "error.json").read_text())
+    assert "Traceback" in kept["traceback"]
+    assert kept["kind"] == "base-files"
+    assert result.stderr.rstrip().endswith("Kind: run-failed, base-files")
     aggregated = raycv("aggregate", "run=broken", cwd=tmp_path)
     assert aggregated.returncode == 1
     assert "nothing is averaged over fewer folds" in aggregated.stderr
@@ -551,3 +554,18 @@ def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path
     assert "checkpoint/raycv.json is damaged" in states.errors[2]
     assert all("at node 10.0.0.2 (gpu-2); the driver does not find" in states.errors[fold] for fold in (1, 2))
     assert [states.finished(fold) for fold in range(3)] == [True, False, False]
+
+
+def test_the_kind_of_a_failed_fold_is_that_of_its_error(tmp_path):
+    """An earlier version wrote none, and a later one may write another."""
+    from types import SimpleNamespace
+
+    from raycv.orchestration.ray_tune import FoldStates
+
+    run = RunFolder(tmp_path / "runs" / "mine")
+    states = FoldStates(LiveView(range(3), 1, 8, Console(file=io.StringIO())), run, board=None, retries=0)
+    for fold, more in enumerate([{"kind": "memory-full"}, {}, {"kind": "of-a-later-version"}]):
+        run.fold(fold).root.mkdir(parents=True)
+        write_json(run.fold(fold).error, {"message": "why", "remedies": [], "traceback": "", **more})
+        states.on_trial_complete(1, [], SimpleNamespace(config={"fold": fold}))
+    assert states.kinds == ["memory-full", "run-failed", "run-failed"]

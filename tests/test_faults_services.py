@@ -43,8 +43,8 @@ from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.tracking.tracker import EPOCH_METRICS, Tracker
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
-from raycv.training.sampler import epoch_order
 from raycv.training.state import StateFolder, TrainState
+from raycv.training.steps import epoch_order
 
 pytestmark = pytest.mark.timeout(900)
 

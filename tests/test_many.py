@@ -693,7 +693,7 @@ def interrupted(*_: object) -> None:
 
 
 def refused(*_: object) -> None:
-    raise UserError("it is broken")
+    raise UserError("it is broken", kind="input-file")
 
 
 def scored(source: PairSource, done: int = 0) -> list[ScoredChunk]:

@@ -24,7 +24,7 @@ from raycv.prompts.encoder import encode_dataset, prompt_encoder
 from raycv.training.forward import Batch, RowScorer, in_order
 from raycv.training.loop import FoldTrainer
 from raycv.training.packing import Group, common_prefix, groups_of, in_lines, pack, steady_positions
-from raycv.training.sampler import epoch_order
+from raycv.training.steps import epoch_order
 
 CPU = torch.device("cpu")
 TRAIN, VAL = np.arange(30), np.arange(30, 48)

@@ -212,7 +212,7 @@ def test_infer_prints_the_same_bytes_with_and_without_it_and_loads_nothing_heavy
 def test_a_bad_body_is_refused_without_its_text(served, body, status):
     got, answer = served.send("/score", body)
     assert got == status
-    assert set(answer) == {"error", "remedies"}
+    assert set(answer) == {"error", "kind", "remedies"}
     assert CANARY not in json.dumps(answer)
 
 

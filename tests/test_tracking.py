@@ -288,7 +288,9 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
         assert [point.step for point in history] == steps
     assert tracker.run(child.info.run_id).info.status == "FINISHED"
     assert "not logged" not in caplog.text
-    runs.tracker._client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(UserError("away"))
+    runs.tracker._client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(
+        UserError("away", kind="tracking-unreachable")
+    )
     runs._writer = ThreadPoolExecutor(1)
     folder.fold(1).result.unlink()
     runs.log_trial_end(trial)

@@ -13,9 +13,9 @@ from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_confi
 from raycv.errors import UserError
 from raycv.training import loop as train
 from raycv.training.forward import Batch
-from raycv.training.loop import FoldTrainer, cross_entropy
+from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS, binary_metrics, tune_threshold
-from raycv.training.sampler import epoch_order
+from raycv.training.steps import cross_entropy, epoch_order
 
 TRAIN = np.arange(30)
 VAL = np.arange(30, 48)

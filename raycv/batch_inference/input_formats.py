@@ -146,7 +146,7 @@ class CsvFile(PairFile):
         with opened(self.path) as file, field_limit(), closing(_csv_records(_Lines(file))) as records:
             for line, fields, fault in records:
                 if fault:
-                    raise UserError(f"{self.path}, line {line}: {fault}.", remedies=[COLUMNS_REMEDY])
+                    raise UserError(f"{self.path}, line {line}: {fault}.", kind="input-file", remedies=[COLUMNS_REMEDY])
                 return tuple(fields)
         return ()
 
@@ -205,7 +205,9 @@ class JsonLinesFile(PairFile):
         if fault:
             remedies = ['write a JSON object on each line: {"post": "..."}']
             raise UserError(
-                f"{self.path}: no line of it is a JSON object that can be used; {fault}.", remedies=remedies
+                f"{self.path}: no line of it is a JSON object that can be used; {fault}.",
+                kind="input-file",
+                remedies=remedies,
             )
         return ()
 
@@ -289,7 +291,9 @@ class ParquetFile(PairFile):
                     self.position = number
                     yield Record(number, number, dict(zip(wanted, row, strict=True)))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged after row {number:,}.", remedies=["write it again"]) from error
+            raise UserError(
+                f"{self.path} is damaged after row {number:,}.", kind="input-file", remedies=["write it again"]
+            ) from error
 
     def _opened(self) -> Any:
         import pyarrow.parquet
@@ -299,7 +303,9 @@ class ParquetFile(PairFile):
             return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
         except (OSError, ValueError) as error:
             what = f"{self.path} is not a Parquet file, or is damaged."
-            raise UserError(what, remedies=["write it again, or name a CSV or JSONL file"]) from error
+            raise UserError(
+                what, kind="input-file", remedies=["write it again, or name a CSV or JSONL file"]
+            ) from error
 
 
 def _column_values(column: Any) -> list[object]:
@@ -328,7 +334,7 @@ def pair_file(path: Path) -> PairFile:
     kind = _FILES.get(path.suffix.casefold())
     if kind is None:
         remedies = [f"name a file that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"]
-        raise UserError(f"input={path}: its ending does not tell how to read it.", remedies=remedies)
+        raise UserError(f"input={path}: its ending does not tell how to read it.", kind="input-file", remedies=remedies)
     return kind(path)
 
 
@@ -336,8 +342,10 @@ def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:
     """The error to raise for a file that cannot be read."""
     if isinstance(error, OSError):
         remedies = [f"give the path of a table (CSV, JSONL or Parquet); this is {path.absolute()}"]
-        return UserError(f"input={path} cannot be read: {error.strerror}.", remedies=remedies)
+        return UserError(f"input={path} cannot be read: {error.strerror}.", kind="input-file", remedies=remedies)
     place = f", {error.place}" if error.place else ""
     return UserError(
-        f"input={path}{place}: {error.detail}.", remedies=["input=<a readable file>", *error.kind.remedies]
+        f"input={path}{place}: {error.detail}.",
+        kind="input-file",
+        remedies=["input=<a readable file>", *error.kind.remedies],
     )

@@ -157,7 +157,11 @@ def clear(path: Path) -> None:
 
 def changed_since(path: Path, there: str, written: str) -> UserError:
     remedies = ["delete it and the .state.json beside it, and start again"]
-    return UserError(f"{path} has {there}, and {written} were written: it was changed since.", remedies=remedies)
+    return UserError(
+        f"{path} has {there}, and {written} were written: it was changed since.",
+        kind="output-differs",
+        remedies=remedies,
+    )
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------

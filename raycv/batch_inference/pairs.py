@@ -98,20 +98,22 @@ def find_layout(path: Path, spelt: Sequence[str], header: str = PairFile.header,
     columns = folded(spelt)
     if twice := repeated(columns):
         remedies = ["keep one column of each name"]
-        raise UserError(f"{path}: the column {twice} occurs {columns.count(twice)} times.", remedies=remedies)
+        raise UserError(
+            f"{path}: the column {twice} occurs {columns.count(twice)} times.", kind="input-file", remedies=remedies
+        )
     posts = [name for name in POST_COLUMNS if name in columns]
     criteria = [name for name in CRITERION_COLUMNS if name in columns]
     for found in (posts, criteria):
         if len(found) > 1:
             what = f"{path} has both {' and '.join(found)}: it is not clear which is asked."
-            raise UserError(what, remedies=["keep the one that is meant, or rename the other"])
+            raise UserError(what, kind="input-file", remedies=["keep the one that is meant, or rename the other"])
     if not posts:
         have = f"its columns are {listed([name.strip() for name in spelt])}" if columns else "it is empty"
         if separator := separator_of(columns):
             have += f", separated by {separator} and not by commas"
         have += misspelt([POST_COLUMNS], spelt)
         remedy = "save it with commas" if separator else COLUMNS_REMEDY
-        raise UserError(f"{path} has no column post or text: {have}.", remedies=[remedy])
+        raise UserError(f"{path} has no column post or text: {have}.", kind="input-file", remedies=[remedy])
     near = _unread(spelt, every=not (criteria or asked))
     _refuse_near(path, [miss for miss in near if miss.beside is None], header)
     layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
@@ -142,7 +144,7 @@ def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
         *(f"rename {miss.shown} to {miss.meant}" for miss in near),
         f"to leave it unread, give it a name that is not nearly a known one (x_{near[0].meant}), or remove it",
     ]
-    raise FaultsError(f"input={path} cannot be used", faults, remedies=remedies)
+    raise FaultsError(f"input={path} cannot be used", faults, kind="input-file", remedies=remedies)
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def open_source(
         raise unreadable(path, error) from error
     if layout.criterion and criterion is not None:
         what = f"criterion is given on the command line, and {path} has a column {layout.criterion}."
-        raise UserError(what, remedies=["leave criterion out", "remove or rename the column"])
+        raise UserError(what, kind="config-value", remedies=["leave criterion out", "remove or rename the column"])
     asked = find_criterion(criterion, criteria) if criterion is not None else None
     of_record = 1 if layout.criterion or asked else len(criteria)
     chunk_records = max(1, (chunk_pairs or CHUNK_PAIRS) // of_record)

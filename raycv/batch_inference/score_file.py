@@ -66,7 +66,7 @@ def check_asked(config: InferConfig) -> None:
     given = [name for name in ("post", "post_file") if getattr(config, name) is not None]
     if given:
         what = f"input and {given[0]} are both given: many pairs, or one?"
-        raise UserError(what, remedies=[f"leave {given[0]} out", "leave input out"])
+        raise UserError(what, kind="config-value", remedies=[f"leave {given[0]} out", "leave input out"])
     check_output(Path(config.output), Path(str(config.input)))
 
 
@@ -103,6 +103,7 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
         if not begun.finished and not identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
+                kind="output-differs",
                 remedies=["run the same command again: it says what to delete to start again"],
             )
         output.finish()

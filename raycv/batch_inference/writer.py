@@ -120,7 +120,7 @@ class ScoreFile:
                 lock.release()
         except Timeout as error:
             remedies = ["wait for it to end", "name another output"]
-            raise UserError(f"Another process writes {self.output}.", remedies=remedies) from error
+            raise UserError(f"Another process writes {self.output}.", kind="run-busy", remedies=remedies) from error
         finally:
             with contextlib.suppress(OSError):
                 for folder in made:
@@ -134,7 +134,9 @@ class ScoreFile:
             raise
         except OSError as error:
             remedies = ["make room or give another place: output=<file>; what is written is kept, and continued"]
-            raise UserError(f"output={self.output} cannot be written: {error.strerror}.", remedies=remedies) from error
+            raise UserError(
+                f"output={self.output} cannot be written: {error.strerror}.", kind="disk-unwritable", remedies=remedies
+            ) from error
 
     def _resume(self) -> None:
         found = self._found() if self._state.exists() else None
@@ -176,15 +178,15 @@ class ScoreFile:
         return f"delete {self._state} and {self._sink.path.name} beside it"
 
     def _found(self) -> Progress:
-        values = read_json(self._state)
+        values = read_json(self._state, "output-differs")
         remedies = [f"to start again, {self._to_start_again}"]
         if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
-            raise UserError(f"{self._state} is damaged.", remedies=remedies)
+            raise UserError(f"{self._state} is damaged.", kind="output-differs", remedies=remedies)
         # States of earlier versions say no format.
         written = values.pop("format", FORMATS_READ[0])
         if written not in FORMATS_READ:
             what = f"{self._state} was written by another version of raycv: its format is {written}, and not {FORMAT}."
-            raise UserError(what, remedies=["continue with that version of raycv", *remedies])
+            raise UserError(what, kind="package-version", remedies=["continue with that version of raycv", *remedies])
         # Earlier versions counted each version of raycv as another arithmetic, so we drop that entry.
         values["identity"].pop("the version of raycv", None)
         return Progress(**values)
@@ -195,6 +197,7 @@ class ScoreFile:
             raise UserError(
                 f"{self.output} was begun by another version of raycv, whose arithmetic has number {found.numerics}. "
                 f"The arithmetic of this version has number {NUMERICS}, and its scores would differ.",
+                kind="package-version",
                 remedies=[
                     "continue with that version of raycv",
                     f"to start again, {self._to_start_again}",
@@ -204,7 +207,7 @@ class ScoreFile:
         if names := changed(found.identity, self.progress.identity):
             what = f"{self.output} was begun with other inputs and cannot be continued: {', '.join(names)} changed."
             remedies = ["run the command as it was", f"to start again, {self._to_start_again}", "name another output"]
-            raise UserError(what, remedies=remedies)
+            raise UserError(what, kind="output-differs", remedies=remedies)
         return found
 
     def append(self, chunk: ScoredChunk) -> None:
@@ -242,13 +245,16 @@ class ScoreFile:
         """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
         if before.precision not in (None, chunk.precision):
             what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
-            raise UserError(what, remedies=[f"infer.precision={before.precision}", "name another output"])
+            raise UserError(
+                what, kind="output-differs", remedies=[f"infer.precision={before.precision}", "name another output"]
+            )
         if not before.records:
             return
         then = before.attention or chunk.earlier_attention
         if then != chunk.attention:
             raise UserError(
                 f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+                kind="output-differs",
                 remedies=[
                     "continue with the version of raycv and on the kind of device that began the file",
                     f"to start again, {self._to_start_again}",
@@ -274,6 +280,7 @@ class ScoreFile:
                 raise UserError(
                     f"output={self.output} came to be there while the scores were computed, and is left as it is. They "
                     f"are complete, in {self._sink.path}.",
+                    kind="output-exists",
                     remedies=["move it away, and run the same command: it puts the scores in place"],
                 )
             # If the process is killed after this line, the next run does the rest.
@@ -286,7 +293,11 @@ class ScoreFile:
             self._state.unlink()
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
-            raise UserError(f"Nothing could be scored: {why}.", remedies=["fix the input, and run the command again"])
+            raise UserError(
+                f"Nothing could be scored: {why}.",
+                kind="input-empty",
+                remedies=["fix the input, and run the command again"],
+            )
 
 
 FORMAT = 2
@@ -315,17 +326,24 @@ def check_output(output: Path, source: Path | None = None) -> None:
     if source is not None and any(place.absolute() == source.absolute() or _same(place, source) for place in taken):
         raise UserError(
             f"output={output}: writing it would overwrite the input {source}.",
+            kind="output-exists",
             remedies=["name another file: output=<file>"],
         )
     if output.suffix.casefold() not in FORMATS:
         remedies = [f"name the file to write: output=scores.csv (or {', '.join(FORMATS[1:])})"]
-        raise UserError(f"output={output}: with input=, output is a file that ends in a format.", remedies=remedies)
+        raise UserError(
+            f"output={output}: with input=, output is a file that ends in a format.",
+            kind="config-value",
+            remedies=remedies,
+        )
     try:
         # The files beside the output have longer names, so one may fail where the output itself does not.
         there = _in_the_way(output)
     except OSError as error:
         remedies = ["name another file: output=<file>"]
-        raise UserError(f"output={shown(output)} cannot be written: {error.strerror}.", remedies=remedies) from error
+        raise UserError(
+            f"output={shown(output)} cannot be written: {error.strerror}.", kind="disk-unwritable", remedies=remedies
+        ) from error
     if there:
         raise _taken(output, there[0])
 
@@ -351,7 +369,7 @@ def _in_the_way(output: Path) -> list[Path]:
 
 def _taken(output: Path, place: Path) -> UserError:
     what = f"output={output}{'' if place == output else f': {place}'} is there already."
-    return UserError(what, remedies=["name another output", "delete it, or move it away"])
+    return UserError(what, kind="output-exists", remedies=["name another output", "delete it, or move it away"])
 
 
 def _is_empty(path: Path) -> bool:

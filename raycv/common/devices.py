@@ -166,6 +166,7 @@ def _unusable(gpu: Gpu | None, cpu: str, error: Exception) -> UserError:
     return UserError(
         f"torch {torch.__version__}, a build for {build}, cannot use the {name} of {socket.gethostname()} ({facts}): "
         f"{reason}",
+        kind="gpu-unusable",
         remedies=[f"update the driver, or {install}" if version else install, f"or compute on the CPU: {cpu}"],
     )
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[
     """
     cause = getattr(error, "strerror", None) or str(error)
     if not is_full(error):
-        return UserError(f"{what} cannot be written to {place}: {cause}.", remedies=remedies)
+        return UserError(f"{what} cannot be written to {place}: {cause}.", kind="disk-unwritable", remedies=remedies)
     disk = place.absolute()
     while not disk.is_mount():
         disk = disk.parent
@@ -53,6 +53,7 @@ def unwritable(what: str, place: Path, error: BaseException, remedies: Sequence[
     room = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free on it"
     return UserError(
         f"{what} cannot be written to {place}: the disk {disk} is full ({room}).",
+        kind="disk-full",
         remedies=[f"make room on {disk}: du -xh {disk} | sort -h | tail", *remedies],
     )
 
@@ -122,16 +123,16 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", private=private)
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises: UserError if it is missing, unreadable or not JSON."""
+def read_json(path: Path, kind: ErrorKind = "run-damaged") -> Any:
+    """Reads a JSON file. Raises: UserError of that kind if it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}.", kind=kind) from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error}).") from error
+        raise UserError(f"{path} is damaged: it is not JSON ({error}).", kind=kind) from error
     except RecursionError as error:
-        raise UserError(f"{path} is damaged: it is nested too deeply.") from error
+        raise UserError(f"{path} is damaged: it is nested too deeply.", kind=kind) from error
 
 
 def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
     try:
         values = read_json(path)
     except UserError as error:
-        raise UserError(error.what, remedies=[GOOD_COPY]) from error
+        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
     if not isinstance(values, dict):
         fault = "it is not a JSON object"
     else:
@@ -157,7 +158,7 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
         if not lacking:
             return values
         fault = f"it lacks {', '.join(lacking)}"
-    raise UserError(f"{path} is damaged: {fault}.", remedies=[GOOD_COPY])
+    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
 def check_writable(folder: Path) -> None:

@@ -24,6 +24,7 @@ def bundled(relative: str) -> Path:
             return root / relative
     raise UserError(
         f"raycv's own {relative!r} is missing beside {PACKAGE}: the installation is incomplete.",
+        kind="package-damaged",
         remedies=["reinstall: pip install --force-reinstall --no-deps raycv (or pip install -e . in a checkout)"],
     )
 
@@ -64,6 +65,7 @@ def absolute_uri(uri: str) -> str:
         if set(path) & set("?#%"):
             raise UserError(
                 f"tracking.uri={uri}: the database would be {path}, and a database URI cannot hold ?, # or %.",
+                kind="tracking-store",
                 remedies=["run in another folder", "tracking.uri=sqlite:////another/folder/mlflow.db"],
             )
         return SQLITE + path

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from raycv.common.secrets import mask_secrets
-from raycv.errors import UserError, counted
+from raycv.errors import ErrorKind, UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +39,16 @@ _PASSING_MLFLOW_CODES = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXC
 class ServiceError(UserError):
     """A service failed at every attempt. `cause` is the error of the last one."""
 
-    def __init__(self, what: str, cause: Exception, *, remedies: Sequence[str]) -> None:
+    def __init__(self, what: str, cause: Exception, *, kind: ErrorKind, remedies: Sequence[str]) -> None:
         self.cause = cause
-        super().__init__(what, remedies=remedies)
+        super().__init__(what, kind=kind, remedies=remedies)
 
 
 def call_with_retries(
     what: str,
     fn: Callable[[], T],
     *,
+    kind: ErrorKind,
     remedies: Sequence[str],
     passing: Callable[[Exception], bool] | None = None,
     attempts: int = ATTEMPTS,
@@ -58,6 +59,7 @@ def call_with_retries(
     Args:
         what: The call as a noun phrase, such as "the download of x".
         fn: The call.
+        kind: The kind of the error if every attempt fails.
         remedies: Steps for the user if every attempt fails.
         passing: Tells whether an error can pass; the default is `is_passing`. A `UserError` cannot.
         attempts: Calls in total. With 1 a failure is not logged.
@@ -103,6 +105,7 @@ def call_with_retries(
         raise ServiceError(
             f"{mask_secrets(what)} failed {counted(attempts, 'time')}. The last cause: {cause_of(error)}",
             error,
+            kind=kind,
             remedies=remedies,
         ) from error
 

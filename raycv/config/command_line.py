@@ -140,7 +140,7 @@ def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> 
         # A text may follow a mistyped key, and the reason quotes it too. We must not repeat it, so we name only keys.
         keys = [part.partition("=")[0] for part in typed if re.match(r"[\w./@~+:-]{1,40}=", part)]
         what = f"The command line cannot be read; its keys: {shown(' '.join(keys), most=300)}"
-    return UserError(what, remedies=remedies)
+    return UserError(what, kind="config-syntax", remedies=remedies)
 
 
 def typed_keys(name: str) -> set[str]:
@@ -227,12 +227,13 @@ def without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             remedies = [f"save the text as UTF-8, and give {key} again"]
-            raise UserError(f"{key}: the text given is not UTF-8.", remedies=remedies) from error
+            raise UserError(f"{key}: the text given is not UTF-8.", kind="config-syntax", remedies=remedies) from error
         texts[key.lstrip("+")] = text
     stray = [argument for argument in rest if not re.match(r"-|~|\+*[\w./@]+=", argument)]
     if keys and stray and not {"--cfg", "-c"} & set(rest):
         raise UserError(
             f"{counted(len(stray), 'word')} on the command line belong to no key=value.",
+            kind="config-syntax",
             remedies=[
                 f'write key=value, without dashes or spaces, and quote a text for the shell: {keys[0]}="..."',
                 f"or read it from a file: {keys[0]}_file=post.txt",
@@ -280,7 +281,7 @@ def _refused(name: str, error: UserError) -> SystemExit:
 
 def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
-        raise UserError("--multirun is not supported.", remedies=["start a run for each value"])
+        raise UserError("--multirun is not supported.", kind="config-syntax", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
     known = {key for key, _ in fields(schema)}
     # Hydra refuses null for a group, although null is the default of `experiment`, so we leave the argument out.
@@ -310,6 +311,7 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
         if value not in groups[key]:
             raise UserError(
                 f"{argument}: {key!r} is a group of keys, and {shown(value)} is not one of its files.",
+                kind="config-value",
                 remedies=[
                     f"choose one of them ({key}={', '.join(sorted(groups[key]))}), or set single keys: train.lr=1e-4"
                 ],
@@ -356,7 +358,7 @@ def _answer(
     options = [part.partition("=")[0] for part in typed]
     if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
-        raise UserError(f"There is no option {', '.join(unknown)}.", remedies=remedies)
+        raise UserError(f"There is no option {', '.join(unknown)}.", kind="config-unknown-key", remedies=remedies)
     return None
 
 
@@ -428,10 +430,13 @@ def _plain(config: object, *, missing_ok: bool = False) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing_ok)
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}: must be given.", remedies=[f"{error.full_key}=<value>"]) from error
+        raise UserError(
+            f"{error.full_key}: must be given.", kind="config-value", remedies=[f"{error.full_key}=<value>"]
+        ) from error
     except OmegaConfBaseException as error:
         raise UserError(
             f"The configuration cannot be resolved: {error}",
+            kind="config-value",
             remedies=["give the missing value, or fix the ${...} reference; --cfg job shows the config"],
         ) from error
     assert isinstance(values, dict)

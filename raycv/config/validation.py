@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import Section
 from raycv.config.values import RECORDED, VERBATIM
-from raycv.errors import FaultsError, shown
+from raycv.errors import ErrorKind, FaultsError, shown
 
 S = TypeVar("S", bound=Section)
 
@@ -35,7 +35,10 @@ def validate(schema: type[S], values: Mapping[str, Any], *, recorded: bool = Fal
     try:
         return schema.model_validate(values, context=RECORDED if recorded else None)
     except ValidationError as error:
-        raise FaultsError("The configuration cannot be used", _faults(schema, error)) from error
+        wrong, unknown = _faults(schema, error)
+        found: dict[ErrorKind, list[str]] = {"config-value": wrong, "config-unknown-key": unknown}
+        kinds = tuple(kind for kind, faults in found.items() if faults)
+        raise FaultsError("The configuration cannot be used", wrong + unknown, kind=kinds) from error
 
 
 def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -87,7 +90,8 @@ def as_yaml(config: Section) -> str:
     return mask_secrets(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
-def _faults(schema: type[Section], error: ValidationError) -> list[str]:
+def _faults(schema: type[Section], error: ValidationError) -> tuple[list[str], list[str]]:
+    """The impossible values, and the unknown keys."""
     known = {key: _said(field) for key, field in fields(schema)}
     unknown: list[str] = []
     expected: dict[str, list[str]] = {}
@@ -108,7 +112,7 @@ def _faults(schema: type[Section], error: ValidationError) -> list[str]:
         + (f" (the key means: {known[key]})" if known.get(key) else "")
         for key, parts in expected.items()
     ]
-    return wrong + unknown
+    return wrong, unknown
 
 
 def _leaves(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[int | str, ...]]:

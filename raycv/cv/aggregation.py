@@ -44,7 +44,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
         results = [FoldResult.of(folder, fold) for fold in folder.finished(folds)]
     except UserError as error:
         remedies = ["put a good copy in its place: MLflow has one", f"or train that fold again: {_again(folder)}"]
-        raise UserError(error.what, remedies=remedies) from error
+        raise UserError(error.what, kind=error.kinds, remedies=remedies) from error
     # The run finished when its first report was written. One of an earlier version does not say when that was.
     finished = finished_at(folder) if folder.report.is_file() else utc_now()
     report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder), finished)
@@ -69,7 +69,7 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
     name = parent.data.tags.get("raycv.run")
     if name is None:
         what = f"run={config.run} is an MLflow run, but not the parent of a cross-validation."
-        raise UserError(what, remedies=runs_there(runs, config.run))
+        raise UserError(what, kind="run-missing", remedies=runs_there(runs, config.run))
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         results = []

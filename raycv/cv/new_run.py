@@ -31,6 +31,7 @@ def check_runs_folder(config: RunConfig) -> None:
     except OSError as error:
         raise UserError(
             f"run.dir={config.run.dir}: raycv cannot write to {error.filename} ({error.strerror}).",
+            kind="disk-unwritable",
             remedies=["choose a folder that you may write to: run.dir=<folder>"],
         ) from error
 
@@ -41,6 +42,7 @@ def check_name(config: RunConfig) -> None:
         folder = Path(config.run.dir).absolute() / config.run.name
         raise UserError(
             f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
+            kind="run-exists",
             remedies=[
                 "choose another run.name, or leave it out",
                 *(
@@ -72,6 +74,7 @@ def new_run_folder(config: RunConfig) -> RunFolder:
                 continue
             raise UserError(
                 f"run.dir={config.run.dir}: raycv cannot make the folder {runs / name} ({error.strerror}).",
+                kind="disk-unwritable",
                 remedies=["choose a folder that you may write to: run.dir=<folder>"],
             ) from error
     return RunFolder(runs / name)

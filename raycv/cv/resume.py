@@ -102,6 +102,7 @@ class Earlier:
             raise FaultsError(
                 f"Run {self.folder.root.name} cannot be resumed, since something differs from its record",
                 faults,
+                kind="resume-differs",
                 remedies=[f"put it back, then resume: {resume_command(self.folder)}", f"or {AFRESH}"],
             )
 
@@ -181,11 +182,13 @@ def sole_process(folder: RunFolder) -> Iterator[None]:
     except Timeout:
         raise UserError(
             f"Run {folder.root.name} is under way: another process holds {folder.lock}.",
+            kind="run-busy",
             remedies=["wait until it ends, or stop it (Ctrl-C); then resume: " + resume_command(folder)],
         ) from None
     except OSError as error:
         raise UserError(
             f"Run {folder.root.name} cannot be resumed: raycv cannot write to {folder.root} ({error.strerror}).",
+            kind="disk-unwritable",
             remedies=["make the folder writable for you"],
         ) from error
     try:
@@ -211,15 +214,19 @@ def _find(runs: Path, which: str) -> RunFolder:
         if folder is None and (fold := next((runs / which).glob("fold_*"), None)) is not None:
             config_file = fold.parent.absolute() / "config.yaml"
             raise UserError(
-                f"resume={which}: {config_file} is missing, which says what the run is.", remedies=[GOOD_COPY]
+                f"resume={which}: {config_file} is missing, which says what the run is.",
+                kind="run-damaged",
+                remedies=[GOOD_COPY],
             )
         if folder is None:
             what = f"resume={which}: there is no such run in {runs.absolute()}."
-            raise UserError(what, remedies=runs_there(runs, which, "run.dir"))
+            raise UserError(what, kind="run-missing", remedies=runs_there(runs, which, "run.dir"))
         _refuse_finished(folder)
         if not folder.has_begun():
             what = f"resume={which}: the run ended before its first fold, so it has nothing to resume."
-            raise UserError(what, remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH])
+            raise UserError(
+                what, kind="run-missing", remedies=[f"remove it, and its name is free: rm -r {folder.root}", AFRESH]
+            )
         return folder
     folders = runs_in(runs)
     unfinished = [folder for folder in folders if folder.has_begun() and not folder.report.is_file()]
@@ -227,6 +234,7 @@ def _find(runs: Path, which: str) -> RunFolder:
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
         raise UserError(
             f"resume=latest: there is no unfinished run in {runs.absolute()} ({complete} there finished).",
+            kind="run-missing",
             remedies=["name the folder that holds it: run.dir=<folder>", "start one: python -m raycv.run"],
         )
     return unfinished[-1]
@@ -236,6 +244,7 @@ def _refuse_finished(folder: RunFolder) -> None:
     if folder.report.is_file():
         raise UserError(
             f"resume={folder.root.name}: the run is finished, its report is {folder.report}.",
+            kind="run-exists",
             remedies=[f"the summary again, and into MLflow if it lacks it: {aggregate_command(folder)}", AFRESH],
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from raycv.errors import FaultsError, counted, first_of, shown
+from raycv.errors import ErrorKind, FaultsError, counted, first_of, shown
 
 FIELD_LIMIT = 1_000_000
 """Characters in one field at most. The longest post of ReDSM5 has 6,990 words, so a longer field is a broken file."""
@@ -23,56 +23,96 @@ _IDS = "make the ids of the files agree: every pair needs a row in the posts and
 
 
 class Kind(Enum):
-    """The kinds of fault, each with its plural for messages and its remedies."""
+    """The kinds of fault, each with the kind that its message shows, its plural for messages and its remedies."""
 
-    FOLDER = "folders that cannot be used", _ACCESS, _QUICKSTART
-    NO_TABLE = "tables that are missing", "put the file there, with these column names", _ACCESS, _QUICKSTART
+    FOLDER = "data-file", "folders that cannot be used", _ACCESS, _QUICKSTART
+    NO_TABLE = (
+        "data-file",
+        "tables that are missing",
+        "put the file there, with these column names",
+        _ACCESS,
+        _QUICKSTART,
+    )
     NO_CRITERIA = (
+        "data-file",
         "criteria that are missing",
         "set data.criteria_dir to the folder with the criteria: a CSV file with the columns criterion_id and criterion,"
         ' or a JSON file {"criteria": [{"id": "A.1", "text": "..."}]}; raycv ships one in data/dsm5',
     )
-    NO_FILE = "files that cannot be opened", "put a regular, readable file there"
-    AMBIGUOUS = "tables that are ambiguous", "keep the one that is meant, and remove the others or move them elsewhere"
-    ENCODING = "lines that are not UTF-8", "save the file as UTF-8 (Excel: `CSV UTF-8`), from the original if you can"
-    NUL = "lines with a NUL character", "write the file again as UTF-8 text: a NUL character is a sign of damage"
-    QUOTING = "records with broken quotes", _CSV
-    LONG_FIELD = "fields that are too long", f"{_CSV}; no field may exceed {FIELD_LIMIT:,} characters"
-    FIELD_COUNT = "rows with a wrong number of fields", f"{_CSV}: text that holds commas or line breaks needs quotes"
-    JSON = "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
-    COLUMN = "columns that are missing", "name the columns in the first line as the message says"
+    NO_FILE = "data-file", "files that cannot be opened", "put a regular, readable file there"
+    AMBIGUOUS = (
+        "data-file",
+        "tables that are ambiguous",
+        "keep the one that is meant, and remove the others or move them elsewhere",
+    )
+    ENCODING = (
+        "data-format",
+        "lines that are not UTF-8",
+        "save the file as UTF-8 (Excel: `CSV UTF-8`), from the original if you can",
+    )
+    NUL = (
+        "data-format",
+        "lines with a NUL character",
+        "write the file again as UTF-8 text: a NUL character is a sign of damage",
+    )
+    QUOTING = "data-format", "records with broken quotes", _CSV
+    LONG_FIELD = "data-format", "fields that are too long", f"{_CSV}; no field may exceed {FIELD_LIMIT:,} characters"
+    FIELD_COUNT = (
+        "data-format",
+        "rows with a wrong number of fields",
+        f"{_CSV}: text that holds commas or line breaks needs quotes",
+    )
+    JSON = "data-format", "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
+    COLUMN = "data-format", "columns that are missing", "name the columns in the first line as the message says"
     SEPARATOR = (
+        "data-format",
         "tables that are separated by something else than commas",
         "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
     )
-    DUPLICATE_COLUMN = "columns that occur twice", "keep one column of each name"
-    ID = "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"
-    DUPLICATE_ID = "duplicate ids", "keep one row for each id"
-    DUPLICATE_PAIR = "duplicate pairs", "keep one row for each pair of post and criterion"
-    LABEL = "unknown labels", "write labels as yes or no, 1 or 0, true or false"
+    DUPLICATE_COLUMN = "data-format", "columns that occur twice", "keep one column of each name"
+    ID = "data-id", "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"
+    DUPLICATE_ID = "data-id", "duplicate ids", "keep one row for each id"
+    DUPLICATE_PAIR = "data-id", "duplicate pairs", "keep one row for each pair of post and criterion"
+    LABEL = "data-label", "unknown labels", "write labels as yes or no, 1 or 0, true or false"
     NO_LABEL = (
+        "data-label",
         "labels that are empty",
         "a pair that nobody judged cannot be used: judge it, or remove its post from every table (data.empty and"
         " data.missing are about texts only)",
     )
     SYMPTOM = (
+        "data-label",
         "unknown symptom names",
         "correct the name, or teach raycv/data/parsing.py the new one: to drop such rows would turn positives into"
         " negatives",
     )
-    NO_POST = "post ids without a post", _IDS
-    NO_CRITERION = "criterion ids without a criterion", f"{_IDS}; data.criteria_dir says which criteria are used"
-    UNUSED_POST = "posts without any pair", _IDS
-    UNUSED_CRITERION = "criteria without any pair", f"{_IDS}; data.criteria_dir says which criteria are used"
-    NO_PAIR = "missing pairs", "add the missing rows: every post is judged by every criterion, label no included"
+    NO_POST = "data-id", "post ids without a post", _IDS
+    NO_CRITERION = (
+        "data-id",
+        "criterion ids without a criterion",
+        f"{_IDS}; data.criteria_dir says which criteria are used",
+    )
+    UNUSED_POST = "data-id", "posts without any pair", _IDS
+    UNUSED_CRITERION = "data-id", "criteria without any pair", f"{_IDS}; data.criteria_dir says which criteria are used"
+    NO_PAIR = (
+        "data-id",
+        "missing pairs",
+        "add the missing rows: every post is judged by every criterion, label no included",
+    )
     EMPTY = (
+        "data-text",
         "empty texts",
         "fill them in or remove them; data.empty=drop leaves them out with their pairs; NaN, NULL and the like count as"
         " empty, and data.missing=text keeps them as text",
     )
-    CLASSES = "data sets that cannot be learnt from", "give posts with text, and labels of both classes, yes and no"
+    CLASSES = (
+        "data-split",
+        "data sets that cannot be learnt from",
+        "give posts with text, and labels of both classes, yes and no",
+    )
 
-    def __init__(self, many: str, *remedies: str) -> None:
+    def __init__(self, shown: ErrorKind, many: str, *remedies: str) -> None:
+        self.shown: ErrorKind = shown
         self.many = many
         self.remedies = remedies
 
@@ -144,4 +184,6 @@ class Faults:
                     f"{path}, {one}" if re.match(r"(line|entry) ", one) else f"{path}: {one}" for one in group.first
                 )
         remedies = dict.fromkeys(remedy for kind, _ in self._groups for remedy in kind.remedies)
-        raise FaultsError(title, lines, remedies=list(remedies), most=200)
+        raise FaultsError(
+            title, lines, kind=tuple(kind.shown for kind, _ in self._groups), remedies=list(remedies), most=200
+        )

@@ -42,7 +42,9 @@ def make_splits(pairs: Sequence[Pair], folds: int, seed: int) -> list[Split]:
     groups = np.array([pair.post_id for pair in pairs])
     faults = _impossible(labels, groups, folds)
     if faults:
-        raise FaultsError("The data cannot be split", faults, remedies=["lower cv.folds, or bring more posts"])
+        raise FaultsError(
+            "The data cannot be split", faults, kind="data-split", remedies=["lower cv.folds, or bring more posts"]
+        )
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     splits = [
         Split(fold, np.sort(train), np.sort(val))
@@ -53,6 +55,7 @@ def make_splits(pairs: Sequence[Pair], folds: int, seed: int) -> list[Split]:
         raise FaultsError(
             f"The split into {folds} folds with cv.seed={seed} cannot be used",
             faults,
+            kind="data-split",
             remedies=["lower cv.folds, try another cv.seed, or bring more posts"],
         )
     return splits

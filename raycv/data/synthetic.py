@@ -267,7 +267,7 @@ def _check_arguments(posts: int, profile: str, words_mean: float | None, criteri
     if not 1 <= criteria <= 3 * len(CRITERIA):
         faults.append(f"criteria={criteria}: must lie in 1..{3 * len(CRITERIA)}")
     if faults:
-        raise FaultsError("Synthetic data set", faults)
+        raise FaultsError("Synthetic data set", faults, kind="config-value")
 
 
 @contextmanager
@@ -289,10 +289,11 @@ def _refuse_to_mix(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"{out} is not a folder.", remedies=["Give a new folder as out=..."])
+        raise UserError(f"{out} is not a folder.", kind="output-exists", remedies=["Give a new folder as out=..."])
     if out.resolve() == bundled("data/sample").resolve():
         raise UserError(
             f"{out} is the sample that ships with raycv and that the quickstart runs on.",
+            kind="output-exists",
             remedies=["give another folder as out=...", "to make it again, remove it first"],
         )
     readme = out / "README.md"
@@ -301,6 +302,7 @@ def _refuse_to_mix(out: Path) -> None:
     if strangers:
         raise UserError(
             f"{out} holds files that are not a synthetic data set: {', '.join(strangers[:5])}",
+            kind="output-exists",
             remedies=["Give an empty or a new folder as out=..."],
         )
 

@@ -81,6 +81,7 @@ def compare(
         raise UserError(
             f"Runs {', '.join(names) or '(none)'} with the baseline {baseline} cannot be compared: at least two runs "
             "of different names are needed, and the baseline must be one of them.",
+            kind="config-value",
             remedies=["name the runs: runs=[<run>,<other run>] baseline=<run>"],
         )
     ordered = [study.in_order() for study in studies]
@@ -158,6 +159,7 @@ def require_same_pairs(one: Study, other: Study) -> None:
     if difference:
         raise UserError(
             f"Runs {one.run} and {other.run} cannot be compared: {difference}.",
+            kind="data-id",
             remedies=["train both on the same data with the same data.*, cv.folds and cv.seed, and compare again"],
         )
 

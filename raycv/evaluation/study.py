@@ -52,6 +52,7 @@ class Study:
         if faults := list(self._faults()):
             raise UserError(
                 f"Run {self.run}: the predictions cannot be evaluated: {'; '.join(faults)}.",
+                kind="run-damaged",
                 remedies=["write the predictions again from the run folder or from the model that made them"],
             )
 

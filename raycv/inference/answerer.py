@@ -65,7 +65,7 @@ def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bo
             tell(f"the run's criteria cannot be read, and the one given is used unchanged: {error.what}")
             return {}
         remedies = ["name the folder that holds the run's criteria: criteria_dir=<folder>"]
-        raise UserError(error.what, remedies=remedies) from error
+        raise UserError(error.what, kind=error.kinds, remedies=remedies) from error
     if criteria_hash(criteria) != info.criteria_hash:
         tell(
             f"the criteria in {given or info.criteria_dir} are not worded as those that the model was trained with: "

@@ -72,10 +72,13 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
     if path.is_dir():
         raise UserError(
             f"run={run} is neither a run's folder nor a checkpoint: it has no config.yaml and no {MANIFEST}.",
+            kind="run-missing",
             remedies=["name a folder like runs/<name>, or runs/<name>/fold_<k>/checkpoint"],
         )
     if path.name != run:
-        raise UserError(f"run={run}: there is no such folder.", remedies=runs_there(runs, path.name))
+        raise UserError(
+            f"run={run}: there is no such folder.", kind="run-missing", remedies=runs_there(runs, path.name)
+        )
     return _from_mlflow(run, fold, runs, tracking_uri or LOCAL_URI)
 
 
@@ -106,6 +109,7 @@ def _finished_run(runs: Path) -> RunFolder:
     if not is_finished(folder):
         raise UserError(
             f"No run in {runs.absolute()} is finished.",
+            kind="run-missing",
             remedies=[
                 QUICKSTART,
                 f"take a finished fold of an unfinished run: run={folder.root.name} fold=<k>",
@@ -120,6 +124,7 @@ def _from_checkpoint(folder: Path, fold: Fold) -> Chosen:
     if fold not in ("best", info.fold):
         raise UserError(
             f"fold={fold}: {folder} is the checkpoint of fold {info.fold} alone.",
+            kind="run-missing",
             remedies=["leave fold out", "name the run instead of the checkpoint: run=<name>"],
         )
     # The checkpoint may still be in the folder of its run, which names the MLflow store.
@@ -139,13 +144,17 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
         remedies = [
             f"choose a finished one: {_listed(finished)}" if finished else f"finish it: {resume_command(folder)}"
         ]
-        raise UserError(f"fold={fold}: run {folder.root.name} has no such checkpoint: {there}.", remedies=remedies)
+        raise UserError(
+            f"fold={fold}: run {folder.root.name} has no such checkpoint: {there}.",
+            kind="run-missing",
+            remedies=remedies,
+        )
     if not isinstance(fold, int) and len(finished) < asked:
         remedies = [f"finish the run: {resume_command(folder)}"]
         if finished:
             remedies.append(f"choose a finished fold: {_listed(finished)}")
         what = f"fold={fold}: {len(finished)} of {asked} folds of run {folder.root.name} are finished."
-        raise UserError(what, remedies=remedies)
+        raise UserError(what, kind="run-failed", remedies=remedies)
     if fold == "best":
         fold = best_fold([FoldResult.read(folder.fold(number).result) for number in finished])
     taken = finished if fold == ENSEMBLE else [fold]
@@ -170,7 +179,7 @@ def _check_manifest(folder: RunFolder, fold: int) -> None:
     known = FoldResult.read(files.result).sha256.get(manifest.relative_to(files.root).as_posix())
     if known is not None and manifest.is_file() and sha256_of(manifest) != known:
         what = f"{manifest} is damaged: it does not have the checksum that {files.result.name} has of it."
-        raise UserError(what, remedies=DAMAGED)
+        raise UserError(what, kind="checkpoint-damaged", remedies=DAMAGED)
 
 
 def _listed(folds: Sequence[int]) -> str:
@@ -195,7 +204,7 @@ def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
     finished = {k: child for k, child in children.items() if child.info.status == "FINISHED"}
     if not finished:
         what = f"run={run} is an MLflow run, but neither a finished cross-validation nor a fold of one."
-        raise UserError(what, remedies=runs_there(runs, run))
+        raise UserError(what, kind="run-missing", remedies=runs_there(runs, run))
     taken = _taken(run, fold, finished, asked.data.metrics)
     places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
     name, parent_id = read_info(places[0]).run, run if number is None else tracker.parent_of(asked)
@@ -214,6 +223,7 @@ def _taken(run: str, fold: Fold, finished: dict[int, Any], metrics: dict[str, fl
     if wanted not in finished:
         raise UserError(
             f"fold={fold}: the MLflow run {run} has no such finished fold.",
+            kind="run-missing",
             remedies=[f"choose one: {_listed(sorted(finished))}"],
         )
     return [wanted]

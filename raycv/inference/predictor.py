@@ -163,6 +163,7 @@ class Predictor:
             raise UserError(
                 f"The criterion and the question take {rules.max_length - room + empty} of the prompt's "
                 f"{rules.max_length} tokens, which leaves no room for a post.",
+                kind="prompt-length",
                 remedies=["shorten the criterion"],
             )
         return min(rules.post_limit, room)
@@ -178,6 +179,7 @@ class Predictor:
             raise UserError(
                 f"The {'criterion' if short else 'longest criterion of the run'} and the question leave no room for a "
                 f"word of the post in the prompt's {rules.max_length} tokens.",
+                kind="prompt-length",
                 remedies=["shorten the criterion" if short else "take a run with a larger prompt.max_length"],
             ) from error
 
@@ -192,6 +194,7 @@ class Predictor:
             if not bool(logits.isfinite().all()):
                 raise UserError(
                     "The model computed NaN or infinity, which is not an answer.",
+                    kind="training-loss",
                     remedies=["compute in single precision: infer.precision=fp32", *DAMAGED],
                 )
             np.maximum.at(scores, encoded.pair_of_row[rows], torch.softmax(logits, dim=-1)[:, 1].numpy())
@@ -251,6 +254,7 @@ def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell:
         return
     raise UserError(
         f"The base model in {files.path} is not the one that was trained on: {listed(other)} changed.",
+        kind="base-changed",
         remedies=[
             "put the files of training back, or name the folder that has them: base=<folder>",
             f"if these are to answer all the same: base={files.path}",
@@ -279,6 +283,7 @@ def _check_words(tokenizer: Any, checkpoint: Path, given: str) -> None:
     if trained.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"base={given}: its tokenizer has other words than the checkpoint's, so it is another model.",
+            kind="base-changed",
             remedies=["give the model that the run was trained on: base=<folder or hub id>", "leave base out"],
         )
 
@@ -303,4 +308,6 @@ def _check_kin(infos: Sequence[CheckpointInfo], folders: Sequence[Path]) -> None
     for info, folder in zip(infos, folders, strict=True):
         for field in ("base_model", "base_revision", "rules", "criteria_hash"):
             if getattr(info, field) != getattr(infos[0], field):
-                raise UserError(f"{folder} is of another run than {folders[0]}: its {field} differs.")
+                raise UserError(
+                    f"{folder} is of another run than {folders[0]}: its {field} differs.", kind="checkpoint-damaged"
+                )

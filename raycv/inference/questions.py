@@ -144,13 +144,13 @@ def asked_for(questions: Sequence[Question], criteria: Mapping[str, Criterion]) 
         except UserError as error:
             if len(questions) == 1:
                 raise
-            raise UserError(f"Pair {number}: {error.what}", remedies=error.remedies) from error
+            raise UserError(f"Pair {number}: {error.what}", kind=error.kinds, remedies=error.remedies) from error
     return asked
 
 
 def _asked_by(question: Question, criteria: Mapping[str, Criterion]) -> list[Criterion]:
     if is_blank(question.post):
-        raise UserError("The post is empty.", remedies=["give the text of a post"])
+        raise UserError("The post is empty.", kind="input-empty", remedies=["give the text of a post"])
     if question.criterion is None:
         return list(criteria.values())
     return [find_criterion(question.criterion, criteria)]
@@ -175,7 +175,7 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
     """
     if is_blank(asked):
         remedies = ["give a text, or an id like A.4", "leave criterion out to ask for each of the run's"]
-        raise UserError("The criterion is empty.", remedies=remedies)
+        raise UserError("The criterion is empty.", kind="input-empty", remedies=remedies)
     name = asked.strip()
     for criterion in criteria.values():
         names = (criterion.criterion_id, criterion.symptom or "")
@@ -189,6 +189,7 @@ def find_criterion(asked: str, criteria: Mapping[str, Criterion]) -> Criterion:
         ids = [f"{key} ({criterion.symptom})" if criterion.symptom else key for key, criterion in criteria.items()]
         raise UserError(
             f"criterion={name}: the run has no such criterion.",
+            kind="criterion-unknown",
             remedies=[
                 *([f"did you mean {near}?"] if near else []),
                 f"choose one of its ids or names: {', '.join(ids)}",

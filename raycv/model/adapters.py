@@ -77,6 +77,7 @@ def check_model(config: Any, model: ModelConfig) -> None:
     except Exception as error:  # transformers raises anything, from AssertionError to ZeroDivisionError
         raise UserError(
             f"The config of {model.name} describes no classifier that transformers can build: {cause_of(error)}",
+            kind="base-unsuitable",
             remedies=["correct the model's config.json", "choose another base model: model.name=<hub id or folder>"],
         ) from error
     _check_targets(classifier, model, head_modules(classifier))
@@ -132,6 +133,7 @@ def head_modules(model: nn.Module) -> list[str]:
     if backbone is None or not names:
         raise UserError(
             f"{type(model).__name__} has no classification head beside its backbone, so there is nothing to train.",
+            kind="base-unsuitable",
             remedies=["choose a base model whose AutoModelForSequenceClassification has one, as Llama and BERT do"],
         )
     pooler = getattr(backbone, POOLER, None)
@@ -188,5 +190,6 @@ def _check_targets(model: nn.Module, config: ModelConfig, head: list[str]) -> No
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             f"model.target_modules: {', '.join(missing)} not found in {type(model).__name__} ({config.name}).",
+            kind="base-unsuitable",
             remedies=[f"choose among its linear modules: {', '.join(names)}", "model.target_modules=all-linear"],
         )

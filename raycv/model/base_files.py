@@ -99,11 +99,16 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     # The hub's client gives a relative folder where HF_HOME is one, and transformers gets links to these files.
     folder = folder.absolute()
     if not os.path.isdir(folder):
-        raise UserError(f"There is no folder {folder}, which is to hold the base model.", remedies=["correct the path"])
+        raise UserError(
+            f"There is no folder {folder}, which is to hold the base model.",
+            kind="base-files",
+            remedies=["correct the path"],
+        )
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if CONFIG not in present:
         raise UserError(
             f"{folder} is not a model: it has no {CONFIG}; it holds {listed_files(present)}.",
+            kind="base-files",
             remedies=[
                 "model.name wants a base model; a fold's checkpoint is an adapter, which belongs on top of one"
                 if ADAPTER_CONFIG in present
@@ -116,6 +121,7 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     if faults:
         raise UserError(
             f"{folder} lacks weights: {listed_files(faults)} missing, or only a git-lfs pointer.",
+            kind="base-files",
             remedies=[
                 "copy or download the folder again",
                 "after a git clone without git-lfs: `git lfs install && git lfs pull` in that folder",
@@ -124,6 +130,7 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     if ADAPTER_CONFIG in present and revision is None:
         raise UserError(
             f"{folder} holds a whole model and an adapter ({ADAPTER_CONFIG}): raycv trains on the whole model alone.",
+            kind="base-files",
             remedies=_without_adapter(folder),
         )
     used = sorted({file for file in present if is_small_file(file)} | {entry, *weights})
@@ -147,6 +154,7 @@ def find_entry(name: str, present: Iterable[str]) -> tuple[WeightFormat, str]:
                 return weight_format, entry
     raise UserError(
         f"The base model {name} has no weights that PyTorch can read; it holds {listed_files(names)}.",
+        kind="base-files",
         remedies=[
             "choose a model with model.safetensors or pytorch_model.bin, whole or in shards (GGUF, GPTQ, TensorFlow "
             "and .pth files cannot be fine-tuned here)"
@@ -166,11 +174,15 @@ def weight_files(folder: Path, entry: str) -> list[str]:
         shards = sorted(set(json.loads((folder / entry).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{folder / entry} is damaged: {cause_of(error)}.", remedies=["copy or download the folder again"]
+            f"{folder / entry} is damaged: {cause_of(error)}.",
+            kind="base-files",
+            remedies=["copy or download the folder again"],
         ) from error
     # The index comes from outside, so we refuse paths that lead out of the folder.
     if not shards or any(Path(shard).name != shard for shard in shards):
-        raise UserError(f"{folder / entry} does not name plain files of its own folder; it is not used.")
+        raise UserError(
+            f"{folder / entry} does not name plain files of its own folder; it is not used.", kind="base-files"
+        )
     return shards
 
 

@@ -29,6 +29,7 @@ def fetch_base(name: str, revision: str | None, *, base_seconds: float = BASE_SE
     if revision is not None:
         raise UserError(
             f"model.revision={revision} means nothing for model.name={name}, which is a folder.",
+            kind="config-value",
             remedies=["set model.revision=null"],
         )
     return inspect_folder(name, Path(os.path.expanduser(location)).absolute(), None)
@@ -52,7 +53,7 @@ def fetch_trained_base(name: str, revision: str | None, given: str | None) -> Ba
         kept = [remedy for remedy in error.remedies if "model." not in remedy]
         where = "if it lies elsewhere now, say where: base=<folder or hub id>"
         raise UserError(
-            f"raycv cannot get the checkpoint's base model. {error.what}", remedies=[where, *kept]
+            f"raycv cannot get the checkpoint's base model. {error.what}", kind=error.kinds, remedies=[where, *kept]
         ) from error
 
 

@@ -119,14 +119,18 @@ def read_info(folder: Path) -> CheckpointInfo:
     if not manifest.is_file():
         raise UserError(
             f"{folder} is not a raycv checkpoint: it has no {MANIFEST}.",
+            kind="run-missing",
             remedies=["name a folder like runs/<name>/fold_<k>/checkpoint"],
         )
-    values = read_json(manifest)
+    values = read_json(manifest, "checkpoint-damaged")
     if not isinstance(values, dict) or "format" not in values:
-        raise UserError(f"{manifest} is damaged: it does not say its format.", remedies=DAMAGED)
+        raise UserError(
+            f"{manifest} is damaged: it does not say its format.", kind="checkpoint-damaged", remedies=DAMAGED
+        )
     if values["format"] != FORMAT:
         raise UserError(
             f"{manifest} has format {values['format']!r}; this raycv reads format {FORMAT}.",
+            kind="package-version",
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
     try:
@@ -136,7 +140,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"]) or "the file"
         what = "is missing" if fault["type"] == "missing" else f"is {shown(fault['input'])}: {fault['msg']}"
-        raise UserError(f"{manifest} is damaged: {key} {what}.", remedies=DAMAGED) from error
+        raise UserError(f"{manifest} is damaged: {key} {what}.", kind="checkpoint-damaged", remedies=DAMAGED) from error
 
 
 def _check_sums(folder: Path) -> None:
@@ -145,15 +149,18 @@ def _check_sums(folder: Path) -> None:
     Raises:
         UserError: A file is not the one that was saved, or the manifest's checksums are damaged.
     """
-    values = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    values = read_json(folder / MANIFEST, "checkpoint-damaged") if (folder / MANIFEST).is_file() else {}
     sums = values.get("sha256", {}) if isinstance(values, dict) else None
     if not isinstance(sums, dict):
-        raise UserError(f"{folder / MANIFEST} is damaged: sha256 is not an object.", remedies=DAMAGED)
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: sha256 is not an object.", kind="checkpoint-damaged", remedies=DAMAGED
+        )
     for name in SUMMED:
         if name in sums and (not (folder / name).is_file() or sums[name] != sha256_of(folder / name)):
             raise UserError(
                 f"The checkpoint {folder} is damaged: {name} is not the file that was saved (its SHA-256 differs from "
                 f"the one in {MANIFEST}).",
+                kind="checkpoint-damaged",
                 remedies=DAMAGED,
             )
 
@@ -177,6 +184,7 @@ def _check_tensors(model: "PeftModel", folders: Sequence[Path]) -> None:
                 raise UserError(
                     f"The checkpoint {folder} is damaged: {WEIGHTS} {what} {counted(len(names), 'tensor')}, the first "
                     f"being {names[0]}.",
+                    kind="checkpoint-damaged",
                     remedies=DAMAGED,
                 )
 
@@ -191,7 +199,11 @@ def _check_weights(folder: Path) -> None:
         return
     pickled = (folder / PICKLED_WEIGHTS).exists()
     why = f"; {PICKLED_WEIGHTS} is a pickle, which could run code, and is never read" if pickled else ""
-    raise UserError(f"The adapter in {folder} cannot be loaded: it has no {WEIGHTS}{why}.", remedies=DAMAGED)
+    raise UserError(
+        f"The adapter in {folder} cannot be loaded: it has no {WEIGHTS}{why}.",
+        kind="checkpoint-damaged",
+        remedies=DAMAGED,
+    )
 
 
 def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
@@ -237,6 +249,8 @@ def load_adapter(base: Any, folder: Path, *more: Path) -> "PeftModel":
         RuntimeError,
         SafetensorError,
     ) as error:
-        raise UserError(f"The adapter in {current} cannot be loaded: {cause_of(error)}", remedies=DAMAGED) from error
+        raise UserError(
+            f"The adapter in {current} cannot be loaded: {cause_of(error)}", kind="checkpoint-damaged", remedies=DAMAGED
+        ) from error
     _check_tensors(model, (folder, *more))
     return model.eval()

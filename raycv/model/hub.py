@@ -54,6 +54,7 @@ def fetch_from_hub(name: str, revision: str | None, base_seconds: float) -> Base
         if constants.HF_HUB_OFFLINE:
             raise UserError(
                 f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold {name} at revision {wanted}.",
+                kind="hub-unreachable",
                 remedies=["unset HF_HUB_OFFLINE", *_without_hub(name, revision)],
             )
     with explained_hub_errors(name, revision), _single_attempts():
@@ -83,12 +84,17 @@ def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[st
     info = call_with_retries(
         f"asking the hub for the files of {name}",
         partial(HfApi().model_info, name, revision=revision),
+        kind="hub-unreachable",
         passing=_can_pass,
         remedies=_without_hub(name, revision),
         base_seconds=base_seconds,
     )
     if info.sha is None or info.siblings is None:
-        raise UserError(f"The hub's answer about {name} names no commit or no files.", remedies=["check HF_ENDPOINT"])
+        raise UserError(
+            f"The hub's answer about {name} names no commit or no files.",
+            kind="hub-unreachable",
+            remedies=["check HF_ENDPOINT"],
+        )
     return info.sha, {sibling.rfilename for sibling in info.siblings if "/" not in sibling.rfilename}
 
 
@@ -122,7 +128,9 @@ def _download(name: str, commit: str, present: set[str], base_seconds: float) ->
     weight_format, entry = find_entry(name, present)
     small = {file for file in present if is_small_file(file)}
     if CONFIG not in small:
-        raise UserError(f"{name} on the hub is not a model: it has no {CONFIG}.", remedies=["check model.name"])
+        raise UserError(
+            f"{name} on the hub is not a model: it has no {CONFIG}.", kind="base-files", remedies=["check model.name"]
+        )
     with _alone(name):
         # Another process may have downloaded the files while this one waited, so we look again.
         found = _cached(name, commit, present)
@@ -135,6 +143,7 @@ def _download(name: str, commit: str, present: set[str], base_seconds: float) ->
             raise UserError(
                 f"{name} on the hub is incomplete: {entry} names {listed_files(weights - present)}, "
                 "which is not there.",
+                kind="base-files",
                 remedies=["choose another model.revision"],
             )
         logger.info("downloading %s at %s: %d %s file(s)", name, commit, len(weights), weight_format)
@@ -149,7 +158,10 @@ def _snapshot(name: str, commit: str, files: Iterable[str], base_seconds: float)
     fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
     remedies = ["run again: the download resumes where it stopped", *_without_hub(name, commit)]
     what = f"the download of {name} from the hub"
-    return Path(call_with_retries(what, fetch, passing=_can_pass, remedies=remedies, base_seconds=base_seconds))
+    path = call_with_retries(
+        what, fetch, kind="hub-unreachable", passing=_can_pass, remedies=remedies, base_seconds=base_seconds
+    )
+    return Path(path)
 
 
 def _remember(snapshot: Path, revision: str, commit: str) -> None:
@@ -280,6 +292,7 @@ def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise UserError(
             f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
+            kind="base-files",
             remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
         ) from error
     except OSError as error:
@@ -298,16 +311,19 @@ def _refusal(error: OSError, name: str, revision: str | None) -> UserError | Non
     if isinstance(error, GatedRepoError):
         return UserError(
             f"{name} is gated (HTTP {status}): its owner gives access to accounts that accept its license.",
+            kind="hub-access",
             remedies=[f"open {url} and accept the license with your account", log_in],
         )
     if isinstance(error, RevisionNotFoundError):
         return UserError(
             f"{name} has no revision {revision or constants.DEFAULT_REVISION} on the hub.",
+            kind="hub-access",
             remedies=[f"choose a branch, tag or commit from {url}/commits, or set model.revision=null"],
         )
     if status in (401, 403, 404):
         return UserError(
             f"The hub has no {name} that you may read (HTTP {status}): it does not exist, or it is private or gated.",
+            kind="hub-access",
             remedies=[f"check the spelling of model.name: does {url} exist?", log_in],
         )
     return None
@@ -324,6 +340,7 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
         return unwritable(name, Path(cache), error, [where])
     return UserError(
         f"{name} cannot be fetched from the hub: {cause_of(error)}.",
+        kind="hub-unreachable",
         remedies=[
             "behind a proxy that has a certificate of its own: set REQUESTS_CA_BUNDLE to its file",
             *_without_hub(name, revision),

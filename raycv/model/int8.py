@@ -86,16 +86,19 @@ def check_int8(device: torch.device, folds: int) -> None:
     if device.type != "cpu":
         raise UserError(
             f"{asked} computes on a CPU, and this machine has a GPU.",
+            kind="config-value",
             remedies=["infer.precision=bf16", "hide the GPU: CUDA_VISIBLE_DEVICES= python -m raycv.infer ..."],
         )
     if not has_fast_int8():
         raise UserError(
             f"{asked}: this CPU has no 8-bit products (AVX-512 VNNI or AMX), so it would be slower than float32.",
+            kind="config-value",
             remedies=["infer.precision=auto"],
         )
     if folds > 1:
         raise UserError(
             f"{asked} merges a fold's adapter into the weights, so the ensemble would hold {folds} whole models.",
+            kind="config-value",
             remedies=["take one fold: fold=best", "infer.precision=auto, where all folds share one base"],
         )
 
@@ -132,6 +135,7 @@ def to_int8(model: Any) -> Any:
     if not any(isinstance(module, Int8Linear) for module in classifier.modules()):
         raise UserError(
             f"infer.precision=int8: {type(classifier).__name__} has no nn.Linear outside its head.",
+            kind="base-unsuitable",
             remedies=["infer.precision=auto"],
         )
     return classifier.eval()

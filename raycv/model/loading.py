@@ -67,6 +67,7 @@ def check_max_length(config: Any, max_length: int) -> None:
     if positions is not None and max_length > positions:
         raise UserError(
             f"prompt.max_length={max_length}, but the base model has {positions} positions.",
+            kind="base-unsuitable",
             remedies=[f"set prompt.max_length to {positions} or less", "choose a base model with a longer context"],
         )
 
@@ -133,6 +134,7 @@ def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
     """Returns the error for a `key` in `file` that would let transformers read a file which raycv has not checked."""
     return UserError(
         f"{files.path / file}: {key}={shown(value, 200)} names a file that is not one of the base model's own.",
+        kind="base-files",
         remedies=[f"remove {key} from {file}, and put the file into {files.path} under its usual name"],
     )
 
@@ -155,6 +157,7 @@ def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
             return
     raise UserError(
         "The tokenizer has no pad, unk or eos token with an embedding, so prompts cannot be padded.",
+        kind="base-unsuitable",
         remedies=["set pad_token in the model's tokenizer_config.json to one of its tokens"],
     )
 
@@ -171,6 +174,7 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     if pad_id is None or pad_id >= config.vocab_size:
         raise UserError(
             f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {config.vocab_size}.",
+            kind="base-unsuitable",
             remedies=["load the tokenizer with raycv.model.loading.load_tokenizer, which chooses one"],
         )
     config.pad_token_id = pad_id
@@ -264,6 +268,7 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
         raise UserError(
             f"The weights of {files.name} do not fit its {CONFIG}: missing or of another shape: "
             f"{counted(len(broken), 'tensor')}, the first being {sorted(broken)[0]}.",
+            kind="base-files",
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
     left = _left_out(model, found["unexpected_keys"])
@@ -271,6 +276,7 @@ def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set
         raise UserError(
             f"The weights of {files.name} do not fit its {CONFIG}: the model that it describes has no "
             f"place for {counted(len(left), 'tensor')} of the weights, the first being {left[0]}.",
+            kind="base-files",
             remedies=["copy or download the model again", "check that config and weights belong together"],
         )
     logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
@@ -352,7 +358,9 @@ def _loading(part: str, files: BaseFiles) -> Iterator[str]:
     ) as error:
         cause = cause_of(error).replace(folder or str(files.path), str(files.path))
         raise UserError(
-            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause}", remedies=_mended(files)
+            f"The {part} of {files.name} cannot be loaded from {files.path}: {cause}",
+            kind="base-files",
+            remedies=_mended(files),
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -83,13 +83,15 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        raise UserError(f"Ray cannot be started or joined: {error}", remedies=JOIN_REMEDIES) from error
+        raise UserError(
+            f"Ray cannot be started or joined: {error}", kind="cluster-unreachable", remedies=JOIN_REMEDIES
+        ) from error
     except Exception as error:
         # Ray has no type of its own for it.
         if "timed out" not in str(error) and not isinstance(error, ray.exceptions.RaySystemError):
             raise
         remedies = ["wait until the machine is less busy, and try again", JOIN_REMEDIES[1]]
-        raise UserError(f"Ray did not start in time: {error}", remedies=remedies) from error
+        raise UserError(f"Ray did not start in time: {error}", kind="cluster-unreachable", remedies=remedies) from error
     logging.getLogger("ray").setLevel(level)
     if not ray_logs:
         # Tune would print the whole traceback of a failed trial. raycv prints the fold's error; error.json has all.
@@ -184,7 +186,11 @@ def _cluster_to_join() -> str | None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         if asked:
-            raise UserError(f"RAY_ADDRESS={asked}: nothing answers there ({error}).", remedies=JOIN_REMEDIES) from error
+            raise UserError(
+                f"RAY_ADDRESS={asked}: nothing answers there ({error}).",
+                kind="cluster-unreachable",
+                remedies=JOIN_REMEDIES,
+            ) from error
         # `ray start` leaves an address file. It stays when the cluster or its machine is killed.
         logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
         return "local"
@@ -226,7 +232,7 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
         remedies += what_to_do
     if faults:
         title = "The cluster's nodes do not have what the folds need"
-        raise FaultsError(title, faults, remedies=list(dict.fromkeys(remedies)))
+        raise FaultsError(title, faults, kind="cluster-node", remedies=list(dict.fromkeys(remedies)))
 
 
 @contextmanager
@@ -262,6 +268,7 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
         _end_ray()
         raise RunFailedError(
             f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
+            kind="cluster-unreachable",
             remedies=[
                 "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
                 f"the folds resume from their last states: {resume_command(root)}",

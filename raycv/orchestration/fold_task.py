@@ -10,7 +10,7 @@ from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split
 from raycv.data.types import Dataset, Pair
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError
 from raycv.prompts.template import PromptRules
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
@@ -70,7 +70,7 @@ class ProgressBoard:
     def __init__(self, kept: str) -> None:
         self._posts: dict[int, dict[str, Any]] = {}
         self._events: list[tuple[int, str]] = []
-        self._errors: dict[int, tuple[str, list[str]]] = {}
+        self._errors: dict[int, tuple[str, ErrorKind, list[str]]] = {}
         self._kept = Path(kept)
         empty: dict[str, dict[str, Any]] = {"places": {}, "attempts": {}, "left_out": {}}
         earlier = read_json(self._kept) if self._kept.is_file() else empty
@@ -94,11 +94,11 @@ class ProgressBoard:
         """How many attempts at a fold have begun."""
         return self._attempts.get(fold, 0)
 
-    def fail(self, fold: int, message: str, remedies: list[str]) -> None:
+    def fail(self, fold: int, message: str, kind: ErrorKind, remedies: list[str]) -> None:
         """Keeps why a fold failed, in case the trial cannot write a file."""
-        self._errors[fold] = message, remedies
+        self._errors[fold] = message, kind, remedies
 
-    def error(self, fold: int) -> tuple[str, list[str]] | None:
+    def error(self, fold: int) -> tuple[str, ErrorKind, list[str]] | None:
         """The arguments of the last `fail` for the fold, or None."""
         return self._errors.get(fold)
 

@@ -87,7 +87,11 @@ def scorer_shares(nodes: Sequence[Mapping[str, float]], *, on_cpus: bool = False
         return gpus, 1, 1
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
-        raise UserError("The Ray cluster has neither GPUs nor cores.", remedies=["engine=local", "add a node to it"])
+        raise UserError(
+            "The Ray cluster has neither GPUs nor cores.",
+            kind="cluster-resources",
+            remedies=["engine=local", "add a node to it"],
+        )
     scorers = {each: sum(core >= each for core in cores) for each in cores}
     each = max(scorers, key=lambda each: (each * scorers[each], each))
     return scorers[each], each, 0

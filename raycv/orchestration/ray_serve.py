@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from raycv.common.devices import CPU_FOR_INFERENCE, check_given_gpu
 from raycv.config.schema import ServerConfig
-from raycv.errors import UserError, counted
+from raycv.errors import UserError, counted, last_line
 from raycv.inference.answerer import load_answerer
 from raycv.inference.log import InferenceWriter, record_answers
 from raycv.inference.questions import Answer, Answerer, Question, asked_for
@@ -124,6 +124,7 @@ class Scorer:
         if pairs > self._limits.max_pairs:
             raise TooManyPairsError(
                 f"The request asks for {counted(pairs, 'pair')}; one may ask for {self._limits.max_pairs}.",
+                kind="scorer-request",
                 remedies=["send fewer at a time", "start the scorer with a larger serve.max_pairs"],
             )
 
@@ -201,7 +202,8 @@ def running(setup: Setup) -> Iterator[None]:
             yield
         except (RuntimeError, RayError) as error:
             raise UserError(
-                f"The scorer did not start: {_last_line(error)}",
+                f"The scorer did not start: {last_line(error)}",
+                kind="scorer-failed",
                 remedies=["try the model alone: python -m raycv.infer server=none post=... run=..."],
             ) from error
         finally:
@@ -250,6 +252,7 @@ def _refuse_second_serve() -> None:
         return
     raise UserError(
         "Ray Serve already runs on this cluster, and its HTTP port cannot be changed.",
+        kind="scorer-failed",
         remedies=["stop the scorer, or what else it serves", "unset RAY_ADDRESS: a local Ray is started"],
     )
 
@@ -266,11 +269,7 @@ def replica_resources(config: ServerConfig, nodes: Sequence[Mapping[str, float]]
         raise UserError(
             f"A replica asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has them "
             f"({max(node.get('CPU', 0.0) for node in nodes):g} CPUs, {gpus_there:g} GPUs at most).",
+            kind="cluster-resources",
             remedies=["lower serve.cpus_per_replica or serve.gpus_per_replica (fractions are fine)"],
         )
     return cpus, gpus
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

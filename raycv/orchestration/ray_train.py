@@ -107,6 +107,7 @@ def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str
         remedies = [remedy for _, each in left_out.values() for remedy in each]
         raise RunFailedError(
             "\n".join(["No node is left that can take the fold:", *(why for why, _ in left_out.values())]),
+            kind="cluster-node",
             remedies=list(dict.fromkeys(remedies)),
         )
 
@@ -126,6 +127,7 @@ def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
     """The error of a fold after `attempts` attempts; `died` names the process whose death ended the last one."""
     return RunFailedError(
         f"{died}, and resources.retries={retries}: it was trained {counted(attempts, 'time')} in all.",
+        kind="run-failed",
         remedies=["where memory ran out the kernel ends a process (`dmesg` tells): lower cv.max_concurrent"],
     )
 
@@ -152,17 +154,17 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     if not isinstance(cause, UserError) and is_full(cause):
         # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
         cause = unwritable("What Ray keeps of a fold", Path(task.root), cause)
-    what, remedies = f"{type(cause).__name__}: {cause}", []
-    if isinstance(cause, UserError):
-        what, remedies = cause.what, cause.remedies
-    message = mask_secrets(what)
-    record = {"message": message, "remedies": remedies, "traceback": mask_secrets(f"{error}\n{text}")}
+    if not isinstance(cause, UserError):
+        cause = RunFailedError(f"{type(cause).__name__}: {cause}", kind="run-failed")
+    message, kind, remedies = mask_secrets(cause.what), cause.kind, cause.remedies
+    trace = mask_secrets(f"{error}\n{text}")
+    record = {"message": message, "kind": kind, "remedies": remedies, "traceback": trace}
     try:
         with share_of(task).held():
             write_json(folder.error, record)
     except (OSError, UserError):
         # The disk or share may be the cause itself: the board tells the driver.
-        ray.get(task.board.fail.remote(fold, message, remedies))
+        ray.get(task.board.fail.remote(fold, message, kind, remedies))
 
 
 def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:

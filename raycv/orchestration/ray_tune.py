@@ -16,7 +16,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from raycv.common.files import read_json, unwritable
 from raycv.common.locations import absolute_folder
 from raycv.config.schema import RunConfig
-from raycv.errors import RunFailedError, UserError
+from raycv.errors import ErrorKind, RunFailedError, UserError, known_kind, last_line
 from raycv.orchestration.cluster import this_node, watched_cluster
 from raycv.orchestration.fold_task import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
@@ -104,7 +104,10 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             # A full disk leaves Tune's own files half written. The folds' files tell what became of the folds.
-            otherwise = str(unwritable("What Ray keeps of the run", root.root, error))
+            full = unwritable("What Ray keeps of the run", root.root, error)
+            otherwise = full.what
+            states.kinds += full.kinds
+            states.remedies += full.remedies
     failed = [fold for fold in folds if not states.finished(fold)]
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
@@ -114,7 +117,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             f"fix the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
             f"what is finished is kept in {root.root}",
         ]
-        raise RunFailedError("\n".join(lines), remedies=remedies)
+        raise RunFailedError("\n".join(lines), kind=("run-failed", *states.kinds), remedies=remedies)
     shutil.rmtree(root.ray, ignore_errors=True)
 
 
@@ -136,6 +139,7 @@ class FoldStates(TrialProgressCallback):
         self.board = board
         self.retries = retries
         self.errors: dict[int, str] = {}
+        self.kinds: list[ErrorKind] = []
         self.remedies: list[str] = []
         self._finished: set[int] = set()
 
@@ -171,18 +175,19 @@ class FoldStates(TrialProgressCallback):
         error = trial.get_error()
         if error is None or isinstance(error, ray.exceptions.RayActorError):
             died = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
-            self._failed(fold, died.what, died.remedies)
+            self._failed(fold, died.what, died.kind, died.remedies)
         else:
-            self._failed(fold, str(error).strip().splitlines()[-1])
+            self._failed(fold, last_line(error))
 
-    def _said(self, fold: int) -> tuple[str, Sequence[str]] | None:
-        """Why the fold failed, and what to do, if its trial wrote or posted it."""
+    def _said(self, fold: int) -> tuple[str, ErrorKind, Sequence[str]] | None:
+        """Why the fold failed, of what kind that is, and what to do, if its trial wrote or posted it."""
         file = self.root.fold(fold).error
         if file.is_file():
             record = read_json(file)
-            return f"{record['message']}\n  (traceback in fold_<k>/{file.name})", record["remedies"]
+            message = f"{record['message']}\n  (traceback in fold_<k>/{file.name})"
+            return message, known_kind(record.get("kind"), "run-failed"), record["remedies"]
         # The disk was full, or the trial's node does not see the run's folder.
-        told: tuple[str, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
+        told: tuple[str, ErrorKind, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
         return told
 
     def finished(self, fold: int) -> bool:
@@ -203,9 +208,10 @@ class FoldStates(TrialProgressCallback):
         self.view.update(fold, {"state": DONE})
         return True
 
-    def _failed(self, fold: int, error: str, remedies: Sequence[str] = ()) -> None:
+    def _failed(self, fold: int, error: str, kind: ErrorKind = "run-failed", remedies: Sequence[str] = ()) -> None:
         """Shows the error now. The remedies come at the run's end, once for all folds."""
         self.errors[fold] = error
+        self.kinds.append(kind)
         self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, error)

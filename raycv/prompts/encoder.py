@@ -114,6 +114,7 @@ def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[st
         raise UserError(
             f"prompt.max_length={prompt.max_length}: the longest criterion and the question take "
             f"{reserved + empty} tokens, which leaves no room for a post.",
+            kind="prompt-length",
             remedies=["raise prompt.max_length", "shorten the criteria", "prompt.long_post=none (cuts on the right)"],
         )
     rules = PromptRules(prompt.long_post, prompt.max_length, prompt.head_fraction, prompt.stride_fraction, post_limit)

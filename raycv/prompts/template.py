@@ -74,6 +74,7 @@ def fit_post(post: str, rules: PromptRules, count: Callable[[str], int], spans: 
     if not fits(""):
         raise UserError(
             f"prompt.max_length={rules.max_length} leaves no room for a post beside the longest criterion.",
+            kind="prompt-length",
             remedies=["raise prompt.max_length", "shorten the criteria"],
         )
     # White space at the ends would take the room of words, or all of it, so we remove it.
@@ -98,6 +99,7 @@ def _cut(post: str, pieces: Spans, rules: PromptRules, fits: Callable[[str], boo
             return text
     raise UserError(
         f"prompt.max_length={rules.max_length} leaves room for no word of a post beside the longest criterion.",
+        kind="prompt-length",
         remedies=["raise prompt.max_length", "shorten the criteria"],
     )
 
@@ -145,7 +147,9 @@ def _windows(post: str, pieces: Spans, fits: Callable[[str], bool], stride_fract
         taken = _most(cut, fits, len(pieces) - start)
         if not taken:
             raise UserError(
-                "A single piece of a post does not fit into a sliding window.", remedies=["raise prompt.max_length"]
+                "A single piece of a post does not fit into a sliding window.",
+                kind="prompt-length",
+                remedies=["raise prompt.max_length"],
             )
         texts.append(cut(taken))
         if start + taken == len(pieces):

@@ -30,7 +30,7 @@ class NodeError(RunFailedError):
     def __init__(self, what: str, node: str, *, remedies: Sequence[str] = ()) -> None:
         """`node` is its id in Ray."""
         self.node = node
-        super().__init__(what, remedies=remedies)
+        super().__init__(what, kind="cluster-node", remedies=remedies)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.what, self.node, self.remedies)

@@ -57,6 +57,7 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
         shared = f" for {workers} workers" if workers > 1 else ""
         raise UserError(
             f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{shared}, and no node has them (nodes: {have}).",
+            kind="cluster-resources",
             remedies=[
                 "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
                 "on a cluster that grows on demand: resources.autoscaling=true",

@@ -40,7 +40,7 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         made = runs_in(runs)
         if not made:
             remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-            raise UserError(f"There is no run in {runs.absolute()}.", remedies=remedies)
+            raise UserError(f"There is no run in {runs.absolute()}.", kind="run-missing", remedies=remedies)
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
 
 
@@ -59,7 +59,9 @@ def looking_for(run: str) -> Iterator[None]:
             "give a run's name or folder, an MLflow run id, a checkpoint folder, or latest",
             "see to the permissions of that folder",
         ]
-        raise UserError(f"run={shown(run)} cannot be looked for: {where}.", remedies=remedies) from error
+        raise UserError(
+            f"run={shown(run)} cannot be looked for: {where}.", kind="run-missing", remedies=remedies
+        ) from error
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
@@ -98,9 +100,11 @@ def folds_of(config_file: Path) -> int:
     try:
         return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
     except OSError as error:
-        raise UserError(f"{config_file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{config_file} cannot be read: {error.strerror}.", kind="run-damaged") from error
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise UserError(f"{config_file} is damaged: it does not say how many folds were asked for.") from error
+        raise UserError(
+            f"{config_file} is damaged: it does not say how many folds were asked for.", kind="run-damaged"
+        ) from error
 
 
 def is_control(folder: RunFolder) -> bool:
@@ -135,12 +139,16 @@ def recorded_config(folder: RunFolder) -> RunConfig:
             values["data"].setdefault("missing", "text")
         return validate(RunConfig, values, recorded=True)
     except OSError as error:
-        raise UserError(f"{folder.config} cannot be read: {error.strerror}.", remedies=remedies) from error
+        raise UserError(
+            f"{folder.config} cannot be read: {error.strerror}.", kind="run-damaged", remedies=remedies
+        ) from error
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder.config} is damaged: it is not YAML.", remedies=remedies) from error
+        raise UserError(
+            f"{folder.config} is damaged: it is not YAML.", kind="run-damaged", remedies=remedies
+        ) from error
     except FaultsError as error:
         what = f"{folder.config} is damaged, or of another version of raycv.\n{error.what}"
-        raise UserError(what, remedies=remedies) from error
+        raise UserError(what, kind="run-damaged", remedies=remedies) from error
 
 
 def is_finished(folder: RunFolder) -> bool:

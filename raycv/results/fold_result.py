@@ -65,11 +65,13 @@ class FoldResult:
             result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
-            raise UserError(f"{path} is not a fold result of this version of raycv: {faults}.") from error
+            raise UserError(
+                f"{path} is not a fold result of this version of raycv: {faults}.", kind="run-damaged"
+            ) from error
         shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
         if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
             what = f"{', '.join(wrong)} must lie in 0..1"
-            raise UserError(f"{path} is not a fold result of this version of raycv: {what}.")
+            raise UserError(f"{path} is not a fold result of this version of raycv: {what}.", kind="run-damaged")
         return result
 
     @classmethod
@@ -82,15 +84,15 @@ class FoldResult:
         files = folder.fold(fold)
         result = cls.read(files.result)
         if result.fold != fold:
-            raise UserError(f"{files.result} is that of fold {result.fold}.")
+            raise UserError(f"{files.result} is that of fold {result.fold}.", kind="run-damaged")
         try:
             there = files.sums()
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.", kind="run-damaged") from error
         # Results of earlier versions have no checksums, so we only check that two of the files exist.
         for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/{MANIFEST}"):
             if name not in there:
-                raise UserError(f"{files.root / name} is missing.")
+                raise UserError(f"{files.root / name} is missing.", kind="run-damaged")
             if there[name] != result.sha256.get(name, there[name]):
-                raise UserError(f"{files.root / name} is damaged: it does not have its checksum.")
+                raise UserError(f"{files.root / name} is damaged: it does not have its checksum.", kind="run-damaged")
         return result

@@ -43,11 +43,13 @@ def summarize(
         raise RunFailedError(
             f"Run {run}: {len(missing)} of {folds} folds are not finished (fold {', '.join(map(str, missing))}), "
             "and nothing is averaged over fewer folds than asked for.",
+            kind="run-failed",
             remedies=[f"finish it: {finish} (fold_<k>/error.json says why a fold failed)"],
         )
     if len(results) != folds:
         raise RunFailedError(
-            f"Run {run}: {len(results)} fold results for {folds} folds (a fold twice, or one too many)."
+            f"Run {run}: {len(results)} fold results for {folds} folds (a fold twice, or one too many).",
+            kind="run-damaged",
         )
     stats = data_stats or {}
     ordered = sorted(results, key=lambda result: result.fold)

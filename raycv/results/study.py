@@ -45,6 +45,7 @@ def load_study(folder: RunFolder, dataset: Dataset | None = None) -> Study:
     if missing := [str(fold) for fold in folds if fold not in finished]:
         raise UserError(
             f"Run {folder.root.name} has no result of fold {', '.join(missing)}, and a report needs every fold.",
+            kind="run-failed",
             remedies=[f"finish it: {resume_command(folder)}"],
         )
     if dataset is not None:
@@ -81,6 +82,7 @@ def check_data(folder: RunFolder, dataset: Dataset) -> None:
     if then != now:
         raise UserError(
             f"The data set is not that of run {folder.root.name}: its hash is {now[:12]}, the run has {then[:12]}.",
+            kind="resume-differs",
             remedies=["give the data that the run was trained on: data.dir=<folder>", "or leave out data.dir"],
         )
 
@@ -98,10 +100,12 @@ def _table(path: Path, numbers: Sequence[str]) -> "pd.DataFrame":
         table = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=[*IDS, *numbers])
         columns = {name: table[name].replace("", "nan").astype(float) for name in numbers}
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", remedies=[GOOD_COPY]) from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}.", kind="run-damaged", remedies=[GOOD_COPY]
+        ) from error
     except ValueError as error:
         what = f"{path} is damaged: it is not a table of {', '.join([*IDS, *numbers])}."
-        raise UserError(what, remedies=[GOOD_COPY]) from error
+        raise UserError(what, kind="run-damaged", remedies=[GOOD_COPY]) from error
     return table.assign(**columns)
 
 
@@ -125,7 +129,11 @@ def _facts(folder: RunFolder, rows: "pd.DataFrame") -> dict[str, Any]:
     same = len(table) == len(keys) and table.index.is_unique and set(keys) == set(table.index)
     table = table.loc[keys] if same else table
     if not same or not np.array_equal(table[["fold", "label"]].to_numpy(), rows[["fold", "label"]].to_numpy()):
-        raise UserError(f"{folder.pairs} is damaged: its pairs are not those of the folds.", remedies=[GOOD_COPY])
+        raise UserError(
+            f"{folder.pairs} is damaged: its pairs are not those of the folds.",
+            kind="run-damaged",
+            remedies=[GOOD_COPY],
+        )
     facts = {name: table[name].to_numpy() for name in names[2:] if not table[name].isna().any()}
     return {name: values == 1 if name in ("shortened", "hard_negative") else values for name, values in facts.items()}
 
@@ -154,10 +162,12 @@ def _epoch_scores(folder: RunFolder, pairs: Sequence[int]) -> list[np.ndarray] |
         try:
             scores.append(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file} is damaged: it is not an array.", remedies=[GOOD_COPY]) from error
+            raise UserError(
+                f"{file} is damaged: it is not an array.", kind="run-damaged", remedies=[GOOD_COPY]
+            ) from error
         if scores[-1].ndim != 2 or scores[-1].shape[1] != count:
             what = f"{file} is damaged: its shape is {scores[-1].shape}, and the fold has {count} pairs."
-            raise UserError(what, remedies=[GOOD_COPY])
+            raise UserError(what, kind="run-damaged", remedies=[GOOD_COPY])
     return scores
 
 
@@ -170,6 +180,6 @@ def _near_duplicates(folder: RunFolder, dataset: Dataset | None) -> list[tuple[s
             table = pd.read_csv(folder.near_duplicates, dtype=str, keep_default_na=False, usecols=names)
         except (OSError, ValueError) as error:
             what = f"{folder.near_duplicates} is damaged: it is not a table of {', '.join(names)}."
-            raise UserError(what, remedies=[GOOD_COPY]) from error
+            raise UserError(what, kind="run-damaged", remedies=[GOOD_COPY]) from error
         return list(table[names].itertuples(index=False, name=None))
     return None if dataset is None else [(first, second) for first, second, _ in near_duplicates(dataset.posts)]

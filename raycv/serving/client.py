@@ -73,6 +73,7 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Fi
     except (Unavailable, ConnectionRefusedError) as error:
         raise UserError(
             f"server={address}: the scorer there cannot answer: {error}.",
+            kind="scorer-unavailable",
             remedies=[
                 "see that it runs, and on that port: python -m raycv.serve",
                 f"if it asks for a token, set the environment variable {TOKEN_VARIABLE} to that",
@@ -108,11 +109,13 @@ def _check_model(config: InferConfig, model: ServedModel, find: Find) -> None:
         raise UserError(
             f"server={config.server}: the scorer has run {model.named}, fold {model.fold}, "
             f"not run={config.run} fold={config.fold}.",
+            kind="config-value",
             remedies=["leave run and fold out, and take what it has", "compute in this process: server=none"],
         )
     if config.infer.precision not in (AUTO, model.precision):
         raise UserError(
             f"infer.precision={config.infer.precision}: the scorer at {config.server} computes in {model.precision}.",
+            kind="config-value",
             remedies=["leave infer.precision out", "compute in this process: server=none"],
         )
     own = {"criteria_dir": config.criteria_dir, "base": config.base, "tracking.uri": named_store(config.tracking.uri)}
@@ -120,6 +123,7 @@ def _check_model(config: InferConfig, model: ServedModel, find: Find) -> None:
     if given:
         raise UserError(
             f"{given[0]}: is the scorer's own at {config.server}.",
+            kind="config-value",
             remedies=[f"give it where the scorer starts: python -m raycv.serve {given[0]}=...", "server=none"],
         )
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError, known_kind
 from raycv.serving.messages import Health
 
 TOKEN_VARIABLE = "RAYCV_TOKEN"
@@ -28,9 +28,9 @@ class Unavailable(Exception):  # noqa: N818
 class RefusedError(UserError):
     """A scorer refuses the input. `status` is that of its answer."""
 
-    def __init__(self, status: int, what: str, *, remedies: Sequence[str]) -> None:
+    def __init__(self, status: int, what: str, *, kind: ErrorKind, remedies: Sequence[str]) -> None:
         self.status = status
-        super().__init__(what, remedies=remedies)
+        super().__init__(what, kind=kind, remedies=remedies)
 
 
 def checked_address(server: str) -> str:
@@ -44,7 +44,9 @@ def checked_address(server: str) -> str:
         usable, port = False, None
     if not usable:
         remedies = ["server=http://127.0.0.1:8000", "server=auto, server=none"]
-        raise UserError("server: must be auto, none, or an address like http://host:port.", remedies=remedies)
+        raise UserError(
+            "server: must be auto, none, or an address like http://host:port.", kind="config-value", remedies=remedies
+        )
     return f"{parts.scheme}://{parts.netloc if port else parts.netloc.removesuffix(':')}"
 
 
@@ -55,6 +57,7 @@ def checked_token(token: str | None) -> str | None:
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(
             f"{TOKEN_VARIABLE}: a token must have 16 or more ASCII characters and no spaces; this one does not.",
+            kind="config-value",
             remedies=["this makes one: python -c 'import secrets; print(secrets.token_urlsafe())'"],
         )
     return token
@@ -97,7 +100,8 @@ class Connection:
         if status in REFUSED_INPUT and isinstance(answer.get("error"), str):
             given = answer.get("remedies")
             remedies = [str(remedy) for remedy in given] if isinstance(given, list) else []
-            raise RefusedError(status, answer["error"], remedies=remedies)
+            kind = known_kind(answer.get("kind"), "scorer-request")
+            raise RefusedError(status, answer["error"], kind=kind, remedies=remedies)
         return self._expect(200, status, answer)
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:

@@ -123,9 +123,15 @@ def announcement(setup: Setup) -> Announcement:
         except (Unavailable, ConnectionRefusedError):
             time.sleep(0.5)
     else:
-        raise UserError(f"The scorer started, but does not answer at {url}.", remedies=["see that the port is free"])
+        raise UserError(
+            f"The scorer started, but does not answer at {url}.",
+            kind="scorer-failed",
+            remedies=["see that the port is free"],
+        )
     if health.instance != setup.instance:
-        raise UserError(f"Another scorer answers at {url}.", remedies=["take another port: serve.port=0"])
+        raise UserError(
+            f"Another scorer answers at {url}.", kind="scorer-failed", remedies=["take another port: serve.port=0"]
+        )
     return Announcement(
         url=url,
         token=config.token,

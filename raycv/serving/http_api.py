@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycv import __version__
 from raycv.config.schema import ServerConfig
-from raycv.errors import UserError
+from raycv.errors import ErrorKind, UserError
 from raycv.inference.questions import Question
 from raycv.serving.messages import Served, ServedModel
 
@@ -72,9 +72,10 @@ class Scored(Served):
 
 
 class Refused(BaseModel):
-    """The fault of a request, and the remedies for it."""
+    """The fault of a request, its kind, and the remedies for it."""
 
     error: str
+    kind: Annotated[ErrorKind, Field(description="the stable short name of what went wrong")]
     remedies: list[str]
 
 
@@ -129,7 +130,7 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
             raise
         except Exception as error:  # noqa: BLE001  (its message, which the server would log, may hold a text)
             logger.error("a request failed: %s at %s", type(error).__name__, _origin(error))
-            return refusal(500, f"The scorer failed: {type(error).__name__}.", ["see its log"])
+            return refusal(500, f"The scorer failed: {type(error).__name__}.", "scorer-failed", ["see its log"])
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -140,9 +141,9 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         if "json" not in request.headers.get("content-type", ""):
             remedies = ["send the header Content-Type: application/json", "see the page /docs"]
-            return refusal(422, "The body is not said to be JSON.", remedies)
+            return refusal(422, "The body is not said to be JSON.", "scorer-request", remedies)
         faults = "; ".join(_told(fault, known) for fault in error.errors()[:20])
-        return refusal(422, f"The body cannot be read: {faults}", ["see the page /docs"])
+        return refusal(422, f"The body cannot be read: {faults}", "scorer-request", ["see the page /docs"])
 
     app.add_exception_handler(HTTPException, _http_refusal)
     app.add_exception_handler(Overloaded, _overloaded)
@@ -150,9 +151,11 @@ def build_api(scorer: Scores, limits: ServerConfig) -> FastAPI:
     return app
 
 
-def refusal(status: int, error: str, remedies: Sequence[str], headers: dict[str, str] | None = None) -> JSONResponse:
-    """`error` and `remedies` in the form of every refusal of the scorer."""
-    return JSONResponse({"error": error, "remedies": list(remedies)}, status, headers)
+def refusal(
+    status: int, error: str, kind: ErrorKind, remedies: Sequence[str], headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """`error`, `kind` and `remedies` in the form of every refusal of the scorer."""
+    return JSONResponse({"error": error, "kind": kind, "remedies": list(remedies)}, status, headers)
 
 
 def _kind_of_body(value: Any) -> str:
@@ -173,15 +176,17 @@ def _place(loc: Sequence[int | str], known: set[str]) -> str:
 
 async def _http_refusal(_: Request, error: Any) -> JSONResponse:
     # The detail comes from starlette or from raycv, never from the client, so it holds no text of a post.
-    return refusal(error.status_code, str(error.detail), ["see the page /docs"], error.headers)
+    return refusal(error.status_code, str(error.detail), "scorer-request", ["see the page /docs"], error.headers)
 
 
 async def _overloaded(_: Request, error: Exception) -> JSONResponse:
-    return refusal(503, "The scorer has too many requests waiting.", ["try again in a moment"], {"Retry-After": "1"})
+    what, remedies = "The scorer has too many requests waiting.", ["try again in a moment"]
+    return refusal(503, what, "scorer-unavailable", remedies, {"Retry-After": "1"})
 
 
 async def _user_error(_: Request, error: Any) -> JSONResponse:
-    return refusal(413 if isinstance(error, TooManyPairsError) else 400, error.what, error.remedies)
+    status = 413 if isinstance(error, TooManyPairsError) else 400
+    return refusal(status, error.what, error.kind, error.remedies)
 
 
 def _origin(error: BaseException) -> str:
@@ -231,9 +236,10 @@ class Gate:
         if self._token and not scope["path"].startswith(OPEN_PATHS):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given, self._token.encode()) or scheme.lower() != b"bearer":
-                remedies = ["send Authorization: Bearer <token>"]
-                return refusal(401, "The token is missing or wrong.", remedies, {"WWW-Authenticate": "Bearer"})
+                what, remedies = "The token is missing or wrong.", ["send Authorization: Bearer <token>"]
+                return refusal(401, what, "scorer-request", remedies, {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._most:
-            return refusal(413, f"The body has more than {self._most} bytes.", ["send fewer pairs at a time"])
+            what = f"The body has more than {self._most} bytes."
+            return refusal(413, what, "scorer-request", ["send fewer pairs at a time"])
         return None

@@ -35,11 +35,15 @@ def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
     try:
         tracker = open_tracker(uri)
     except UserError as error:
-        raise UserError(f"{what}: {error.what}", remedies=[*runs_there(runs, run), *error.remedies]) from error
+        raise UserError(
+            f"{what}: {error.what}",
+            kind=("run-missing", *error.kinds),
+            remedies=[*runs_there(runs, run), *error.remedies],
+        ) from error
     try:
         return tracker, tracker.run(run)
     except UserError as error:
-        raise UserError(f"{what}: {error.what}", remedies=runs_there(runs, run)) from error
+        raise UserError(f"{what}: {error.what}", kind="run-missing", remedies=runs_there(runs, run)) from error
 
 
 def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
@@ -55,6 +59,7 @@ def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
     if database != uri and not Path(database).is_file():
         raise UserError(
             f"The MLflow database {Path(database).absolute()} does not exist.",
+            kind="tracking-store",
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
     return Tracker(uri, seconds)
@@ -94,10 +99,12 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
                 write_json(folder.tracking, tracked | {"uri": tracker.shown_uri})
             return tracker, parent_id
     except UserError as error:
-        raise UserError(error.what, remedies=[*error.remedies, _another_store(key)]) from error
+        raise UserError(error.what, kind=error.kinds, remedies=[*error.remedies, _another_store(key)]) from error
     if not given:
         remedies = ["give the store that has it, by the same key", _another_store(key)]
-        raise UserError(f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", remedies=remedies)
+        raise UserError(
+            f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", kind="tracking-store", remedies=remedies
+        )
     logger.warning("MLflow at %s does not have this run: it is logged there from its folder", tracker.shown_uri)
     config = recorded_config(folder)
     return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
@@ -112,7 +119,7 @@ def recorded_uri(folder: RunFolder, key: str) -> str:
     try:
         return str(read_record(folder.tracking, "uri", "parent_run_id")["uri"])
     except UserError as error:
-        raise UserError(error.what, remedies=[*error.remedies, _another_store(key)]) from error
+        raise UserError(error.what, kind=error.kinds, remedies=[*error.remedies, _another_store(key)]) from error
 
 
 def _another_store(key: str) -> str:
@@ -124,5 +131,6 @@ def check_password(uri: str) -> None:
     if "***" in uri:
         raise UserError(
             f"The run was tracked at {uri}, whose password was not written down.",
+            kind="tracking-store",
             remedies=["give the whole address as the tracking URI, with user:password@ before the host"],
         )

@@ -80,7 +80,9 @@ def _no_database(database: Path, error: Exception) -> UserError:
     remedies = ["tracking.uri=sqlite:////folder/mlflow.db in a folder that you may write to"]
     if "locked" in str(error):
         remedies = ["wait until the other process has let go of it"]
-    return UserError(f"The MLflow database {database} cannot be opened: {error}.", remedies=remedies)
+    return UserError(
+        f"The MLflow database {database} cannot be opened: {error}.", kind="tracking-store", remedies=remedies
+    )
 
 
 def check_new_artifacts(config: TrackingConfig) -> None:
@@ -92,7 +94,9 @@ def check_artifacts(folder: Path, remedies: list[str], why: str = "it is to hold
     try:
         check_writable(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}), and {why}.", remedies=remedies) from error
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}), and {why}.", kind="disk-unwritable", remedies=remedies
+        ) from error
 
 
 def place_of(error: BaseException, otherwise: Path) -> Path:

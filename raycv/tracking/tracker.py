@@ -373,6 +373,7 @@ class Tracker:
         elif found.lifecycle_stage != "active":
             raise UserError(
                 f"The MLflow experiment {config.experiment!r} was deleted.",
+                kind="tracking-store",
                 remedies=[
                     f"restore it: mlflow experiments restore -x {found.experiment_id}",
                     "tracking.experiment=<other>",
@@ -427,12 +428,13 @@ class Tracker:
         ]
         until, said = _hanging.get(self.uri, (0.0, None))
         if said is not None and time.monotonic() < until:
-            raise UserError(said.what, remedies=said.remedies)
+            raise UserError(said.what, kind=said.kinds, remedies=said.remedies)
         try:
             with _within(self._seconds):
                 return call_with_retries(
                     f"MLflow at {self.shown_uri}: {what}",
                     partial(call, *args, **kwargs),
+                    kind="tracking-unreachable",
                     passing=_may_pass,
                     remedies=remedies,
                     attempts=ATTEMPTS if self._seconds is None else 1,
@@ -449,7 +451,9 @@ class Tracker:
                 remedies = [LOG_IN, *remedies[1:]]
             if "out-of-date database schema" in cause:
                 remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
-            raise UserError(f"MLflow at {self.shown_uri} could not {what}: {cause}", remedies=remedies) from error
+            raise UserError(
+                f"MLflow at {self.shown_uri} could not {what}: {cause}", kind="tracking-unreachable", remedies=remedies
+            ) from error
 
 
 @contextlib.contextmanager

@@ -8,19 +8,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch.nn import functional
 
-from raycv.common.devices import is_out_of_memory
 from raycv.common.environment import describe_device
 from raycv.config.schema import TrainConfig
 from raycv.errors import UserError
-from raycv.model.adapters import Precision, trainable
+from raycv.model.adapters import Precision
 from raycv.prompts.encoder import EncodedPairs
-from raycv.training.forward import Batch, Layout, RowScorer, in_order
-from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch
 from raycv.training.metrics import binary_metrics, tune_threshold
-from raycv.training.packing import Group
 from raycv.training.progress import (
     WORKERS,
     EpochResult,
@@ -30,9 +24,8 @@ from raycv.training.progress import (
     training_tensors,
     workers_tensors,
 )
-from raycv.training.sampler import class_weights, epoch_order
 from raycv.training.state import TrainState
-from raycv.training.workers import Workers
+from raycv.training.steps import Steps, epoch_order
 from raycv.utils import random_state, set_random_state
 
 EVAL_STEP_PAIRS = 256
@@ -72,7 +65,7 @@ class Listener(Protocol):
         """Called with an event that the user should know."""
 
 
-class FoldTrainer:
+class FoldTrainer(Steps):
     """Trains and validates one fold. Both use the same pass."""
 
     def __init__(
@@ -95,25 +88,10 @@ class FoldTrainer:
             memory_share: The part of the device's memory that belongs to this fold, if folds share a device.
         """
         self.precision = precision
-        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-        self.model = model.to(self.accelerator.device)
-        self.scorer = RowScorer(self.model, encoded, self.accelerator.device, self.accelerator.autocast)
-        self.encoded = encoded
-        self._rows_per_pair = np.bincount(encoded.pair_of_row)
-        self.config = config
         self.listener = listener
         self.events: list[str] = []
         self.progress = Progress()
-        self.workers = Workers()
-        self.checkpointing = Checkpointing(self.model, config.gradient_checkpointing, memory_share, self._tell)
-        self.micro_batch = {
-            True: MicroBatch(
-                config.batch_size, lambda text: self._tell(f"training: {text}"), self.checkpointing.relieve
-            ),
-            False: MicroBatch(config.eval_batch_size, lambda text: self._tell(f"validation: {text}")),
-        }
-        self.class_weights = torch.ones(2, device=self.accelerator.device)
-        self.layout = self._layouts()
+        super().__init__(model, encoded, config, precision, memory_share, self._tell)
 
     def fit(self, train_pairs: np.ndarray, val_pairs: np.ndarray, state: TrainState | None = None) -> TrainResult:
         """Trains until F1 on `val_pairs` has not improved for `patience` epochs, at most `epochs` (FR-005, FR-007).
@@ -130,9 +108,12 @@ class FoldTrainer:
             UserError: Memory runs out with a micro-batch of 1 or in the optimizer's step. A loss is NaN or infinity.
                 `state` has another precision or attention.
         """
+        self.progress = Progress()
         self._prepare(train_pairs)
         if state is None:
-            self._choose_checkpointing(train_pairs)
+            said = self._choose_checkpointing(train_pairs)
+            if said:
+                self.listener.on_event(said)
         else:
             self._restore(state)
         self._val_labels = self.encoded.labels[val_pairs]
@@ -221,10 +202,11 @@ class FoldTrainer:
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
                 raise UserError(
                     f"The {'training' if training else 'validation'} loss is {loss} in {place}.",
+                    kind="training-loss",
                     remedies=self._other_settings(),
                 )
             if training:
-                self._update()
+                self.progress.learning_rate = self._update()
             yield loss, rows, logits
 
     def _other_settings(self) -> list[str]:
@@ -237,135 +219,6 @@ class FoldTrainer:
         if self.precision != "fp32":
             remedies.append(f"compute in more bits, in a new run: {new} train.precision=fp32")
         return [*remedies, f"warm up for longer, in a new run: {new} train.warmup_steps={2 * config.warmup_steps + 50}"]
-
-    def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
-        """Runs forward (and backward) over all rows of one step, in micro-batches that fit the memory.
-
-        The rows are packed or sorted, so that a micro-batch holds little padding. The step's gradient is a sum over its
-        pairs, so their order does not change it.
-
-        On out-of-memory the whole step is replayed from its start, with the same random state. No pair is lost or
-        counted twice. Each loss is divided by the step's true number of pairs, so a short last step has its right
-        weight.
-
-        Each of several workers computes its part of the rows. All return the whole step's loss and logits.
-
-        Returns:
-            The summed loss, the sorted rows, and their logits.
-        """
-        layout = self.layout[training]
-        rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
-        part = self.scorer.part(rows, self.workers, layout)
-        before = random_state(self.accelerator.device)
-        losses: list[torch.Tensor] = []
-        done: list[tuple[np.ndarray, torch.Tensor]] = []
-
-        def work(size: int) -> torch.Tensor:
-            for batch in self.scorer.batches(rows[part], size, layout):
-                logits = self.scorer.logits(batch)
-                loss = self._loss(batch.rows, logits)
-                if training:
-                    self.accelerator.backward(loss / len(pairs))
-                losses.append(loss.detach())
-                done.append((batch.rows, logits.detach()))
-            return torch.stack(losses).sum() if losses else torch.zeros((), device=self.accelerator.device)
-
-        def reset() -> None:
-            losses.clear()
-            done.clear()
-            set_random_state(before, self.accelerator.device)
-            if training:
-                self.optimizer.zero_grad(set_to_none=True)
-
-        total = self.workers.sum(self.micro_batch[training].run(work, reset))
-        mine = in_order(rows[part], done) if done else None
-        whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
-        return float(total), rows, whole.cpu()
-
-    def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
-        pairs = self.encoded.pair_of_row[rows]
-        labels = torch.from_numpy(self.encoded.labels[pairs]).to(logits.device)
-        weights = torch.from_numpy((1 / self._rows_per_pair[pairs]).astype(np.float32)).to(logits.device)
-        return (cross_entropy(logits, labels) * self.class_weights[labels] * weights).sum()
-
-    def _layouts(self) -> dict[bool, Layout]:
-        """Returns the layout of batches in training (True) and in validation (False)."""
-        if not self.config.packing:
-            return {True: "padded", False: "padded"}
-        trouble = self.scorer.check_packing()
-        # Workers that divide a step in two ways would leave rows out and compute others twice, so all use one layout.
-        if self.workers.any(trouble is not None, self.accelerator.device):
-            trouble = trouble or "another worker of the fold found that it must be"
-            self._tell(f"every prompt is computed on its own: {trouble}")
-            return {True: "padded", False: "padded"}
-        # In a shuffled step each pair draws its own dropout, so even two pairs of one post share nothing.
-        return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
-
-    def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """Returns a micro-batch with as many positions as any in training can have.
-
-        It has the longest row in each line.
-        """
-        rows = self.encoded.rows_of(train_pairs)
-        size, longest = min(self.config.batch_size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
-        if self.layout[True] == "padded":
-            return Batch(np.repeat(longest, size))
-        return Batch.packed([[Group(longest, int(self.encoded.lengths[longest[0]]))]] * size)
-
-    def _choose_checkpointing(self, train_pairs: np.ndarray) -> None:
-        """Lets `auto` try the fold's heaviest micro-batch. Weights and random state stay unchanged."""
-        heaviest = self._heaviest(train_pairs)
-        before = random_state(self.accelerator.device)
-
-        def backward() -> None:
-            self.model.train()
-            try:
-                self.accelerator.backward(self._loss(heaviest.rows, self.scorer.logits(heaviest)))
-            finally:
-                self.optimizer.zero_grad(set_to_none=True)
-                set_random_state(before, self.accelerator.device)
-
-        # AdamW keeps two numbers for each trainable parameter, and the gradient is a third.
-        later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
-        said = self.checkpointing.choose(self.accelerator.device, backward, later)
-        if said:
-            self.listener.on_event(said)
-
-    def _update(self) -> None:
-        self.workers.sum_gradients(trainable(self.model))
-        if self.config.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(list(trainable(self.model)), self.config.max_grad_norm)
-        self.progress.learning_rate = self.schedule.get_last_lr()[0]
-        try:
-            self.optimizer.step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            # Half of the weights may be updated, so we cannot replay this step.
-            raise UserError(f"Out of memory in the optimizer's step: {error}", remedies=REMEDIES) from error
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _prepare(self, train_pairs: np.ndarray) -> None:
-        from transformers import get_scheduler
-
-        self.progress = Progress()
-        weights = class_weights(self.config, self.encoded.labels[train_pairs])
-        self.class_weights = torch.from_numpy(weights).to(self.accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            trainable(self.model), lr=self.config.lr, weight_decay=self.config.weight_decay
-        )
-        steps = math.ceil(len(train_pairs) / self.config.effective_batch_size) * self.config.epochs
-        if self.config.warmup_steps >= steps:
-            self._tell(
-                f"the warm-up of {self.config.warmup_steps} steps takes all of the {steps} steps of training, and the "
-                "learning rate stays low: lower train.warmup_steps"
-            )
-        name = {"constant": "constant_with_warmup"}.get(self.config.schedule, self.config.schedule)
-        self.schedule = get_scheduler(
-            name, self.optimizer, num_warmup_steps=min(self.config.warmup_steps, steps), num_training_steps=steps
-        )
 
     def _save_is_due(self) -> bool:
         minutes = self.config.checkpoint_minutes
@@ -399,6 +252,7 @@ class FoldTrainer:
         if state.facts["precision"] != self.precision:
             raise UserError(
                 f"The fold was trained in {state.facts['precision']}, and would resume in {self.precision} here.",
+                kind="resume-differs",
                 remedies=["resume the run on the kind of device that it began on", "or start it afresh"],
             )
         self._check_attention(state)
@@ -429,6 +283,7 @@ class FoldTrainer:
         if then != self.scorer.attention:
             raise UserError(
                 f"The fold was trained with {then} attention, and would be computed with {self.scorer.attention} here.",
+                kind="resume-differs",
                 remedies=[
                     "resume the run with the version of raycv, and on the kind of device, that began it",
                     "or start it afresh under another name: run.name=<new>",
@@ -438,12 +293,3 @@ class FoldTrainer:
     def _tell(self, text: str) -> None:
         self.events.append(text)
         self.listener.on_event(text)
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the cross-entropy [n] of two-class `logits` [n, 2] against `labels` [n].
-
-    It is computed as softplus of the margin, which is the same number, since NLLLoss has no deterministic CUDA kernel.
-    """
-    margin = logits[:, 1] - logits[:, 0]
-    return functional.softplus(torch.where(labels == 1, -margin, margin))

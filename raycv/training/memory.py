@@ -69,7 +69,9 @@ class MicroBatch:
             if self._relieve():
                 continue
             if self.size == 1:
-                raise UserError(f"Out of memory with a micro-batch of 1: {cause}", remedies=self._remedies)
+                raise UserError(
+                    f"Out of memory with a micro-batch of 1: {cause}", kind="memory-full", remedies=self._remedies
+                )
             self._tell(f"out of memory: micro-batch {self.size} -> {self.size // 2}")
             self.size //= 2
 
@@ -103,6 +105,7 @@ class Checkpointing:
         if asked == "on" and not possible:
             raise UserError(
                 "train.gradient_checkpointing=on: the base model does not know gradient checkpointing.",
+                kind="base-unsuitable",
                 remedies=["train.gradient_checkpointing=off"],
             )
         self._switch(asked != "off" and possible)

@@ -82,7 +82,9 @@ class StateFolder:
         except FileNotFoundError:
             writer = ""
         if writer != self._writer:
-            raise RunFailedError(f"Another process trains the fold of {self.root}, or has finished it: this one ends.")
+            raise RunFailedError(
+                f"Another process trains the fold of {self.root}, or has finished it: this one ends.", kind="run-busy"
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -180,6 +182,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"The training state {folder} was written by another version of raycv: its {what} is {then[what]}, and "
                 f"this version has {now}.",
+                kind="package-version",
                 remedies=[
                     "resume with the raycv that began the run: its environment.json names version and commit",
                     AFRESH,

@@ -1,0 +1,92 @@
+"""Each error has a stable kind, which the message shows at its end and the docs explain."""
+
+import ast
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from raycv.errors import KINDS, ErrorKind, FaultsError, RunFailedError, UserError, known_kind, last_line, together
+from raycv.resources.nodes import NodeError
+
+ROOT = Path(__file__).parent.parent
+CODE = [path for path in (ROOT / "raycv").rglob("*.py") if path.name != "errors.py"]
+TESTS = [path for path in (ROOT / "tests").glob("*.py") if path.name != Path(__file__).name]
+
+
+def texts(node: ast.AST, *, given: bool) -> Iterator[str]:
+    """The text constants below `node`; with `given`, those that a test makes an error with (kind=...) too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield child.value
+        if given or not (isinstance(child, ast.keyword) and child.arg == "kind"):
+            yield from texts(child, given=given)
+
+
+def texts_of(paths: list[Path], *, given: bool) -> set[str]:
+    return {text for path in paths for text in texts(ast.parse(path.read_text(encoding="utf-8")), given=given)}
+
+
+def test_each_kind_is_raised_and_documented() -> None:
+    page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
+    assert set(KINDS) == set(get_args(ErrorKind))
+    assert set(KINDS) - texts_of(CODE, given=True) == set(), "raised nowhere"
+    assert [kind for kind in KINDS if f"\n| `{kind}` | {' | '.join(KINDS[kind])} |\n" not in page] == []
+
+
+def test_a_kind_that_a_test_only_makes_an_error_with_is_not_asserted() -> None:
+    made = ast.parse('UserError("x", kind="run-busy")\nassert caught.value.kind == "run-failed"')
+    assert list(texts(made, given=False)) == ["x", "run-failed"]
+    assert list(texts(made, given=True)) == ["x", "run-busy", "run-failed"]
+
+
+@pytest.mark.parametrize(
+    ("remedies", "shown"),
+    [
+        ([], "No run.\n  Kind: run-missing"),
+        (["run=a"], "No run.\n  What to do: run=a\n  Kind: run-missing"),
+        (["run=a", "run=b"], "No run.\nWhat to do:\n  1. run=a\n  2. run=b\n  Kind: run-missing"),
+    ],
+)
+def test_a_message_ends_with_its_kind(remedies: list[str], shown: str) -> None:
+    error = UserError("No run.", kind="run-missing", remedies=remedies)
+    assert str(error) == shown
+    assert (error.kind, error.kinds) == ("run-missing", ("run-missing",))
+
+
+def test_a_joined_error_has_each_kind_once_in_order() -> None:
+    errors = [
+        UserError("a", kind="disk-full"),
+        FaultsError("b", ["c"], kind=("data-label", "disk-full")),
+        UserError("d", kind="data-label"),
+    ]
+    joined = together(errors)
+    assert joined.kinds == ("disk-full", "data-label")
+    assert str(joined).splitlines()[-1] == "  Kind: disk-full, data-label"
+    assert together(errors[:1]) is errors[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a", kind=("data-id", "data-label"), remedies=["b"]),
+        RunFailedError("a", kind="run-failed"),
+        NodeError("a", "node", remedies=["b", "c"]),
+    ],
+)
+def test_the_kind_travels_between_processes(error: UserError) -> None:
+    there = pickle.loads(pickle.dumps(error))
+    assert (there.kinds, there.what, there.remedies) == (error.kinds, error.what, error.remedies)
+    assert str(there) == str(error)
+
+
+def test_a_kind_of_another_version_is_replaced() -> None:
+    assert known_kind("data-label", "run-failed") == "data-label"
+    assert [known_kind(name, "run-failed") for name in ("data-lable", None, ["data-label"])] == ["run-failed"] * 3
+
+
+def test_the_last_line_of_an_error_is_not_its_kind() -> None:
+    assert last_line(RuntimeError(f"replica died\n{UserError('no GPU', kind='gpu-unusable')}\n")) == "no GPU"
+    assert last_line(RuntimeError("")) == "RuntimeError"
