@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
     "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu", "layer_gpu",
-    "latency_cli", "load", "latency", "drift", "int8",
+    "latency_cli", "load", "latency", "drift", "int8", "report",
 )  # fmt: skip
 ONE_AFTER_ANOTHER = ("latency_cli", "load")
 """Benchmarks whose variants do not take turns."""
@@ -32,6 +32,7 @@ OWED = {
     "scale": "Figures of how folds run in parallel are still owed: `python -m benchmarks.scale`.",
     "drift": "What bf16 and int8 change of the scores is still owed: `python -m benchmarks.drift`.",
     "latency": "Figures of an answer's latency are still owed: `python -m benchmarks.latency`, on an idle machine.",
+    "report": "Figures of what the statistics of a run cost are still owed: `python -m benchmarks.report`.",
 }
 
 SUMMARY = (
@@ -383,10 +384,27 @@ def int8(result: Json) -> list[str]:
     return [intro, "", *table(columns, result["rows"])]
 
 
+def report(result: Json) -> list[str]:
+    """The statistics of a run."""
+    settings = result["settings"]
+    intro = (
+        f"**The statistics of a run** of {settings['folds']} folds, with {settings['draws']:,} bootstrap draws. Every "
+        "measurement is a fresh process."
+    )
+    columns: list[Column] = [
+        ("pairs", lambda row: f"{row['pairs']:,}"),
+        ("seconds", lambda row: seconds(row["seconds"])),
+        ("CPU seconds", lambda row: seconds(row["cpu_seconds"])),
+        ("peak memory of the process, GB", lambda row: gigabytes(row, "peak_bytes")),
+        ("JSON, kB", lambda row: f"{row['json_bytes'] / 1e3:.0f}"),
+    ]
+    return [intro, "", *table(columns, result["rows"])]
+
+
 RENDERERS: dict[str, Callable[[Json], list[str]]] = {
     "layer": layer, "layer_gpu": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching,
     "overhead": overhead, "scale": scale, "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift,
-    "latency": latency, "int8": int8,
+    "latency": latency, "int8": int8, "report": report,
 }  # fmt: skip
 
 

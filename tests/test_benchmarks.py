@@ -20,7 +20,7 @@ from benchmarks.harness import Bar, interleaved, spread
 ROOT = Path(benchmarks.__file__).parent.parent
 NAMES = (
     "layer", "collate", "fold", "growth", "batching", "overhead", "scale", "gpu",
-    "latency_cli", "load", "drift", "latency", "int8",
+    "latency_cli", "load", "drift", "latency", "int8", "report",
 )  # fmt: skip
 SPREAD = {"median", "min", "max", "n"}
 
@@ -47,6 +47,14 @@ def small(name, folder, monkeypatch, *more):
     assert str(ROOT) not in out.read_text(encoding="utf-8")
     assert table.render(result)
     return result
+
+
+@pytest.mark.long
+def test_report_measures_each_size_in_a_process_of_its_own(tmp_path, monkeypatch):
+    result = small("report", tmp_path, monkeypatch)
+    assert [row["pairs"] for row in result["rows"]] == [540, 1080]
+    assert all(row["peak_bytes"] > 50e6 and row["json_bytes"] > 50e3 for row in result["rows"])
+    assert len(result["bars"]) == 3
 
 
 @pytest.mark.slow

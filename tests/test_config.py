@@ -64,7 +64,10 @@ def values_under(*overrides: str) -> dict[str, Any]:
 def faults_of(values: Mapping[str, Any]) -> list[str]:
     with pytest.raises(FaultsError) as caught:
         validate(RunConfig, values)
-    return caught.value.faults
+    faults = caught.value.faults
+    kinds = {"config-unknown-key" if ": unknown key" in fault else "config-value" for fault in faults}
+    assert set(caught.value.kinds) == kinds
+    return faults
 
 
 # --- What ships ------------------------------------------------------------------------------------------------------

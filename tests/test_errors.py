@@ -29,10 +29,16 @@ def texts_of(paths: list[Path], *, given: bool) -> set[str]:
     return {text for path in paths for text in texts(ast.parse(path.read_text(encoding="utf-8")), given=given)}
 
 
-def test_each_kind_is_raised_and_documented() -> None:
+def kinds_in(found: set[str]) -> set[str]:
+    """The kinds among `found`: a kind by itself, or the last line of a message."""
+    return {kind for text in found for kind in text.removeprefix("Kind: ").split(", ")}
+
+
+def test_each_kind_is_raised_documented_and_asserted() -> None:
     page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
     assert set(KINDS) == set(get_args(ErrorKind))
     assert set(KINDS) - texts_of(CODE, given=True) == set(), "raised nowhere"
+    assert set(KINDS) - kinds_in(texts_of(TESTS, given=False)) == set(), "asserted by no test"
     assert [kind for kind in KINDS if f"\n| `{kind}` | {' | '.join(KINDS[kind])} |\n" not in page] == []
 
 

@@ -183,8 +183,11 @@ def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp
     shutil.copytree(copy.fold(0).checkpoint, copy.fold(1).checkpoint)
     choose("toy", 0, tmp_path, None)
     for fold in (1, "ensemble"):
-        with pytest.raises(UserError, match=r"fold_1/checkpoint/raycv.json is damaged: it does not have the checksum"):
+        with pytest.raises(
+            UserError, match=r"fold_1/checkpoint/raycv.json is damaged: it does not have the checksum"
+        ) as caught:
             choose("toy", fold, tmp_path, None)
+        assert caught.value.kind == "checkpoint-damaged"
 
 
 @pytest.mark.slow
@@ -406,8 +409,9 @@ def test_a_name_is_none_of_a_criterion_that_does_not_bear_it():
     """An A.1 of a set of one's own may be anything."""
     own = {"A.1": Criterion("A.1", "likes gardening")}
     assert find_criterion("a1", own) == own["A.1"]
-    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1"):
+    with pytest.raises(UserError, match=r"(?s)no such criterion.*A\.1") as caught:
         find_criterion("DEPRESSED_MOOD", own)
+    assert caught.value.kind == "criterion-unknown"
 
 
 @pytest.mark.parametrize(

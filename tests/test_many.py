@@ -803,8 +803,9 @@ def test_other_inputs_are_not_continued(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the time of the input changed"):
         score(checkpoint, source, output)
     state.unlink()
-    with pytest.raises(UserError, match=r"out.csv.part is there already"):
+    with pytest.raises(UserError, match=r"out.csv.part is there already") as caught:
         score(checkpoint, source, output)
+    assert caught.value.kind == "output-exists"
     (tmp_path / "out.csv.part").unlink()
     score(checkpoint, source, output)
     with pytest.raises(UserError, match="is there already"):
@@ -1045,8 +1046,12 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
     (tmp_path / "out.csv.part").write_bytes(b"row")
     next((tmp_path / "out.parquet.parts").iterdir()).unlink()
     for ending in ("csv", "parquet"):
-        with pytest.raises(UserError, match="changed since"), ScoreFile(tmp_path / f"out.{ending}", (), 0, {}).opened():
+        with (
+            pytest.raises(UserError, match="changed since") as caught,
+            ScoreFile(tmp_path / f"out.{ending}", (), 0, {}).opened(),
+        ):
             pass
+        assert caught.value.kind == "output-differs"
 
 
 SMALL_CHUNKS = "from raycv.batch_inference import pairs; pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
@@ -1266,6 +1271,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(checkpoint, tm
     source = write_csv(tmp_path / "in.csv", "post", [["w1"]])
     with pytest.raises(UserError, match="cannot use the NVIDIA GPU") as caught:
         score(checkpoint, source, tmp_path / "out.csv", "engine=ray")
+    assert caught.value.kind == "gpu-unusable"
     assert not ray.is_initialized()
     assert "infer.device=cpu" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "root"}

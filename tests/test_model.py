@@ -143,8 +143,9 @@ def test_a_model_without_a_head_is_refused(tmp_path):
     from transformers import LlamaModel
 
     headless = LlamaModel.from_pretrained(tiny_llama(tmp_path))
-    with pytest.raises(UserError, match="no classification head"):
+    with pytest.raises(UserError, match="no classification head") as caught:
         add_dora(headless, config(LLAMA_MODULES), DORA)
+    assert caught.value.kind == "base-unsuitable"
 
 
 def test_unknown_target_modules_are_refused_with_those_there_are(tmp_path):

@@ -38,8 +38,9 @@ def test_what_a_fold_gets_and_how_many_run_at_once(overrides, gpus, cpus, concur
 
 @pytest.mark.parametrize("overrides", [("resources.gpus_per_fold=3",), ("resources.cpus_per_fold=9",)])
 def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(overrides):
-    with pytest.raises(UserError, match=r"no node has them \(nodes: .*8 CPUs, 2 GPUs"):
+    with pytest.raises(UserError, match=r"no node has them \(nodes: .*8 CPUs, 2 GPUs") as caught:
         plan(config(*overrides), NODES)
+    assert caught.value.kind == "cluster-resources"
 
 
 def test_one_machine_is_known_as_that() -> None:

@@ -73,6 +73,7 @@ def test_another_base_than_that_of_training_is_refused_and_one_that_is_given_is_
     (base / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match=r"not the one that was trained on: 'model.safetensors' changed") as caught:
         Predictor([checkpoint], config, told.append)
+    assert caught.value.kind == "base-changed"
     assert f"base={base}" in caught.value.remedies[1]
     Predictor([checkpoint], config, told.append, str(base))
     assert told == [

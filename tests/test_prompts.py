@@ -118,6 +118,7 @@ def test_window_never_stands_still() -> None:
 def test_no_room_for_a_post_is_refused(mode: str) -> None:
     with pytest.raises(UserError, match=r"prompt\.max_length=10 leaves no room for a post") as caught:
         fit(words(50), rules(10 - TEMPLATE_WORDS, mode))
+    assert caught.value.kind == "prompt-length"
     assert "raise prompt.max_length" in caught.value.remedies
     assert "w1" not in str(caught.value)
 

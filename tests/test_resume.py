@@ -593,6 +593,7 @@ def test_an_edited_config_is_refused(left):
     earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
     with pytest.raises(UserError) as caught:
         earlier.check(*load_data(earlier.config))
+    assert caught.value.kind == "resume-differs"
     assert f"config.yaml was changed, its sha256: {recorded[:28]}" in str(caught.value)
     assert "MLflow's parent run has the one that was recorded" in str(caught.value)
     assert "1 fault" in str(caught.value)
@@ -701,6 +702,7 @@ def test_a_state_of_another_version_is_refused_in_words_and_not_passed_over(left
     for look in (lambda: StateFolder(left.fold(1).state).newest(pytest.fail), go_on(left).check_states):
         with pytest.raises(UserError, match=words) as caught:
             look()
+        assert caught.value.kind == "package-version"
         assert "resume with the raycv that began the run" in str(caught.value)
         assert "run.name=<new>" in str(caught.value)
 
@@ -886,8 +888,9 @@ def test_what_cannot_go_on_is_said(left):
 
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
     config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
-    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds"):
+    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds") as caught:
         cross_validate(config)
+    assert caught.value.kind == "run-busy"
     assert capsys.readouterr() == ("", "")
 
 
@@ -932,8 +935,10 @@ def test_a_damaged_file_of_the_run_is_named(left, name, content):
 def test_a_run_that_another_process_has_ended_does_not_go_on(left):
     """Two resume it; the second holds the lock when the first is done."""
     write_json(left.report, {})
-    with pytest.raises(UserError, match="the run is finished"), sole_process(left):
+    with pytest.raises(UserError) as caught, sole_process(left):
         raise AssertionError("it went on")
+    assert caught.value.kind == "run-exists"
+    assert f"raycv.aggregate run={left.root.name}" in str(caught.value)
     left.report.unlink()
     with sole_process(left):
         pass

@@ -309,8 +309,9 @@ def test_a_deleted_experiment_is_named(tracked, tmp_path):
 
 @pytest.mark.long
 def test_an_unknown_run_is_refused_without_a_second_attempt(tracked, caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"could not read a run"):
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"could not read a run") as caught:
         tracked[0].run("0" * 32)
+    assert caught.value.kind == "tracking-unreachable"
     assert "attempt" not in caplog.text
 
 

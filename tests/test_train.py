@@ -152,6 +152,7 @@ def test_a_replayed_step_draws_again_what_it_drew(toy):
 def test_out_of_memory_at_one_says_what_to_do(toy):
     with pytest.raises(UserError, match="micro-batch of 1") as caught:
         trainer(toy, Greedy(toy.model(), limit=0)).fit(TRAIN, VAL)
+    assert caught.value.kind == "memory-full"
     assert "train.gradient_checkpointing=on" in str(caught.value)
 
 
@@ -288,8 +289,9 @@ def test_a_loss_that_is_no_number_stops_with_a_remedy(toy):
     model = toy.model()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "modules_to_save" in n).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"training loss is nan(.|\n)*run.name=<new> train.lr=0.0025"):
+    with pytest.raises(UserError, match=r"training loss is nan(.|\n)*run.name=<new> train.lr=0.0025") as caught:
         trainer(toy, model).fit(TRAIN, VAL)
+    assert caught.value.kind == "training-loss"
 
 
 def test_sliding_takes_the_maximum_and_counts_a_pair_once(tmp_path):

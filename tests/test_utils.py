@@ -1,6 +1,7 @@
-"""Pinned kernels, GPUs that torch cannot use, and what is recorded of the environment."""
+"""Pinned kernels, GPUs that torch cannot use, files, and what is recorded of the environment."""
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
@@ -19,6 +20,7 @@ from raycv import __version__
 from raycv.common import devices
 from raycv.common.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
 from raycv.common.environment import describe_environment, package_version, seldom_collecting
+from raycv.common.files import read_json, read_record, unwritable
 from raycv.errors import UserError
 from raycv.utils import pin_kernels, set_seed
 
@@ -187,3 +189,14 @@ def test_the_gpu_of_a_machine_that_only_joins_a_cluster_is_not_looked_at(tmp_pat
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match="cannot use the NVIDIA GPU"):
             check_gpu_before_ray("a.b=c")
+
+
+def test_a_full_disk_and_a_damaged_record_have_their_kinds(tmp_path):
+    assert unwritable("x", tmp_path, OSError(errno.ENOSPC, "No space left on device")).kind == "disk-full"
+    assert unwritable("x", tmp_path, PermissionError(errno.EACCES, "Permission denied")).kind == "disk-unwritable"
+    (tmp_path / "record.json").write_text("{")
+    for read in (read_json, read_record):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / "record.json")
+        assert caught.value.kind == "run-damaged"
+        assert f"{tmp_path / 'record.json'}" in caught.value.what

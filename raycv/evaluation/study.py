@@ -1,6 +1,7 @@
 """The out-of-fold predictions of one run, as arrays: what every statistic of this room is computed from."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ class Study:
                 remedies=["write the predictions again from the run folder or from the model that made them"],
             )
 
-    def _faults(self) -> Any:
+    def _faults(self) -> Iterator[str]:
         rows = len(self.labels)
         names = ("scores", "fold", "post", "criterion", "shortened", "hard_negative")
         columns = {name: getattr(self, name) for name in names} | dict(self.floor_scores)
@@ -93,7 +94,7 @@ class Study:
             yield f"post {self.post_ids[post]} has two scores for criterion {self.criterion_ids[criterion]}"
         yield from self._faults_of_folds(len(present))
 
-    def _faults_of_folds(self, folds: int) -> Any:
+    def _faults_of_folds(self, folds: int) -> Iterator[str]:
         for name in ("history", "epoch_scores", "events", "retries"):
             value = getattr(self, name)
             if value is not None and len(value) != folds:
@@ -143,8 +144,6 @@ class Study:
 
 def natural(text: str) -> tuple[Any, ...]:
     """Returns a key that sorts A.2 before A.10."""
-    import re
-
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", text))
 
 
