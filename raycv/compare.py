@@ -29,7 +29,8 @@ def compare(config: CompareConfig) -> None:
     say(console, f"Written: {', '.join(map(str, found.save(config.output)))}")
     if config.require == "better" and found.not_better:
         baseline = found.result["baseline"]
-        raise NotShownError(f"require=better: not shown to be better than {baseline}: {', '.join(found.not_better)}.")
+        what = f"require=better: not shown to be better than {baseline}: {', '.join(found.not_better)}."
+        raise NotShownError(what, kind="better-not-shown")
 
 
 def main() -> None:

@@ -122,6 +122,7 @@ def test_exit_code(runs, monkeypatch, capsys, overrides, code):
     found, _, err = compare(monkeypatch, capsys, *overrides)
     assert found == code
     assert ("not shown to be better than" in err) == (code == 1)
+    assert ("Kind: better-not-shown" in err) == (code == 1)
     assert Path("comparison.json").is_file()
 
 

@@ -57,7 +57,8 @@ def compare_all(
         if not _is_file(one)
     }
     if not opened:
-        raise UserError("Only files of scores are given.", remedies=["name a run too: labels and folds come from it"])
+        remedies = ["name a run too: labels and folds come from it"]
+        raise UserError("Only files of scores are given.", kind="config-value", remedies=remedies)
     first = next(iter(opened.values()))
     studies = {place: one.study for place, one in opened.items()}
     files = [place for place in range(len(runs)) if place not in opened]

@@ -28,7 +28,7 @@ def given_study(path: Path, like: Study) -> Study:
     table = read_table(path, faults)
     faults.raise_any(f"The scores in {path} cannot be used")
     if lacking := [name for name in COLUMNS if name not in table.columns]:
-        raise UserError(f"{path} has no column {', '.join(lacking)}.", remedies=[REMEDY])
+        raise UserError(f"{path} has no column {', '.join(lacking)}.", kind="input-file", remedies=[REMEDY])
     wrong = [f"{row.place}: score must be a number from 0 to 1" for row in table.rows if _score(row) is None]
     scores: dict[tuple[str, str], float] = {}
     for row in table.rows:
@@ -37,7 +37,7 @@ def given_study(path: Path, like: Study) -> Study:
             wrong.append(f"{row.place}: a second score for post {shown(pair[0])}, criterion {shown(pair[1])}")
         scores[pair] = _score(row) or 0.0
     if wrong:
-        raise FaultsError(f"The scores in {path} cannot be used", wrong, remedies=[REMEDY], most=10)
+        raise FaultsError(f"The scores in {path} cannot be used", wrong, kind="input-file", remedies=[REMEDY], most=10)
     pairs = [
         (like.post_ids[post], like.criterion_ids[criterion])
         for post, criterion in zip(like.post, like.criterion, strict=True)
@@ -46,7 +46,7 @@ def given_study(path: Path, like: Study) -> Study:
         if only := sorted(pair for pair in ours if pair not in theirs):
             where = f"post {shown(only[0][0])}, criterion {shown(only[0][1])}"
             what = f"{path} and run {like.run} cannot be compared: only {owner} has {where} ({len(only):,} such pairs)."
-            raise UserError(what, remedies=[REMEDY])
+            raise UserError(what, kind="data-id", remedies=[REMEDY])
     return Study(
         str(path), like.labels, np.array([scores[pair] for pair in pairs]), like.fold, like.post, like.criterion,
         like.post_ids, like.criterion_ids,

@@ -36,7 +36,7 @@ def open_run(run: str | Path, runs: Path) -> "Run":
     folder = find_run(runs, str(run))
     if folder is None:
         there = runs_there(runs, Path(run).name)
-        raise UserError(f"run={run}: there is no such run in {runs.absolute()}.", remedies=there)
+        raise UserError(f"run={run}: there is no such run in {runs.absolute()}.", kind="run-missing", remedies=there)
     return Run(folder)
 
 
@@ -87,6 +87,7 @@ class Run:
         if not self.folder.report.is_file():
             raise UserError(
                 f"Run {self.name} is not finished: it has no {self.folder.report.name}.",
+                kind="run-failed",
                 remedies=[f"finish it: {resume_command(self.folder)}"],
             )
         return read_record(self.folder.report, "run", folds=list, mean=dict, std=dict)
@@ -126,9 +127,8 @@ class Run:
         import pandas as pd
 
         if operating_point not in RULES:
-            raise UserError(
-                f"operating_point={operating_point} is not known.", remedies=[f"choose one of {', '.join(RULES)}"]
-            )
+            remedies = [f"choose one of {', '.join(RULES)}"]
+            raise UserError(f"operating_point={operating_point} is not known.", kind="config-value", remedies=remedies)
         study = self.study
         return pd.DataFrame(
             {
@@ -168,7 +168,8 @@ class Run:
         import pandas as pd
 
         if by not in (None, "criterion", "fold"):
-            raise UserError(f"by={by} is not known.", remedies=["by='criterion', by='fold', or leave it out"])
+            remedies = ["by='criterion', by='fold', or leave it out"]
+            raise UserError(f"by={by} is not known.", kind="config-value", remedies=remedies)
         found = self.evaluation()
         if by == "fold":
             rows = [

@@ -42,7 +42,8 @@ class Scorer:
         """Loads the model; the arguments are those of `Run.predictor`."""
         given: Any = fold
         if isinstance(fold, bool) or (not isinstance(fold, int) and fold not in ("best", "ensemble")):
-            raise UserError(f"fold={fold} is not known.", remedies=["give a number, 'best' or 'ensemble'"])
+            remedies = ["give a number, 'best' or 'ensemble'"]
+            raise UserError(f"fold={fold} is not known.", kind="config-value", remedies=remedies)
         wanted: Fold = given
         values = yaml.safe_load(bundled("configs/infer/default.yaml").read_text(encoding="utf-8"))
         config = validate(InferenceConfig, values | {"device": device, "precision": precision})
@@ -90,7 +91,8 @@ def _of_frame(frame: "pd.DataFrame") -> list[Question]:
     criteria = [name for name in CRITERION_COLUMNS if name in frame.columns]
     if len(posts) != 1 or len(criteria) > 1:
         what = f"The data frame has {', '.join([*posts, *criteria]) or 'neither post nor text'} as columns."
-        raise UserError(what, remedies=["keep one of post and text, and one of criterion and criterion_id or neither"])
+        remedies = ["keep one of post and text, and one of criterion and criterion_id or neither"]
+        raise UserError(what, kind="input-file", remedies=remedies)
     asked = frame[criteria[0]] if criteria else [None] * len(frame)
     return [_question(number, *pair) for number, pair in enumerate(zip(frame[posts[0]], asked, strict=True), 1)]
 
@@ -98,14 +100,15 @@ def _of_frame(frame: "pd.DataFrame") -> list[Question]:
 def _of_pairs(pairs: Sequence[Any]) -> list[Question]:
     wrong = next((n for n, pair in enumerate(pairs, 1) if isinstance(pair, str) or len(pair) != 2), None)
     if wrong is not None:
-        raise UserError(f"Pair {wrong} is not a post and a criterion.", remedies=[PAIRS])
+        raise UserError(f"Pair {wrong} is not a post and a criterion.", kind="input-file", remedies=[PAIRS])
     return [_question(number, *pair) for number, pair in enumerate(pairs, 1)]
 
 
 def _question(number: int, post: Any, criterion: Any) -> Question:
     # A missing cell of a data frame is NaN, which is not a text. We do not repeat a value: it may be a post.
     if not isinstance(post, str) or is_blank(post):
-        raise UserError(f"Pair {number}: the post is not a text, or it is empty.", remedies=[PAIRS])
+        what = f"Pair {number}: the post is not a text, or it is empty."
+        raise UserError(what, kind="input-empty", remedies=[PAIRS])
     if criterion is not None and not isinstance(criterion, str):
-        raise UserError(f"Pair {number}: the criterion is not a text.", remedies=[PAIRS])
+        raise UserError(f"Pair {number}: the criterion is not a text.", kind="input-file", remedies=[PAIRS])
     return Question(post, criterion)

@@ -42,16 +42,19 @@ def check_free(path: Path, mark: str) -> None:
     """
     remedies = ["give another name: output=<name>"]
     if not path.absolute().parent.is_dir():
-        raise UserError(f"output: the folder {path.absolute().parent} does not exist.", remedies=["make it", *remedies])
+        what = f"output: the folder {path.absolute().parent} does not exist."
+        raise UserError(what, kind="disk-unwritable", remedies=["make it", *remedies])
     try:
         with path.open("rb") as opened:
             ours = mark.encode() in opened.read(4096)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"output: {path} cannot be replaced: {error.strerror}.", remedies=remedies) from error
+        what = f"output: {path} cannot be replaced: {error.strerror}."
+        raise UserError(what, kind="disk-unwritable", remedies=remedies) from error
     if not ours:
-        raise UserError(f"output: {path} exists, and raycv did not write it.", remedies=remedies)
+        what = f"output: {path} exists, and raycv did not write it."
+        raise UserError(what, kind="output-exists", remedies=remedies)
 
 
 def write_output(path: Path, content: bytes, *, private: bool = False) -> None:

@@ -74,7 +74,8 @@ def compare(
             differ: the message has the first difference.
     """
     if metric not in COMPARED:
-        raise UserError(f"metric={metric} cannot be compared.", remedies=[f"choose one of {', '.join(COMPARED)}"])
+        remedies = [f"choose one of {', '.join(COMPARED)}"]
+        raise UserError(f"metric={metric} cannot be compared.", kind="config-value", remedies=remedies)
     names = [study.run for study in studies]
     baseline = names[0] if baseline is None and names else baseline
     if len(names) < 2 or len(set(names)) < len(names) or baseline not in names:
