@@ -170,7 +170,10 @@ def test_compare_runs_is_the_command(tmp_path, runs):
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda run: raycv.load_run("mime", dir=run.folder.root.parent), r"no such run(.|\n)*did you mean mine"),
+        (
+            lambda run: raycv.load_run("mime", dir=run.folder.root.parent),
+            r"There is no run mime in(.|\n)*did you mean mine",
+        ),
         (lambda run: raycv.load_run(dir="nowhere"), "There is no run in .*nowhere"),
         (lambda run: run.metrics(by="post"), "by=post is not known"),
         (lambda run: run.predictions("pooled"), r"operating_point=pooled is not known(.|\n)*cross_fold"),
@@ -247,7 +250,7 @@ def test_the_tutorial_runs_as_written(trained, monkeypatch, tmp_path):
             exec(compile(block, "python.md", "exec"), names)
     matplotlib.pyplot.close("all")
     assert "second" in said.getvalue()
-    assert "run=no-such-run: there is no such run" in said.getvalue()
+    assert "There is no run no-such-run in" in said.getvalue()
     assert {path.name for path in tmp_path.iterdir()} == {
         "calibration.svg", "comparison.json", "comparison.csv", "comparison.svg",
     }  # fmt: skip

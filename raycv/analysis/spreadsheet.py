@@ -10,15 +10,16 @@ from typing import Any
 from raycv.common.files import unwritable, write_bytes
 from raycv.errors import UserError
 
-RUNS = ("=", "+", "-", "@", "\t", "\r")
-"""A spreadsheet program takes a text that begins with one of these for a formula."""
+FORMULA = ("=", "+", "-", "@")
+"""A spreadsheet program takes a text that begins with one of these for a formula. It skips white space before it."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
 def guarded(cell: Any) -> Any:
     """Returns a text that a spreadsheet would run with an apostrophe before it. Numbers stay as they are."""
-    runs = isinstance(cell, str) and cell.startswith(RUNS) and not _NUMBER.fullmatch(cell)
-    return f"'{cell}" if runs else cell
+    if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
+        return cell
+    return f"'{cell}" if cell.lstrip().startswith(FORMULA) or cell.startswith(("\t", "\r", "\n")) else cell
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
