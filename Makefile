@@ -7,13 +7,13 @@ AUDIT := .venv/.audit
 # What starts no Ray shares the cores; each Ray takes them all.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: install quickstart test test-slow test-faults test-all check docs format lock audit licenses
+.PHONY: install quickstart example test test-slow test-faults test-all test-versions check docs format lock audit licenses
 
 install: $(INSTALLED)
 
 # torch is pinned exactly in the lock, so that pip takes the build that fits this machine.
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "raycv needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "raycv is tested with Python 3.11 alone, and this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	@echo "Installing into .venv: 2.3 GB or more, a minute or several"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -23,12 +23,19 @@ $(INSTALLED): requirements.lock pyproject.toml
 quickstart: install
 	$(BIN)/python -m raycv.run experiment=quickstart cv.folds=5
 
+# The example of the docs: a quickstart's page, and a picture of it. It needs chromium.
+example: install
+	rm -rf build/example
+	$(BIN)/python -m raycv.run experiment=quickstart run.name=quickstart run.dir=build/example tracking.uri=sqlite:///build/example.db
+	$(BIN)/python -m scripts.example_page build/example/quickstart
+
 test: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not ray"
 	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and (core or not faults) and not study"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and core and not ray"
+	$(BIN)/python -m pytest -m "slow and core and ray"
 
 # The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install
@@ -37,6 +44,21 @@ test-faults: install
 # Every test there is, and the docs: well over an hour on two cores.
 test-all: test docs
 	$(BIN)/python -m pytest -m slow
+
+# Fast tests and quickstart on the lowest and on the newest versions that pyproject.toml permits. It downloads 10 GB:
+# torch comes with the libraries of a GPU.
+UV := .venv/.uv/bin/uv
+VERSIONS := build/versions
+test-versions: lowest-direct.versions highest.versions
+
+%.versions: install
+	@test -x $(UV) || { $(PYTHON) -m venv .venv/.uv && .venv/.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VERSIONS)/$*
+	$(UV) pip compile --quiet --extra dev --resolution $* --python $(BIN)/python --output-file $(VERSIONS)/$*.txt pyproject.toml
+	$(UV) pip install --quiet --python $(VERSIONS)/$* --requirement $(VERSIONS)/$*.txt
+	$(UV) pip install --quiet --python $(VERSIONS)/$* --no-deps --editable .
+	$(VERSIONS)/$*/bin/python -m pytest $(PARALLEL) -m "not slow and not ray"
+	cd $(VERSIONS)/$* && RAY_ADDRESS=local bin/python -m raycv.run experiment=quickstart cv.folds=5
 
 check: install
 	$(BIN)/ruff format --check .

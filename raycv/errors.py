@@ -8,6 +8,7 @@ ErrorKind = Literal[
     "config-unknown-key", "config-value", "config-syntax", "data-file", "data-format", "data-id", "data-label",
     "data-text", "data-split", "base-files", "base-unsuitable", "base-changed", "hub-access", "hub-unreachable",
     "checkpoint-damaged", "run-missing", "run-exists", "run-busy", "run-damaged", "run-failed", "resume-differs",
+    "runs-differ",
     "package-version", "package-damaged", "cluster-unreachable", "cluster-node", "cluster-resources",
     "gpu-unusable", "memory-full", "disk-full", "disk-unwritable", "tracking-unreachable", "tracking-store",
     "training-loss", "input-file", "input-empty", "criterion-unknown", "prompt-length", "output-exists",
@@ -95,6 +96,10 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
     "run-failed": (
         "One or more folds failed or are not finished, so there is no report.",
         "Fix the cause that the message names, and resume the run.",
+    ),
+    "runs-differ": (
+        "Runs that should be compared differ in posts, labels or folds.",
+        "Train both on the same data, with the same `cv.folds` and `cv.seed`.",
     ),
     "resume-differs": (
         "Data, settings, base model, versions or device differ from those that the run began with.",

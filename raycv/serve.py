@@ -1,31 +1,13 @@
 """`python -m raycv.serve run=...`: a resident scorer, which `raycv.infer` finds automatically."""
 
-import os
-import secrets
-import socket
-import time
 from pathlib import Path
-from typing import NoReturn
 
-from raycv.common.devices import CPU_FOR_INFERENCE, check_gpu_before_ray
-from raycv.common.locations import absolute_folder, absolute_uri
 from raycv.common.signals import ignore_stops
 from raycv.config.command_line import run_command
-from raycv.config.schema import ServeConfig, ServerConfig
-from raycv.errors import UserError
-from raycv.inference.answerer import read_criteria
-from raycv.inference.choose import choose, with_fold_id
-from raycv.inference.log import named_store, store_of
-from raycv.model.base_model import absolute_name
-from raycv.serving.connection import TOKEN_VARIABLE, Connection, Unavailable, checked_token
-from raycv.serving.discovery import announce, announcement, discovery_file, files_of, is_loopback, say, stamps_of
-from raycv.serving.messages import Announcement, Setup
-
-WATCH_SECONDS = 5
-SILENT = 2
-"""Looks in a row without an answer after which we print a line."""
-LOOK_SECONDS = 5
-"""Limit for a request to MLflow for its id of the fold."""
+from raycv.config.schema import ServeConfig
+from raycv.serving.discovery import announce, announcement, discovery_file, say
+from raycv.serving.settings import setup_of
+from raycv.serving.watch import watch
 
 
 def run_server(config: ServeConfig) -> None:
@@ -35,38 +17,18 @@ def run_server(config: ServeConfig) -> None:
         UserError: The run, its model, the port or Ray cannot be used, or others could reach the address without a
             token.
     """
-    limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
-    config = on_one_device(config.model_copy(update={"serve": limits}))
-    config = config.model_copy(update={"base": config.base and absolute_name(config.base)})
-    limits = config.serve
-    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
-    criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
-    read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
-    if config.infer.device == "auto":
-        check_gpu_before_ray(CPU_FOR_INFERENCE)
+    setup = setup_of(config)
     # We import Ray only here, so that a mistyped key or name is refused at once.
-    from raycv.orchestration.ray_serve import THREADS, running
+    from raycv.orchestration.ray_serve import running
 
-    chosen = with_fold_id(chosen, LOOK_SECONDS)
-    store = store_of(config.tracking.uri, chosen.tracking_uri)
-    own_threads = limits.max_replicas == 1 and limits.cpus_per_replica == "auto" and THREADS not in os.environ
-    setup = Setup(
-        config=config,
-        chosen=chosen,
-        criteria_dir=criteria_dir,
-        store=store and absolute_uri(store),
-        instance=secrets.token_hex(8),
-        host=socket.gethostname(),
-        stamps=stamps_of(files_of(chosen.checkpoints, criteria_dir, config.base)),
-        own_threads=own_threads,
-    )
+    limits = setup.config.serve
     file = discovery_file(Path(config.dir), limits.port)
-    say(f"loading run {chosen.run}, fold {chosen.fold}")
+    say(f"loading run {setup.chosen.run}, fold {setup.chosen.fold}")
     try:
         with running(setup):
             try:
-                announced = announcement(setup)
-                announce(announced, file, limits)
+                announced, model = announcement(setup)
+                announce(announced, model, file, limits)
                 watch(announced)
             finally:
                 ignore_stops()
@@ -74,73 +36,6 @@ def run_server(config: ServeConfig) -> None:
                 say("stopping")
     except KeyboardInterrupt:
         say("stopped")
-
-
-def on_one_device(config: ServeConfig) -> ServeConfig:
-    """`config` with the CPU in both keys if one asks for it.
-
-    Ray does not hide the GPUs from a replica that asks for none, so the device must be set too.
-
-    Raises:
-        UserError: The keys contradict each other.
-    """
-    gpus, on_cpu = config.serve.gpus_per_replica, config.infer.device == "cpu"
-    if on_cpu and gpus not in ("auto", 0):
-        what = f"infer.device=cpu computes on no GPU, and serve.gpus_per_replica={gpus:g} asks for some."
-        raise UserError(what, kind="config-value", remedies=["leave one of the two out"])
-    if not on_cpu and gpus != 0:
-        return config
-    infer = config.infer.model_copy(update={"device": "cpu"})
-    return config.model_copy(
-        update={"infer": infer, "serve": config.serve.model_copy(update={"gpus_per_replica": 0.0})}
-    )
-
-
-def listening(config: ServerConfig, token: str | None) -> ServerConfig:
-    """`config` with its port and token. Raises: UserError if the port is taken, or others reach it without a token."""
-    token = checked_token(config.token or token)
-    if token is None and not is_loopback(config.host):
-        raise UserError(
-            f"serve.host={config.host}: others could reach it, and there is no token.",
-            kind="config-value",
-            remedies=[
-                f"set the environment variable {TOKEN_VARIABLE} to one of 16 characters or more; this makes one: "
-                "python -c 'import secrets; print(secrets.token_urlsafe())'",
-                "listen on this machine alone: serve.host=127.0.0.1",
-            ],
-        )
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.host, config.port))
-            port = probe.getsockname()[1]
-    except OSError as error:
-        raise UserError(
-            f"serve.host={config.host} serve.port={config.port}: cannot listen there ({error.strerror or error}).",
-            kind="config-value",
-            remedies=["take another port: serve.port=8001", "or any that is free: serve.port=0"],
-        ) from error
-    return config.model_copy(update={"port": port, "token": token})
-
-
-def watch(record: Announcement, seconds: float = WATCH_SECONDS) -> NoReturn:
-    """Asks the scorer every `seconds`, and prints when it stops or resumes answering. Ray restarts its processes."""
-    silent = 0
-    while True:
-        time.sleep(seconds)
-        try:
-            with Connection(record.url, record.token) as connection:
-                connection.get("/health")
-        except (Unavailable, ConnectionRefusedError):
-            silent += 1
-            # The scorer may just be busy, so one look without an answer does not count.
-            if silent == SILENT:
-                say("it does not answer: busy, or a process of it died (of memory?), which Ray then starts again")
-            continue
-        if silent >= SILENT:
-            say("it answers again")
-        silent = 0
 
 
 def main() -> None:

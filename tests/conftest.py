@@ -9,6 +9,8 @@ os.environ.pop("RAY_ADDRESS", None)
 # For clusters made in the test process; runs in a process of their own start without it, as a user's do.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As raycv/model/__init__.py does: pytest may import huggingface_hub, through another package, before raycv.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 # Toy tensors: a second thread only waits, and makes tests crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -32,8 +32,8 @@ from test_data import (
     write,
 )  # fmt: skip
 
-from raycv import aggregate, compare, infer, mistakes, run, serve, synthesize
-from raycv.batch_inference.writer import check_output
+from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
+from raycv.batch_inference.output_place import check_output
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError, UserError
@@ -43,7 +43,7 @@ from raycv.results.run_folder import RunFolder
 
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
-    "synthesize": synthesize.main, "compare": compare.main, "mistakes": mistakes.main,
+    "report": report.main, "synthesize": synthesize.main, "compare": compare.main, "mistakes": mistakes.main,
 }  # fmt: skip
 SECONDS = 10
 """A refusal takes a tenth of a second; the machine may be busy."""
@@ -789,6 +789,17 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["out=x", "words_mean=nan"],
         ["words_mean: ", "received nan", "Kind: config-value"],
     ),
+    "a page of too long a name": ("report", [f"run={LONG}"], ["run: is too long for a path", "Kind: config-value"]),
+    "the page of no run": (
+        "report",
+        ["run=nothing"],
+        ["There is no run nothing in", "experiment=quickstart", "Kind: run-missing"],
+    ),
+    "a page with an unknown key": (
+        "report",
+        ["data.dri=x"],
+        ["data.dri: unknown key; did you mean data.dir?", "Kind: config-unknown-key"],
+    ),
     "a folder that cannot be made": (
         "synthesize",
         ["out=/proc/x", "posts=3"],
@@ -909,6 +920,7 @@ def test_a_process_refuses_a_gigabyte_of_words_in_seconds_and_little_memory(tmp_
     assert "1,000,000 characters" in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["a gigabyte in one field", "links in a circle", "a file that fails while it is read"])
 def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
@@ -920,6 +932,7 @@ def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, ca
         assert fragment in said
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["near key", "more folds than posts", "a number without end", "no model"])
 def test_a_process_refuses_configs_in_seconds(tmp_path: Path, case: str) -> None:
@@ -996,7 +1009,7 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "mistakes"])
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes"])
 def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
     monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
     said = refused(command, *(["experiment=quickstart"] if command == "run" else []))

@@ -58,7 +58,6 @@ def test_report_measures_each_size_in_a_process_of_its_own(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_layer_counts_6n_for_raycv_and_twice_that_for_peft(tmp_path, monkeypatch):
     result = small("layer", tmp_path, monkeypatch)
     flops = {(row["dtype"], row["tokens"], row["variant"]): row["flops_per_n_token"] for row in result["rows"]}
@@ -92,7 +91,6 @@ def test_collate_meets_its_bars_and_shares_prefixes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_fold_computes_fewer_tokens_and_the_same_losses(tmp_path, monkeypatch):
     result = small("fold", tmp_path, monkeypatch)
     rows = {row["variant"]: row for row in result["rows"]}
@@ -126,7 +124,6 @@ def test_the_peer_validates_in_batches_as_large_as_raycvs():
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_losses_are_those_of_hugging_faces_trainer_for_twenty_steps():
     from benchmarks.corpus import encode, synthetic
     from benchmarks.fold import SMALL, parity
@@ -163,7 +160,6 @@ def shortest_prompt():
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_growth_is_linear_in_pairs_and_less_in_criteria(tmp_path, monkeypatch):
     rows = {(row["change"], row["batching"]): row for row in small("growth", tmp_path, monkeypatch)["rows"]}
     for batching in ("shuffled", "post_grouped"):
@@ -178,7 +174,6 @@ def test_growth_is_linear_in_pairs_and_less_in_criteria(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_batching_pairs_every_fold_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     given = ("--seeds", "1", "--max-length", "96")
     result = small("batching", tmp_path, monkeypatch, *given)
@@ -273,7 +268,6 @@ def overhead(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.study
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_overhead_measures_phases_of_real_folds_beside_a_plain_wave(overhead):
@@ -291,7 +285,6 @@ def test_overhead_measures_phases_of_real_folds_beside_a_plain_wave(overhead):
 
 
 @pytest.mark.slow
-@pytest.mark.study
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_scale_runs_folds_that_sleep_at_once(tmp_path):
@@ -329,7 +322,6 @@ def test_start_up_is_what_passes_before_a_fold_in_its_place():
 
 
 @pytest.mark.slow
-@pytest.mark.study
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_scorer_is_asked_by_processes_and_under_load(overhead, tmp_path):
@@ -349,7 +341,6 @@ def test_a_scorer_is_asked_by_processes_and_under_load(overhead, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.study
 def test_gpu_runs_small_and_needs_no_orchestration(tmp_path):
     code = (
         "import sys, json; from benchmarks.gpu import main; main();"
@@ -483,7 +474,6 @@ def test_drift_counts_labels_on_the_other_side_of_each_folds_threshold():
 
 
 @pytest.mark.slow
-@pytest.mark.study
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_drift_of_a_real_run(overhead, tmp_path):

@@ -25,11 +25,12 @@ from raycv.infer import infer
 from raycv.inference.choose import choose
 from raycv.inference.questions import Question
 from raycv.model.checkpoint import MANIFEST
-from raycv.serve import watch
 from raycv.serving.client import ask
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
-from raycv.serving.discovery import PATTERN, discovery_file, stamps_of
+from raycv.serving.discovery import PATTERN, discovery_file
+from raycv.serving.fingerprint import fingerprint, stamps_of
 from raycv.serving.messages import Announcement
+from raycv.serving.watch import watch
 from raycv.tracking.lookup import LOCAL_URI
 
 MARCH = "2026-03-01T10:00:00Z"
@@ -44,16 +45,19 @@ class FakeScorer(ThreadingHTTPServer):
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.status, self.instance, self.asked = model, 200, "one", []
-        self.unwell = False
-        self.more = {}
+        self.unwell, self.stamps, self.more = False, {}, {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.answer = {"answers": [[ANSWER]], "criteria": {"A.4": "SLEEP_ISSUES"}, "warnings": ["careful"]}
+
+    def identity(self):
+        facts = [self.model.get(key) for key in ("base", "precision", "device", "finished")]
+        return {"model": self.model, "fingerprint": fingerprint(self.stamps, *facts)}
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         status = 500 if self.server.unwell else 200
-        self.reply(status, {"instance": self.server.instance, "model": self.server.model})
+        self.reply(status, {"instance": self.server.instance, **self.server.identity()})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -77,7 +81,7 @@ def checkpoint(tmp_path):
     folder = tmp_path / "some" / "fold_0" / "checkpoint"
     folder.mkdir(parents=True)
     info = {**dict.fromkeys(("base_revision", "criteria_hash", "criteria_dir"), ""), "base_model": "base"}
-    info["precision"] = "fp32"
+    info |= {"precision": "fp32", "criteria_dir": str(tmp_path)}
     rules = {"long_post": "head", "max_length": 48, "head_fraction": 0.25, "stride_fraction": 0.5, "post_limit": 9}
     numbers = {"threshold": 0.5, "criteria": {}, "fold": 0, "epoch": 1, "format": 1, "run": "some"}
     write_json(folder / MANIFEST, {**info, **numbers, "rules": rules})
@@ -89,7 +93,7 @@ def scorer(checkpoint, tmp_path):
     model = {"run": "some", "named": "some", "fold": 0, "fold_asked": "best", "base": "base"}
     model |= {"precision": "fp32", "precision_of_auto": "fp32"}
     server = FakeScorer({**model, "checkpoints": [str(checkpoint)], "criteria_dir": None})
-    server.checkpoint = checkpoint
+    server.checkpoint, server.stamps = checkpoint, stamps_of([checkpoint / MANIFEST])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -100,7 +104,6 @@ def announce(scorer, runs: Path, **changes) -> Path:
     record = {"url": scorer.url, "token": "secret-of-the-scorer", "pid": os.getpid(), "host": socket.gethostname()}
     record |= {"instance": "one", "tracking_uri": absolute_uri(LOCAL_URI), "experiment": "raycv-inference"}
     file = discovery_file(runs, scorer.server_address[1])
-    record |= {"stamps": stamps_of([scorer.checkpoint / MANIFEST]), "model": scorer.model}
     write_json(file, {**record, **changes}, private=True)
     return file
 
@@ -121,34 +124,29 @@ def test_a_found_scorer_answers_and_gets_its_token(scorer, checkpoint, tmp_path)
     assert scorer.asked == [(expected, "Bearer secret-of-the-scorer")]
 
 
+OTHER = "has run some, fold 0, in {}; this command asks for another model, precision, device or criteria"
+PRECISE = {"precision": "auto", "batch_size": 16}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("announced", "asked", "why"),
+    ("announced", "has", "asked", "why"),
     [
-        ({}, {"server": "none"}, None),
-        ({}, {"infer": {"precision": "bf16", "batch_size": 16}}, "computes in fp32, but the request is for bf16"),
-        # Precision apart, the scorers of earlier versions do not say where they compute.
-        ({}, {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}}, "a device that it does not name"),
-        (
-            {"model": {"device": "cuda"}},
-            {"infer": {"precision": "auto", "batch_size": 16, "device": "cpu"}},
-            "computes on cuda, but the request is for the CPU",
-        ),
-        ({}, {"criteria_dir": "elsewhere"}, "other criteria"),
-        ({}, {"base": "elsewhere/base"}, "its base model from elsewhere"),
-        ({}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}, "logs elsewhere"),
-        ({"host": "another-machine"}, {}, None),
-        ({"stamps": {"/etc/hostname": [1, 2, 3]}}, {}, "does not say which files"),
-        ({"instance": "two"}, {}, "another program answers"),
-        ({"tracking_uri": None}, {}, "logs elsewhere"),
-        ({"model": {"checkpoints": ["/other"]}}, {}, "no scorer has what answers here"),
-        ({"model": {"checkpoints": []}}, {}, "no scorer has what answers here"),
+        ({}, {}, {"server": "none"}, None),
+        ({}, {}, {"infer": {"precision": "bf16", "batch_size": 16}}, OTHER.format("fp32")),
+        ({}, {"device": "cuda"}, {"infer": PRECISE | {"device": "cpu"}}, OTHER.format("fp32 on cuda")),
+        ({}, {}, {"base": "elsewhere/base"}, OTHER.format("fp32")),
+        ({}, {}, {"tracking": {"uri": "http://other:5000", "experiment": "raycv-inference"}}, "logs elsewhere"),
+        ({"host": "another-machine"}, {}, {}, None),
+        ({"instance": "two"}, {}, {}, "another program answers"),
+        ({"tracking_uri": None}, {}, {}, "logs elsewhere"),
         # Whoever asks for nothing special gets what this process would compute in.
-        ({"model": {"precision": "int8"}}, {}, "computes in int8, but the request is for fp32"),
+        ({}, {"precision": "int8"}, {}, OTHER.format("int8")),
     ],
 )
-def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, asked, why):
-    file = announce(scorer, tmp_path, **announced | {"model": scorer.model | announced.get("model", {})})
+def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, announced, has, asked, why):
+    file = announce(scorer, tmp_path, **announced)
+    scorer.model |= has
     told = []
     assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], told.append) is None
     assert scorer.asked == []
@@ -158,6 +156,28 @@ def test_a_scorer_of_something_else_gets_no_post(scorer, checkpoint, tmp_path, a
     else:
         assert re.fullmatch(f".*{why}.*: computing in this process", told[0])
         assert scorer.url in told[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "asked", [{}, {"infer": PRECISE | {"device": "cpu"}}, {"infer": PRECISE | {"precision": "fp32"}}, {"base": "base"}]
+)
+def test_a_scorer_that_would_answer_alike_is_asked(scorer, checkpoint, tmp_path, asked):
+    scorer.model["device"] = "cpu"
+    announce(scorer, tmp_path)
+    assert ask(config(checkpoint, tmp_path, **asked), [QUESTION], lambda text: None) is not None
+
+
+def test_a_scorer_of_another_run_or_of_an_earlier_version_is_named_and_not_asked(scorer, checkpoint, tmp_path):
+    announce(scorer, tmp_path)
+    other = shutil.copytree(checkpoint, tmp_path / "other" / "fold_0" / "checkpoint")
+    told = []
+    assert ask(config(other, tmp_path), [QUESTION], told.append) is None
+    assert "has run some, fold 0, in fp32; this command asks for another model" in told[0]
+    scorer.identity = lambda: {"model": scorer.model}
+    assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
+    assert "is of an earlier version of raycv, and has to be started again" in told[1]
+    assert scorer.asked == []
 
 
 def test_a_file_that_others_can_read_or_that_is_damaged_is_not_trusted(scorer, checkpoint, tmp_path):
@@ -199,8 +219,8 @@ def test_the_model_is_the_one_that_scorers_were_compared_with(scorer, checkpoint
         loaded.append(chosen)
         raise UserError("enough", kind="run-failed", remedies=[])
 
-    monkeypatch.setattr("raycv.serving.client.choose", moving)
-    monkeypatch.setattr("raycv.infer.load_answerer", load)
+    monkeypatch.setattr("raycv.inference.choose.choose", moving)
+    monkeypatch.setattr("raycv.inference.answerer.load_answerer", load)
     announce(scorer, tmp_path, experiment="another")
     with pytest.raises(UserError, match="enough"):
         infer(validate(InferConfig, compose("infer", ["post=a", "run=latest", f"dir={tmp_path}"])))
@@ -226,7 +246,8 @@ TRACKED = {"parent_id": "a" * 32, "fold_id": "b" * 32}
 def test_a_run_by_its_mlflow_id_is_found_without_mlflow(scorer, checkpoint, tmp_path, monkeypatch, run, fold, same):
     """Which here would not find the run: only an id that the scorer knows is answered."""
     monkeypatch.chdir(tmp_path)
-    announce(scorer, tmp_path, model=scorer.model | TRACKED)
+    scorer.model |= TRACKED
+    announce(scorer, tmp_path)
     asked = config(run, tmp_path, fold=fold)
     if same:
         assert ask(asked, [QUESTION], lambda text: None).answers == [[ANSWER]]
@@ -237,7 +258,8 @@ def test_a_run_by_its_mlflow_id_is_found_without_mlflow(scorer, checkpoint, tmp_
 
 
 def test_the_command_asks_by_mlflow_id_and_loads_nothing_heavy(scorer, tmp_path):
-    announce(scorer, tmp_path / "runs", model=scorer.model | TRACKED, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    scorer.model |= TRACKED
+    announce(scorer, tmp_path / "runs", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     scorer.answer["answers"] = [[ANSWER | {"model": ANSWER["model"] | {"finished": MARCH}}]]
     command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", "post=a", "run=" + "b" * 32, "criterion=A.4"]
     done = subprocess.run(command, cwd=tmp_path, env=users_environment(), capture_output=True, timeout=100)
@@ -279,14 +301,15 @@ def test_a_scorer_that_started_before_its_run_finished_is_not_asked(scorer, chec
     write_json(checkpoint.parent.parent / "report.json", {"finished": MARCH})
     told = []
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
-    assert "does not know when its run finished" in told[0]
-    announce(scorer, tmp_path, model=scorer.model | {"finished": MARCH})
+    assert "files changed since the scorer started" in told[0]
+    scorer.model["finished"] = MARCH
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is not None
 
 
 def test_a_fold_that_was_named_is_not_taken_for_the_best_of_its_run(scorer, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    announce(scorer, tmp_path, model=scorer.model | TRACKED | {"fold_asked": 0})
+    scorer.model |= TRACKED | {"fold_asked": 0}
+    announce(scorer, tmp_path)
     with pytest.raises(UserError, match="neither a run"):
         ask(config("a" * 32, tmp_path), [QUESTION], lambda text: None)
     assert choose(str(checkpoint), "best", tmp_path, None).fold_asked == 0
@@ -303,18 +326,17 @@ def test_files_copied_over_the_checkpoints_are_noticed(scorer, checkpoint, tmp_p
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
 
 
-def test_a_base_or_criteria_that_changed_are_noticed(scorer, checkpoint, tmp_path):
+def test_criteria_that_changed_are_noticed(scorer, checkpoint, tmp_path):
     criteria = tmp_path / "criteria.csv"
     criteria.write_text("criterion_id,criterion\nA.4,one\n")
-    announce(scorer, tmp_path, stamps=stamps_of([checkpoint / MANIFEST, criteria]))
+    scorer.stamps = stamps_of([checkpoint / MANIFEST, criteria])
+    announce(scorer, tmp_path)
     assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is not None
     criteria.write_text("criterion_id,criterion\nA.4,two\n")
     told = []
     assert ask(config(checkpoint, tmp_path), [QUESTION], told.append) is None
-    why = f"started before {criteria} changed, and has to be started again"
-    assert told == [f"the scorer at {scorer.url} {why}: computing in this process"]
-    announce(scorer, tmp_path, stamps=stamps_of([criteria]))
-    assert ask(config(checkpoint, tmp_path), [QUESTION], lambda text: None) is None
+    assert "or files changed since the scorer started: computing in this process" in told[0]
+    assert len(scorer.asked) == 1
 
 
 def test_what_is_too_large_for_the_scorer_is_computed_here(scorer, checkpoint, tmp_path):

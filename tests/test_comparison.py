@@ -165,11 +165,13 @@ def test_holm_runs_over_the_runs_too():
 )
 def test_runs_on_other_pairs_are_refused_with_the_first_difference(change, fault):
     study = study_of([0, 1, 1, 0, 1], [0.1, 0.9, 0.8, 0.2, 0.5], [0, 0, 1, 0, 1], run="a")
-    with pytest.raises(UserError, match=re.escape(fault)):
+    with pytest.raises(UserError, match=re.escape(fault)) as caught:
         compare([study, replace(study, run="b", **change)])
+    assert caught.value.kind == "runs-differ"
 
 
 @pytest.mark.parametrize(("names", "baseline"), [(["a"], None), (["a", "a"], None), (["a", "b"], "c"), ([], None)])
 def test_names_must_differ_and_hold_the_baseline(names, baseline):
-    with pytest.raises(UserError, match="cannot be compared"):
+    with pytest.raises(UserError, match="cannot be compared") as caught:
         compare([replace(run("a", 2.0, posts=20), run=name) for name in names], baseline)
+    assert caught.value.kind == "config-value"

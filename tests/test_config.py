@@ -25,6 +25,7 @@ from raycv.config.schema import (
     CompareConfig,
     InferConfig,
     MistakesConfig,
+    ReportConfig,
     RunConfig,
     Section,
     ServeConfig,
@@ -436,7 +437,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 # --- Paths -----------------------------------------------------------------------------------------------------------
 
 SCHEMAS: dict[str, type[Section]] = {
-    "run": RunConfig, "aggregate": AggregateConfig, "infer": InferConfig, "serve": ServeConfig,
+    "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
     "synthesize": SynthesizeConfig, "compare": CompareConfig, "mistakes": MistakesConfig,
 }  # fmt: skip
 NO_PATHS = {

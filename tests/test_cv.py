@@ -85,6 +85,7 @@ def test_a_worker_whose_gpu_torch_cannot_use_fails_at_once_and_names_its_node(tm
         assert said in json.loads((tmp_path / f"runs/gpu/fold_{fold}/error.json").read_text())["message"]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_copied_script_joins_a_running_cluster_of_two_nodes(tmp_path):
     """What `ray submit cluster.yaml raycv/run.py` does on the head: one file, a running cluster, workers elsewhere."""

@@ -20,6 +20,7 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raycv.common.text_files import FIELD_LIMIT
 from raycv.data.dataset import (
     EXPECTED_COUNTS,
     EXPECTED_IN_RELEASE,
@@ -29,7 +30,6 @@ from raycv.data.dataset import (
     size_warning,
 )
 from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
-from raycv.data.problems import FIELD_LIMIT
 from raycv.data.types import Dataset, Pair
 from raycv.errors import FaultsError
 
@@ -893,12 +893,12 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "stray line": (
         added(G, b"p99\n"),
-        ["groundtruth.csv, line 29: 1 fields instead of 3", "needs quotes", "Kind: data-format"],
+        ["groundtruth.csv, line 29: 1 field instead of 3", "needs quotes", "Kind: data-format"],
     ),
     "unclosed quote in the groundtruth": (
         replaced(G, b"p2,A.1,no", b'p2,"A.1,no'),
         [
-            "groundtruth.csv, line 11: a quote is opened in the record that starts here and never closed",
+            "groundtruth.csv, line 11: a quote is opened and never closed; reading stopped",
             "quotes where",
             "Kind: data-format",
         ],
@@ -906,7 +906,7 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "unclosed quote": (
         added(P, b'p4,"never closed ' + TEXT + b"\n"),
         [
-            "posts.csv, line 6: a quote is opened in the record that starts here and never closed",
+            "posts.csv, line 6: a quote is opened and never closed; reading stopped",
             "quotes where it must",
             "Kind: data-format",
         ],
@@ -914,7 +914,7 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "text after a quote": (
         added(P, b'p4,"closed" early ' + TEXT + b"\n"),
         [
-            "posts.csv, line 6: a quoted field of the record that starts here continues",
+            "posts.csv, line 6: a quoted field continues after its closing quote; reading stopped",
             "quotes where it must",
             "Kind: data-format",
         ],
@@ -950,7 +950,7 @@ MALFORMED: dict[str, tuple[Edit, list[str]]] = {
     "over-long field": (
         added(P, b"p4," + b"x" * (FIELD_LIMIT + 1) + b"\n"),
         [
-            "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters",
+            "posts.csv, line 6: a field has more than 1,000,000 characters",
             "no field may exceed",
             "Kind: data-format",
         ],
@@ -1230,7 +1230,7 @@ def test_a_gigabyte_in_one_field_is_refused_without_reading_it(tmp_path: Path) -
     message = refusal(tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert "posts.csv, line 6: a line of more than 8,000,000 characters" in message
+    assert "posts.csv, line 6: a line has more than 8,000,000 characters; reading stopped" in message
     assert peak < 150 * 2**20
 
 
@@ -1238,7 +1238,7 @@ def test_a_long_quoted_field_of_many_lines_is_refused(tmp_path: Path) -> None:
     files = specification()
     files[P] += b'p4,"' + b"short line\n" * 200_000 + b'"\n'
     message = refusal(write(tmp_path, files))
-    assert "posts.csv, line 6: a field of the record that starts here has more than 1,000,000 characters" in message
+    assert "posts.csv, line 6: a field has more than 1,000,000 characters" in message
 
 
 def test_a_field_at_the_limit_is_read_and_the_csv_limit_is_put_back(tmp_path: Path) -> None:

@@ -88,5 +88,6 @@ def test_verdict_has_three_sentences_with_interval_and_floor():
 )
 def test_arrays_that_do_not_belong_together_are_refused(change, fault):
     study = study_of([0, 1, 1, 0], [0.1, 0.9, 0.8, 0.2], [0, 0, 1, 1])
-    with pytest.raises(UserError, match=fault):
+    with pytest.raises(UserError, match=fault) as caught:
         replace(study, **change)
+    assert caught.value.kind == "run-damaged"

@@ -257,7 +257,7 @@ print("not heeded")
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.core), signal.SIGHUP])
 def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path, sent):
     with running(tmp_path, "train.epochs=60", "train.patience=60") as process:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -271,6 +271,7 @@ def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path,
     assert set(statuses(tmp_path).values()) == {"KILLED"}
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_schedulers_end_for_all_processes_is_no_cluster_that_is_gone(tmp_path):

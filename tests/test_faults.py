@@ -86,7 +86,7 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
     assert_like_unbroken(tmp_path, whole)
 
 
-@pytest.mark.parametrize("retries", [pytest.param(0, marks=pytest.mark.core), 2])
+@pytest.mark.parametrize("retries", [0, 2])
 def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, retries):  # noqa: F811
     """It dies while it removes the training states, beside which many files lie here."""
     run = run_of(tmp_path)

@@ -40,7 +40,8 @@ from raycv.orchestration.fold_worker import save_fold_checkpoint
 from raycv.prompts.encoder import EncodedPairs
 from raycv.results.find_run import find_run, make_newest
 from raycv.results.run_folder import FoldFolder, RunFolder
-from raycv.tracking.tracker import EPOCH_METRICS, Tracker
+from raycv.tracking.cross_validation import EPOCH_METRICS, CrossValidationStore
+from raycv.tracking.experiment import open_experiment
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
 from raycv.training.state import StateFolder, TrainState
@@ -207,6 +208,7 @@ def check_steps(said):
     assert "  2. shorten the prompts, in a new run" in said["refused"]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_memory_that_runs_out_step_by_step(tmp_path):
     """The kernel refuses it; each step is replayed over the same pairs."""
@@ -331,6 +333,7 @@ def as_writer(folder, base):
     print(json.dumps(refused))  # noqa: T201
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_full_disk_keeps_what_was_good_and_is_named(tmp_path, mounted):
     """A training state, a checkpoint and a report on a file system without room."""
@@ -446,6 +449,7 @@ def test_a_run_on_a_base_of_a_hub_that_answers_503_twice(tmp_path, monkeypatch):
     assert statuses(work) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
@@ -474,6 +478,7 @@ def test_a_run_on_a_base_that_the_hub_refuses(tmp_path, monkeypatch, fault, word
 # --- MLflow ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_server_that_is_down_at_the_start_is_tried_three_times(tmp_path):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)
@@ -629,11 +634,11 @@ def test_a_server_that_hangs_keeps_neither_the_report_nor_the_end_of_the_run(tmp
 @pytest.mark.long
 def test_parameters_that_a_lost_server_missed_are_logged_later(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), "mine", {})
-    run_id = tracker.start_child(parent_id, 0, {"a": 1})
-    assert tracker.start_child(parent_id, 0, {"a": 1, "b": 2}) == run_id
-    assert tracker.run(run_id).data.params == {"a": "1", "b": "2", "fold": "0"}
+    store = CrossValidationStore(settings.uri)
+    parent_id = store.start_parent(open_experiment(store, settings), "mine", {})
+    run_id = store.start_child(parent_id, 0, {"a": 1})
+    assert store.start_child(parent_id, 0, {"a": 1, "b": 2}) == run_id
+    assert store.run(run_id).data.params == {"a": "1", "b": "2", "fold": "0"}
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -719,24 +724,24 @@ def test_latest_is_the_run_that_was_made_last_whatever_the_clock_said(tmp_path):
 
 def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
+    store = CrossValidationStore(settings.uri)
     began = int(1000 * (time.time() + 3600))
-    run = tracker._client.create_run(tracker.open_experiment(settings), start_time=began)
-    tracker.finish(run.info.run_id, "FINISHED")
-    assert tracker.run(run.info.run_id).info.end_time == began
+    run = store.client.create_run(open_experiment(store, settings), start_time=began)
+    store.finish(run.info.run_id, "FINISHED")
+    assert store.run(run.info.run_id).info.end_time == began
 
 
 @pytest.mark.long
 def test_a_run_in_mlflow_that_has_ended_keeps_its_time(tmp_path):
     """Its summary may be logged again later."""
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    run_id = tracker._client.create_run(tracker.open_experiment(settings), start_time=1).info.run_id
-    tracker._client.set_terminated(run_id, "FINISHED", end_time=2)
-    tracker.finish(run_id, "FINISHED")
-    assert tracker.run(run_id).info.end_time == 2
-    tracker.finish(run_id, "KILLED")
-    assert tracker.run(run_id).info.end_time > 2
+    store = CrossValidationStore(settings.uri)
+    run_id = store.client.create_run(open_experiment(store, settings), start_time=1).info.run_id
+    store.client.set_terminated(run_id, "FINISHED", end_time=2)
+    store.finish(run_id, "FINISHED")
+    assert store.run(run_id).info.end_time == 2
+    store.finish(run_id, "KILLED")
+    assert store.run(run_id).info.end_time > 2
 
 
 SET_BACK = r"""
@@ -766,7 +771,6 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.core
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here for a clock that can be set")
 def test_a_clock_that_is_set_back_during_a_run(tmp_path):
@@ -808,6 +812,7 @@ def elsewhere(folder):
     ]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_read_only_working_directory_is_refused_with_what_to_set(tmp_path, mounted):
     overrides = write_task(tmp_path / "task", *learnable(), unchanged)

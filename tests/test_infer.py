@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -26,24 +27,28 @@ from hypothesis import strategies as st
 from pages import undocumented
 from toy import Recorder, Toy, toy_base, train_config
 
-from raycv import infer as command
-from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile
+from raycv.batch_inference.pairs import AskedPair, Chunk
+from raycv.batch_inference.score_file import score_chunk
+from raycv.batch_inference.writer import ScoreFile
 from raycv.common.files import read_json, write_json, write_text
 from raycv.config.command_line import run_command
 from raycv.config.schema import InferConfig, InferenceConfig, TrackingConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.infer import read_question, show
+from raycv.infer import main
+from raycv.inference.answer_output import show
 from raycv.inference.answerer import load_answerer, read_criteria
 from raycv.inference.choose import choose, warn_of_control, with_fold_id
 from raycv.inference.last_answer import remember, warn_if_moved
-from raycv.inference.log import Record, text_facts
+from raycv.inference.log import Record, log_answered, text_facts
+from raycv.inference.question_input import read_question
 from raycv.inference.questions import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
 from raycv.model.checkpoint import save_checkpoint
 from raycv.results.find_run import make_newest
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
-from raycv.tracking.tracker import Tracker
+from raycv.tracking.cross_validation import CrossValidationStore
+from raycv.tracking.experiment import open_experiment
 from raycv.training.loop import FoldTrainer
 
 TRAIN, VAL = np.arange(30), np.arange(30, 48)
@@ -190,6 +195,7 @@ def test_a_checkpoint_that_is_not_the_one_that_its_fold_left_is_refused(run, tmp
         assert caught.value.kind == "checkpoint-damaged"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["2>&-", "2>/dev/full"])
 def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
@@ -477,6 +483,8 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     """Of one pair and of a file of them: rounding moves no score over its threshold."""
 
     class Near(Fixed):
+        attention = earlier_attention = "sdpa"
+
         def predict(self, pairs):
             return [Prediction(score, False) for _ in pairs]
 
@@ -489,7 +497,7 @@ def test_a_label_is_that_of_the_score_and_what_is_printed_shows_it(score, thresh
     assert (float(probability) >= float(against)) == (said == "matched") == (label == "matched")
     output = ScoreFile(tmp_path / "scores.csv", (), 0, {})
     with output.opened():
-        output.append(ScoredChunk(1, 1, threshold, "fp32", "sdpa", "sdpa", [PairScore(1, (), "A.1", score, False)]))
+        output.append(score_chunk(Chunk(1, 1, [AskedPair(1, 2, (), "p", CRITERIA["A.1"])]), Near()))
         output.finish()
     assert f",{label}," in (tmp_path / "scores.csv").read_text()
     assert output.progress.matched == (label == "matched")
@@ -695,7 +703,7 @@ def run_here(monkeypatch, capsysbinary, *arguments: str):
     monkeypatch.setattr(sys, "argv", ["raycv.infer", *arguments])
     code = 0
     try:
-        command.main()
+        main()
     except SystemExit as stopped:
         code = stopped.code
     return code, capsysbinary.readouterr()
@@ -751,19 +759,19 @@ def test_a_damaged_note_of_where_the_run_was_tracked_is_told(run, tmp_path, cont
 @pytest.mark.long
 def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, capsys):
     """The answer is printed, and a script that reads it waits for the end of the process."""
-    monkeypatch.setattr(command, "LOG_SECONDS", 1)
+    monkeypatch.setattr("raycv.inference.log.LOG_SECONDS", 1)
     chosen, asked = choose("toy", 0, run.parent, None), []
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         threading.Thread(target=lambda: [asked.append(hanging.accept()) for _ in range(9)], daemon=True).start()
         address = f"http://127.0.0.1:{hanging.getsockname()[1]}"
         config = through_the_command_line(monkeypatch, f"tracking.uri={address}")
         started = time.monotonic()
-        command.log(config, chosen, Record({}, {"a": 1}, {}))
+        log_answered(config, chosen.tracking_uri, Record({}, {"a": 1}, {}), logging.getLogger("raycv.infer").warning)
         assert time.monotonic() - started < 20
         assert len(asked) == 1
     assert "the answer stands, but is not in MLflow" in capsys.readouterr().err
     refusing = through_the_command_line(monkeypatch, "tracking.uri=http://127.0.0.1:9")
-    command.log(refusing, chosen, Record({}, {"a": 1}, {}))
+    log_answered(refusing, chosen.tracking_uri, Record({}, {"a": 1}, {}), logging.getLogger("raycv.infer").warning)
     # No word of a second attempt, before which it would wait.
     assert capsys.readouterr().err.count("WARNING") == 1
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
@@ -772,16 +780,16 @@ def test_a_store_that_hangs_is_asked_once_and_not_for_long(run, monkeypatch, cap
 @pytest.mark.long
 def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
     uri, files = f"sqlite:///{tmp_path}/mlflow.db", RunFolder(run)
-    tracker = Tracker(uri)
+    store = CrossValidationStore(uri)
     config = TrackingConfig(uri=uri, artifacts=str(tmp_path / "mlruns"), experiment="x")
-    parent_id, ids = tracker.start_parent(tracker.open_experiment(config), "toy", {}), []
+    parent_id, ids = store.start_parent(open_experiment(store, config), "toy", {}), []
     for fold in range(2):
-        ids.append(tracker.start_child(parent_id, fold, {}))
-        tracker.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
-        tracker.finish(ids[fold], "FINISHED")
-    tracker.log_metrics(parent_id, {"best_fold": 1})
+        ids.append(store.start_child(parent_id, fold, {}))
+        store.log_fold(ids[fold], FoldResult.read(files.fold(fold).result), files.fold(fold), files.config)
+        store.finish(ids[fold], "FINISHED")
+    store.log_metrics(parent_id, {"best_fold": 1})
     assert choose(parent_id, "best", tmp_path, uri).finished is None
-    tracker._set_tags(parent_id, {"raycv.finished": MARCH})
+    store.set_tags(parent_id, {"raycv.finished": MARCH})
     for asked, fold, found in ((parent_id, "best", 1), (parent_id, 0, 0), (ids[0], "best", 0), (ids[1], 1, 1)):
         chosen = choose(asked, fold, tmp_path, uri)
         (place,) = chosen.checkpoints
@@ -804,6 +812,7 @@ def test_a_run_and_a_fold_are_chosen_by_their_mlflow_ids(run, tmp_path):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_prints_one_json_object_and_logs_no_text(run):
     cwd = run.parent.parent
@@ -831,6 +840,7 @@ def test_the_command_prints_one_json_object_and_logs_no_text(run):
             assert b"zebra-canary" not in file.read_bytes(), file
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_answer_comes_although_tracking_is_away(run):
     post = f"post={CANARY}"
@@ -841,6 +851,7 @@ def test_the_answer_comes_although_tracking_is_away(run):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
     cwd = run.parent.parent
@@ -861,6 +872,7 @@ def test_an_answer_that_nobody_takes_is_told_once_and_logged(run):
         assert store.execute(logged).fetchall() == [("FINISHED",)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_standard_input_and_all_criteria(run):
     done = infer("post_file=-", "output=json", "tracking.uri=none", cwd=run.parent.parent, input=CANARY.encode())

@@ -25,13 +25,16 @@ from rich.console import Console
 from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
-from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import BadRow, Chunk, Layout, PairSource, open_source
+from raycv.batch_inference.columns import Layout
+from raycv.batch_inference.pairs import BadRow, Chunk, PairSource, ScoredChunk, open_source
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
-from raycv.batch_inference.writer import SUM, ScoredChunk, ScoreFile, sum_of_state
+from raycv.batch_inference.state import SUM, Progress, sum_of_state
+from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.command_line import compose
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.config.validation import validate
+from raycv.data.problems import Faults
+from raycv.data.table_reader import read_table
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
@@ -255,8 +258,31 @@ def test_an_unclosed_quote_costs_its_line_alone(tmp_path):
     assert [bad.line for bad in chunk.bad] == [3]
 
 
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("p2,a,b\n", "3 fields instead of 2"),
+        ('p2,"a" b\n', "a quoted field continues after its closing quote"),
+        ('p2,"a\n', "a quote is opened and never closed"),
+        ("p2," + "a " * 10 + "\n", "a line has more than 20 characters"),
+    ],
+)
+def test_a_table_and_a_file_of_pairs_name_a_broken_record_in_the_same_words(tmp_path, monkeypatch, record, reason):
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 20)
+    source = tmp_path / "in.csv"
+    source.write_text(f"post_id,post\np1,w1\n{record}")
+    (chunk,) = open_source(source, CRITERIA, "C0").chunks()
+    assert [(bad.line, bad.reason) for bad in chunk.bad] == [(3, reason)]
+    faults = Faults()
+    assert [row.id("post_id") for row in read_table(source, faults).rows if not row.broken] == ["p1"]
+    with pytest.raises(FaultsError) as caught:
+        faults.raise_any("")
+    stops = "" if "fields" in reason else "; reading stopped"
+    assert caught.value.faults == [f"{source}, line 3: {reason}{stops}"]
+
+
 def test_a_line_that_was_cut_is_bad_even_if_an_unclosed_quote_swallowed_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("raycv.batch_inference.input_formats.LINE_LIMIT", 40)
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 40)
     source = tmp_path / "in.csv"
     source.write_text('post\nw1\n"w2\n' + "w" * 100 + "\nw4\n")
     (chunk,) = open_source(source, CRITERIA, "C0").chunks()
@@ -346,7 +372,7 @@ def test_a_pair_without_room_for_a_word_of_its_post_is_a_bad_row(tmp_path, long_
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_the_longest_line_that_may_be_costs_no_other(tmp_path, monkeypatch, ending, end):
-    monkeypatch.setattr("raycv.batch_inference.input_formats.LINE_LIMIT", 40)
+    monkeypatch.setattr("raycv.common.text_files.LINE_LIMIT", 40)
     for length in (*range(36, 46), *range(78, 86), *range(118, 126)):
         lines = [line if ending == "csv" else json.dumps({"post": line}) for line in ("w1", "w2", "w3")]
         lines[1] = "w" * length if ending == "csv" else json.dumps({"post": "w" * (length - 12)})
@@ -720,9 +746,11 @@ def test_interrupted_after_any_chunk_or_within_one_the_bytes_are_those_of_an_unb
         again = ScoreFile(output.output, source.layout.ids, 0, {"a": 1})
         with again.opened():
             assert again.progress.records == min(3 * stop, 20)
+            assert again.stage is (Stage.GROWING if stop else Stage.NEW)
             for chunk in scored(source, again.progress.records):
                 again.append(chunk)
             again.finish()
+        assert again.stage is Stage.MOVED
         assert (again.progress.pairs, again.progress.bad) == (54, 2)
         files = {file.name: file.read_bytes() for file in output.output.parent.iterdir()}
         assert set(files) == {f"out.{ending}", f"out.{ending}.errors.csv"}
@@ -920,7 +948,7 @@ def test_an_input_that_changes_while_it_is_scored_is_not_finished(checkpoint, tm
 
 def test_quotes_that_are_never_closed_one_after_the_other_end_the_reading(checkpoint, tmp_path, monkeypatch):
     """Each would be looked for up to the end of the file: hours, for a large one."""
-    monkeypatch.setattr("raycv.batch_inference.input_formats.READ_AGAIN", 100)
+    monkeypatch.setattr("raycv.common.text_files.READ_AGAIN", 100)
     source = tmp_path / "in.csv"
     source.write_text("post,id\n" + "w1,2\n" * 50 + '6\'2","w2 and w3\n' * 200)
     with pytest.raises(UserError, match=r"in.csv, line \d\d: up to here one quote after the other is opened and never"):
@@ -1057,6 +1085,7 @@ def test_a_part_that_was_changed_or_is_being_written_is_refused(tmp_path):
 SMALL_CHUNKS = "from raycv.batch_inference import pairs; pairs.CHUNK_PAIRS = 6; from raycv.infer import main; main()"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_killed_and_started_again_the_bytes_are_the_same(checkpoint, tmp_path, ending):
@@ -1220,6 +1249,7 @@ def test_a_chunk_of_bad_rows_alone_asks_the_model_nothing():
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_writes_the_same_bytes_and_continues_what_was_begun_here(checkpoint, tmp_path):

@@ -118,8 +118,9 @@ def test_other_data_are_refused_and_the_place_can_be_given(run, monkeypatch, cap
     assert not Path("mistakes.csv").exists()
     moved = shutil.move("data", "moved")
     assert mistakes(monkeypatch, capsys, "text=true", "run=mine")[0] == 2
-    moved_to = (f"data.dir={moved}", f"data.criteria_dir={moved}")
-    assert mistakes(monkeypatch, capsys, "text=true", "run=mine", *moved_to)[0] == 0
+    assert mistakes(monkeypatch, capsys, "text=true", "run=mine", f"data.dir={moved}")[0] == 0
+    apart = (f"data.dir={moved}", "data.criteria_dir=raycv://data/sample")
+    assert mistakes(monkeypatch, capsys, "text=true", "run=mine", *apart)[0] == 0
 
 
 def test_faults_and_files_of_others(run, monkeypatch, capsys):

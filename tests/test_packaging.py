@@ -36,6 +36,7 @@ def python(installed, *arguments, cwd):
     )
 
 
+@pytest.mark.core
 def test_configs_sample_and_model_travel_in_the_wheel(installed, tmp_path):
     where = python(installed, "-c", "import raycv; print(raycv.__file__)", cwd=tmp_path)
     assert where.stdout.startswith(str(installed)), where.stdout + where.stderr
@@ -56,6 +57,7 @@ def test_configs_sample_and_model_travel_in_the_wheel(installed, tmp_path):
     assert model.startswith(str(installed))
 
 
+@pytest.mark.core
 def test_the_copied_script_runs_as_ray_submit_runs_it(installed, tmp_path):
     shutil.copy(ROOT / "raycv" / "run.py", tmp_path / "run.py")
     refused = python(installed, "run.py", "cv.folds=1", cwd=tmp_path)
@@ -66,6 +68,7 @@ def test_the_copied_script_runs_as_ray_submit_runs_it(installed, tmp_path):
     assert "irlab-udc/redsm5" in missing.stderr
 
 
+@pytest.mark.core
 def test_nothing_gated_or_local_is_in_the_wheel(installed):
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     assert not any("data/redsm5/" in name for name in names)

@@ -82,6 +82,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "close"), [("shuffled", 1e-5), ("post_grouped", 1e-5), ("bf16", 0.02), ("dropout", 0.2)]
@@ -101,6 +102,7 @@ def test_two_workers_train_what_one_trains(tmp_path: Path, two: list[dict[str, A
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_no_worker_packs_where_one_must_not(two: list[dict[str, Any]]) -> None:
     """Each looks for itself, and in bf16 the look is rough: rows divided in two ways would be lost and doubled."""
@@ -110,6 +112,7 @@ def test_no_worker_packs_where_one_must_not(two: list[dict[str, Any]]) -> None:
     assert second == "every prompt is computed on its own: it seems so here"
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)

@@ -188,10 +188,12 @@ def test_no_text_is_in_what_a_killed_run_leaves(used: Place) -> None:
     assert used.found_amid == []
 
 
+@pytest.mark.core
 def test_no_text_is_in_any_file_or_output(used: Place) -> None:
     assert used.leaks(*CANARIES) == []
 
 
+@pytest.mark.core
 def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None:
     """The ids of posts climb, are absolute, or mean something to a shell."""
     assert sorted(path.name for path in used.work.iterdir()) == [
@@ -204,6 +206,7 @@ def test_nothing_was_written_outside_the_folders_of_the_run(used: Place) -> None
     assert any(post_id.startswith("../../escaped") for post_id in ids)
 
 
+@pytest.mark.core
 def test_scores_are_the_users_alone_wherever_they_lie(used: Place) -> None:
     names = {"predictions.csv", "epoch_scores.npy", "pairs.csv", "near_duplicates.csv"}
     names |= {"scores.csv", "s.parquet", "scores.csv.errors.csv"}
@@ -215,6 +218,7 @@ def test_scores_are_the_users_alone_wherever_they_lie(used: Place) -> None:
     assert {oct(path.stat().st_mode & 0o777) for path in found} == {"0o600"}
 
 
+@pytest.mark.core
 def test_text_is_written_where_it_was_asked_for_and_nowhere_else(place: Place) -> None:
     """Also the check of the check: what is there is found."""
     data = planted_data(place.root / "data")

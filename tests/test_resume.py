@@ -308,6 +308,7 @@ def as_worker(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_two_workers_go_on_each_with_its_own_random_state(tmp_path):
     code = "import sys; from pathlib import Path; from test_resume import as_worker;"
@@ -792,6 +793,7 @@ def test_weights_that_are_large_are_summed_by_samples_of_all_of_it(tmp_path, mon
     assert len(sums) == 4
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_the_command_refuses_another_base(left):
     """Of which the recorded run had no weights."""
@@ -902,8 +904,8 @@ def test_the_store_that_is_given_anew_is_the_runs_from_then_on(left, tmp_path):
     left.tracking.unlink()
     left.fold(0).root.mkdir()
     for uri in stores:
-        tracker, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
-        assert tracker.run(parent_id).info.run_name == "mine"
+        store, parent_id = earlier_store(go_on(left, f"tracking.uri={uri}", artifacts), {"tracking.uri"})
+        assert store.run(parent_id).info.run_name == "mine"
         assert read_json(left.tracking)["uri"] == uri
         assert read_json(left.tracking)["parent_run_id"] == parent_id
         shutil.copy(tmp_path / "first.db", tmp_path / "second.db")
@@ -1036,6 +1038,7 @@ def assert_like_unbroken(folder, whole):
     assert len(points(folder)) == len(set(points(folder)))
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)

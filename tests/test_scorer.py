@@ -28,7 +28,7 @@ from raycv.inference.choose import choose
 from raycv.inference.log import InferenceWriter, record_answers
 from raycv.inference.questions import Question, as_json, as_text
 from raycv.orchestration.ray_serve import Scorer
-from raycv.serving.discovery import stamps_of
+from raycv.serving.fingerprint import stamps_of
 from raycv.serving.http_api import Overloaded, TooManyPairsError, build_api
 from raycv.serving.messages import Setup
 

@@ -23,9 +23,11 @@ from raycv.config.schema import ServeConfig, ServerConfig
 from raycv.config.validation import validate
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen
-from raycv.serve import listening, on_one_device, run_server
+from raycv.serve import run_server
 from raycv.serving.connection import Connection
-from raycv.serving.discovery import PATTERN, files_of, is_loopback
+from raycv.serving.discovery import PATTERN, is_loopback
+from raycv.serving.fingerprint import files_of
+from raycv.serving.settings import listening, on_one_device
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
@@ -120,7 +122,7 @@ def served(tmp_path_factory):
         scorer.stop()
 
 
-pytestmark_ray = [pytest.mark.slow, pytest.mark.ray]
+pytestmark_ray = [pytest.mark.slow, pytest.mark.core, pytest.mark.ray]
 
 
 def ray_test(function):

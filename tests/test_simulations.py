@@ -11,7 +11,7 @@ from raycv.evaluation.bootstrap import interval, resample
 from raycv.evaluation.measures import Counts, ThresholdCounts, label_metrics
 from raycv.evaluation.operating_points import Measurement, at_cross_epochs, epochs_of, steps_by
 
-pytestmark = [pytest.mark.slow, pytest.mark.study]
+pytestmark = pytest.mark.slow
 STUDIES, POSTS, CRITERIA, FOLDS = 300, 250, 6, 5
 
 
@@ -63,15 +63,15 @@ def simulated_study(seed, **how):
 
 @pytest.mark.timeout(3600)
 def test_post_bootstrap_covers_the_truth_nineteen_times_out_of_twenty():
-    """300 studies put the share of a 95 % interval within 92.5 to 97.5 % nineteen times out of twenty.
+    """Each of 18 shares lies within 92.5 to 97.5 %, the band that 300 studies of a 95 % interval have.
 
-    At cross_fold the interval with thresholds held fixed is a little narrow, since a fold's threshold depends on the
-    other folds: 2,000 studies gave 93.5 to 94.3 %. Many metrics spread further in 300, so F1 stands for them.
+    There are 2,000 studies, since in 300 one share of 18 leaves that band by chance. The interval with a reselected
+    threshold is a little wide: it held the truth 97.8 % of the time.
     """
     covered = {}
     sizes = np.full(FOLDS, POSTS / FOLDS)
     honest = []
-    for seed in range(STUDIES):
+    for seed in range(2000):
         study = simulated_study(seed)
         measurement = Measurement(study, study.scores, units=("pooled",))
         samples = resample(measurement, POSTS, len(study.labels), draws=1000, seed=seed)
@@ -89,10 +89,8 @@ def test_post_bootstrap_covers_the_truth_nineteen_times_out_of_twenty():
     expected = np.mean([value for value, *_ in honest])
     shares["cross_fold.reselected.pooled.f1"] = float(np.mean([low <= expected <= high for _, low, high in honest]))
     print(shares)  # noqa: T201
-    headline = "cross_fold.fixed.pooled.f1"
-    rest = {name: share for name, share in shares.items() if name.startswith("cross_fold.fixed.") and name != headline}
-    assert all(0.925 <= share <= 0.975 for name, share in shares.items() if name not in rest), shares
-    assert all(0.9 <= share <= 0.98 for share in rest.values()), rest
+    assert 0.925 <= shares.pop("cross_fold.reselected.pooled.f1") <= 0.985
+    assert all(0.925 <= share <= 0.975 for share in shares.values()), shares
 
 
 @pytest.mark.timeout(3600)

@@ -110,7 +110,10 @@ def test_a_run_of_an_earlier_version_lacks_it_or_gets_it_from_the_data(run, data
 def test_recorded_facts_win_over_those_of_the_data(run, data):
     run.pairs.write_text(run.pairs.read_text().replace(",0.", ",0.0"))
     before = load_study(run)
-    np.testing.assert_array_equal(load_study(run, data).floor_scores[TFIDF_FLOOR], before.floor_scores[TFIDF_FLOOR])
+    other = replace(data, pairs=[replace(pair, explicit_negative=not pair.explicit_negative) for pair in data.pairs])
+    after = load_study(run, other)
+    np.testing.assert_array_equal(after.floor_scores[TFIDF_FLOOR], before.floor_scores[TFIDF_FLOOR])
+    np.testing.assert_array_equal(after.hard_negative, before.hard_negative)
 
 
 FAULTS = {
@@ -140,5 +143,6 @@ def test_faults_are_named(run, data, fault):
         dataset = replace(data, stats=data.stats | {"data_hash": "0" * 64})
     else:
         change(run)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         load_study(run, dataset)
+    assert caught.value.kind == {"other data": "resume-differs", "no fold": "run-failed"}.get(fault, "run-damaged")

@@ -130,6 +130,7 @@ def test_from_a_body_to_the_scorer():
     assert [asked for asked, *_ in echo.asked] == [[question] for question in questions] + [questions]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_from_the_arguments_of_a_process_to_the_model(saved, tmp_path):
     """All at once: what execve hands over is bytes, and no argument may have more than 128 kB."""

@@ -40,7 +40,8 @@ from raycv.orchestration.mlflow_callback import FoldRuns
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder
-from raycv.tracking.tracker import EPOCH_METRICS, Tracker, check_store, flat_params
+from raycv.tracking.cross_validation import EPOCH_METRICS, CrossValidationStore, flat_params
+from raycv.tracking.experiment import check_store, open_experiment
 from raycv.training.metrics import METRICS, VAL_LOSS
 
 
@@ -74,15 +75,15 @@ def finished_run(root, folds=2):
 
 @pytest.fixture
 def tracked(tmp_path, monkeypatch):
-    """A tracker on a new SQLite store, its parent run, and a finished run folder."""
+    """A store on a new SQLite store, its parent run, and a finished run folder."""
     monkeypatch.chdir(tmp_path)
     settings = config("sqlite:///mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    experiment_id = tracker.open_experiment(settings)
+    store = CrossValidationStore(settings.uri)
+    experiment_id = open_experiment(store, settings)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(experiment_id, folder.root.name, {"k": "v"})
-    tracker.describe_parent(parent_id, folder, {"a.b": 1, "long": "x" * 9000})
-    return tracker, parent_id, folder, settings
+    parent_id = store.start_parent(experiment_id, folder.root.name, {"k": "v"})
+    store.describe_parent(parent_id, folder, {"a.b": 1, "long": "x" * 9000})
+    return store, parent_id, folder, settings
 
 
 DAMAGES = {
@@ -146,21 +147,21 @@ def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
     for again in (["tracking_uri=sqlite:///new.db"], []):
         logged = raycv("aggregate", "run=mine", *again, cwd=tmp_path)
         assert logged.returncode == 0, logged.stderr
-        tracker = Tracker(f"sqlite:///{tmp_path}/new.db")
+        store = CrossValidationStore(f"sqlite:///{tmp_path}/new.db")
         parent_id = read_json(folder.tracking)["parent_run_id"]
-        parent = tracker.run(parent_id)
+        parent = store.run(parent_id)
         assert (parent.info.status, parent.info.run_name) == ("FINISHED", "mine")
         assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
-        assert {run.info.status for run in tracker.children(parent_id).values()} == {"FINISHED"}
-        assert sorted(tracker.children(parent_id)) == [0, 1]
+        assert {run.info.status for run in store.children(parent_id).values()} == {"FINISHED"}
+        assert sorted(store.children(parent_id)) == [0, 1]
 
 
 @pytest.mark.long
 def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_path, monkeypatch):
-    tracker, parent_id, _, _ = tracked
+    store, parent_id, _, _ = tracked
     monkeypatch.chdir("/")
-    tracker.log_metrics(parent_id, {"x": 1.0})
-    assert tracker.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    store.log_metrics(parent_id, {"x": 1.0})
+    assert store.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert list((tmp_path / "mlruns").rglob("config.yaml"))
     assert not Path("/mlflow.db").exists()
     assert not Path("/mlruns").exists()
@@ -168,18 +169,18 @@ def test_a_sqlite_store_is_absolute_and_its_artifacts_lie_beside(tracked, tmp_pa
 
 @pytest.mark.long
 def test_parent_children_and_report(tracked):
-    tracker, parent_id, folder, _ = tracked
-    tracker.log_missing_folds(parent_id, folder, 2, {"p": 1})
-    children = tracker.children(parent_id)
+    store, parent_id, folder, _ = tracked
+    store.log_missing_folds(parent_id, folder, 2, {"p": 1})
+    children = store.children(parent_id)
     assert sorted(children) == [0, 1]
-    child = tracker.run(children[1].info.run_id)
+    child = store.run(children[1].info.run_id)
     assert child.info.status == "FINISHED"
     assert child.data.metrics["best_f1"] == 0.6
     assert set(EPOCH_METRICS) <= set(child.data.metrics)
     report = summarize("mine", [fold_result(0), fold_result(1)], 2)
     write_json(folder.report, report)
-    tracker.log_report(parent_id, report, folder)
-    parent = tracker.run(parent_id)
+    store.log_report(parent_id, report, folder)
+    parent = store.run(parent_id)
     assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
     assert parent.data.metrics["metric_std_f1"] == pytest.approx(0.0707106781)
     assert child.info.run_id in parent.data.tags["mlflow.note.content"]
@@ -187,28 +188,64 @@ def test_parent_children_and_report(tracked):
 
 
 @pytest.mark.long
+def test_the_parent_has_the_page_its_verdict_and_the_checks_that_found_something(tracked):
+    store, parent_id, folder, _ = tracked
+    report = summarize("mine", [fold_result(0), fold_result(1)], 2)
+    checks = [
+        {"code": "RCV004", "status": "found", "finding": "F1 is at a floor."},
+        {"code": "RCV005", "status": "clear", "finding": "Nothing found."},
+    ]
+    verdict = {"sentences": ["F1 is 0.5.", "It is better than *all*.", "The weakest is A.1."]}
+    write_json(folder.evaluation, {"verdict": verdict, "checks": checks, "notice": "Research use, not for diagnosis."})
+    for file in (
+        folder.page,
+        folder.page_markdown,
+        folder.model_card,
+        folder.tables / "a.csv",
+        folder.figures / "a.svg",
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    store.log_missing_folds(parent_id, folder, 2, {})
+    store.log_report(parent_id, report, folder)
+    tags = store.run(parent_id).data.tags
+    assert {key: value for key, value in tags.items() if key.startswith("raycv.check")} == {
+        "raycv.check.RCV004": "F1 is at a floor."
+    }
+    note = tags["mlflow.note.content"]
+    assert note.startswith(r"F1 is 0.5. It is better than \*all\*. The weakest is A.1.")
+    assert "**Research use, not for diagnosis.**" in note
+    assert f"/runs/{store.children(parent_id)[1].info.run_id}" in note
+    made = ("evaluation.json", "report.html", "report.md", "model_card.md", "tables/a.csv", "figures/a.svg")
+    for number, artifact in enumerate(made):
+        place = folder.root / f"fetched_{number}"
+        place.mkdir()
+        assert store.download(parent_id, artifact, place).is_file()
+
+
+@pytest.mark.long
 def test_a_useless_fold_is_marked_on_child_and_parent_with_its_reasons(tracked):
     """Fold 0 is of an earlier version, whose child in MLflow has no mark; fold 1 is marked as it is logged."""
-    tracker, parent_id, folder, _ = tracked
+    store, parent_id, folder, _ = tracked
     useless = {"metrics": {"precision": 0.1, "recall": 1.0, "f1": 2 / 11, "accuracy": 0.1, "roc_auc": 0.58}}
-    tracker.log_missing_folds(parent_id, folder, 1, {})
+    store.log_missing_folds(parent_id, folder, 1, {})
     changed(folder.fold(0), **useless, collapsed=None)
     changed(folder.fold(1), **useless, collapsed=["the scores hardly vary"])
-    tracker.log_missing_folds(parent_id, folder, 2, {})
+    store.log_missing_folds(parent_id, folder, 2, {})
 
     def tags(fold):
-        found = tracker.children(parent_id)[fold].data.tags
+        found = store.children(parent_id)[fold].data.tags
         return found.get("raycv.collapsed"), found.get("raycv.collapsed_reasons")
 
     assert [tags(0), tags(1)] == [(None, None), ("true", "the scores hardly vary")]
     report = summarize("mine", [FoldResult.read(folder.fold(fold).result) for fold in range(2)], 2)
-    tracker.log_report(parent_id, report, folder)
+    store.log_report(parent_id, report, folder)
     reasons = (
         "all 20 pairs get the label matched; F1 0.182 is not above 0.182, which the label matched for all pairs gives; "
         "the ROC-AUC 0.580 is within chance, which reaches 0.863 on these pairs"
     )
     assert [tags(0), tags(1)] == [("true", reasons), ("true", "the scores hardly vary")]
-    parent = tracker.run(parent_id).data.tags
+    parent = store.run(parent_id).data.tags
     assert parent["raycv.collapsed"] == "fold 0, 1"
     assert parent["raycv.collapsed_reasons"] == f"fold 0: {reasons}\nfold 1: the scores hardly vary"
     assert f"**Fold 0: the classifier has collapsed: {reasons}.**" in parent["mlflow.note.content"]
@@ -216,15 +253,15 @@ def test_a_useless_fold_is_marked_on_child_and_parent_with_its_reasons(tracked):
 
 @pytest.mark.long
 def test_the_summary_again_keeps_when_the_run_finished(tracked, capsys):
-    tracker, parent_id, folder, settings = tracked
+    store, parent_id, folder, settings = tracked
     write_json(folder.tracking, {"uri": f"{settings.uri}", "parent_run_id": parent_id})
     write_json(folder.data_stats, {})
-    tracker.log_files(parent_id, [folder.config, folder.data_stats])
+    store.log_files(parent_id, [folder.config, folder.data_stats])
 
     def again(run):
         values = {"run": run, "dir": "runs", "tracking_uri": None if run == "mine" else settings.uri}
         aggregate(validate(AggregateConfig, values))
-        return read_json(folder.report)["finished"], tracker.run(parent_id).data.tags.get("raycv.finished")
+        return read_json(folder.report)["finished"], store.run(parent_id).data.tags.get("raycv.finished")
 
     # A report of an earlier version does not say, and its run did not finish now.
     write_json(folder.report, {"run": "mine"})
@@ -237,19 +274,19 @@ def test_the_summary_again_keeps_when_the_run_finished(tracked, capsys):
     write_json(folder.report, read_json(folder.report) | {"finished": "2026-03-01T10:00:00Z"})
     for run in ("mine", parent_id):
         assert again(run) == ("2026-03-01T10:00:00Z", "2026-03-01T10:00:00Z")
-    got = tracker.download(parent_id, "report.json", folder.root / "copy")
+    got = store.download(parent_id, "report.json", folder.root / "copy")
     assert read_json(got)["finished"] == "2026-03-01T10:00:00Z"
 
 
 @pytest.mark.long
 def test_logging_again_adds_nothing(tracked):
-    tracker, parent_id, folder, _ = tracked
+    store, parent_id, folder, _ = tracked
     for _ in range(2):
-        tracker.log_missing_folds(parent_id, folder, 2, {})
-    run_id = tracker.start_child(parent_id, 0, {})
-    assert run_id == tracker.children(parent_id)[0].info.run_id
-    tracker.log_fold(run_id, FoldResult.read(folder.fold(0).result), folder.fold(0), folder.config)
-    history = tracker._client.get_metric_history(run_id, "val_loss")
+        store.log_missing_folds(parent_id, folder, 2, {})
+    run_id = store.start_child(parent_id, 0, {})
+    assert run_id == store.children(parent_id)[0].info.run_id
+    store.log_fold(run_id, FoldResult.read(folder.fold(0).result), folder.fold(0), folder.config)
+    history = store.client.get_metric_history(run_id, "val_loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
 
 
@@ -258,7 +295,7 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
     class Trial:
         config = {"fold": 1}  # noqa: RUF012
 
-    tracker, parent_id, folder, settings = tracked
+    store, parent_id, folder, settings = tracked
     runs = FoldRuns(settings, parent_id, folder, {"p": 1}, "fold")
     runs.setup()
     trial = Trial()
@@ -266,29 +303,29 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
     epoch = fold_result(1).history[0]
     runs.log_trial_result(1, trial, {**epoch, "pid": 1, "time_total_s": 3.0})
     runs.close()
-    child = tracker.run(tracker.children(parent_id)[1].info.run_id)
+    child = store.run(store.children(parent_id)[1].info.run_id)
     assert set(child.data.metrics) == set(EPOCH_METRICS)
     assert child.info.status == "RUNNING"
     # A process that goes on with the run trains the epoch again: one point of the curve all the same.
     runs = FoldRuns(settings, parent_id, folder, {"p": 1}, "fold")
     runs.setup()
-    tracker.finish_family(parent_id, "KILLED")
+    store.finish_family(parent_id, "KILLED")
     runs.log_trial_start(trial)
     for epoch in fold_result(1).history:
         runs.log_trial_result(1, trial, epoch)
     runs.close()
-    assert tracker.run(child.info.run_id).info.status == "RUNNING"
+    assert store.run(child.info.run_id).info.status == "RUNNING"
     # A trial may die when its fold is done.
     for failed in (False, True):
         runs._writer = ThreadPoolExecutor(1)
         runs.log_trial_end(trial, failed=failed)
         runs.close()
     for key, steps in (("val_loss", [1, 2]), ("best_f1", [0]), ("fold_seconds", [0])):
-        history = tracker._client.get_metric_history(child.info.run_id, key)
+        history = store.client.get_metric_history(child.info.run_id, key)
         assert [point.step for point in history] == steps
-    assert tracker.run(child.info.run_id).info.status == "FINISHED"
+    assert store.run(child.info.run_id).info.status == "FINISHED"
     assert "not logged" not in caplog.text
-    runs.tracker._client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(
+    runs.store.client.set_terminated = lambda *_, **__: (_ for _ in ()).throw(
         UserError("away", kind="tracking-unreachable")
     )
     runs._writer = ThreadPoolExecutor(1)
@@ -300,11 +337,11 @@ def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, cap
 
 @pytest.mark.long
 def test_a_deleted_experiment_is_named(tracked, tmp_path):
-    tracker, _, _, settings = tracked
-    experiment = tracker._client.get_experiment_by_name("raycv")
-    tracker._client.delete_experiment(experiment.experiment_id)
+    store, _, _, settings = tracked
+    experiment = store.client.get_experiment_by_name("raycv")
+    store.client.delete_experiment(experiment.experiment_id)
     with pytest.raises(UserError, match=r"was deleted(.|\n)*mlflow experiments restore"):
-        tracker.open_experiment(settings)
+        open_experiment(store, settings)
 
 
 @pytest.mark.long
@@ -325,13 +362,13 @@ def test_the_schema_knows_the_stores_that_mlflow_has():
 @pytest.mark.long
 def test_a_child_that_lacks_something_is_not_finished_with_its_parent(tracked):
     """The store was away while it was logged, and is back for the end: it can still be completed."""
-    tracker, parent_id, folder, _ = tracked
-    tracker.start_child(parent_id, 0, {})
-    tracker.finish_family(parent_id, "FINISHED")
-    assert tracker.run(parent_id).info.status == "FINISHED"
-    assert tracker.children(parent_id)[0].info.status == "KILLED"
-    tracker.log_missing_folds(parent_id, folder, 2, {})
-    children = tracker.children(parent_id)
+    store, parent_id, folder, _ = tracked
+    store.start_child(parent_id, 0, {})
+    store.finish_family(parent_id, "FINISHED")
+    assert store.run(parent_id).info.status == "FINISHED"
+    assert store.children(parent_id)[0].info.status == "KILLED"
+    store.log_missing_folds(parent_id, folder, 2, {})
+    children = store.children(parent_id)
     assert [children[fold].info.status for fold in range(2)] == ["FINISHED", "FINISHED"]
     assert children[0].data.metrics["best_f1"] == 0.5
 
@@ -339,12 +376,12 @@ def test_a_child_that_lacks_something_is_not_finished_with_its_parent(tracked):
 @pytest.mark.long
 def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tracked, capsys):
     """Ctrl-C, or an error, after the report: nothing is left to go on with."""
-    tracker, parent_id, folder, _ = tracked
+    store, parent_id, folder, _ = tracked
     settings = validate(RunConfig, compose("run", ["cv.folds=2"]))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def broken_off(complete, error):
-        with sole_process(folder), OpenRun(settings, folder, tracker, parent_id, Console()).under_way():
+        with sole_process(folder), OpenRun(settings, folder, store, parent_id, Console()).under_way():
             if complete:
                 write_json(folder.report, {})
             raise error
@@ -353,35 +390,38 @@ def test_a_complete_run_that_is_broken_off_is_finished_and_says_what_to_type(tra
         for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
             for complete in (False, True):
                 folder.report.unlink(missing_ok=True)
-                tracker.reopen(parent_id)
+                store.reopen(parent_id)
                 with pytest.raises(error):
                     broken_off(complete, error)
                 said = capsys.readouterr().out
                 assert ("raycv.run resume=mine" in said) is not complete
                 assert ("raycv.aggregate run=mine" in said) is complete
                 assert folder.lock.exists() is not complete
-                assert tracker.run(parent_id).info.status == ("FINISHED" if complete else status)
+                assert store.run(parent_id).info.status == ("FINISHED" if complete else status)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_succeed(tmp_path):
     code = (
-        "from raycv.config.schema import TrackingConfig; from raycv.tracking.tracker import Tracker; uri = 'sqlite:///mlflow.db';"
-        "Tracker(uri).open_experiment(TrackingConfig(uri=uri, artifacts='a', experiment='e'))"
+        "from raycv.config.schema import TrackingConfig; from raycv.tracking.experiment import open_experiment;"
+        "from raycv.tracking.store import Store; uri = 'sqlite:///mlflow.db';"
+        "open_experiment(Store(uri), TrackingConfig(uri=uri, artifacts='a', experiment='e'))"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
     ends = [process.communicate()[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], ends
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, caplog):
     """By another process, and longer than SQLite itself waits."""
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    Tracker(settings.uri)
+    CrossValidationStore(settings.uri)
     code = "import sqlite3, sys, time; held = sqlite3.connect(sys.argv[1]); held.execute('BEGIN EXCLUSIVE');"
     code += "print('locked', flush=True); time.sleep(15)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "mlflow.db"], stdout=subprocess.PIPE) as other:
@@ -389,31 +429,33 @@ def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, capl
         started = time.monotonic()
         check_store(settings)
         assert time.monotonic() - started > 10
-        assert Tracker(settings.uri).open_experiment(settings)
+        assert open_experiment(CrossValidationStore(settings.uri), settings)
 
 
 @pytest.mark.long
 def test_who_cannot_wait_is_refused_by_a_database_that_is_locked(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    Tracker(settings.uri)
+    CrossValidationStore(settings.uri)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()
         with pytest.raises(UserError, match="database is locked") as caught:
-            Tracker(settings.uri, seconds=1)
+            CrossValidationStore(settings.uri, seconds=1)
         assert time.monotonic() - started < 20
     assert caught.value.remedies == ["wait until the other process has let go of it"]
 
 
 def test_an_old_schema_names_the_upgrade(tmp_path):
-    Tracker(f"sqlite:///{tmp_path}/new.db")
+    CrossValidationStore(f"sqlite:///{tmp_path}/new.db")
     # MLflow keeps what it knows of a store that this process has opened.
     shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
     with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '7ac759974ad8'")
         connection.commit()
     with pytest.raises(UserError, match=r"out-of-date(.|\n)*mlflow db upgrade sqlite:///"):
-        Tracker(f"sqlite:///{tmp_path}/old.db").open_experiment(config(f"sqlite:///{tmp_path}/old.db", tmp_path))
+        open_experiment(
+            CrossValidationStore(f"sqlite:///{tmp_path}/old.db"), config(f"sqlite:///{tmp_path}/old.db", tmp_path)
+        )
 
 
 def test_params_are_flat_and_masked():
@@ -500,7 +542,7 @@ def test_a_server_that_wants_a_password_says_how_to_give_one(tmp_path, caplog, s
         handler.wfile.write(b"You are not authenticated.")
 
     with answering(refuse) as url, pytest.raises(UserError) as caught:
-        Tracker(url).open_experiment(config(url, tmp_path))
+        open_experiment(CrossValidationStore(url), config(url, tmp_path))
     assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedies[0]
     # Printed, and not masked away.
     assert "user:password@" in mask_secrets(caught.value.remedies[0])
@@ -533,14 +575,15 @@ def losing_answers(url, path, part, times):
 def test_an_epoch_that_arrives_twice_is_one_point(tmp_path):
     """Of an attempt that a server finished after it was given up, and of the next."""
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    tracker = Tracker(settings.uri)
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), "mine", {})
+    store = CrossValidationStore(settings.uri)
+    parent_id = store.start_parent(open_experiment(store, settings), "mine", {})
     epoch = fold_result(0).history[0]
     for _ in range(2):
-        tracker.log_epoch(parent_id, epoch, 1_700_000_000_000)
-    assert len(tracker._client.get_metric_history(parent_id, VAL_LOSS)) == 1
+        store.log_epoch(parent_id, epoch, 1_700_000_000_000)
+    assert len(store.client.get_metric_history(parent_id, VAL_LOSS)) == 1
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_path, caplog):
     """As of a server that dies when it has written, and comes back."""
@@ -552,8 +595,8 @@ def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_
     folder, trial = finished_run(tmp_path / "runs" / "mine"), Trial()
     with losing_answers(url, "/runs/log-batch", VAL_LOSS.encode(), ATTEMPTS) as bad_line:
         settings = config(bad_line, tmp_path)
-        tracker = Tracker(bad_line)
-        parent_id = tracker.start_parent(tracker.open_experiment(settings), folder.root.name, {})
+        store = CrossValidationStore(bad_line)
+        parent_id = store.start_parent(open_experiment(store, settings), folder.root.name, {})
         runs = FoldRuns(settings, parent_id, folder, {}, "fold")
         runs.setup()
         runs.log_trial_start(trial)
@@ -562,39 +605,40 @@ def test_an_epoch_that_was_logged_but_not_acknowledged_is_one_point(server, tmp_
         runs.log_trial_end(trial)
         runs.close()
         assert "not logged for now" in caplog.text
-        child = tracker.children(parent_id)[0]
-        points = tracker._client.get_metric_history(child.info.run_id, VAL_LOSS)
+        child = store.children(parent_id)[0]
+        points = store.client.get_metric_history(child.info.run_id, VAL_LOSS)
     assert child.info.status == "FINISHED"
     assert [(point.step, point.value) for point in points] == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_an_http_server_and_its_death(server, tmp_path, caplog):
     url, process = server
     with losing_answers(url, "/runs/create", b"", 1) as bad_line:
-        tracker = Tracker(bad_line)
-        experiment_id = tracker.open_experiment(config(bad_line, tmp_path, "bad line"))
-        made = tracker.start_parent(experiment_id, "one", {})
+        store = CrossValidationStore(bad_line)
+        experiment_id = open_experiment(store, config(bad_line, tmp_path, "bad line"))
+        made = store.start_parent(experiment_id, "one", {})
         assert "start the parent run: attempt 1 of 3 failed" in caplog.text
-        assert [run.info.run_id for run in tracker._client.search_runs([experiment_id])] == [made]
+        assert [run.info.run_id for run in store.client.search_runs([experiment_id])] == [made]
     settings = config(url, tmp_path)
-    tracker = Tracker(url)
+    store = CrossValidationStore(url)
     folder = finished_run(tmp_path / "runs" / "mine")
-    parent_id = tracker.start_parent(tracker.open_experiment(settings), folder.root.name, {})
-    tracker.log_missing_folds(parent_id, folder, 2, {})
-    assert sorted(tracker.children(parent_id)) == [0, 1]
-    got = tracker.download(tracker.children(parent_id)[0].info.run_id, "result.json", tmp_path)
+    parent_id = store.start_parent(open_experiment(store, settings), folder.root.name, {})
+    store.log_missing_folds(parent_id, folder, 2, {})
+    assert sorted(store.children(parent_id)) == [0, 1]
+    got = store.download(store.children(parent_id)[0].info.run_id, "result.json", tmp_path)
     assert FoldResult.read(got) == fold_result(0)
-    child_id = tracker.children(parent_id)[1].info.run_id
+    child_id = store.children(parent_id)[1].info.run_id
     for _ in range(2):  # fetched, and found again
-        checkpoint = tracker.checkpoint(child_id, tmp_path / "runs" / ".fetched")
+        checkpoint = store.checkpoint(child_id, tmp_path / "runs" / ".fetched")
         assert checkpoint == tmp_path / "runs" / ".fetched" / child_id / "checkpoint"
         assert [path.name for path in checkpoint.iterdir()] == ["raycv.json"]
     assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
     kill(process)
     started = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
-        tracker.log_metrics(parent_id, {"x": 1.0})
+        store.log_metrics(parent_id, {"x": 1.0})
     assert time.monotonic() - started < 30
     assert "attempt 1 of 3" in caplog.text
     assert "attempt 2 of 3" in caplog.text

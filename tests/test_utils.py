@@ -20,8 +20,9 @@ from raycv import __version__
 from raycv.common import devices
 from raycv.common.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
 from raycv.common.environment import describe_environment, package_version, seldom_collecting
-from raycv.common.files import read_json, read_record, unwritable
+from raycv.common.files import read_json, unwritable
 from raycv.errors import UserError
+from raycv.results.run_folder import read_record
 from raycv.utils import pin_kernels, set_seed
 
 

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 from raycv.evaluation.comparison import COMPARED
 from raycv.evaluation.measures import NAMES
+from raycv.rendering.svg import BLUE, GREEN, GRID, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 MARKS = ("s", "^", "D", "v", "P")
-BASELINE = "#0072B2"
 LONGEST = 40
 """Characters of a name in the figure; longer ones are cut."""
 
@@ -45,13 +45,11 @@ def draw(result: dict[str, Any]) -> "Figure":
 def _values(ax: "Axes", result: dict[str, Any], metrics: list[str]) -> None:
     pooled = {run["run"]: run["pooled"] for run in result["runs"]}
     baseline = result["baseline"]
-    styles = {baseline: (BASELINE, "o")} | {
-        row["run"]: _style(number) for number, row in enumerate(result["comparisons"])
-    }
+    styles = {baseline: (BLUE, "o")} | {row["run"]: _style(number) for number, row in enumerate(result["comparisons"])}
     for place, metric in enumerate(metrics):
         ends = [found[metric]["value"] for found in pooled.values() if found[metric]["value"] is not None]
         if ends:
-            ax.plot([min(ends), max(ends)], [place, place], color="#BBBBBB", lw=2, zorder=1)
+            ax.plot([min(ends), max(ends)], [place, place], color=GRID, lw=2, zorder=1)
     for number, (run, (colour, mark)) in enumerate(styles.items()):
         label: str | None = _plain(run) + (" (baseline)" if run == baseline else "")
         for place, metric in enumerate(metrics):

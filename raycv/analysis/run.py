@@ -9,7 +9,6 @@ import numpy as np
 
 from raycv.analysis.mistakes import COLUMNS, TEXTS, mistakes_of, thresholds_of
 from raycv.analysis.plots import Plots
-from raycv.common.files import read_record
 from raycv.common.locations import resolve
 from raycv.data.dataset import load_dataset
 from raycv.data.types import Dataset
@@ -20,7 +19,7 @@ from raycv.evaluation.measures import LABEL_METRICS, METRICS
 from raycv.evaluation.operating_points import CROSS_FOLD, RULES
 from raycv.evaluation.study import Study
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_there
-from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.results.study import check_data, load_study
 from raycv.training.metrics import METRICS as REPORTED
 from raycv.training.metrics import THRESHOLD
@@ -229,11 +228,13 @@ class Run:
 
     def _dataset(self, data_dir: str | Path | None, criteria_dir: str | Path | None) -> Dataset:
         data = recorded_config(self.folder).data
-        posts, criteria = (
-            Path(resolve(str(given or recorded)))
-            for given, recorded in ((data_dir, data.dir), (criteria_dir, data.criteria_dir))
+        if criteria_dir is None and data.criteria_dir == data.dir:
+            # Criteria that lay beside the posts move along with them.
+            criteria_dir = data_dir
+        posts, criteria = data_dir or data.dir, criteria_dir or data.criteria_dir
+        dataset = load_dataset(
+            Path(resolve(str(posts))), Path(resolve(str(criteria))), empty=data.empty, missing=data.missing
         )
-        dataset = load_dataset(posts, criteria, empty=data.empty, missing=data.missing)
         check_data(self.folder, dataset)
         return dataset
 

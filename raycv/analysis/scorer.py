@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from raycv.batch_inference.input_formats import CRITERION_COLUMNS, POST_COLUMNS
+from raycv.batch_inference.columns import CRITERION_COLUMNS, POST_COLUMNS
 from raycv.common.locations import bundled
 from raycv.config.schema import InferenceConfig
 from raycv.config.validation import validate

@@ -9,17 +9,15 @@ from typing import Any
 
 from raycv.common.files import unwritable, write_bytes
 from raycv.errors import UserError
+from raycv.rendering.escapes import for_spreadsheet
 
-FORMULA = ("=", "+", "-", "@")
-"""A spreadsheet program takes a text that begins with one of these for a formula. It skips white space before it."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
 def guarded(cell: Any) -> Any:
     """Returns a text that a spreadsheet would run with an apostrophe before it. Numbers stay as they are."""
-    if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
-        return cell
-    return f"'{cell}" if cell.lstrip().startswith(FORMULA) or cell.startswith(("\t", "\r", "\n")) else cell
+    # An empty text has nothing to guard.
+    return for_spreadsheet(cell) if isinstance(cell, str) and cell and not _NUMBER.fullmatch(cell) else cell
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -5,125 +5,69 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from raycv.batch_inference.output_place import part_of
+from raycv.batch_inference.state import Progress
 from raycv.common.files import replaced
-from raycv.common.numerics import FIRST_NUMERICS
 from raycv.errors import UserError
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The part of the output that is safely on disk."""
-
-    identity: dict[str, Any]
-    """the facts that the scores depend on; only a run with the same facts may continue the output"""
-    records: int = 0
-    pairs: int = 0
-    matched: int = 0
-    truncated: int = 0
-    bad: int = 0
-    precision: str | None = None
-    attention: str | None = None
-    """None before the first chunk, and in states of earlier versions"""
-    threshold: float | None = None
-    part_bytes: int = 0
-    errors_bytes: int = 0
-    finished: bool = False
-    """everything is scored; only the move into place is left"""
-    numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic of the scores (`raycv.common.numerics.NUMERICS`)"""
-
-
-class Sink(Protocol):
-    """Takes the rows until the output is complete."""
-
-    path: Path
-    """the file or folder of the rows"""
-
-    def resume(self, progress: Progress) -> None:
-        """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
-
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
-        """Writes the rows of the chunk after `records` records. Returns the bytes of the file; for Parquet 0."""
-
-    def left(self) -> bool:
-        """Whether `path` exists: rows that were written are still there."""
-
-    def finish(self, output: Path) -> None:
-        """Moves all rows to `output`."""
-
-    def finished(self, output: Path, progress: Progress) -> bool:
-        """Whether `output` is the result of `finish`, judged by its size or its number of rows."""
-
-    def discard(self) -> None:
-        """Removes all that is left at `path`."""
-
-
-ERRORS_HEADER = b"row,line,reason\n"
-"""Marks the list of an earlier run, which may be replaced. Without it the file belongs to another program."""
-
-
-def part_of(output: Path) -> Path:
-    """The place of the scores until they are complete."""
-    return beside(output, "parts" if output.suffix.casefold() == ".parquet" else "part")
-
-
-def beside(output: Path, ending: str) -> Path:
-    return output.with_name(f"{output.name}.{ending}")
-
 
 # --- CSV and JSON lines ----------------------------------------------------------------------------------------------
 
 
 class TextPart:
-    """Collects the rows as lines of one file."""
+    """Collects the rows as lines of one file, until the output is complete."""
 
-    def __init__(self, path: Path, columns: Sequence[str], line_of: Any) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], *, as_json: bool) -> None:
         self.path = path
         self._columns = tuple(columns)
-        self._line_of = line_of
-        self._bytes = 0
+        self._as_json = as_json
 
     def resume(self, progress: Progress) -> None:
-        if progress.records == 0:
-            header = csv_line(self._columns, self._columns) if self._line_of is csv_line else ""
-            self._bytes = append_bytes(self.path, header.encode("utf-8"), at=0)
-            return
-        cut_to(self.path, progress.part_bytes)
-        self._bytes = progress.part_bytes
+        """Starts, or cuts off what came after `progress`. Raises: UserError if less than `progress` is there."""
+        if progress.records:
+            cut_to(self.path, progress.part_bytes)
+        else:
+            append_bytes(self.path, b"", at=0)
 
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
-        lines = "".join(self._line_of(self._columns, row) for row in rows)
-        self._bytes = append_bytes(self.path, lines.encode("utf-8"), at=self._bytes)
-        return self._bytes
+    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
+        """Writes the rows of the chunk after `before`. Returns the bytes of the file."""
+        if self._as_json:
+            lines = json_lines(self._columns, rows)
+        else:
+            lines = csv_lines(rows if before.records else [self._columns, *rows])
+        return append_bytes(self.path, lines.encode("utf-8"), at=before.part_bytes)
 
     def left(self) -> bool:
+        """Whether rows that were written are still there."""
         return self.path.exists()
 
     def finish(self, output: Path) -> None:
+        """Moves all rows to `output`."""
         os.replace(self.path, output)
 
     def finished(self, output: Path, progress: Progress) -> bool:
+        """Whether `output` is the result of `finish`, judged by its size."""
         return not self.left() and output.is_file() and output.stat().st_size == progress.part_bytes
 
     def discard(self) -> None:
+        """Removes what is left."""
         self.path.unlink(missing_ok=True)
 
 
-def csv_line(columns: Sequence[str], row: Sequence[Any]) -> str:
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(
-        str(value).lower() if isinstance(value, bool) else value for value in row
+    csv.writer(buffer, lineterminator="\n").writerows(
+        [str(value).lower() if isinstance(value, bool) else value for value in row] for row in rows
     )
     return buffer.getvalue()
 
 
-def json_line(columns: Sequence[str], row: Sequence[Any]) -> str:
-    return json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"
+def json_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    records = (dict(zip(columns, row, strict=True)) for row in rows)
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def append_bytes(path: Path, data: bytes, *, at: int) -> int:
@@ -168,7 +112,10 @@ def changed_since(path: Path, there: str, written: str) -> UserError:
 
 
 class ParquetParts:
-    """Collects a file per chunk, named after the number of records before it. They become row groups of one file."""
+    """Collects a file per chunk, named after the number of records before it. They become row groups of one file.
+
+    Its methods are those of `TextPart`, but `append` returns 0, and `finished` compares numbers of rows.
+    """
 
     def __init__(self, folder: Path, columns: Sequence[str], fold_type: type) -> None:
         self.path = folder
@@ -187,7 +134,7 @@ class ParquetParts:
     def left(self) -> bool:
         return self.path.exists()
 
-    def append(self, rows: Sequence[tuple[Any, ...]], records: int) -> int:
+    def append(self, rows: Sequence[tuple[Any, ...]], before: Progress) -> int:
         import pyarrow
         import pyarrow.parquet
 
@@ -195,7 +142,7 @@ class ParquetParts:
             values = zip(*rows, strict=True)
             arrays = [pyarrow.array(column, kind.type) for column, kind in zip(values, self._schema(), strict=True)]
             table = pyarrow.Table.from_arrays(arrays, schema=self._schema())
-            with replaced(self.path / f"{records:015}.parquet", private=True) as temporary:
+            with replaced(self.path / f"{before.records:015}.parquet", private=True) as temporary:
                 pyarrow.parquet.write_table(table, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -240,3 +187,11 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path)
+
+
+def sink_of(output: Path, columns: Sequence[str], fold_type: type) -> TextPart | ParquetParts:
+    """The sink for the format of `output`. `fold_type` is that of the column `fold`."""
+    ending = output.suffix.casefold()
+    if ending == ".parquet":
+        return ParquetParts(part_of(output), columns, fold_type)
+    return TextPart(part_of(output), columns, as_json=ending == ".jsonl")

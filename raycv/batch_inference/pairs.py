@@ -1,33 +1,20 @@
 """Turns records of a file into pairs that can be scored, and gives the reasons for records that cannot."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from raycv.batch_inference.input_formats import (
-    COLUMNS_REMEDY,
-    CRITERION_COLUMNS,
-    ID_COLUMNS,
-    KNOWN_COLUMNS,
-    POST_COLUMNS,
-    PairFile,
-    Record,
-    pair_file,
-    repeated,
-    unreadable,
-)
-from raycv.data.discovery import NearMiss, criterion_columns, misspelt, near_misses
+from raycv.batch_inference.columns import CRITERION_COLUMNS, Layout, find_layout, unread_columns
+from raycv.batch_inference.input_formats import Record, pair_file, unreadable
+from raycv.common.text_files import FIELD_LIMIT, UnreadableError, is_unicode
 from raycv.data.parsing import Missing, id_fault, is_blank, is_missing
-from raycv.data.problems import FIELD_LIMIT, listed, named
-from raycv.data.table_reader import UnreadableError, folded, is_unicode, separator_of
+from raycv.data.problems import named
 from raycv.data.types import Criterion
-from raycv.errors import FaultsError, UserError
+from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, find_criterion
 
 CHUNK_CHARACTERS = 8_000_000
 """Characters of posts after which a chunk ends, even with few pairs. Bounds the memory if posts are huge."""
-_SYNONYMS = {"symptom": "criterion", "dsm5_symptom": "criterion"}
-"""Names that other tables give a criterion. If we ignored one, each post would be asked for every criterion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,88 +50,31 @@ class Chunk:
     bad: list[BadRow] = field(default_factory=list)
 
 
-# --- Columns and questions -------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """The score of one pair. `ids` has the values of the input's id columns."""
+
+    row: int
+    ids: tuple[str, ...]
+    criterion_id: str | None
+    label: str
+    score: float
+    truncated: bool
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The roles of a file's columns."""
+class ScoredChunk:
+    """The result of a chunk. Holds no text."""
 
-    post: str
-    criterion: str | None
-    ids: tuple[str, ...]
-    others: tuple[str, ...] = ()
-    """columns that are not read"""
-    notices: tuple[str, ...] = ()
-    """warnings about unread columns that look like one that is read"""
-
-    @property
-    def wanted(self) -> list[str]:
-        return [self.post, *([self.criterion] if self.criterion else []), *self.ids]
-
-
-def find_layout(path: Path, spelt: Sequence[str], header: str = PairFile.header, *, asked: bool = False) -> Layout:
-    """Which columns are read.
-
-    Args:
-        path: The file.
-        spelt: Its columns as it spells them.
-        header: The place of these names, for messages.
-        asked: Whether one criterion is given for all rows.
-
-    Raises:
-        UserError: The file has no column of posts, more than one, or a misspelt one.
-    """
-    columns = folded(spelt)
-    if twice := repeated(columns):
-        remedies = ["keep one column of each name"]
-        raise UserError(
-            f"{path}: the column {twice} occurs {columns.count(twice)} times.", kind="input-file", remedies=remedies
-        )
-    posts = [name for name in POST_COLUMNS if name in columns]
-    criteria = [name for name in CRITERION_COLUMNS if name in columns]
-    for found in (posts, criteria):
-        if len(found) > 1:
-            what = f"{path} has both {' and '.join(found)}: it is not clear which is asked."
-            raise UserError(what, kind="input-file", remedies=["keep the one that is meant, or rename the other"])
-    if not posts:
-        have = f"its columns are {listed([name.strip() for name in spelt])}" if columns else "it is empty"
-        if separator := separator_of(columns):
-            have += f", separated by {separator} and not by commas"
-        have += misspelt([POST_COLUMNS], spelt)
-        remedy = "save it with commas" if separator else COLUMNS_REMEDY
-        raise UserError(f"{path} has no column post or text: {have}.", kind="input-file", remedies=[remedy])
-    near = _unread(spelt, every=not (criteria or asked))
-    _refuse_near(path, [miss for miss in near if miss.beside is None], header)
-    layout = Layout(posts[0], criteria[0] if criteria else None, tuple(name for name in ID_COLUMNS if name in columns))
-    notices = tuple(f"the column {miss.shown} is not read, since {miss.beside} is" for miss in near)
-    return replace(
-        layout,
-        others=tuple(name.strip() for name, read in zip(spelt, columns, strict=True) if read not in layout.wanted),
-        notices=notices,
-    )
-
-
-def _unread(spelt: Sequence[str], *, every: bool) -> list[NearMiss]:
-    """The columns that are not read and most likely should be.
-
-    `every`: each post is asked for every criterion, so a column that may name one counts too.
-    """
-    near = near_misses(spelt, KNOWN_COLUMNS, _SYNONYMS)
-    found = {miss.column for miss in near}
-    return [*near, *(miss for miss in criterion_columns(spelt) if every and miss.column not in found)]
-
-
-def _refuse_near(path: Path, near: Sequence[NearMiss], header: str) -> None:
-    """Raises: FaultsError if a column is probably misspelt: each post would be asked for every criterion."""
-    if not near:
-        return
-    faults = [f"{header}: the column {miss.shown} is not read; did you mean {miss.meant}?" for miss in near]
-    remedies = [
-        *(f"rename {miss.shown} to {miss.meant}" for miss in near),
-        f"to leave it unread, give it a name that is not nearly a known one (x_{near[0].meant}), or remove it",
-    ]
-    raise FaultsError(f"input={path} cannot be used", faults, kind="input-file", remedies=remedies)
+    records: int
+    position: int
+    threshold: float
+    precision: str
+    attention: str
+    earlier_attention: str
+    """the attention of earlier versions, which recorded none"""
+    scores: list[PairScore] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -169,23 +99,24 @@ class PairSource:
 
     def _chunks(self, done: int) -> Iterator[Chunk]:
         file = pair_file(self.path)
-        chunk, characters, begun = Chunk(done, 0), 0, done
+        pairs: list[AskedPair] = []
+        bad: list[BadRow] = []
+        number, characters, begun = done, 0, done
         for record in file.records(self.layout.wanted):
-            if record.number <= done:
+            number = record.number
+            if number <= done:
                 continue
             asked = self._asked(record)
             if isinstance(asked, BadRow):
-                chunk.bad.append(asked)
+                bad.append(asked)
             else:
-                chunk.pairs.extend(asked)
+                pairs.extend(asked)
                 characters += len(asked[0].post)
-            if record.number - begun == self.chunk_records or characters >= CHUNK_CHARACTERS:
-                yield Chunk(record.number, file.position, chunk.pairs, chunk.bad)
-                chunk, characters, begun = Chunk(record.number, 0), 0, record.number
-            else:
-                chunk = Chunk(record.number, file.position, chunk.pairs, chunk.bad)
-        if chunk.records > begun:
-            yield chunk
+            if number - begun == self.chunk_records or characters >= CHUNK_CHARACTERS:
+                yield Chunk(number, file.position, pairs, bad)
+                pairs, bad, characters, begun = [], [], 0, number
+        if number > begun:
+            yield Chunk(number, file.position, pairs, bad)
 
     def _asked(self, record: Record) -> list[AskedPair] | BadRow:
         """The pairs of a record: one, or one for each criterion."""
@@ -205,7 +136,7 @@ class PairSource:
             given = [name for name, value in record.values.items() if value is not None]
             if any(name in CRITERION_COLUMNS for name in given):
                 raise ValueError("names a criterion, which the first record does not")
-            for miss in _unread(given, every=self.asked is None):
+            for miss in unread_columns(given, every=self.asked is None):
                 if miss.meant in CRITERION_COLUMNS:
                     raise ValueError(f"has {miss.shown}, which the first record has not; is it {miss.meant}?")
             return [self.asked] if self.asked else list(self.criteria.values())

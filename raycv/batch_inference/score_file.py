@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raycv.batch_inference.identity import identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.input_formats import pair_file
-from raycv.batch_inference.output_formats import Progress
-from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairSource, open_source
-from raycv.batch_inference.writer import PairScore, ScoredChunk, ScoreFile, check_output
+from raycv.batch_inference.output_place import check_output
+from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairScore, PairSource, ScoredChunk, open_source
+from raycv.batch_inference.state import Progress, identity_of, identity_of_input, takes_missing_as_text
+from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.data.problems import listed
 from raycv.data.types import Criterion
 from raycv.errors import UserError, counted
 from raycv.inference.choose import Chosen
-from raycv.inference.questions import Prediction, Predicts, shown_threshold
+from raycv.inference.questions import Prediction, Predicts, label_of, shown_threshold
 from raycv.terminal.console import duration, say
 
 FIRST_BAD = 10
@@ -88,19 +88,19 @@ def score_file(config: InferConfig, chosen: Chosen, criteria: Mapping[str, Crite
     for notice in source.layout.notices:
         say(console, notice)
     with output.opened():
-        begun = output.progress
-        if begun.records and not begun.finished:
+        begun, is_scored = output.progress, output.stage in (Stage.SCORED, Stage.MOVED)
+        if output.stage is Stage.GROWING:
             say(console, f"continues after {counted(begun.records, 'record')}")
             source = _as_begun(source, begun, console)
         try:
-            if not begun.finished:
+            if not is_scored:
                 _score(source, engine, output, console)
         except KeyboardInterrupt:
             records = output.progress.records
             kept = f"{counted(records, 'record')} scored and kept; the same command continues after"
             say(console, kept if records else "stopped before the first records were scored")
             raise
-        if not begun.finished and not identity_of_input(source).items() <= output.progress.identity.items():
+        if not is_scored and not identity_of_input(source).items() <= output.progress.identity.items():
             raise UserError(
                 f"input={source.path} changed while it was scored: the scores may be of both its states.",
                 kind="output-differs",
@@ -154,7 +154,14 @@ def score_chunk(chunk: Chunk, scorer: PairScorer) -> ScoredChunk:
         pairs = [pair for pair, fault in zip(pairs, faults, strict=True) if fault is None]
         predictions = _predicted(pairs, scorer)
     scores = [
-        PairScore(pair.row, pair.ids, pair.criterion.criterion_id or None, prediction.score, prediction.truncated)
+        PairScore(
+            pair.row,
+            pair.ids,
+            pair.criterion.criterion_id or None,
+            label_of(prediction.score, scorer.threshold),
+            prediction.score,
+            prediction.truncated,
+        )
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
     bad = sorted([*chunk.bad, *unfit], key=lambda row: row.line)

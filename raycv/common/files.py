@@ -18,12 +18,6 @@ from raycv.errors import ErrorKind, UserError
 if TYPE_CHECKING:
     import numpy as np
 
-GOOD_COPY = (
-    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
-)
-"""The remedy for a damaged record of a run."""
-AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
-
 
 def is_full(error: BaseException) -> bool:
     """Whether `error` reports a full disk, or a user's exhausted quota."""
@@ -133,32 +127,6 @@ def read_json(path: Path, kind: ErrorKind = "run-damaged") -> Any:
         raise UserError(f"{path} is damaged: it is not JSON ({error}).", kind=kind) from error
     except RecursionError as error:
         raise UserError(f"{path} is damaged: it is nested too deeply.", kind=kind) from error
-
-
-def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
-    """Reads a JSON object of the run folder and checks its keys.
-
-    Args:
-        path: The file.
-        texts: Keys that must be there with a text as value.
-        kinds: Further keys that must be there, each with the type of its value.
-
-    Raises:
-        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
-    """
-    try:
-        values = read_json(path)
-    except UserError as error:
-        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
-    if not isinstance(values, dict):
-        fault = "it is not a JSON object"
-    else:
-        kinds = dict.fromkeys(texts, str) | kinds
-        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
-        if not lacking:
-            return values
-        fault = f"it lacks {', '.join(lacking)}"
-    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
 def check_writable(folder: Path) -> None:

@@ -295,7 +295,9 @@ class CompareConfig(Section):
 
 class MistakesDataConfig(Section):
     dir: Location | None = Field(description="folder with the posts, for text=true; null: where training read them")
-    criteria_dir: Location | None = Field(description="folder with the criteria; null: where training read them")
+    criteria_dir: Location | None = Field(
+        description="folder with the criteria; null: beside the posts, or where training read them"
+    )
 
 
 class MistakesConfig(Section):
@@ -307,6 +309,21 @@ class MistakesConfig(Section):
     data: MistakesDataConfig
     dir: PathText = Field(description="folder that holds the runs")
     output: PathText = Field(description="CSV file to write")
+
+
+class ReportDataConfig(Section):
+    dir: Location | None = Field(
+        description="data of the run; they fill in floors, hard negatives and near-duplicates that an earlier version "
+        "did not record; null: the run folder alone"
+    )
+
+
+class ReportConfig(Section):
+    """The config of `python -m raycv.report`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    dir: PathText = Field(description="folder that holds the runs")
+    data: ReportDataConfig
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]

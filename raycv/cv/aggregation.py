@@ -1,5 +1,6 @@
 """Reduces the folds of a finished run again, from its folder or from MLflow (user story 2)."""
 
+import contextlib
 import shlex
 import tempfile
 from pathlib import Path
@@ -9,13 +10,13 @@ import yaml
 from rich.console import Console
 
 from raycv.common.environment import utc_now
-from raycv.common.files import read_json, read_record, write_json
+from raycv.common.files import read_json, write_json
 from raycv.config.schema import AggregateConfig
 from raycv.errors import UserError
 from raycv.results.find_run import find_run, finished_at, folds_of, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
-from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.terminal.console import say
 from raycv.terminal.summary_table import summary_table
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, recorded_uri, tracked_run
@@ -37,7 +38,7 @@ def aggregate(config: AggregateConfig) -> None:
 
 
 def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, Any], str]:
-    from raycv.tracking.tracker import flat_params
+    from raycv.tracking.cross_validation import flat_params
 
     folds = folds_of(folder.config)
     try:
@@ -50,12 +51,12 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     report = summarize(folder.root.name, results, folds, read_record(folder.data_stats), _again(folder), finished)
     write_json(folder.report, report)
     uri = config.tracking_uri or recorded_uri(folder, "tracking_uri")
-    tracker, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
+    store, parent_id = tracked_run(folder, uri, "tracking_uri", given=config.tracking_uri is not None)
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    tracker.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
-    tracker.log_report(parent_id, report, folder)
-    tracker.finish(parent_id, "FINISHED")
-    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {tracker.shown_uri}"
+    store.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
+    store.log_report(parent_id, report, folder)
+    store.finish(parent_id, "FINISHED")
+    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}"
 
 
 def _again(folder: RunFolder) -> str:
@@ -65,7 +66,7 @@ def _again(folder: RunFolder) -> str:
 
 def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
     runs = Path(config.dir)
-    tracker, parent = mlflow_run(config.run, runs, config.tracking_uri or LOCAL_URI)
+    store, parent = mlflow_run(config.run, runs, config.tracking_uri or LOCAL_URI)
     name = parent.data.tags.get("raycv.run")
     if name is None:
         what = f"run={config.run} is an MLflow run, but not the parent of a cross-validation."
@@ -73,14 +74,17 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         results = []
-        finished = {fold: run for fold, run in tracker.children(config.run).items() if run.info.status == "FINISHED"}
+        finished = {fold: run for fold, run in store.children(config.run).items() if run.info.status == "FINISHED"}
         for fold, run in finished.items():
             target = folder.fold(fold)
             target.root.mkdir()
-            results.append(FoldResult.read(tracker.download(run.info.run_id, target.result.name, target.root)))
-        stats = read_json(tracker.download(config.run, folder.data_stats.name, folder.root))
-        folds = folds_of(tracker.download(config.run, folder.config.name, folder.root))
-        report = summarize(name, results, folds, stats, finished=tracker.finished_at(parent))
+            results.append(FoldResult.read(store.download(run.info.run_id, target.result.name, target.root)))
+        stats = read_json(store.download(config.run, folder.data_stats.name, folder.root))
+        folds = folds_of(store.download(config.run, folder.config.name, folder.root))
+        report = summarize(name, results, folds, stats, finished=store.finished_at(parent))
         write_json(folder.report, report)
-        tracker.log_report(config.run, report, folder)
-    return report, f"MLflow: parent run {config.run} at {tracker.shown_uri} (artifact report.json)"
+        # The parent has it if the run made its page. Then its verdict stays in the description.
+        with contextlib.suppress(UserError):
+            store.download(config.run, folder.evaluation.name, folder.root)
+        store.log_report(config.run, report, folder)
+    return report, f"MLflow: parent run {config.run} at {store.shown_uri} (artifact report.json)"

@@ -122,22 +122,23 @@ class NewRun:
 
     def check_base(self, base: Base) -> None:
         """Raises: UserError if raycv cannot use the MLflow store. A new run accepts any base model."""
-        from raycv.tracking.tracker import check_store
+        from raycv.tracking.experiment import check_store
 
         check_store(self.config.tracking)
 
     def open(self, prepared: Prepared) -> OpenRun:
         """Makes the run's folder and its MLflow parent; removes the folder again if a step fails."""
         from raycv.orchestration.cluster import check_nodes
-        from raycv.tracking.tracker import Tracker
+        from raycv.tracking.cross_validation import CrossValidationStore
+        from raycv.tracking.experiment import open_experiment
 
         folder = new_run_folder(self.config)
         config = self.config.model_copy(update={"run": self.config.run.model_copy(update={"name": folder.root.name})})
         try:
             write_inputs(folder, config, prepared)
             check_nodes(folder, prepared.base)
-            tracker = Tracker(config.tracking.uri)
-            parent_id = tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
+            store = CrossValidationStore(config.tracking.uri)
+            parent_id = store.start_family(folder, config, open_experiment(store, config.tracking))
         except BaseException:
             # Nothing is computed yet. Without the folder the name is free again.
             shutil.rmtree(folder.root, ignore_errors=True)
@@ -145,4 +146,4 @@ class NewRun:
         self._held.enter_context(sole_process(folder))
         resume = resume_command(folder)
         say(self._console, f"Run folder: {folder.root}   (if the run is interrupted: {resume})")
-        return OpenRun(config, folder, tracker, parent_id, self._console)
+        return OpenRun(config, folder, store, parent_id, self._console)

@@ -10,12 +10,12 @@ from rich.console import Console
 from raycv.common.signals import ignore_stops
 from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError
-from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.results.run_folder import RunFolder, aggregate_command, report_command, resume_command
 from raycv.terminal.console import say
 
 if TYPE_CHECKING:
     from raycv.orchestration.fold_task import Prepared
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class OpenRun:
     config: RunConfig
     """with the name that the run has now"""
     folder: RunFolder
-    tracker: "Tracker"
+    store: "CrossValidationStore"
     parent_id: str
     """the id of the parent run in MLflow"""
     console: Console
@@ -35,7 +35,7 @@ class OpenRun:
     @property
     def params(self) -> dict[str, str]:
         """The config as parameters of MLflow."""
-        from raycv.tracking.tracker import flat_params
+        from raycv.tracking.cross_validation import flat_params
 
         return flat_params(self.config.model_dump())
 
@@ -68,7 +68,7 @@ class OpenRun:
                 status = "FINISHED"
             # A store that is away may hide neither a result nor the error that ended the run.
             with contextlib.suppress(UserError):
-                self.tracker.finish_family(self.parent_id, status)
+                self.store.finish_family(self.parent_id, status)
 
     def record_pairs(self, prepared: "Prepared") -> None:
         """Writes what a later report needs beside the predictions. A fault there only warns: it may lose no result."""
@@ -83,13 +83,30 @@ class OpenRun:
             lost = "a report of this run will lack floors, shortened posts, hard negatives or near-duplicates"
             say(self.console, f"Warning: {lost}, since they could not be recorded: {why}", "yellow")
 
+    def make_page(self) -> dict[str, Any] | None:
+        """Computes the statistics and writes the page. A fault there only warns: the run is complete without them.
+
+        Returns:
+            The content of `evaluation.json`, or None after a fault.
+        """
+        from raycv.rendering.publish import publish
+
+        try:
+            with self.console.status("Computing the statistics"):
+                return publish(self.folder)
+        except Exception as error:  # noqa: BLE001  (the report is written, and may hold days of training)
+            why = error.what if isinstance(error, UserError) else type(error).__name__
+            later = f"Make it later: {report_command(self.folder)}"
+            say(self.console, f"Warning: the page of the run could not be made: {why}\n{later}", "yellow")
+            return None
+
     def log(self, report: dict[str, Any]) -> None:
         """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
         try:
-            self.tracker.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
-            self.tracker.log_report(self.parent_id, report, self.folder)
+            self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
+            self.store.log_report(self.parent_id, report, self.folder)
             if self.make_ready is not None:
-                self.tracker.log_files(self.parent_id, [self.folder.environment])
+                self.store.log_files(self.parent_id, [self.folder.environment])
         except UserError as error:
             later = f"Log it later: {aggregate_command(self.folder)}"
             say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")

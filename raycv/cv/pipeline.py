@@ -114,7 +114,8 @@ def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitSta
     stats = read_json(folder.data_stats)
     report = summarize(folder.root.name, results, config.cv.folds, stats, finished=utc_now())
     write_json(folder.report, report)
-    announce_end(run.console, config, folder, report, run.parent_id)
+    evaluation = run.make_page()
+    announce_end(run.console, config, folder, report, run.parent_id, evaluation)
     logged.close()
     run.log(report)
     return report

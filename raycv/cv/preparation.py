@@ -71,7 +71,8 @@ def prepare_base(config: RunConfig) -> Base:
 
     # No spinner here: the hub's client shows progress bars of its own.
     files = fetch_base(absolute_name(config.model.name), config.model.revision)
-    tokenizer, model_config = load_tokenizer(files), load_config(files)
+    model_config = load_config(files)
+    tokenizer = load_tokenizer(files, model_config)
     check_max_length(model_config, config.prompt.max_length)
     check_model(model_config, config.model)
     set_pad_token(tokenizer, model_config)

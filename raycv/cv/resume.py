@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.environment import code_state, package_version
-from raycv.common.files import AFRESH, GOOD_COPY, read_record, sha256_of
+from raycv.common.files import sha256_of
 from raycv.common.numerics import FIRST_NUMERICS, NUMERICS, VERSIONS
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
@@ -19,7 +19,7 @@ from raycv.errors import FaultsError, UserError, counted, together
 from raycv.model.base_files import comparable
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
 from raycv.results.fold_result import FoldResult
-from raycv.results.run_folder import RunFolder, aggregate_command, resume_command
+from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command
 from raycv.tracking.lookup import recorded_uri
 
 MAY_DIFFER = {

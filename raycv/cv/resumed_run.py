@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from raycv.common.environment import describe_environment
-from raycv.common.files import read_record, write_json
+from raycv.common.files import write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
@@ -19,11 +19,12 @@ from raycv.data.types import Dataset
 from raycv.errors import UserError, counted
 from raycv.orchestration.fold_task import Prepared
 from raycv.results.fold_result import FoldResult
+from raycv.results.run_folder import read_record
 from raycv.terminal.console import say
 from raycv.tracking.lookup import tracked_run
 
 if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 
 class ResumedRun:
@@ -51,7 +52,7 @@ class ResumedRun:
         self._earlier.check_base(base.facts)
         self._earlier.check_attention(base.config)
         self._earlier.check_states()
-        self._tracker, self._parent_id = earlier_store(self._earlier, self._typed)
+        self._store, self._parent_id = earlier_store(self._earlier, self._typed)
 
     def open(self, prepared: Prepared) -> OpenRun:
         """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
@@ -62,7 +63,7 @@ class ResumedRun:
         return OpenRun(
             self.config,
             folder,
-            self._tracker,
+            self._store,
             self._parent_id,
             self._console,
             make_ready=self._make_ready,
@@ -92,9 +93,9 @@ class ResumedRun:
         environment = read_record(folder.environment)
         resumed = [*environment.get("resumed", []), describe_environment()]
         write_json(folder.environment, environment | {"resumed": resumed})
-        self._tracker.reopen(self._parent_id)
+        self._store.reopen(self._parent_id)
 
 
-def earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["Tracker", str]:
+def earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["CrossValidationStore", str]:
     """The MLflow store of an earlier run, and the id of its parent there."""
     return tracked_run(earlier.folder, earlier.config.tracking.uri, "tracking.uri", given="tracking.uri" in typed)

@@ -9,8 +9,9 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from raycv.common.text_files import UnreadableError, check_file
 from raycv.data.problems import Faults, Kind, named
-from raycv.data.table_reader import UnreadableError, check_file, folded, read_columns, separator_of
+from raycv.data.table_reader import folded, read_columns, separator_of
 from raycv.errors import counted, first_of, shown
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
@@ -145,19 +146,15 @@ def misspelt(groups: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
         columns: The columns of the file as it spells them.
     """
     spellings = dict(zip(folded(columns), columns, strict=True))
-    lacking = [names for names in groups if not set(names) & set(spellings)]
     free = [name for name in spellings if not any(name in names for names in groups)]
-    near = {name: _closest(name, free) for names in lacking for name in names}
-    # Callers end the sentence, so this must not be a question.
-    return "".join(
-        f"; perhaps {named(spellings[found].strip())} is the {name}" for name, found in near.items() if found
-    )
-
-
-def _closest(name: str, columns: Sequence[str]) -> str | None:
-    """The one of `columns` that may stand for `name`. This is a hint, so it may be wrong."""
-    near = [column for column in columns if nearest(column, (name,))]
-    return next(iter(near or difflib.get_close_matches(name, columns, n=1, cutoff=0.7)), None)
+    hints = []
+    for names in groups:
+        near = [(name, found) for name in names for found in difflib.get_close_matches(name, free, n=1)]
+        if near and not set(names) & set(spellings):
+            name, found = near[0]
+            # Callers end the sentence, so this must not be a question.
+            hints.append(f"; perhaps {named(spellings[found].strip())} is the {name}")
+    return "".join(hints)
 
 
 # --- Near misses -----------------------------------------------------------------------------------------------------
@@ -170,20 +167,8 @@ _COMPOUNDS = {
     "symptom": {"name"},
 }
 """Words that can follow the name of a column without a change of its meaning."""
-_LONGEST = 40
+LONGEST = 40
 """Characters of a near miss at most. Its letters are nearly those of a known name, so a message may show it."""
-_CRITERION_WORDS = ("criterion", "criterium", "symptom", "crit", "kriterien")
-_KEY_WORDS = {"id", "ids", "key", "number", "num", "no", "nr"}
-_COUNTS = {"n", "num", "number", "no", "nr", "has", "is", "any"}
-"""First words of a column that counts criteria, or tells whether there are any."""
-_FACTS = {
-    "n", "count", "total", "sum", "mean", "version", "date", "time", "timestamp", "year", "source", "url", "link",
-    "file", "path", "hash", "length", "len", "size", "char", "token", "score", "prob", "probability", "threshold",
-    "severity", "weight", "rank", "duration", "onset", "met", "present", "match", "matched", "status", "flag",
-    "language", "lang", "set", "group", "category", "type", "author", "annotator", "rater", "annotation", "comment",
-    "note", "evidence", "rationale", "explanation", "reason", "confidence", "agreement",
-}  # fmt: skip
-"""Words of a column that tells something of a criterion, or of how it was judged, and not which it is."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +195,7 @@ def near_misses(
     """
     synonyms, found, names_read = synonyms or {}, [], folded(columns)
     for column, name in zip(columns, names_read, strict=True):
-        if any(name in group for group in groups) or len(name) > _LONGEST:
+        if any(name in group for group in groups) or len(name) > LONGEST:
             continue
         for group in groups:
             names = (*group, *(other for other, known in synonyms.items() if known in group))
@@ -219,43 +204,6 @@ def near_misses(
                 found.append(NearMiss(column, shown(column.strip()), synonyms.get(near, near), beside))
                 break
     return found
-
-
-def criterion_columns(columns: Sequence[str]) -> list[NearMiss]:
-    """Finds the columns that by one of their words may say which criterion a row is about: `symptom_id`.
-
-    This is wider than `near_misses`, for files without a criterion column.
-
-    Args:
-        columns: The columns of a file as it spells them.
-    """
-    return [
-        NearMiss(column, _named_column(column.strip(), number), _asked_column(column), None)
-        for number, column in enumerate(columns, 1)
-        if _names_criterion(column)
-    ]
-
-
-def _asked_column(column: str) -> str:
-    return "criterion_id" if _KEY_WORDS.intersection(_words(column)) else "criterion"
-
-
-def _named_column(column: str, number: int) -> str:
-    """`column` for a message. Its other words can be anything, so prose is shown by its place and length only."""
-    return named(column) if named(column) == shown(column) else f"number {number} ({named(column)})"
-
-
-@lru_cache(maxsize=4096)
-def _names_criterion(column: str) -> bool:
-    words = _words(column)
-    if not words or len(column) > _LONGEST or words[0] in {"x", *_COUNTS}:
-        return False
-    if any(word.removesuffix("s") in _FACTS for word in words):
-        return False
-    near = [any(_is_near_word(word, known) for known in _CRITERION_WORDS) for word in words]
-    # criterion_2 is one column of several, and criterion_dsm5 is not.
-    is_numbered = words[-1].isdigit() and near[-2:-1] == [True]
-    return any(near) and not is_numbered
 
 
 @lru_cache(maxsize=4096)
@@ -270,15 +218,15 @@ def nearest(column: str, known: tuple[str, ...]) -> str | None:
 
 
 def _is_near(column: str, known: str) -> bool:
-    words, wanted = _words(column), _words(known)
+    words, wanted = words_of(column), words_of(known)
     if "".join(words) in map("".join, product(*map(_forms, wanted))):
         return True
     if len(words) == len(wanted) + 1 and words[-1] in _COMPOUNDS.get(known, ()):
         words = words[:-1]
-    return len(words) == len(wanted) and all(map(_is_near_word, words, wanted))
+    return len(words) == len(wanted) and all(map(is_near_word, words, wanted))
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
     """The words of a column: `criterion`, `Text` and `2` of `criterionText_2`.
 
     We count a number as a word, since criterion_2 is not the column criterion.
@@ -287,7 +235,8 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+|\d+", apart.casefold())
 
 
-def _is_near_word(word: str, known: str) -> bool:
+def is_near_word(word: str, known: str) -> bool:
+    """Whether a word of a column misspells a word of a known one."""
     if len(known) < len("label"):
         # Many short words differ by one letter (cost, host and past from post), so we take only a plural or swapped
         # letters.
@@ -390,9 +339,8 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
         faults.add(Kind.AMBIGUOUS, folder.path, f"{len(matches)} files look like {' or '.join(tables)}: {names}")
         return None
     suspects = [file for file in folder.files if file.table is None and file.named_like in tables]
-    suspects = suspects or [file for file in folder.files if file.table is None and _nearly(file, tables)]
     for file in suspects:
-        _report_suspect(file, tables, faults)
+        _report_suspect(file, faults)
     if not suspects:
         wanted = ", or ".join(
             f"`{table}` with the columns {', '.join(map(_either, COLUMNS[table]))} (such as {_NAMED_LIKE[table]})"
@@ -416,19 +364,13 @@ def _unread(file: _File) -> list[str]:
     ]
 
 
-def _nearly(file: _File, tables: tuple[str, ...]) -> bool:
-    """Whether a file lacks only one of three or more columns of a table: most likely that one has a wrong name."""
-    return any(len(missing_columns(table, file.columns)) == 1 and len(COLUMNS[table]) > 2 for table in tables)
-
-
-def _report_suspect(file: _File, tables: tuple[str, ...], faults: Faults) -> None:
+def _report_suspect(file: _File, faults: Faults) -> None:
     if file.problem is not None:
-        faults.add(file.problem.kind, file.path, file.problem.detail, file.problem.place)
+        faults.add(Kind[file.problem.kind], file.path, file.problem.detail, file.problem.place)
     elif file.path.suffix.casefold() == ".json":
         faults.add(Kind.JSON, file.path, "holds no list of criteria")
     else:
-        near = file.named_like if file.named_like in tables else None
-        table = near or min(tables, key=lambda table: len(missing_columns(table, file.columns)))
+        table = str(file.named_like)
         lacking = ", ".join(missing_columns(table, file.columns))
         meant = misspelt(COLUMNS[table], file.spelt)
         found, separator = _column_list(file.spelt), separator_of(file.columns)

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from raycv.common.text_files import FIELD_LIMIT
 from raycv.errors import ErrorKind, FaultsError, counted, first_of, shown
-
-FIELD_LIMIT = 1_000_000
-"""Characters in one field at most. The longest post of ReDSM5 has 6,990 words, so a longer field is a broken file."""
 
 _LISTED = 10
 _EXAMPLES = 5

@@ -160,7 +160,7 @@ def require_same_pairs(one: Study, other: Study) -> None:
     if difference:
         raise UserError(
             f"Runs {one.run} and {other.run} cannot be compared: {difference}.",
-            kind="data-id",
+            kind="runs-differ",
             remedies=["train both on the same data with the same data.*, cv.folds and cv.seed, and compare again"],
         )
 

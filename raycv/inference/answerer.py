@@ -1,15 +1,16 @@
-"""Loads the chosen checkpoints together with the criteria of their run. Imports nothing heavy before it loads."""
+"""Loads the chosen checkpoints with the criteria of their run, and answers. Imports nothing heavy before it loads."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from raycv.config.schema import InferenceConfig
+from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
+from raycv.inference.answer_output import Tell, give
 from raycv.inference.choose import Chosen, warn_of_control
+from raycv.inference.log import log_answered, record_answers
 from raycv.inference.questions import Answerer, Question, asked_for, needs_criteria
-
-Tell = Callable[[str], None]
 
 
 def load_answerer(
@@ -42,6 +43,25 @@ def load_answerer(
     from raycv.inference.predictor import Predictor
 
     return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria, chosen.finished)
+
+
+def answer_here(config: InferConfig, question: Question, chosen: Chosen, tell: Tell) -> None:
+    """Loads the model of `chosen` in this process, prints the answers to `question`, and logs them to MLflow.
+
+    Raises:
+        UserError: As `load_answerer`, or standard output does not take the answers.
+    """
+    started = time.monotonic()
+    answerer = load_answerer(chosen, config.infer, config.criteria_dir, tell, base=config.base, questions=[question])
+    loaded = time.monotonic()
+    answers = answerer.answer([question])[0]
+    seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}
+    try:
+        give(answers, answerer.criteria, config, tell, single=question.criterion is not None)
+    finally:
+        precision = answerer.predictor.computed_in
+        entry = record_answers(chosen.checkpoints, [question], [answers], precision, seconds)
+        log_answered(config, chosen.tracking_uri, entry, tell)
 
 
 def read_criteria(checkpoint: Path, given: str | None, tell: Tell, *, needed: bool = True) -> dict[str, Criterion]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from raycv.common.files import read_record, sha256_of
+from raycv.common.files import sha256_of
+from raycv.config.schema import InferConfig
 from raycv.errors import UserError
+from raycv.inference.log import named_store
 from raycv.model.checkpoint import DAMAGED, MANIFEST, read_info
 from raycv.results.find_run import (
     LATEST,
@@ -22,8 +25,8 @@ from raycv.results.find_run import (
 )
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import best_fold
-from raycv.results.run_folder import RunFolder, resume_command
-from raycv.tracking.lookup import LOCAL_URI, mlflow_run, open_tracker
+from raycv.results.run_folder import RunFolder, read_record, resume_command
+from raycv.tracking.lookup import LOCAL_URI, mlflow_run, open_store
 
 Fold = int | Literal["best", "ensemble"]
 ENSEMBLE: Literal["ensemble"] = "ensemble"
@@ -48,6 +51,14 @@ class Chosen:
     """when the whole run was complete; None if it is not complete, or if nobody recorded it"""
     control: bool = False
     """whether the run learned from permuted labels (data.shuffle_labels)"""
+
+
+Find = Callable[[], Chosen]
+
+
+def finder(config: InferConfig) -> Find:
+    """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
+    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
@@ -87,7 +98,7 @@ def with_fold_id(chosen: Chosen, seconds: int) -> Chosen:
     if chosen.fold_id or chosen.fold == ENSEMBLE or chosen.parent_id is None or chosen.tracking_uri is None:
         return chosen
     try:
-        children = open_tracker(chosen.tracking_uri, seconds).children(chosen.parent_id)
+        children = open_store(chosen.tracking_uri, seconds).children(chosen.parent_id)
     except UserError:
         return chosen
     found = children.get(chosen.fold)
@@ -197,8 +208,8 @@ def _tracked_at(folder: RunFolder) -> tuple[str | None, str | None]:
 
 def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
     """The checkpoints that a run logged to MLflow. Those that are not files on this machine are fetched once."""
-    tracker, asked = mlflow_run(run, runs, uri)
-    children, number = tracker.children(run), tracker.fold_of(asked)
+    store, asked = mlflow_run(run, runs, uri)
+    children, number = store.children(run), store.fold_of(asked)
     if number is not None:
         children = {number: asked}
     finished = {k: child for k, child in children.items() if child.info.status == "FINISHED"}
@@ -206,9 +217,9 @@ def _from_mlflow(run: str, fold: Fold, runs: Path, uri: str) -> Chosen:
         what = f"run={run} is an MLflow run, but neither a finished cross-validation nor a fold of one."
         raise UserError(what, kind="run-missing", remedies=runs_there(runs, run))
     taken = _taken(run, fold, finished, asked.data.metrics)
-    places = tuple(tracker.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
-    name, parent_id = read_info(places[0]).run, run if number is None else tracker.parent_of(asked)
-    moment = tracker.finished_at(asked)
+    places = tuple(store.checkpoint(finished[k].info.run_id, runs.absolute() / ".fetched") for k in taken)
+    name, parent_id = read_info(places[0]).run, run if number is None else store.parent_of(asked)
+    moment = store.finished_at(asked)
     if fold == ENSEMBLE:
         return Chosen(name, ENSEMBLE, places, uri, ENSEMBLE, parent_id, finished=moment)
     fold_id = str(finished[taken[0]].info.run_id)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.environment import recorded_moment
-from raycv.common.files import read_record, write_json
+from raycv.common.files import write_json
 from raycv.errors import UserError
 from raycv.inference.questions import shown_finish
+from raycv.results.run_folder import read_record
 
 FILE = ".last_answer.json"
 MOST_BYTES = 2_000

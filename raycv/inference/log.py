@@ -16,6 +16,7 @@ from typing import Any
 
 from raycv import __version__
 from raycv.common.locations import SQLITE
+from raycv.config.schema import InferConfig
 from raycv.errors import UserError, counted
 from raycv.inference.questions import Answer, Question
 from raycv.model.checkpoint import versions
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NOT_TRACKED = "none"
 NOT_LOGGED = "the answer stands, but is not in MLflow"
+LOG_SECONDS = 5
+"""Limit for a request to MLflow, which has one attempt."""
 WAITING = 10_000
 """Records that may wait for a slow store. Further ones are dropped and counted, so that memory does not grow."""
 REST = 4.0
@@ -112,18 +115,43 @@ class InferenceLog:
     def __init__(self, uri: str, experiment: str, seconds: int | None = None) -> None:
         """`seconds` limits each request, which then has one attempt; None means the usual limit and attempts."""
         from raycv.config.schema import TrackingConfig
-        from raycv.tracking.tracker import Tracker
+        from raycv.tracking.experiment import open_experiment
+        from raycv.tracking.run_store import RunStore
 
         check_password(uri)
-        self._tracker: Tracker = Tracker(uri, seconds)
+        self._store = RunStore(uri, seconds)
         artifacts = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns")
-        self._experiment = self._tracker.open_experiment(
-            TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
+        self._experiment = open_experiment(
+            self._store, TrackingConfig(uri=uri, artifacts=artifacts, experiment=experiment)
         )
 
     def write(self, entry: Record) -> None:
         """Logs `entry` as one MLflow run."""
-        self._tracker.log_inference(self._experiment, entry.tags, entry.params, entry.metrics)
+        from raycv.tracking.inference_run import log_inference
+
+        log_inference(self._store, self._experiment, entry.tags, entry.params, entry.metrics)
+
+
+def log_answered(
+    config: InferConfig, tracked: str | None, entry: Record, tell: Callable[[str], None], *, patient: bool = False
+) -> None:
+    """Logs `entry` to MLflow, and warns if that fails: the answer stands.
+
+    Args:
+        config: The config of the command.
+        tracked: The store that has the run; None for the local one.
+        entry: The record of the inference.
+        tell: Gets the warning.
+        patient: Whether each request has the usual attempts. Otherwise it has one of LOG_SECONDS, because a script
+            waits for the command.
+    """
+    uri = store_of(config.tracking.uri, tracked)
+    if uri is None:
+        return
+    try:
+        InferenceLog(uri, config.tracking.experiment, None if patient else LOG_SECONDS).write(entry)
+    except UserError as error:
+        tell(f"{NOT_LOGGED}: {error.what}")
 
 
 class InferenceWriter:

@@ -5,10 +5,9 @@ import errno
 import glob
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,8 @@ def fetch_from_hub(name: str, revision: str | None, base_seconds: float) -> Base
                 kind="hub-unreachable",
                 remedies=["unset HF_HUB_OFFLINE", *_without_hub(name, revision)],
             )
-    with explained_hub_errors(name, revision), _single_attempts():
+    _single_attempts()
+    with explained_hub_errors(name, revision):
         try:
             commit, files = _listing(name, wanted, base_seconds)
         except ServiceError as error:
@@ -200,71 +200,44 @@ def _alone(name: str) -> Iterator[None]:
         lock.release()
 
 
-# `_single_attempts` changes settings of the whole process, so one thread at a time may do so.
-_CLIENT = threading.Lock()
-
-
 class _HubError(ConnectionError):
-    """A failed request to the hub. huggingface_hub neither repeats it nor returns an incomplete snapshot for it."""
+    """A failed request. huggingface_hub neither repeats it nor returns an incomplete snapshot for it."""
 
     def __init__(self, message: str, response: Any = None) -> None:
         super().__init__(message)
         self.response = response
 
 
-@contextmanager
-def _single_attempts() -> Iterator[None]:
-    """Makes a request of huggingface_hub fail at once, so that only `call_with_retries` retries it (FR-011).
+@cache
+def _single_attempts() -> None:
+    """Makes each request of huggingface_hub fail at once, so that only `call_with_retries` repeats it (FR-011).
 
-    On its own, huggingface_hub 0.36 sends a failing HEAD or GET 6 times and resumes a stalled stream 5 times.
+    On its own, huggingface_hub 0.36 sends a failing request 6 times, so three attempts would be 18 requests.
     It waits forever for a list of files, and returns an incomplete snapshot if that list fails.
-    We saw its Xet transport try for 219 s to reach a port that refused the connection.
-    Three attempts on top would be 18 requests, or eleven minutes.
+    It still resumes a stream that breaks off: a download of 13 GB may break off more often than three times.
     """
-    from huggingface_hub import configure_http_backend, constants
-    from huggingface_hub.utils import _http
-
-    with _CLIENT:
-        outer: Callable[[], Any] = _http._GLOBAL_BACKEND_FACTORY
-        without_xet = constants.HF_HUB_DISABLE_XET
-
-        def session() -> Any:
-            made = outer()
-            made.request = partial(_request_once, made.request)
-            return made
-
-        configure_http_backend(session)
-        constants.HF_HUB_DISABLE_XET = True
-        try:
-            yield
-        finally:
-            configure_http_backend(outer)
-            constants.HF_HUB_DISABLE_XET = without_xet
-
-
-def _request_once(request: Callable[..., Any], method: str, url: str, **options: Any) -> Any:
     import requests
-    from huggingface_hub import constants
+    from huggingface_hub import configure_http_backend, constants
+    from requests.adapters import HTTPAdapter
 
-    if options.get("timeout") is None:
-        options["timeout"] = constants.HF_HUB_ETAG_TIMEOUT
-    passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    try:
-        response = request(method=method, url=url, **options)
-    except passing as error:
-        raise _HubError(f"no answer to {method} {url} ({_root(error)})") from error
-    if response.status_code == 429 or response.status_code >= 500:
-        raise _HubError(f"HTTP {response.status_code} for {method} {url}", response)
-    stream = response.iter_content
+    class SingleAttempt(HTTPAdapter):
+        def send(self, request: Any, *args: Any, **options: Any) -> Any:
+            options["timeout"] = options.get("timeout") or constants.HF_HUB_ETAG_TIMEOUT
+            try:
+                response = super().send(request, *args, **options)
+            except (requests.ConnectionError, requests.Timeout) as error:
+                raise _HubError(f"no answer to {request.method} {request.url} ({_root(error)})") from error
+            if response.status_code == 429 or response.status_code >= 500:
+                raise _HubError(f"HTTP {response.status_code} for {request.method} {request.url}", response)
+            return response
 
-    def iter_content(*args: Any, **kwargs: Any) -> Iterator[bytes]:
-        try:
-            yield from stream(*args, **kwargs)
-        except passing as error:
-            raise _HubError(f"the answer to {method} {url} broke off ({_root(error)})") from error
+    def session() -> requests.Session:
+        made = requests.Session()
+        for scheme in ("http://", "https://"):
+            made.mount(scheme, SingleAttempt())
+        return made
 
-    response.iter_content = iter_content
-    return response
+    configure_http_backend(session)
 
 
 def _root(error: BaseException) -> str:

@@ -72,11 +72,15 @@ def check_max_length(config: Any, max_length: int) -> None:
         )
 
 
-def load_tokenizer(files: BaseFiles) -> Any:
+def load_tokenizer(files: BaseFiles, config: Any = None) -> Any:
     """Loads the model's tokenizer, which pads and truncates on the right, with a pad token that has an embedding.
 
     The tokenizer is fast if it is or can be converted, else slow (sentencepiece).
     Tokens are never added, since the embedding would not match.
+
+    Args:
+        files: The files of the base model.
+        config: The model's config; None to load it here.
 
     Raises:
         UserError: No tokenizer can be read, or it cannot pad, or its config names a file that is not in `files`.
@@ -100,7 +104,7 @@ def load_tokenizer(files: BaseFiles) -> Any:
             tokenizer = load(folder, use_fast=False)
             _rename(tokenizer, folder, files)
         logger.warning("the fast tokenizer cannot be loaded, so raycv uses the slow one: %s", error.what)
-    vocab_size = load_config(files).vocab_size
+    vocab_size = (config or load_config(files)).vocab_size
     _choose_pad_token(tokenizer, vocab_size)
     if len(tokenizer) > vocab_size:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Ray's MLflow callback: hands on what Tune reports. The tracker chooses what MLflow gets."""
+"""Ray's MLflow callback: hands on what Tune reports. CrossValidationStore chooses what MLflow gets."""
 
 import logging
 import time
@@ -14,7 +14,8 @@ from raycv.config.schema import TrackingConfig
 from raycv.errors import UserError
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
-from raycv.tracking.tracker import Tracker, now_ms
+from raycv.tracking.cross_validation import CrossValidationStore
+from raycv.tracking.run_store import now_ms
 from raycv.training.metrics import EPOCH_KEY, VAL_LOSS
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ class FoldRuns(MLflowLoggerCallback):
     """Ray's MLflow callback, logging a child run per fold of the parent.
 
     Ray's own logs every number that Tune passes on, one request each, under a generated name; this one logs what
-    Tracker chooses. A store that fails on the way stops nothing: what is missing is logged from the run folder later.
+    CrossValidationStore chooses. A store that fails on the way stops nothing: what is missing is logged from the run
+    folder later.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class FoldRuns(MLflowLoggerCallback):
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         super().setup(*args, **kwargs)
-        self.tracker = Tracker(self.tracking.uri)
+        self.store = CrossValidationStore(self.tracking.uri)
         self._logged: dict[Any, set[int]] = {}
         self._pending: dict[Any, list[tuple[dict[str, Any], int]]] = {}
         self._away_until = 0.0
@@ -57,7 +59,7 @@ class FoldRuns(MLflowLoggerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state; connections and threads stay behind.
-        left_behind = ("tracker", "mlflow_util", "_writer", "_trial_runs", "_logged", "_pending", "_away_until")
+        left_behind = ("store", "mlflow_util", "_writer", "_trial_runs", "_logged", "_pending", "_away_until")
         state = {key: value for key, value in self.__dict__.items() if key not in left_behind}
         # Tune writes this state to a file in the run folder, so it must not hold a password.
         tracking = self.tracking.model_copy(update={"uri": mask_secrets(self.tracking.uri)})
@@ -75,7 +77,7 @@ class FoldRuns(MLflowLoggerCallback):
         self._try(self._finish, trial, trial.config[self.fold_key])
 
     def _start(self, trial: Any, fold: int) -> None:
-        self._trial_runs[trial] = self.tracker.start_child(self.parent_id, fold, self.params)
+        self._trial_runs[trial] = self.store.start_child(self.parent_id, fold, self.params)
 
     def _epoch(self, trial: Any, fold: int, result: dict[str, Any], moment: int) -> None:
         self._pending.setdefault(trial, []).append((result, moment))
@@ -90,12 +92,12 @@ class FoldRuns(MLflowLoggerCallback):
         run_id, pending = self._trial_runs[trial], self._pending.get(trial, [])
         if trial not in self._logged:
             # A resumed fold may train its last epoch once more.
-            self._logged[trial] = self.tracker.logged_epochs(run_id)
+            self._logged[trial] = self.store.logged_epochs(run_id)
         while pending:
             result, moment = pending[0]
             if result[EPOCH_KEY] not in self._logged[trial]:
                 try:
-                    self.tracker.log_epoch(run_id, result, moment)
+                    self.store.log_epoch(run_id, result, moment)
                 except UserError:
                     # The store may have it, and only the answer is lost: it is asked before the next attempt.
                     del self._logged[trial]
@@ -111,8 +113,8 @@ class FoldRuns(MLflowLoggerCallback):
         # Not Tune's word: the trial of a fold that fails ends like any other, and one may die when all is done.
         failed = not folder.result.is_file()
         if not failed:
-            self.tracker.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
-        self.tracker.finish(run_id, "FAILED" if failed else "FINISHED")
+            self.store.log_fold(run_id, FoldResult.read(folder.result), folder, self.folder.config)
+        self.store.finish(run_id, "FAILED" if failed else "FINISHED")
 
     def _try(self, log: Callable[..., None], *args: Any) -> None:
         def attempt() -> None:

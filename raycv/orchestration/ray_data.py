@@ -13,9 +13,8 @@ import ray.data
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raycv.batch_inference.pairs import PairSource
+from raycv.batch_inference.pairs import PairSource, ScoredChunk
 from raycv.batch_inference.score_file import Engine, PairScorer, Recipe, score_chunk
-from raycv.batch_inference.writer import ScoredChunk
 from raycv.common.devices import CPU_FOR_INFERENCE, check_given_gpu, check_gpu_before_ray
 from raycv.errors import UserError
 from raycv.orchestration.cluster import node_resources, ray_cluster

@@ -23,12 +23,12 @@ from raycv.inference.answerer import load_answerer
 from raycv.inference.log import InferenceWriter, record_answers
 from raycv.inference.questions import Answer, Answerer, Question, asked_for
 from raycv.orchestration.cluster import node_resources, ray_cluster
-from raycv.serving.discovery import first_changed
+from raycv.serving.fingerprint import fingerprint, first_changed
 from raycv.serving.http_api import Overloaded, TooManyPairsError, build_api
 from raycv.serving.messages import Setup
+from raycv.serving.settings import THREADS
 
 APP = "raycv"
-THREADS = "OMP_NUM_THREADS"
 DEPLOYMENT = "scorer"
 REQUESTS_OF_A_BATCH = 64
 CROWD = 8
@@ -58,6 +58,11 @@ class Scorer:
             setup.chosen, infer, criteria_dir, self._warnings.append, base=setup.config.base
         )
         self._model = self._identity()
+        self._fingerprint = fingerprint(
+            setup.stamps,
+            *(self._model["base_given"] or self._model["base"], self._model["precision"], self._model["device"]),
+            self._model["finished"],
+        )
         self._symptoms = {key: criterion.symptom for key, criterion in self._answerer.criteria.items()}
         self._started = time.time()
         self._turn = asyncio.Lock()
@@ -112,6 +117,7 @@ class Scorer:
         return {
             "status": "ok",
             "instance": self._setup.instance,
+            "fingerprint": self._fingerprint,
             "model": self._model,
             "pid": os.getpid(),
             "uptime_seconds": round(time.time() - self._started, 3),

@@ -9,11 +9,10 @@ from pathlib import Path
 import yaml
 
 from raycv.common.environment import recorded_moment
-from raycv.common.files import AFRESH, GOOD_COPY, read_record
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
 from raycv.errors import FaultsError, UserError, first_of, shown
-from raycv.results.run_folder import RunFolder
+from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, read_record
 
 LATEST = "latest"
 MOST_NAMES = 5

@@ -1,10 +1,18 @@
-"""Names the files of a run folder and of its folds, and the commands to resume, aggregate and ask a run."""
+"""Names the files of a run folder and its folds, reads its records, and names the commands that take a run."""
 
 import secrets
 import shlex
 from pathlib import Path
+from typing import Any
 
-from raycv.common.files import sha256_of, write_text
+from raycv.common.files import read_json, sha256_of, write_text
+from raycv.errors import UserError
+
+GOOD_COPY = (
+    "put a good copy in its place: MLflow may have it among the run's artifacts; finished folds stay as they are"
+)
+"""The remedy for a damaged record of a run."""
+AFRESH = "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new> ..."
 
 
 class RunFolder:
@@ -21,6 +29,13 @@ class RunFolder:
         self.tracking = root / "tracking.json"
         self.report = root / "report.json"
         """Written last: its presence means that the run is complete. Its `finished` holds the time."""
+        self.evaluation = root / "evaluation.json"
+        """The statistics. It and the files below are made from the others, after the report, and can be made again."""
+        self.page = root / "report.html"
+        self.page_markdown = root / "report.md"
+        self.model_card = root / "model_card.md"
+        self.tables = root / "tables"
+        self.figures = root / "figures"
         self.lock = root / ".lock"
         """Held by the process that runs it; removed when the run is complete."""
         self.share = root / ".share"
@@ -48,6 +63,32 @@ def share_nonce(folder: RunFolder) -> str:
     return folder.share.read_text(encoding="utf-8")
 
 
+def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
+    """Reads a JSON object of the run folder and checks its keys.
+
+    Args:
+        path: The file.
+        texts: Keys that must be there with a text as value.
+        kinds: Further keys that must be there, each with the type of its value.
+
+    Raises:
+        UserError: The file is missing or damaged, or a key is missing or has a value of another type.
+    """
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(error.what, kind="run-damaged", remedies=[GOOD_COPY]) from error
+    if not isinstance(values, dict):
+        fault = "it is not a JSON object"
+    else:
+        kinds = dict.fromkeys(texts, str) | kinds
+        lacking = [key for key, kind in kinds.items() if key not in values or not isinstance(values[key], kind)]
+        if not lacking:
+            return values
+        fault = f"it lacks {', '.join(lacking)}"
+    raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
+
+
 def resume_command(folder: RunFolder) -> str:
     """Returns the command that resumes the run in `folder`."""
     return _command("raycv.run", "resume", "run.dir", folder)
@@ -56,6 +97,11 @@ def resume_command(folder: RunFolder) -> str:
 def aggregate_command(folder: RunFolder) -> str:
     """Returns the command that prints the summary of the run in `folder` again, and logs it to MLflow."""
     return _command("raycv.aggregate", "run", "dir", folder)
+
+
+def report_command(folder: RunFolder) -> str:
+    """Returns the command that makes the page of the run in `folder` again."""
+    return _command("raycv.report", "run", "dir", folder)
 
 
 def infer_command(folder: RunFolder) -> str:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raycv.common.files import GOOD_COPY, read_record
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.errors import UserError
@@ -16,7 +15,7 @@ from raycv.results.floors import floor_scores
 from raycv.results.fold_result import FoldResult
 from raycv.results.near_duplicates import near_duplicates
 from raycv.results.pair_records import TFIDF, hard_negatives
-from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.run_folder import GOOD_COPY, RunFolder, read_record, resume_command
 
 if TYPE_CHECKING:
     import pandas as pd

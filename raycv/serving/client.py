@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,11 +12,10 @@ from raycv.common.secrets import mask_secrets
 from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
-from raycv.inference.choose import Chosen, choose
+from raycv.inference.choose import Chosen, Find, finder
 from raycv.inference.log import NOT_TRACKED, named_store, store_of
 from raycv.inference.questions import Question
 from raycv.model.base_model import absolute_name
-from raycv.model.checkpoint import MANIFEST
 from raycv.results.find_run import LATEST
 from raycv.serving.connection import (
     NO_SCORER,
@@ -28,8 +26,9 @@ from raycv.serving.connection import (
     checked_address,
     checked_token,
 )
-from raycv.serving.discovery import PATTERN, first_changed, read_announcement, remove_announcement
-from raycv.serving.messages import Announcement, Reply, Served, ServedModel
+from raycv.serving.discovery import PATTERN, read_announcement, remove_announcement
+from raycv.serving.fingerprint import files_of, fingerprint, stamps_of
+from raycv.serving.messages import Announcement, Health, Reply, Served, ServedModel
 from raycv.tracking.lookup import LOCAL_URI
 
 AUTO = "auto"
@@ -38,12 +37,6 @@ TOO_LARGE = (413, 422)
 """Those of REFUSED_INPUT that come from a scorer's limits. This process may compute such a request."""
 
 Tell = Callable[[str], None]
-Find = Callable[[], Chosen]
-
-
-def finder(config: InferConfig) -> Find:
-    """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
-    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
 
 
 def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find | None = None) -> Reply | None:
@@ -160,20 +153,15 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell, f
     except OSError:
         # The search for the run will look into the same folder and report the error, so we do not.
         return None
-    found = [(file, record) for file in files if (record := read_announcement(file)) is not None]
-    if not found:
-        return None
-    same, chosen = _with_model(found, config, find)
-    if not same:
-        # The user may have started a scorer and wonder why the answer takes so long, so we give the reason.
-        others = ", ".join(f"run {record.model.named} at {record.url}" for _, record in found)
-        tell(f"no scorer has what answers here (there is that of {others}): computing in this process")
     reasons = []
-    for file, record in same:
-        why = _difference(record, chosen, config)
+    for file in files:
+        if (record := read_announcement(file)) is None:
+            continue
         try:
-            if why is None:
-                return _ask_announced(record, config, questions, tell)
+            with Connection(record.url, record.token) as connection:
+                why = _difference(record, connection.health(), config, find)
+                if why is None:
+                    return _ask(connection, config, questions, tell)
         except ConnectionRefusedError:
             remove_announcement(file)
             why = "is gone"
@@ -185,58 +173,35 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell, f
             why = "takes no question as large as this"
         reasons.append(f"the scorer at {record.url} {why}")
     if reasons:
+        # The user may have started a scorer and wonder why the answer takes so long, so we give the reasons.
         tell(f"{'; '.join(reasons)}: computing in this process")
     return None
 
 
-def _ask_announced(record: Announcement, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
-    with Connection(record.url, record.token) as connection:
-        # Another program may have the port by now, and it must not get a post. So we compare the instance first.
-        if connection.health().instance != record.instance:
-            raise Unavailable("another program answers on its port")
-        return _ask(connection, config, questions, tell)
+def _difference(record: Announcement, health: Health, config: InferConfig, find: Find) -> str | None:
+    """Why a scorer would not answer as this process would; None if it would.
 
-
-def _with_model(
-    found: Sequence[tuple[Path, Announcement]], config: InferConfig, find: Find
-) -> tuple[list[tuple[Path, Announcement]], Chosen | None]:
-    """Chooses the scorers that have the checkpoints that this process would load.
-
-    Returns:
-        The scorers among `found`, and the checkpoints; None for the checkpoints if an MLflow id names the scorers.
+    Raises:
+        Unavailable: Another program answers in place of the scorer.
     """
-    named = [each for each in found if _is_tracked_as(config, each[1].model)]
-    if named:
-        return named, None
-    chosen = find()
-    return [each for each in found if _same_files(chosen, each[1].model)], chosen
-
-
-def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig) -> str | None:
-    """Why a scorer with the right checkpoints would answer otherwise than this process; None if it would not.
-
-    Args:
-        record: The announcement of the scorer.
-        chosen: The checkpoints that this process would load; None if an MLflow id names the scorer's run or fold.
-        config: The config of this process.
-    """
-    model = record.model
-    if chosen is not None and chosen.finished != model.finished:
-        return "does not know when its run finished, and has to be started again"
-    tracked = chosen.tracking_uri if chosen is not None else named_store(config.tracking.uri) or LOCAL_URI
-    if not model.checkpoints or any(str(Path(folder, MANIFEST)) not in record.stamps for folder in model.checkpoints):
-        return "does not say which files it answers from"
-    if (changed := first_changed(record.stamps)) is not None:
-        return f"started before {changed} changed, and has to be started again"
-    if config.infer.device == "cpu" and model.device != "cpu":
-        return f"computes on {model.device or 'a device that it does not name'}, but the request is for the CPU"
-    asked = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
-    if asked != model.precision:
-        return f"computes in {model.precision}, but the request is for {asked}"
-    if (config.criteria_dir and absolute_folder(config.criteria_dir)) != model.criteria_dir:
-        return "has other criteria (criteria_dir)"
-    if config.base is not None and absolute_name(config.base) != (model.base_given or model.base):
-        return "has its base model from elsewhere (base)"
+    # Another program may have the port by now, and it must not get a post.
+    if health.instance != record.instance:
+        raise Unavailable("another program answers on its port")
+    if health.fingerprint is None:
+        return "is of an earlier version of raycv, and has to be started again"
+    model = health.model
+    if _is_tracked_as(config, model):
+        checkpoints, finished = [Path(folder) for folder in model.checkpoints], model.finished
+        tracked = named_store(config.tracking.uri) or LOCAL_URI
+    else:
+        chosen = find()
+        checkpoints, finished, tracked = list(chosen.checkpoints), chosen.finished, chosen.tracking_uri or LOCAL_URI
+    if health.fingerprint != _own_fingerprint(config, model, checkpoints, finished):
+        device = f" on {model.device}" if model.device else ""
+        return (
+            f"has run {model.named}, fold {model.fold}, in {model.precision}{device}; this command asks for another "
+            "model, precision, device or criteria, or files changed since the scorer started"
+        )
     store = store_of(config.tracking.uri, tracked)
     if store is not None and (mask_secrets(absolute_uri(store)), config.tracking.experiment) != (
         record.tracking_uri,
@@ -244,3 +209,22 @@ def _difference(record: Announcement, chosen: Chosen | None, config: InferConfig
     ):
         return "logs elsewhere (tracking.uri, tracking.experiment)"
     return None
+
+
+def _own_fingerprint(
+    config: InferConfig, model: ServedModel, checkpoints: Sequence[Path], finished: str | None
+) -> str | None:
+    """The fingerprint of the answers that this process would give; None if it cannot give any.
+
+    It takes from the scorer's `model` what only torch could tell, and where the base model is now.
+    """
+    base = config.base and absolute_name(config.base)
+    criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
+    try:
+        stamps = stamps_of(files_of(checkpoints, criteria_dir, base or model.base_given))
+    except (OSError, UserError, IndexError):
+        # The load of the model will report what is wrong with the files, so we do not.
+        return None
+    precision = model.precision_of_auto if config.infer.precision == AUTO else config.infer.precision
+    device = "cpu" if config.infer.device == "cpu" else model.device
+    return fingerprint(stamps, base or model.base_given or model.base, precision, device, finished)

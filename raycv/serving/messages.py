@@ -62,6 +62,8 @@ class Health(BaseModel):
 
     instance: str
     model: ServedModel
+    fingerprint: str | None = None
+    """SHA-256 over all that decides its answers; None from earlier versions"""
 
 
 class ServedIdentity(BaseModel):
@@ -103,12 +105,9 @@ class Announcement(BaseModel):
     pid: Annotated[int, Field(ge=1, lt=2**31)]
     host: str
     instance: str
-    stamps: dict[str, list[int]]
-    """stamps of the files that answers depend on, taken before they were loaded"""
     tracking_uri: str | None
     """address of its MLflow store, without a password; None: nothing is logged"""
     experiment: str
-    model: ServedModel
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
 from raycv.data.types import Dataset
 from raycv.errors import counted
+from raycv.rendering.blocks import estimate, label, shown
 from raycv.results.run_folder import RunFolder, infer_command
 from raycv.terminal.console import say
 from raycv.terminal.summary_table import summary_table
@@ -56,11 +58,35 @@ def announce_placement(console: Console, placement: "Placement", dashboard: str 
     say(console, f"{at_once}{gpus}.{where}")
 
 
+def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
+    """Returns what the statistics say in short: honest F1, best floor, weakest criteria, checks, place of the page."""
+    verdict, floors = evaluation["verdict"], evaluation["floors"]
+    floor = next(row["metrics"]["f1"] for row in floors["table"] if row["name"] == floors["best"])
+    f1_of = {row["criterion"]: row["metrics"]["f1"]["value"] for row in evaluation["criteria"]}
+    weakest = ", ".join(f"{name} {shown(f1_of[name], 'threshold')}" for name in verdict["weakest"])
+    honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
+    return (
+        f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
+        f"Best floor:    {best} ({label(verdict['floor'])})\n"
+        f"Weakest F1:    {weakest or 'undefined'}\n"
+        f"Checks:        {', '.join(verdict['checks']) or 'none found anything'}\n"
+        f"Page:          {folder.page}"
+    )
+
+
 def announce_end(
-    console: Console, config: RunConfig, folder: RunFolder, report: dict[str, Any], parent_id: str
+    console: Console,
+    config: RunConfig,
+    folder: RunFolder,
+    report: dict[str, Any],
+    parent_id: str,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
+    """Prints the table of the folds, what the statistics say (None if they failed), and where everything is."""
     console.print()
     console.print(summary_table(report))
+    if evaluation is not None:
+        say(console, verdict_lines(evaluation, folder))
     uri = mask_secrets(config.tracking.uri)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     say(

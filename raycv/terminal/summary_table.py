@@ -14,7 +14,7 @@ def summary_table(report: dict[str, Any]) -> Group:
     """A row per fold of `report`, then mean and deviation. The title tells if the run is a control."""
     control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
     title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     collapsed = report.get("collapsed_folds", [])

@@ -4,20 +4,20 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycv.common.files import read_record, write_json
+from raycv.common.files import write_json
 from raycv.common.locations import SQLITE
 from raycv.errors import UserError
 from raycv.results.find_run import recorded_config, runs_there
-from raycv.results.run_folder import RunFolder
+from raycv.results.run_folder import RunFolder, read_record
 
 if TYPE_CHECKING:
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
 logger = logging.getLogger(__name__)
 LOCAL_URI = f"{SQLITE}mlflow.db"
 
 
-def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
+def mlflow_run(run: str, runs: Path, uri: str) -> tuple["CrossValidationStore", Any]:
     """Opens the store at `uri` and reads its run with the id `run`.
 
     Args:
@@ -33,7 +33,7 @@ def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
     """
     what = f"run={run} is neither a run in {runs.absolute()} nor an MLflow run"
     try:
-        tracker = open_tracker(uri)
+        store = open_store(uri)
     except UserError as error:
         raise UserError(
             f"{what}: {error.what}",
@@ -41,18 +41,18 @@ def mlflow_run(run: str, runs: Path, uri: str) -> tuple["Tracker", Any]:
             remedies=[*runs_there(runs, run), *error.remedies],
         ) from error
     try:
-        return tracker, tracker.run(run)
+        return store, store.run(run)
     except UserError as error:
         raise UserError(f"{what}: {error.what}", kind="run-missing", remedies=runs_there(runs, run)) from error
 
 
-def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
-    """Opens the MLflow store at `uri`; `seconds` as in Tracker.
+def open_store(uri: str, seconds: int | None = None) -> "CrossValidationStore":
+    """Opens the MLflow store at `uri`; `seconds` as in Store.
 
     Raises:
         UserError: The password or the database of the store is missing, or the store cannot be opened.
     """
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
 
     check_password(uri)
     database = uri.removeprefix(SQLITE)
@@ -62,10 +62,10 @@ def open_tracker(uri: str, seconds: int | None = None) -> "Tracker":
             kind="tracking-store",
             remedies=["run it where the cross-validation ran", "give its place: sqlite:////folder/mlflow.db"],
         )
-    return Tracker(uri, seconds)
+    return CrossValidationStore(uri, seconds)
 
 
-def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["Tracker", str]:
+def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple["CrossValidationStore", str]:
     """Opens the store at `uri` and finds the parent run of the run in `folder` there.
 
     If a `given` store lacks the run, the run is logged there from its folder. The recorded store may be lost, or the
@@ -83,7 +83,8 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
     Raises:
         UserError: The store cannot be used, or it lacks the run and was not given.
     """
-    from raycv.tracking.tracker import Tracker
+    from raycv.tracking.cross_validation import CrossValidationStore
+    from raycv.tracking.experiment import open_experiment
 
     try:
         tracked = read_record(folder.tracking, "uri", "parent_run_id")
@@ -93,21 +94,21 @@ def tracked_run(folder: RunFolder, uri: str, key: str, *, given: bool) -> tuple[
         tracked = {}
     parent_id = str(tracked.get("parent_run_id"))
     try:
-        tracker = Tracker(uri) if given else open_tracker(uri)
-        if tracked and tracker.has(parent_id):
-            if given and tracked["uri"] != tracker.shown_uri:
-                write_json(folder.tracking, tracked | {"uri": tracker.shown_uri})
-            return tracker, parent_id
+        store = CrossValidationStore(uri) if given else open_store(uri)
+        if tracked and store.has(parent_id):
+            if given and tracked["uri"] != store.shown_uri:
+                write_json(folder.tracking, tracked | {"uri": store.shown_uri})
+            return store, parent_id
     except UserError as error:
         raise UserError(error.what, kind=error.kinds, remedies=[*error.remedies, _another_store(key)]) from error
     if not given:
         remedies = ["give the store that has it, by the same key", _another_store(key)]
         raise UserError(
-            f"MLflow at {tracker.shown_uri} does not have run {parent_id}.", kind="tracking-store", remedies=remedies
+            f"MLflow at {store.shown_uri} does not have run {parent_id}.", kind="tracking-store", remedies=remedies
         )
-    logger.warning("MLflow at %s does not have this run: it is logged there from its folder", tracker.shown_uri)
+    logger.warning("MLflow at %s does not have this run: it is logged there from its folder", store.shown_uri)
     config = recorded_config(folder)
-    return tracker, tracker.start_family(folder, config, tracker.open_experiment(config.tracking))
+    return store, store.start_family(folder, config, open_experiment(store, config.tracking))
 
 
 def recorded_uri(folder: RunFolder, key: str) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from raycv.common.files import AFRESH, unwritable, write_text
+from raycv.common.files import unwritable, write_text
 from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
 from raycv.errors import RunFailedError, UserError
 
@@ -185,7 +185,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
                 kind="package-version",
                 remedies=[
                     "resume with the raycv that began the run: its environment.json names version and commit",
-                    AFRESH,
+                    "start afresh under a new name: python -m raycv.run run.name=<new> ...",
                 ],
             )
     return manifest
