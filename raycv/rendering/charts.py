@@ -75,7 +75,7 @@ def learning_curves(axes: "Axes", evaluation: dict[str, Any]) -> None:
     every = [value for values in epochs["f1_by_epoch"] for value in values]
     ends = [(len(values), values[-1]) for values in epochs["f1_by_epoch"]]
     for (epoch, value), fold in _spread(ends, gap=0.055 * (max(every) - min(every))):
-        axes.annotate(f"{fold}", (epoch, value), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.annotate(f"{fold}", (epoch, value), (8, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.plot(*zip(*own, strict=True), "o", color=BLUE, markersize=5, label="epoch kept")
     axes.plot(*zip(*cross, strict=True), "D", color=ORANGE, markersize=8, fillstyle="none", label="epoch of the others")
     axes.set(xlabel="epoch (a number at the end names the fold)", ylabel="F1, threshold tuned in the fold")

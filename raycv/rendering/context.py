@@ -8,6 +8,11 @@ from raycv.rendering.blocks import NOT_RECORDED, Block, Code, Column, Section, T
 from raycv.rendering.model_card import items
 from raycv.rendering.performance import NAME, figure
 
+NAMES = {
+    "fixed": "threshold held", "reselected": "threshold chosen again", "pooled": "pooled", "fold_mean": "mean of folds",
+    "criterion_macro": "mean of criteria",
+}  # fmt: skip
+"""Names for people of intervals and averages, some of which an operating point has too."""
 SLICE_METRICS = ("f1", "precision", "recall", "specificity", "roc_auc", "average_precision")
 OPTIONAL = {
     "length": ("shortened", "Whether a post was shortened is not recorded."),
@@ -224,7 +229,7 @@ def _methods(evaluation: dict[str, Any]) -> Section:
     methods = evaluation["methods"]
     intro = f"Intervals rest on {evaluation['draws']:,} bootstrap draws with seed {evaluation['seed']}."
     terms = [
-        (f"{heading}: {label(name)}", [text])
+        (f"{heading}: {NAMES.get(name, label(name))}", [text])
         for heading, texts in (
             ("interval", methods["intervals"]), ("average", methods["averages"]), ("metric", methods["metrics"]),
         )
