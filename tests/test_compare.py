@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -219,6 +220,8 @@ def test_faults_of_the_command_line_and_the_files(runs, monkeypatch, capsys):
     for overrides, words in cases.items():
         code, _, err = compare(monkeypatch, capsys, *overrides)
         assert (code, words in err) == (2, True), err
+    with pytest.raises(UserError, match="at least two runs"):
+        compare_all([], folder=runs)
     write_scores([["p1", "0.5"]], header=("post_id", "score"))
     assert "has no column criterion_id" in compare(monkeypatch, capsys, "runs=[weak,other.csv]")[2]
     Path("comparison.csv").write_text("mine")
@@ -249,9 +252,13 @@ def test_a_cell_that_a_spreadsheet_would_run_is_guarded_and_a_number_is_not(cell
 
 def test_names_with_formulas_are_guarded_in_the_table(runs, monkeypatch, capsys):
     for one in (WEAK, STRONG):
-        write_run(runs, replace(one, run=f"{one.run}3", criterion_ids=["=1+1", *one.criterion_ids[1:]]))
-    code, _, _ = compare(monkeypatch, capsys, "runs=[weak3,strong3]")
+        names = ["=1+1", "[red]\x1b[31mA", "$x^2$", *one.criterion_ids[3:]]
+        write_run(runs, replace(one, run=f"{one.run}3", criterion_ids=names))
+    code, out, _ = compare(monkeypatch, capsys, "runs=[weak3,strong3]")
     assert code == 0
+    assert "\x1b" not in out
+    texts = [element.text for element in ElementTree.parse("comparison.svg").iter() if element.text]
+    assert {"=1+1", "[red]\\x1b[31mA", "$x^2$"} <= set(texts)
     rows = rows_of("comparison.csv")
     assert "'=1+1" in {row["criterion_id"] for row in rows}
     assert all(not row["low"].startswith("'") for row in rows)

@@ -56,13 +56,14 @@ def compare_all(
         for place, one in enumerate(runs)
         if not _is_file(one)
     }
-    if not opened:
+    files = [place for place in range(len(runs)) if place not in opened]
+    if files and not opened:
         remedies = ["name a run too: labels and folds come from it"]
         raise UserError("Only files of scores are given.", kind="config-value", remedies=remedies)
-    first = next(iter(opened.values()))
     studies = {place: one.study for place, one in opened.items()}
-    files = [place for place in range(len(runs)) if place not in opened]
-    studies |= {place: given_study(Path(str(runs[place])), first.study) for place in files}
+    first = next(iter(opened.values()), None)
+    if first is not None:
+        studies |= {place: given_study(Path(str(runs[place])), first.study) for place in files}
     ordered = _with_own_names([studies[place] for place in range(len(runs))], runs)
     named = None
     if baseline is not None:
@@ -73,6 +74,7 @@ def compare_all(
         f"raycv did not make the scores in {studies[place].run}, and cannot check that they are out of fold. Labels "
         f"and folds are those of run {first.name}, and the threshold of each fold is tuned on the other folds."
         for place in files
+        if first is not None
     ]
     return Comparison(result)
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from raycv.errors import printable
 from raycv.evaluation.comparison import COMPARED
 from raycv.evaluation.measures import NAMES
 from raycv.rendering.svg import BLUE, GREEN, GRID, ORANGE
@@ -92,6 +93,7 @@ def _rows(ax: "Axes", names: list[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """A name in which matplotlib reads no formula."""
+    """A name in which matplotlib reads no formula, and without control characters, which an SVG may not hold."""
+    text = printable(text)
     cut = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
     return cut.replace("$", r"\$")

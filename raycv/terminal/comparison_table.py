@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from raycv.errors import counted
+from raycv.errors import counted, printable
 from raycv.evaluation.comparison import COMPARED
 from raycv.evaluation.measures import NAMES
 
@@ -37,9 +37,9 @@ def _table(row: Mapping[str, Any], values: Mapping[str, Any], result: Mapping[st
         style = "bold" if name == metric else None
         ends = found.get("reselected") or found["fixed"]
         table.add_row(NAMES[name], *cells, _signed(found["value"]), _between(ends), _between(weak), style=style)
-    lines = [Text(row["sentence"], "bold"), *(Text(line, "dim") for line in _lines(row, metric, result))]
+    lines = [_plain(row["sentence"], "bold"), *(_plain(line, "dim") for line in _lines(row, metric, result))]
     # Names go into plain lines: they may be long, and rich would read markup into the cells of a table.
-    title = Text(f"Run {run}, baseline {baseline}")
+    title = _plain(f"Run {run}, baseline {baseline}")
     note = Text(f"95 % intervals; corrected t: {df + 1} folds, df {df}, weak", "dim")
     return Group(Text(), title, table, note, *lines)
 
@@ -77,8 +77,13 @@ def mistakes_table(run: str, counts: Sequence[Mapping[str, Any]]) -> Group:
     for name in ("criterion", "pairs", "mistakes", "false positives", "false negatives"):
         table.add_column(name, justify="left" if name == "criterion" else "right", no_wrap=True)
     for row in counts:
-        table.add_row(Text(str(row["criterion_id"])), *(f"{row[name]:,}" for name in list(row)[1:]))
-    return Group(Text(f"{run}: mistakes at thresholds tuned on other folds", "bold"), table)
+        table.add_row(_plain(row["criterion_id"]), *(f"{row[name]:,}" for name in list(row)[1:]))
+    return Group(_plain(f"{run}: mistakes at thresholds tuned on other folds", "bold"), table)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """A line without markup. Codes replace control characters, which ids and names of folders may hold."""
+    return Text(printable(text), style)
 
 
 def _said(value: float | None) -> str:
