@@ -549,7 +549,7 @@ def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path
     shutil.rmtree(run.fold(1).checkpoint)
     (run.fold(2).checkpoint / "raycv.json").write_text("{ }")
     view = LiveView(range(3), 1, 8, Console(file=io.StringIO()))
-    states = FoldStates(view, run, board=None, retries=0)
+    states = FoldStates(view, run, task=None)
     assert [states.finished(fold) for fold in range(3)] == [True, False, False]
     assert run.finished(3) == [0]
     assert [run.fold(fold).state.is_dir() for fold in range(3)] == [False, True, True]

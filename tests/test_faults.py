@@ -15,13 +15,14 @@ from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 
-WORKER, TRIAL, MEETING, BOARD = "RayTrainWorker", "ImplicitFunc", "SynchronizationActor", "ProgressBoard"
-"""What Ray calls the processes of a fold: one that trains, the Tune trial, in which Ray Train's controller runs too,
-where the workers meet at each report; and the run's, where workers post how far they are."""
+WORKER, TRIAL, CONTROLLER = "RayTrainWorker", "ImplicitFunc", "TrainController"
+MEETING, BOARD = "SynchronizationActor", "ProgressBoard"
+"""What Ray calls the processes of a fold: one that trains, the Tune trial, Ray Train's controller, and where the
+workers meet at each report; and the run's, where workers post how far they are."""
 
 
-IDLERS = "TrainController|DatasetManager|PlacementGroupCleaner|PreemptionWatcher|AutoscalingCoordinator|QueueActor"
-"""And those of Ray Train's that would have nothing to do."""
+IDLERS = "DatasetManager|PlacementGroupCleaner|AutoscalingCoordinator"
+"""And those of Ray Train's that have nothing to do."""
 
 
 def family(process, kinds):
@@ -69,18 +70,23 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
     with started(tmp_path) as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(first))
-        assert family(process, IDLERS) == []
-        newest(process, BOARD).kill()
+        idlers = family(process, IDLERS)
+        assert len(idlers) == 3
+        for each in (*idlers, newest(process, BOARD)):
+            each.kill()
         newest(process, WORKER).kill()
         wait_for(process, tmp_path, lambda: gone_on(tmp_path, 0) == 1)
         newest(process, TRIAL).kill()
         wait_for(process, tmp_path, lambda: amid_an_epoch(second))
         newest(process, MEETING).kill()
+        wait_for(process, tmp_path, lambda: gone_on(tmp_path, 1) == 1)
+        newest(process, CONTROLLER).kill()
         assert process.wait(timeout=800) == 0, said(tmp_path)
     assert "fold 0: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
-    assert "fold 0: the process that drives the fold died; the fold is tried again from its last" in said(tmp_path)
+    for fold in range(2):
+        assert f"fold {fold}: the process that drives the fold died; the fold is tried again" in said(tmp_path)
     assert "fold 1: worker 0 of the fold died, or its node; the fold is tried again from its last" in said(tmp_path)
-    assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 1)
+    assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 2)
     assert "Traceback" not in said(tmp_path)
     assert "unexpected system error" not in said(tmp_path)
     assert_like_unbroken(tmp_path, whole)
@@ -130,16 +136,22 @@ def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, 
 
 @pytest.mark.core
 def test_processes_that_die_as_the_workers_start_cost_retries_and_no_place(tmp_path):
-    """The trial as soon as its worker is there, then the next worker as it is set up. There is one place."""
-    with started(tmp_path, f"resources.cpus_per_fold={os.cpu_count()}") as process:
+    """The trial as soon as its worker is there, then the next worker as it is set up, then the controller of a third.
+
+    There is one place.
+    """
+    with started(tmp_path, f"resources.cpus_per_fold={os.cpu_count()}", "resources.retries=3") as process:
         wait_for(process, tmp_path, lambda: family(process, WORKER))
         newest(process, TRIAL).kill()
         wait_for(process, tmp_path, lambda: "the process that drives the fold died; the fold is" in said(tmp_path))
         wait_for(process, tmp_path, lambda: family(process, f"{WORKER}.init_train_context"))
         newest(process, WORKER).kill()
+        again = "fold 0: a worker of the fold died as it started, or its node; the fold is tried again"
+        wait_for(process, tmp_path, lambda: again in said(tmp_path))
+        wait_for(process, tmp_path, lambda: family(process, f"{WORKER}.init_train_context"))
+        newest(process, CONTROLLER).kill()
         assert process.wait(timeout=300) == 0, said(tmp_path)
-    assert "fold 0: a worker of the fold died as it started, or its node; the fold is tried again" in said(tmp_path)
-    assert said(tmp_path).count("is tried again") == 2
+    assert said(tmp_path).count("is tried again") == 3
     assert run_of(tmp_path).report.is_file()
 
 

@@ -165,6 +165,29 @@ def test_nobody_imports_a_private_name() -> None:
         assert private_names(path) == set(), path
 
 
+LIBRARIES = ("ray", "huggingface_hub", "mlflow", "transformers", "peft")
+"""Their private names may go with any minor version."""
+
+
+def libraries_private_names(path: Path) -> set[str]:
+    """What the module at `path` imports, or reaches from an imported package, by a name that begins with `_`."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = imported(iter(nodes)) | {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    return {name for name in names if re.match(rf"({'|'.join(LIBRARIES)})(\.\w+)*\._[A-Za-z]", name)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_private_of_a_library_is_used(module: str) -> None:
+    assert libraries_private_names(MODULES[module]) == set()
+
+
+def test_private_names_of_libraries_are_seen(tmp_path: Path) -> None:
+    """The check of the check."""
+    (tmp_path / "a.py").write_text("import ray\nfrom ray.train._internal import session\nray._private.worker.mode()\n")
+    found = libraries_private_names(tmp_path / "a.py")
+    assert {"ray.train._internal.session", "ray._private.worker.mode"} <= found
+
+
 @pytest.mark.parametrize("room", ["data", "prompts", "model", "training", "evaluation", "results"])
 def test_what_does_the_work_knows_neither_ray_nor_mlflow(room: str) -> None:
     for module in MODULES:

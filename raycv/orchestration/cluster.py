@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
-from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME
@@ -175,13 +174,13 @@ def _cluster_to_join() -> str | None:
     """The address of RAY_ADDRESS, or of the cluster that was started on this machine; None if there is neither.
 
     Ray itself would look for one that is gone for a quarter of an hour.
-    Raises: UserError if nothing listens at RAY_ADDRESS; ConnectionError if that is `auto` and there is no cluster.
+    Raises: UserError if nothing listens at RAY_ADDRESS.
     """
-    address = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]  # it takes None
+    asked = os.environ.get("RAY_ADDRESS")
+    address = _started_here() if asked in (None, "", "auto") else asked
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit() or "://" in host:
-        return address
-    asked = os.environ.get("RAY_ADDRESS")
+        return asked or address
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
@@ -195,7 +194,16 @@ def _cluster_to_join() -> str | None:
         logger.warning("the Ray cluster that was started here, at %s, is gone (%s): one is started", address, error)
         return "local"
     # Ray uses the token below HOME only for a cluster that it finds itself.
-    return address if asked else "auto"
+    return asked or "auto"
+
+
+def _started_here() -> str | None:
+    """The address that `ray start` left on this machine; None without one."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+    try:
+        return (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
@@ -242,7 +250,8 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
     Ray would end the process where it stands: the head is waited for, since it may be restarted.
     """
     address = ray.get_runtime_context().gcs_address
-    node = ray._private.worker.global_worker.node.raylet_socket_name  # type: ignore[union-attr]
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here)
     over, gone = threading.Event(), threading.Event()
 
     def watch() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FOLD_KEY = "fold"
 """The one parameter of a trial."""
+TRIAL_DIED = "the process that drives the fold died"
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,42 @@ class FoldTask:
     """handle of the ProgressBoard actor"""
     worker: Callable[[dict[str, Any]], dict[str, Any]]
     """train_worker, or what a benchmark puts in its place"""
+    mark: int = 0
+    """the least result of `mark_of`; 0 for no marks"""
+
+    def mark_of(self, fold: int) -> int:
+        """The bytes of memory that tell the placement group of the fold's workers from others; 0 for no mark.
+
+        Ray Train names neither the group nor its maker, and Ray keeps the group of a dead process until the run ends.
+        """
+        return self.mark and self.mark + fold
 
 
 class ProgressBoard:
     """An actor where workers post how far they are and the driver's live view reads it, never in training's way.
 
-    `kept`: its file. It keeps attempts, placement groups and left-out nodes for the next process if Ray restarts it.
+    `kept`: its file. It keeps attempts and left-out nodes for the next process if Ray restarts it.
     """
 
     def __init__(self, kept: str) -> None:
         self._posts: dict[int, dict[str, Any]] = {}
+        self._epochs: dict[int, list[dict[str, float]]] = {}
         self._events: list[tuple[int, str]] = []
         self._errors: dict[int, tuple[str, ErrorKind, list[str]]] = {}
         self._kept = Path(kept)
-        empty: dict[str, dict[str, Any]] = {"places": {}, "attempts": {}, "left_out": {}}
+        empty: dict[str, dict[str, Any]] = {"attempts": {}, "left_out": {}}
         earlier = read_json(self._kept) if self._kept.is_file() else empty
-        self._places: dict[int, str] = {int(fold): place for fold, place in earlier["places"].items()}
         self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier["attempts"].items()}
         self._left_out: dict[str, tuple[str, list[str]]] = earlier["left_out"]
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
+        if "history" in post:
+            self._epochs.setdefault(fold, []).append(post["history"])
+
+    def epochs(self, fold: int) -> list[dict[str, float]]:
+        """The metrics of the fold's epochs that were posted to this process."""
+        return self._epochs.get(fold, [])
 
     def tell(self, fold: int, text: str) -> None:
         self._events.append((fold, text))
@@ -102,16 +118,14 @@ class ProgressBoard:
         """The arguments of the last `fail` for the fold, or None."""
         return self._errors.get(fold)
 
-    def hold(self, fold: int, place: str) -> None:
-        """Keeps the id of the placement group that holds the workers of a fold."""
-        self._places[fold] = place
-        self._keep()
+    def free(self, mark: int) -> None:
+        """Removes the placement groups with `mark`: Ray keeps those of a dead process until the run ends."""
+        import ray
+        from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    def held(self, fold: int) -> str | None:
-        """Returns the id of the fold's placement group and forgets it; None if there is no such group."""
-        place = self._places.pop(fold, None)
-        self._keep()
-        return place
+        for place, group in placement_group_table().items():
+            if group["state"] != "REMOVED" and group["bundles"][0].get("memory") == mark:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
 
     def leave_out(self, node: str, why: str, remedies: list[str]) -> None:
         """Keeps all later folds of the run away from `node` (its id in Ray)."""
@@ -130,8 +144,7 @@ class ProgressBoard:
     def _keep(self) -> None:
         # If the disk is full, memory still has it.
         with contextlib.suppress(OSError, UserError):
-            kept = {"places": self._places, "attempts": self._attempts, "left_out": self._left_out}
-            write_json(self._kept, kept)
+            write_json(self._kept, {"attempts": self._attempts, "left_out": self._left_out})
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,32 @@
 
 import hashlib
 import shutil
+import threading
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import ray.train
+import ray.exceptions
+from ray import tune
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import array_bytes, is_full, unwritable, write_bytes, write_json
 from raycv.common.secrets import mask_secrets
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.orchestration.cluster import own_node_name, share_of
-from raycv.orchestration.fold_task import FOLD_KEY, FoldTask
+from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
 from raycv.resources.placement import places
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.training.metrics import EPOCH_KEY
 
-TRIAL_DIED = "the process that drives the fold died"
+REPORT_SECONDS = 0.5
+"""Between two looks for epochs to report."""
 
 
 def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
@@ -51,11 +56,11 @@ def _fit(task: FoldTask, fold: int) -> None:
     Raises: the worker's error; RunFailedError if its processes died too often, or if no node is left.
     """
     with seldom_collecting():
-        from raycv.orchestration.trainer import Trainer, unfit_node, what_died
+        from raycv.orchestration.trainer import fold_trainer, unfit_node, what_died
 
     attempt = ray.get(task.board.begin.remote(fold))
     if attempt > 1:
-        free_place(task.board, fold)
+        free_place(task, fold)
         _tried_again(task, fold, TRIAL_DIED, attempt)
     folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
     while True:
@@ -66,10 +71,10 @@ def _fit(task: FoldTask, fold: int) -> None:
         left_out = ray.get(task.board.left_out.remote())
         _check_nodes_left(task, left_out)
         try:
-            _keep_fold(task, fold, Trainer(task, fold, folder, left_out).fit())
+            _keep_fold(task, fold, _reported(task, fold, fold_trainer(task, fold, folder, left_out)))
             return
         except Exception as error:
-            free_place(task.board, fold)
+            free_place(task, fold)
             unfit = unfit_node(error)
             if unfit is not None:
                 _leave_out(task, fold, unfit)
@@ -79,6 +84,39 @@ def _fit(task: FoldTask, fold: int) -> None:
                 raise
             attempt = ray.get(task.board.begin.remote(fold))
             _tried_again(task, fold, died, attempt, error)
+
+
+def _reported(task: FoldTask, fold: int, trainer: Any) -> dict[str, Any]:
+    """Runs `trainer`, and reports each epoch to Tune meanwhile. Returns what the worker returned.
+
+    Tune's own callback for that has a queue of one place: a trial that ends while the driver stands still would wait
+    for ever.
+    """
+    reported = set()
+
+    def report(epochs: list[dict[str, float]]) -> None:
+        for epoch in epochs:
+            if epoch[EPOCH_KEY] not in reported:
+                reported.add(epoch[EPOCH_KEY])
+                tune.report(epoch)
+
+    training: Future[Any] = Future()
+
+    def train() -> None:
+        try:
+            training.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  (the trial raises it)
+            training.set_exception(error)
+
+    # A daemon, unlike the threads of a pool: a trial whose cluster is gone does not wait for it.
+    threading.Thread(target=train, daemon=True).start()
+    while not training.done():
+        wait([training], REPORT_SECONDS)
+        report(ray.get(task.board.epochs.remote(fold)))
+    returned: dict[str, Any] = training.result().return_value
+    # The board's process may have died with an epoch.
+    report(returned["result"].history)
+    return returned
 
 
 def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
@@ -132,16 +170,13 @@ def died_too_often(died: str, retries: int, attempts: int) -> RunFailedError:
     )
 
 
-def free_place(board: Any, fold: int) -> None:
+def free_place(task: FoldTask, fold: int) -> None:
     """Frees the cores and GPUs of an attempt. If its trial died, Ray holds them until the run ends.
 
-    `board`: handle of the ProgressBoard actor.
+    The board does it: a driver whose cluster is gone would wait for the answer, and end without a word.
     """
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    place = ray.get(board.held.remote(fold))
-    if place is not None:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
+    if task.mark:
+        ray.get(task.board.free.remote(task.mark_of(fold)))
 
 
 def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
@@ -149,7 +184,7 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     folder = RunFolder(Path(task.root)).fold(fold)
     # A worker failed, or Ray's controller if a worker failed before its training began.
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None) or error]
-    cause = getattr(failures[0], "_base_exc", failures[0])
+    cause = failures[0]
     text = "".join(traceback.format_exception(cause))
     if not isinstance(cause, UserError) and is_full(cause):
         # Ray keeps its own files beside the run's, and may be the first to meet a full disk.
@@ -167,16 +202,16 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
         ray.get(task.board.fail.remote(fold, message, kind, remedies))
 
 
-def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
+def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
     """Writes what the worker returned beside the checkpoint that it left; `result.json` comes last.
 
     The checksums in it are the worker's own, and not those of what is found here: the driver compares.
     Raises: NodeError if the checkpoint is not the one that the worker wrote, or this node lost the run's folder.
     """
     folder = RunFolder(Path(task.root)).fold(fold)
-    result: FoldResult = trained.return_value["result"]
-    files = {folder.predictions: trained.return_value["predictions"].to_csv(index=False, lineterminator="\n").encode()}
-    epoch_scores = trained.return_value["epoch_scores"]
+    result: FoldResult = returned["result"]
+    files = {folder.predictions: returned["predictions"].to_csv(index=False, lineterminator="\n").encode()}
+    epoch_scores = returned["epoch_scores"]
     if epoch_scores is not None:
         files[folder.epoch_scores] = array_bytes(epoch_scores)
     with share_of(task).held():
@@ -185,7 +220,7 @@ def _keep_fold(task: FoldTask, fold: int, trained: Any) -> None:
             # The states are still there, so another node has little to train.
             where = node_name(result.worker["address"], result.worker["host"])
             what = f"{fault} {where} trained the fold; {own_node_name()} does not find what it wrote."
-            raise NodeError(what, trained.return_value["node"], remedies=[SHARE_REMEDY])
+            raise NodeError(what, returned["node"], remedies=[SHARE_REMEDY])
         folder.root.mkdir(exist_ok=True)
         folder.error.unlink(missing_ok=True)
         # An earlier training of this fold may have left one, and this training may have none.

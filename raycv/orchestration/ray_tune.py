@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from raycv.common.locations import absolute_folder
 from raycv.config.schema import RunConfig
 from raycv.errors import ErrorKind, RunFailedError, UserError, known_kind, last_line
 from raycv.orchestration.cluster import this_node, watched_cluster
-from raycv.orchestration.fold_task import FOLD_KEY, FoldTask, ProgressBoard, SharedArrays
+from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
-from raycv.orchestration.ray_train import TRIAL_DIED, died_too_often, fold_trial, free_place
+from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
 from raycv.resources.nodes import NodeNeeds, node_name
 from raycv.resources.placement import Placement
 from raycv.resources.survey import settled
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
+MARKS = 2**24
+"""So many numbers of bytes mark the folds of a run: two runs of a cluster seldom have the same."""
 STOPPED = "it was stopped before it ended"
 
 
@@ -59,6 +62,9 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         needs=NodeNeeds.of(folder),
         board=progress_board(folder),
         worker=train_worker,
+        # Node types of a cluster that grows may name no memory, and would then never be started. Ray Train's own
+        # process frees places there.
+        mark=0 if config.resources.autoscaling else 1 + secrets.randbelow(MARKS),
     )
 
 
@@ -75,7 +81,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
     root = RunFolder(Path(task.root))
-    states = FoldStates(view, root, task.board, task.config.resources.retries)
+    states = FoldStates(view, root, task)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
@@ -132,12 +138,11 @@ def _causes(errors: dict[int, str]) -> list[str]:
 class FoldStates(TrialProgressCallback):
     """Tells the live view when trials start and end, and why they failed. In place of Tune's own, which prints."""
 
-    def __init__(self, view: LiveView, root: RunFolder, board: Any, retries: int) -> None:
+    def __init__(self, view: LiveView, root: RunFolder, task: FoldTask) -> None:
         super().__init__()
         self.view = view
         self.root = root
-        self.board = board
-        self.retries = retries
+        self.task = task
         self.errors: dict[int, str] = {}
         self.kinds: list[ErrorKind] = []
         self.remedies: list[str] = []
@@ -166,7 +171,7 @@ class FoldStates(TrialProgressCallback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
-        free_place(self.board, fold)
+        free_place(self.task, fold)
         if self.finished(fold):
             return
         if fold in self.errors:
@@ -174,7 +179,8 @@ class FoldStates(TrialProgressCallback):
             return
         error = trial.get_error()
         if error is None or isinstance(error, ray.exceptions.RayActorError):
-            died = died_too_often(TRIAL_DIED, self.retries, ray.get(self.board.begun.remote(fold)))
+            attempts = ray.get(self.task.board.begun.remote(fold))
+            died = died_too_often(TRIAL_DIED, self.task.config.resources.retries, attempts)
             self._failed(fold, died.what, died.kind, died.remedies)
         else:
             self._failed(fold, last_line(error))
@@ -187,7 +193,7 @@ class FoldStates(TrialProgressCallback):
             message = f"{record['message']}\n  (traceback in fold_<k>/{file.name})"
             return message, known_kind(record.get("kind"), "run-failed"), record["remedies"]
         # The disk was full, or the trial's node does not see the run's folder.
-        told: tuple[str, ErrorKind, Sequence[str]] | None = ray.get(self.board.error.remote(fold))
+        told: tuple[str, ErrorKind, Sequence[str]] | None = ray.get(self.task.board.error.remote(fold))
         return told
 
     def finished(self, fold: int) -> bool:

@@ -1,160 +1,124 @@
-"""Ray Train as a fold uses it, without those of its processes that have nothing to do: each takes seconds to start.
+"""Ray Train as a fold uses it, through its public interface. Imported late, since it takes a second or two."""
 
-The one place that knows Ray Train's insides. Imported in trials alone, since it takes a second or two.
-"""
-
-import asyncio
 import os
+import pickle
+import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ray.tune
-from ray.exceptions import RayActorError
-from ray.train import RunConfig, ScalingConfig, UserCallback
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util.placement_group import remove_placement_group
 
 from raycv.common.devices import CPU_FOR_RUNS, check_given_gpu
 from raycv.orchestration.cluster import node_survey
-from raycv.resources.nodes import NodeError, node_name
-
-if TYPE_CHECKING:
-    from raycv.orchestration.fold_task import FoldTask
+from raycv.orchestration.fold_task import TRIAL_DIED, FoldTask
+from raycv.resources.nodes import NodeError, NodeNeeds, node_name
 
 
-class Trainer(TorchTrainer):
-    """Trains a fold in its workers; the controller runs in the trial's process, which would wait for it otherwise.
-
-    It leaves out two processes of Ray Train. One hands out Ray Data sets, and a fold has none. The other frees what a
-    dead trial held: the board's record is enough for that, and Ray's process fails where two Rays share a machine.
-    On a single machine nobody announces that a node will leave, and nobody can add nodes.
+def fold_trainer(task: FoldTask, fold: int, folder: Path, left_out: Iterable[str] = ()) -> TorchTrainer:
+    """Makes the trainer of a fold. It tries once: `what_died` tells whether another attempt can help.
 
     `folder`: the files of Ray Train; it would resume from files that it finds there. `left_out`: nodes that get no
     worker.
     """
-
-    def __init__(self, task: "FoldTask", fold: int, folder: Path, left_out: Iterable[str] = ()) -> None:
-        given = task.placement
-        others = ",".join(sorted(left_out))
-        super().__init__(
-            task.worker,  # type: ignore[arg-type]  # Ray's annotation forgets return values
-            train_loop_config={"task": task, "fold": fold},
-            torch_config=_CheckedTorch(),
-            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # annotated with that of Train V1
-                num_workers=given.workers,
-                use_gpu=given.gpus > 0,
-                resources_per_worker={"CPU": given.cpus / given.workers}
-                | ({"GPU": given.gpus / given.workers} if given.gpus else {}),
-                label_selector={"ray.io/node-id": f"!in({others})"} if others else None,
-            ),
-            run_config=RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
-                callbacks=[_Reports()],  # type: ignore[list-item]  # annotated with the callback of Train V1
-            ),
-        )
-        self._task = task
-        self._fold = fold
-
-    def _create_default_callbacks(self) -> list[Any]:
-        left_out = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-        return [each for each in super()._create_default_callbacks() if type(each).__name__ not in left_out]  # type: ignore[misc]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if self._task.placement.alone:
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            parts["scaling_policy"] = _OneMachine(self.scaling_config)  # type: ignore[arg-type]
-        parts["failure_policy"] = _NoStartAgain(parts["failure_policy"].failure_config)
-        controller = TrainController(**parts)
-        controller.worker_group_cls = _workers_of(self._task, self._fold)
-        asyncio.run(controller.run())
-        return controller.get_result()
+    given = task.placement
+    if given.alone:
+        # On a single machine nobody announces that a node will leave.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    others = ",".join(sorted(left_out))
+    worker, arguments = task.worker, {"task": task, "fold": fold}
+    resources = {"CPU": given.cpus / given.workers, "GPU": given.gpus / given.workers, "memory": task.mark_of(fold)}
+    return TorchTrainer(
+        # No `train_loop_config`: Ray Train would unpickle it at a node before the node is checked.
+        lambda: worker(arguments),  # type: ignore[arg-type]  # Ray's annotation forgets return values
+        torch_config=_checked_torch(pickle.dumps(task.needs)),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # annotated with that of Train V1
+            num_workers=given.workers,
+            use_gpu=given.gpus > 0,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            label_selector={"ray.io/node-id": f"!in({others})"} if others else None,
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            # Ray Train would count no attempt, and repeat errors of the training too.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+        ),
+    )
 
 
 def what_died(error: Exception) -> str | None:
-    """Names the process that died, if that is why a Trainer raised `error`; None if another error is the reason."""
-    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupFailedError | RayActorError):
+    """Names the process that died, if that is why a trainer raised `error`; None if another error is the reason."""
+    if isinstance(error, RayActorError):
+        return TRIAL_DIED
+    if _is_of_ray(getattr(error, "controller_failure", None)):
         return "a worker of the fold died as it started, or its node"
-    failures = getattr(error, "worker_failures", {})
-    for rank, failure in failures.items():
-        # When one worker dies, others fail with broken connections: the death is the cause.
-        if isinstance(failure, WorkerHealthCheckFailedError | RayActorError):
-            return f"worker {rank} of the fold died, or its node"
-    return None
+    # When one worker dies, others fail with broken connections: the death is the cause.
+    ranks = [rank for rank, failure in getattr(error, "worker_failures", {}).items() if _is_of_ray(failure)]
+    return f"worker {ranks[0]} of the fold died, or its node" if ranks else None
+
+
+def _is_of_ray(error: Exception | None) -> bool:
+    """Whether Ray itself raised `error`, and not code that it ran: then a process or node is gone.
+
+    Ray Train's own types for that are not public.
+    """
+    return type(error).__module__.partition(".")[0] == "ray" and not isinstance(error, RayTaskError)
 
 
 def unfit_node(error: Exception) -> NodeError | None:
     """The refusal of a node, if `error` is or carries one."""
-    failures = getattr(error, "worker_failures", {}).values()
-    causes = [error, getattr(error, "controller_failure", None)]
-    causes += [getattr(failure, "_base_exc", failure) for failure in failures]
+    causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     return next((cause for cause in causes if isinstance(cause, NodeError)), None)
 
 
-class _CheckedTorch(TorchConfig):
-    """Ray's own, whose workers first try the GPUs that they were given."""
+def _checked_torch(needs: bytes) -> TorchConfig:
+    """Ray's own, whose workers are checked before anything of raycv travels there.
 
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _CheckedBackend
+    Ray Train sends it to the workers before that. So its classes travel by value, and name nothing of raycv.
 
+    `needs`: pickled NodeNeeds.
+    """
 
-class _CheckedBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:  # type: ignore[override]  # as Ray's
-        # Joining the workers over a GPU that torch cannot use fails too, but its error names neither node nor driver.
-        if worker_group.get_resources_per_worker().get("GPU", 0):
-            worker_group.execute(check_given_gpu, CPU_FOR_RUNS)
-        super().on_start(worker_group, backend_config)
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a class that mypy does not know
+        def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+            from raycv.orchestration.trainer import check_workers
 
+            place = worker_group.execute_single(0, ray.util.get_current_placement_group)
+            try:
+                check_workers(worker_group, pickle.loads(needs))
+                super().on_start(worker_group, backend_config)
+            except BaseException:
+                # Ray Train keeps the place of workers that fail here.
+                remove_placement_group(place)
+                raise
 
-class _Reports(UserCallback):
-    """Hands the workers' reports to Tune, with no queue between."""
+    class Checked(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        ray.tune.report(metrics[0])
-
-
-class _NoStartAgain(DefaultFailurePolicy):
-    """Raises when workers die as they start: Ray Train would start others for ever, in the place that the dead keep."""
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupFailedError):
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
+    return Checked()
 
 
-class _OneMachine(FixedScalingPolicy):
-    """Asks for no nodes."""
+def check_workers(workers: Any, needs: NodeNeeds) -> None:
+    """Asks the node of each worker for what the run needs, then tries the GPUs that the workers were given.
 
-    def _nothing(self) -> None:
-        pass
+    `workers`: Ray Train's worker group.
+    Raises: NodeError if a node lacks something; UserError if torch cannot use a GPU.
+    """
+    survey = node_survey()
 
-    _send_resource_request = _maybe_send_resource_request = _cancel_resource_request = _nothing
+    def asked(*question: Any) -> tuple[str, str, str, dict[str, Any]]:
+        node = ray.get_runtime_context().get_node_id()
+        return node, ray.util.get_node_ip_address(), socket.gethostname(), survey(*question)
 
-
-def _workers_of(task: "FoldTask", fold: int) -> type[WorkerGroup]:
-    """Workers whose place the board knows, and whose nodes have what the run needs."""
-
-    class Workers(WorkerGroup):
-        def _create_placement_group(self, *given: Any) -> Any:
-            made = super()._create_placement_group(*given)
-            # Before any worker is in it: this process may die at any time.
-            ray.get(task.board.hold.remote(fold, made.placement_group.id.hex()))
-            return made
-
-        def _create_workers(self, *given: Any, **more: Any) -> Any:
-            workers = super()._create_workers(*given, **more)
-            # Before anything of raycv travels there: the node may have another raycv, or none.
-            asked: list[Any] = [worker.execute_async(node_survey(), *task.needs.question()) for worker in workers]
-            for worker, found in zip(workers, ray.get(asked), strict=True):
-                there = worker.metadata
-                task.needs.check(there.node_id, node_name(there.node_ip, there.hostname), found)
-            return workers
-
-    return Workers
+    for node, address, host, found in workers.execute(asked, *needs.question()):
+        needs.check(node, node_name(address, host), found)
+    # Joining the workers over a GPU that torch cannot use fails too, but its error names neither node nor driver.
+    if workers.get_resources_per_worker().get("GPU", 0):
+        workers.execute(check_given_gpu, CPU_FOR_RUNS)
