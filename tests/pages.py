@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PLACES = {"<k>": r"\d+", "<metric>": r"(?:precision|recall|f1|accuracy|roc_auc|threshold)", "<package>": r"\w[\w-]*"}
+PLACES |= {"<name>": r"\w+", "<number>": r"\d+"}
 """What stands for several names on the pages, and what fits there."""
 
 

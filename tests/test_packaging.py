@@ -48,6 +48,8 @@ def test_configs_sample_and_model_travel_in_the_wheel(installed, tmp_path):
         "from pathlib import Path; from raycv.common.locations import resolve;"
         "from raycv.data.dataset import load_dataset;"
         "from raycv.model.base_model import fetch_base;"
+        "from raycv.rendering.page import html_of;"
+        "html_of({'run': 'mine', 'subtitle': '', 'notice': '', 'control': False}, []);"
         "sample = Path(resolve('raycv://data/sample')); print(len(load_dataset(sample, sample).pairs));"
         "print(fetch_base('raycv://models/tiny_llama', None).path)"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from studies import folder_of, richest
+from studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
 from raycv.cv.open_run import OpenRun
@@ -201,6 +201,19 @@ def test_what_is_undefined_or_not_recorded_is_said(hostile):
     assert "Whether a post was shortened is not recorded." in text
     assert "Scores of TF-IDF and a logistic regression are not recorded." in text
     assert "data.dir=&lt;folder&gt;" in text
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores"),
+    [([1, 0, 1, 0, 0, 0], [0.5] * 6), ([0] * 6, [0.1, 0.2, 0.3, 0.4, 0.5, 1]), ([1] * 6, [0, 0, 0, 0, 1, 1])],
+    ids=["one score", "no match", "all match"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_shows_nothing_has_a_page_too(tmp_path, labels, scores):
+    folder = folder_of(study_of(labels, scores, [0, 0, 1, 1, 0, 1], run="odd"), tmp_path)
+    evaluation = publish(folder)
+    assert evaluation["verdict"]["sentences"][0] in folder.page.read_text()
+    assert len(list(folder.figures.iterdir())) == FIGURES - 1, "all but the learning curves"
 
 
 def test_the_curves_only_rise(run):

@@ -22,6 +22,7 @@ from raycv.config.validation import fields
 
 METRICS = ("precision", "recall", "f1", "accuracy", "roc_auc")
 FOLDS = 5
+PAGE = {"evaluation.json", "report.html", "report.md", "model_card.md", "tables", "figures"}
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -117,7 +118,7 @@ def sample():
 
 def test_the_tree_is_complete(run):
     expected = {"config.yaml", "splits.json", "data_stats.json", "environment.json", "tracking.json", "report.json"}
-    expected |= {"pairs.csv", "near_duplicates.csv"}
+    expected |= {"pairs.csv", "near_duplicates.csv", *PAGE}
     assert expected | {f"fold_{k}" for k in range(FOLDS)} == {path.name for path in run.iterdir()}
     for k in range(FOLDS):
         names = {path.name for path in (run / f"fold_{k}").iterdir()}
@@ -319,7 +320,7 @@ def test_config_environment_and_statistics_are_recorded(run):
     assert any("1,484" in warning for warning in stats["warnings"])
 
 
-def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report):
+def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report, run):
     client, parent, children = mlflow_runs
     assert parent.info.status == "FINISHED"
     for key in (*METRICS, "threshold"):
@@ -329,7 +330,11 @@ def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report):
     assert parent.data.params["cv.folds"] == "5"
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"config.yaml", "splits.json", "data_stats.json", "environment.json", "report.json"} <= artifacts
-    assert {"pairs.csv", "near_duplicates.csv"} <= artifacts
+    assert {"pairs.csv", "near_duplicates.csv", *PAGE} <= artifacts
+    verdict = json.loads((run / "evaluation.json").read_text())["verdict"]
+    checks = {key for key in parent.data.tags if key.startswith("raycv.check.")}
+    assert checks == {f"raycv.check.{code}" for code in verdict["checks"]}
+    assert parent.data.tags["mlflow.note.content"].startswith(verdict["sentences"][0][:40])
     for child in children:
         fold = child.data.tags["raycv.fold"]
         assert parent.data.tags[f"raycv.fold_{fold}.run_id"] == child.info.run_id
@@ -369,6 +374,8 @@ def test_what_the_user_reads(done, run):
         assert word in result.stdout, word
     assert "…" not in result.stdout
     assert f"Report:        {run / 'report.json'}" in lines
+    assert f"Page:          {run / 'report.html'}" in lines
+    assert re.search(r"^Honest F1: +0\.\d{3} \(", result.stdout, re.MULTILINE)
     assert re.search(r"^MLflow: +\S*mlflow ui --backend-store-uri sqlite:///mlflow.db", result.stdout, re.MULTILINE)
     assert "Ray dashboard while it runs: http://127.0.0.1:" in result.stdout
     assert "Matched pairs per validation fold" in result.stdout
@@ -390,6 +397,14 @@ def test_no_post_text_left_the_data_folder(done):
             assert not any(needle in content for needle in needles), path
     printed = (result.stdout + result.stderr).encode()
     assert not any(needle in printed for needle in needles)
+
+
+def test_the_page_is_made_again_from_the_folder_byte_for_byte(done, run):
+    folder, _ = done
+    before = {name: (run / name).read_bytes() for name in PAGE if (run / name).is_file()}
+    result = raycv("report", "run=first", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
 
 
 def test_aggregate_finds_the_same_summary_again(done, run, report, mlflow_runs):

@@ -202,7 +202,7 @@ def _data(evaluation: dict[str, Any], facts: Mapping[str, Any]) -> Section:
         Table("matched", "Matched pairs by fold and criterion", [Column("fold", "fold", "count"), *criteria], by_fold),
         Table("recorded", "What the run recorded", [NAME, Column("state", "state")], recorded),
     ]
-    if not all(data["recorded"].values()):
+    if not (data["recorded"]["floor_scores"] and data["recorded"]["near_duplicates"]):
         blocks += [
             Text(
                 "An earlier version of raycv recorded less. With the same data set, floors, hard negatives and "

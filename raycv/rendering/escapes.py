@@ -20,9 +20,14 @@ def for_latex(text: str) -> str:
 
 def for_markdown(text: str) -> str:
     """Returns a text that Markdown shows as it is, in a table cell too."""
-    # A dot or a dash between letters or digits starts nothing, and numbers stay readable.
     escaped = _MARKDOWN.sub(_escape, _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    return re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", escaped).replace("://", "&#58;//").replace("www.", "www&#46;")
+    # "1. " makes a list, and GitHub makes links of bare addresses.
+    escaped = re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", escaped)
+    return re.sub(r"(?i)\b(https?|ftp)://|\b(www)\.", _unlinked, escaped)
+
+
+def _unlinked(found: re.Match[str]) -> str:
+    return f"{found[1]}&#58;//" if found[1] else f"{found[2]}&#46;"
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -224,11 +224,12 @@ def _thresholds(evaluation: dict[str, Any]) -> Section:
     columns += [Column(name, f"F1, fold {fold}", "metric") for fold, name in enumerate(names)]
     pooled = [sweep["pooled"][metric] for metric in ("f1", "precision", "recall")]
     rows = list(zip(sweep["thresholds"], *pooled, *(fold["f1"] for fold in sweep["folds"]), strict=True))
-    best = max((value or 0) for value in sweep["pooled"]["f1"])
-    near = [
-        at for at, value in zip(sweep["thresholds"], sweep["pooled"]["f1"], strict=True) if (value or 0) > best - 0.02
-    ]
-    finding = f"Pooled F1 stays within 0.02 of its highest value, {best:.3f}, from {min(near):.2f} to {max(near):.2f}."
+    known = [(at, f1) for at, f1 in zip(sweep["thresholds"], sweep["pooled"]["f1"], strict=True) if f1 is not None]
+    finding = "Pooled F1 is undefined."
+    if known:
+        best = max(f1 for _, f1 in known)
+        near = [at for at, f1 in known if f1 > best - 0.02]
+        finding = f"Pooled F1 is within 0.02 of its highest value, {best:.3f}, from {min(near):.2f} to {max(near):.2f}."
     table = Table("threshold_sweep", "F1, precision and recall by threshold", columns, rows, every=5)
     blocks: list[Block] = [figure("threshold_sweep", "F1 by threshold", finding, evaluation, table)]
     return Section("threshold", "Threshold", "Is the best threshold a plateau or a spike?", blocks)
@@ -256,7 +257,10 @@ def _criteria(evaluation: dict[str, Any]) -> Section:
     faint = frozenset(at for at, row in enumerate(criteria) if row["few"])
     table = Table("criteria", "The criteria at cross-fold thresholds", columns, rows, faint, sortable=True)
     weakest = ", ".join(evaluation["verdict"]["weakest"])
-    unknown = f"{len(few)} have fewer than 20 matched pairs, so their numbers say little" if few else ""
-    finding = f"The weakest criteria are {weakest}{'; ' if unknown else ''}{unknown}."
+    unknown = (
+        f"{len(few)} of {len(criteria)} have fewer than 20 matched pairs, so their numbers say little" if few else ""
+    )
+    known = f"The weakest criteria are {weakest}" if weakest else "No criterion has an F1"
+    finding = f"{known}{'; ' if unknown else ''}{unknown}."
     blocks: list[Block] = [figure("criteria_forest", "F1 by criterion", finding, evaluation, table, len(criteria))]
     return Section("criteria", "Criteria", "Where is it weak, and where is it only unknown?", blocks)
