@@ -2,8 +2,13 @@
 
 import sys
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raycv.api import Comparison, Run, compare_runs, cross_validate, load_run
 
 __version__ = "0.1.0"
+__all__ = ["Comparison", "Run", "__version__", "compare_runs", "cross_validate", "load_run"]
 
 _lacking = [name for name in ("hydra", "pydantic", "torch") if find_spec(name) is None]
 if _lacking:
@@ -16,3 +21,16 @@ if _lacking:
         sys.stderr.write(f"{_what}.\n")
         raise SystemExit(2)
     raise ModuleNotFoundError(_what)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the Python API when it is first used, since every command imports this package."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from raycv import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

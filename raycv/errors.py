@@ -12,7 +12,7 @@ ErrorKind = Literal[
     "package-version", "package-damaged", "cluster-unreachable", "cluster-node", "cluster-resources",
     "gpu-unusable", "memory-full", "disk-full", "disk-unwritable", "tracking-unreachable", "tracking-store",
     "training-loss", "input-file", "input-empty", "criterion-unknown", "prompt-length", "output-exists",
-    "output-differs", "scorer-failed", "scorer-unavailable", "scorer-request",
+    "output-differs", "better-not-shown", "scorer-failed", "scorer-unavailable", "scorer-request",
 ]  # fmt: skip
 """The stable short name of what went wrong. KINDS has the cause and cure of each."""
 
@@ -177,6 +177,10 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "The output was begun with another input, model or setting, or was changed since.",
         "Run the command as it was, or start the output again.",
     ),
+    "better-not-shown": (
+        "`require=better` is set, and a run is not shown to be better than the baseline.",
+        "Read the intervals, which the command writes all the same, or leave `require=` out.",
+    ),
     "scorer-failed": (
         "A scorer did not start, or failed at a request.",
         "See its log, and try the model alone: `server=none`.",
@@ -263,6 +267,12 @@ def _rebuild(what: str, kinds: tuple[ErrorKind, ...], remedies: Sequence[str]) -
 
 class RunFailedError(UserError):
     """A failure of the run itself, not of its input: a fold died, or training failed. Printed like any user error."""
+
+    exit_code = 1
+
+
+class NotShownError(UserError):
+    """A comparison does not show what the user requires of it. Scripts see it by the exit code 1."""
 
     exit_code = 1
 

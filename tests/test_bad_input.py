@@ -32,7 +32,7 @@ from test_data import (
     write,
 )  # fmt: skip
 
-from raycv import aggregate, infer, report, run, serve, synthesize
+from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
@@ -43,8 +43,7 @@ from raycv.results.run_folder import RunFolder
 
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
-    "report": report.main,
-    "synthesize": synthesize.main,
+    "report": report.main, "synthesize": synthesize.main, "compare": compare.main, "mistakes": mistakes.main,
 }  # fmt: skip
 SECONDS = 10
 """A refusal takes a tenth of a second; the machine may be busy."""
@@ -765,6 +764,14 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["rum=3"],
         ["rum: unknown key; did you mean run?", "Kind: config-unknown-key"],
     ),
+    "nothing to compare": ("compare", [], ["runs: must be given", "runs=<value>"]),
+    "one run to compare": ("compare", ["runs=[a]"], ["runs: ", "at least 2 items"]),
+    "runs in a bucket": ("compare", ["runs=[a,s3:/b]"], ["runs", "must be a path, and this is an address"]),
+    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["There is no run a in", "experiment=quickstart"]),
+    "another requirement": ("compare", ["runs=[a,b]", "require=worse"], ["require: ", "received 'worse'"]),
+    "the mistakes of no run": ("mistakes", ["run=nothing"], ["There is no run nothing in", "experiment=quickstart"]),
+    "no mistakes": ("mistakes", ["most=0"], ["most: ", "received 0 "]),
+    "text of no word": ("mistakes", ["text=maybe"], ["text: ", "received 'maybe'"]),
     "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>", "Kind: config-value"]),
     "no posts": ("synthesize", ["out=x", "posts=0"], ["posts: ", "received 0 ", "Kind: config-value"]),
     "a profile of no kind": (
@@ -1002,7 +1009,7 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report"])
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes"])
 def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
     monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
     said = refused(command, *(["experiment=quickstart"] if command == "run" else []))

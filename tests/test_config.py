@@ -22,7 +22,9 @@ import raycv
 from raycv.config.command_line import compose
 from raycv.config.schema import (
     AggregateConfig,
+    CompareConfig,
     InferConfig,
+    MistakesConfig,
     ReportConfig,
     RunConfig,
     Section,
@@ -436,11 +438,11 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 
 SCHEMAS: dict[str, type[Section]] = {
     "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
-    "synthesize": SynthesizeConfig,
+    "synthesize": SynthesizeConfig, "compare": CompareConfig, "mistakes": MistakesConfig,
 }  # fmt: skip
 NO_PATHS = {
     "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
-    "serve.host", "serve.token",
+    "serve.host", "serve.token", "metric",
 }  # fmt: skip
 """Keys of free text that become no path. (A store has rules of its own.)"""
 MAY_SHIP = {"model.name", "data.dir", "data.criteria_dir", "criteria_dir", "base"}
@@ -463,7 +465,8 @@ def path_keys() -> Iterator[tuple[str, str]]:
 
 @cache
 def _values_of(command: str) -> dict[str, Any]:
-    return compose(command, ["out=x"] if command == "synthesize" else [])
+    required = {"synthesize": ["out=x"], "compare": ["runs=[a,b]"]}
+    return compose(command, required.get(command, []))
 
 
 def with_value(command: str, key: str, value: str) -> dict[str, Any]:
@@ -479,6 +482,7 @@ def with_value(command: str, key: str, value: str) -> dict[str, Any]:
 def test_every_key_that_becomes_a_path_is_known() -> None:
     assert {key for _, key in path_keys()} == MAY_SHIP | {
         "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
+        "baseline",
     }  # fmt: skip
 
 

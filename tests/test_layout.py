@@ -29,11 +29,13 @@ BASICS = {"errors", "utils"}
 """Single files that every room may import."""
 ROOMS = (
     "common", "data", "config", "prompts", "model", "training", "evaluation", "results", "rendering", "resources",
-    "tracking", "terminal", "inference", "batch_inference", "serving", "orchestration", "cv",
+    "tracking", "terminal", "inference", "batch_inference", "analysis", "serving", "orchestration", "cv",
 )  # fmt: skip
 """Each may import those before it."""
-COMMANDS = {"run", "aggregate", "report", "infer", "serve", "synthesize"}
+COMMANDS = {"run", "aggregate", "report", "compare", "mistakes", "infer", "serve", "synthesize"}
 """The single files behind `python -m raycv.<command>`, which may import every room."""
+FRONT = {"api"}
+"""The single file behind `import raycv`, which may import every room."""
 SEAMS = {
     "ray": {"orchestration"},
     "mlflow": {"tracking"},
@@ -108,8 +110,8 @@ def tops(names: set[str]) -> set[str]:
 def test_every_module_has_a_room() -> None:
     rooms = {room_of(module) for module in MODULES if "." in module}
     assert rooms == set(ROOMS)
-    assert {module for module in MODULES if "." not in module} == BASICS | COMMANDS | set(ROOMS)
-    assert len(ROOMS) <= 17
+    assert {module for module in MODULES if "." not in module} == BASICS | COMMANDS | FRONT | set(ROOMS)
+    assert len(ROOMS) <= 18
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -214,7 +216,7 @@ HEAVY = ["torch", "transformers", "ray", "mlflow", "pandas", "sklearn", "matplot
 
 
 def test_a_refusal_needs_nothing_heavy() -> None:
-    modules = ["cv.pipeline", "batch_inference.score_file", *sorted(COMMANDS)]
+    modules = ["cv.pipeline", "batch_inference.score_file", *sorted(COMMANDS | FRONT)]
     code = (
         f"import json, sys, {', '.join(f'raycv.{module}' for module in modules)}\n"
         f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
@@ -222,6 +224,21 @@ def test_a_refusal_needs_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_import_raycv_is_light_and_offers_the_python_api() -> None:
+    light = [*HEAVY, "numpy", "scipy", "matplotlib", "pydantic", "yaml"]
+    code = (
+        "import json, sys, raycv\n"
+        f"loaded = [name for name in {light} if name in sys.modules]\n"
+        "print(json.dumps([loaded, [name for name in raycv.__all__ if not hasattr(raycv, name)], sorted(dir(raycv))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded, lacking, offered = json.loads(done.stdout)
+    assert (loaded, lacking) == ([], [])
+    assert set(offered) >= {"load_run", "compare_runs", "cross_validate", "Run", "Comparison"}
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_import_writes_nothing(tmp_path: Path) -> None:

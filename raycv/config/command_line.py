@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -149,7 +149,15 @@ def typed_keys(name: str) -> set[str]:
 
     # Hydra composes one config at a time, and that of this command is done, so we clear it.
     GlobalHydra.instance().clear()
-    overrides = [part for part in _overrides(sys.argv[1:]) if part not in SILENT_HYDRA]
+    return _keys_set(name, [part for part in _overrides(sys.argv[1:]) if part not in SILENT_HYDRA])
+
+
+def keys_set(name: str, schema: type[Section], arguments: Sequence[str]) -> set[str]:
+    """The keys that `arguments` of a command set, which did not come from the command line of this process."""
+    return _keys_set(name, _overrides(_for_hydra(list(arguments), schema)))
+
+
+def _keys_set(name: str, overrides: list[str]) -> set[str]:
     values, defaults = _flat(compose(name, overrides)), _flat(compose(name, []))
     # A user may set a key to its default, so we look at the typed names too.
     named = {part.partition("=")[0].lstrip("+~") for part in overrides}
@@ -158,6 +166,31 @@ def typed_keys(name: str) -> set[str]:
         for key, value in values.items()
         if key not in defaults or value != defaults[key] or any(f"{key}.".startswith(f"{one}.") for one in named)
     }
+
+
+def compose_checked(name: str, schema: type[S], arguments: Sequence[str]) -> S:
+    """Composes and checks the config of a command for a caller in Python.
+
+    Args:
+        name: The command.
+        schema: The schema of its config.
+        arguments: Those of the command line: `key=value` and `group=file`.
+
+    Raises:
+        UserError: An argument cannot be read, or the config has a fault.
+    """
+    given = list(arguments)
+    try:
+        overrides = _for_hydra(given, schema)
+        if stray := [part for part in overrides if part not in _overrides(overrides)]:
+            raise _unread(name, schema, f"{shown(stray[0])} is not key=value", given)
+        values = compose(name, overrides)
+    except UserError:
+        raise
+    except Exception as error:
+        # As above: Hydra raises many types of error.
+        raise _unread(name, schema, error, given) from error
+    return validate(schema, values)
 
 
 def _overrides(arguments: list[str]) -> list[str]:

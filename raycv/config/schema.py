@@ -272,6 +272,45 @@ class AggregateConfig(Section):
     )
 
 
+class CompareConfig(Section):
+    """The config of `python -m raycv.compare`."""
+
+    runs: Annotated[list[PathText], Field(min_length=2)] = Field(
+        description="at least two: names or folders of runs, latest, or CSV files of post_id, criterion_id and score"
+    )
+    baseline: PathText | None = Field(description="the one that the others are compared with; null: the first")
+    metric: NonEmpty = Field(description="metric of the sentences, p-values and require=, such as roc_auc")
+    require: Literal["better"] | None = Field(
+        description="better: exit with 1 unless every other run is shown to be better than the baseline"
+    )
+    dir: PathText = Field(description="folder that holds the runs")
+    output: PathText = Field(description="beginning of the files to write: <output>.json, .csv and .svg")
+
+    @field_validator("runs", mode="before")
+    @classmethod
+    def _numbers_as_names(cls, value: Any) -> Any:
+        # YAML reads a name of digits as a number, and a run may have such a name.
+        return [str(one) if type(one) is int else one for one in value] if isinstance(value, list) else value
+
+
+class MistakesDataConfig(Section):
+    dir: Location | None = Field(description="folder with the posts, for text=true; null: where training read them")
+    criteria_dir: Location | None = Field(
+        description="folder with the criteria; null: beside the posts, or where training read them"
+    )
+
+
+class MistakesConfig(Section):
+    """The config of `python -m raycv.mistakes`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    most: Positive = Field(description="mistakes of each criterion to write, at most")
+    text: bool = Field(description="write posts and criteria beside the ids")
+    data: MistakesDataConfig
+    dir: PathText = Field(description="folder that holds the runs")
+    output: PathText = Field(description="CSV file to write")
+
+
 class ReportDataConfig(Section):
     dir: Location | None = Field(
         description="data of the run; they fill in floors, hard negatives and near-duplicates that an earlier version "

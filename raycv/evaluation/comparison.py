@@ -5,17 +5,17 @@ differences: the run minus the baseline. Swapping two runs changes signs only.
 
 Keys:
 
-- `operating_point`, `baseline`, `draws`, `seed`, `methods`
+- `operating_point`, `metric`, `baseline`, `draws`, `seed`, `methods`
 - `same`: `{pairs, posts, matched, folds, criteria}`, which all runs share
 - `runs`: each `{run, thresholds, pooled}`, with a Number per metric
 - `comparisons`: one per run that is not the baseline. Each is `{run, baseline, sentence, better, shown, p, p_holm,
   detectable, pooled, fold_mean, criterion_macro, criteria, flipped}`.
-  `p` belongs to the pooled F1, and `p_holm` is adjusted over the runs. `shown`: the interval excludes 0 and `p_holm` is
-  at most 0.05. `better`: a difference is shown, and it is above 0.
-  `detectable` is the smallest true difference in F1 that such data show four times out of five.
-- `criteria` (of a comparison): each `{criterion, matched, f1, p, p_holm}`; adjusted over all criteria of all runs
+  `p` belongs to the pooled `metric`, and `p_holm` is adjusted over the runs. `shown`: the interval excludes 0 and
+  `p_holm` is at most 0.05. `better`: a difference is shown, and the run has the better value.
+  `detectable` is the smallest true difference in `metric` that such data show four times out of five.
+- `criteria` (of a comparison): each `{criterion, matched, <metric>, p, p_holm}`; adjusted over all criteria of all runs
 - `flipped`: `{pairs, of, matched, unmatched}`; a class is `{both_right, only_run, only_baseline, both_wrong}`
-- `best`, `tied`: the run with the highest F1, and every run whose difference to it is not shown
+- `best`, `tied`: the run with the best value, and every run whose difference to it is not shown
 """
 
 from collections.abc import Sequence
@@ -39,11 +39,14 @@ from raycv.evaluation.bootstrap import (
     rounded,
     said,
 )
-from raycv.evaluation.measures import LABEL_METRICS, SCORE_METRICS
+from raycv.evaluation.measures import LABEL_METRICS, METRICS, NAMES, SCORE_METRICS
 from raycv.evaluation.operating_points import CROSS_FOLD, Measurement
 from raycv.evaluation.study import Study
 
 POWER = 0.8
+COMPARED = tuple(metric for metric in METRICS if metric != "ece")
+"""The metrics that a comparison can turn on. The bootstrap of the calibration error is biased."""
+LOWER_IS_BETTER = ("brier",)
 _FIXED, _AGAIN = f"{CROSS_FOLD}.fixed", f"{CROSS_FOLD}.reselected"
 METHODS = {
     "intervals": COVERS,
@@ -55,7 +58,7 @@ METHODS = {
 
 
 def compare(
-    studies: Sequence[Study], baseline: str | None = None, draws: int = DRAWS, seed: int = SEED
+    studies: Sequence[Study], baseline: str | None = None, draws: int = DRAWS, seed: int = SEED, metric: str = "f1"
 ) -> dict[str, Any]:
     """Compares runs with one of them, in the shape that the module describes.
 
@@ -64,11 +67,15 @@ def compare(
         baseline: The name of the run that the others are compared with; None for the first.
         draws: The number of bootstrap draws.
         seed: Their seed.
+        metric: The metric of `COMPARED` that the sentences, p-values and the tied set are about.
 
     Raises:
-        UserError: A name is missing or occurs twice, or posts, labels or folds differ. The message has the first
-            difference.
+        UserError: The metric is not one of `COMPARED`. A name is missing or occurs twice. Posts, labels or folds
+            differ: the message has the first difference.
     """
+    if metric not in COMPARED:
+        remedies = [f"choose one of {', '.join(COMPARED)}"]
+        raise UserError(f"metric={metric} cannot be compared.", kind="config-value", remedies=remedies)
     names = [study.run for study in studies]
     baseline = names[0] if baseline is None and names else baseline
     if len(names) < 2 or len(set(names)) < len(names) or baseline not in names:
@@ -87,17 +94,18 @@ def compare(
         run: resample(one, one.posts, len(first.labels), draws=draws, seed=seed) for run, one in measured.items()
     }
     rest = [run for run in names if run != baseline]
-    rows = [_comparison(first, run, baseline, samples, measured) for run in rest]
+    rows = [_comparison(first, run, baseline, samples, measured, metric) for run in rest]
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
-        _conclude(row)
+        _conclude(row, metric)
     cells = [cell for row in rows for cell in row["criteria"]]
     for cell, adjusted in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
         cell["p_holm"] = adjusted
-    best, tied = tied_set(samples)
+    best, tied = tied_set(samples, metric)
     return rounded(
         {
             "operating_point": CROSS_FOLD,
+            "metric": metric,
             "baseline": baseline,
             "draws": draws,
             "seed": seed,
@@ -157,14 +165,26 @@ def require_same_pairs(one: Study, other: Study) -> None:
         )
 
 
-def tied_set(samples: dict[str, Samples]) -> tuple[str, list[str]]:
-    """Returns the run with the highest F1, and the sorted runs whose difference to it is not shown (Holm, 0.05)."""
+def tied_set(samples: dict[str, Samples], metric: str = "f1") -> tuple[str, list[str]]:
+    """Returns the run with the best value, and the sorted runs whose difference to it is not shown (Holm, 0.05)."""
     runs = sorted(samples)
-    best = max(runs, key=lambda run: float(np.nan_to_num(samples[run].estimate[f"{_FIXED}.pooled.f1"], nan=-1.0)))
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    values = {run: sign * samples[run].estimate[_held("pooled", metric)] for run in runs}
+    best = max(runs, key=lambda run: float(np.nan_to_num(values[run], nan=-2.0)))
     rest = [run for run in runs if run != best]
-    adjusted = holm([p_value(samples[run].minus(samples[best]).draws[f"{_AGAIN}.pooled.f1"]) for run in rest])
+    adjusted = holm([p_value(samples[run].minus(samples[best]).draws[_drawn(metric)]) for run in rest])
     tied = [run for run, p in zip(rest, adjusted, strict=True) if p is None or p > 1 - LEVEL]
     return best, sorted([best, *tied])
+
+
+def _held(unit: str, metric: str) -> str:
+    """The name of a metric in the samples, with the threshold held fixed if it needs one."""
+    return f"{_FIXED}.{unit}.{metric}" if metric in LABEL_METRICS else f"scores.{unit}.{metric}"
+
+
+def _drawn(metric: str) -> str:
+    """The name of the pooled metric in the samples, with the threshold chosen again if it needs one."""
+    return f"{_AGAIN}.pooled.{metric}" if metric in LABEL_METRICS else f"scores.pooled.{metric}"
 
 
 def detectable(draws: np.ndarray) -> float | None:
@@ -176,30 +196,33 @@ def detectable(draws: np.ndarray) -> float | None:
 
 
 def _comparison(
-    study: Study, run: str, baseline: str, samples: dict[str, Samples], measured: dict[str, Measurement]
+    study: Study,
+    run: str,
+    baseline: str,
+    samples: dict[str, Samples],
+    measured: dict[str, Measurement],
+    metric: str,
 ) -> dict[str, Any]:
     difference = samples[run].minus(samples[baseline])
-    f1 = difference.draws[f"{_AGAIN}.pooled.f1"]
+    pooled, by_criterion = difference.draws[_drawn(metric)], _held("criteria", metric)
     criteria = []
     for one, name in enumerate(study.criterion_ids):
-        each = number(difference, f"{_FIXED}.criteria.f1", (one,))
-        p = p_value(difference.draws[f"{_FIXED}.criteria.f1"][one]) if each["value"] is not None else None
+        each = number(difference, by_criterion, (one,))
+        p = p_value(difference.draws[by_criterion][one]) if each["value"] is not None else None
         matched = int(study.labels[study.criterion == one].sum())
-        criteria.append({"criterion": name, "matched": matched, "f1": each, "p": p, "p_holm": None})
-    labels = {metric: f"{_FIXED}.criteria.{metric}" for metric in LABEL_METRICS}
-    scores = {metric: f"scores.criteria.{metric}" for metric in SCORE_METRICS}
+        criteria.append({"criterion": name, "matched": matched, metric: each, "p": p, "p_holm": None})
     return {
         "run": run,
         "baseline": baseline,
-        "p": p_value(f1),
+        "p": p_value(pooled),
         "p_holm": None,
-        "detectable": detectable(f1),
+        "detectable": detectable(pooled),
         "pooled": _pooled(difference),
         "fold_mean": {
             **{m: fold_mean(difference, f"{_FIXED}.folds.{m}", f"{_AGAIN}.folds.{m}") for m in LABEL_METRICS},
             **{m: fold_mean(difference, f"scores.folds.{m}") for m in SCORE_METRICS},
         },
-        "criterion_macro": {metric: criterion_macro(difference, name) for metric, name in (labels | scores).items()},
+        "criterion_macro": {m: criterion_macro(difference, _held("criteria", m)) for m in METRICS},
         "criteria": criteria,
         "flipped": flipped(study.labels, measured[run].called[CROSS_FOLD], measured[baseline].called[CROSS_FOLD]),
     }
@@ -231,21 +254,23 @@ def flipped(labels: np.ndarray, run: np.ndarray, baseline: np.ndarray) -> dict[s
     return found
 
 
-def _conclude(row: dict[str, Any]) -> None:
+def _conclude(row: dict[str, Any], metric: str) -> None:
     """Adds the sentence and whether a difference is shown."""
-    value, ends = row["pooled"]["f1"]["value"], row["pooled"]["f1"]["reselected"]
-    run, baseline = row["run"], row["baseline"]
+    found = row["pooled"][metric]
+    value, ends = found["value"], found.get("reselected") or found["fixed"]
+    run, baseline, name = row["run"], row["baseline"], NAMES[metric]
     apart = ends["low"] is not None and (ends["low"] > 0 or ends["high"] < 0)
     row["shown"] = apart and row["p_holm"] is not None and row["p_holm"] <= 1 - LEVEL
-    row["better"] = bool(row["shown"] and value > 0)
+    better = value is not None and (value < 0 if metric in LOWER_IS_BETTER else value > 0)
+    row["better"] = bool(row["shown"] and better)
     if value is None or ends["low"] is None:
-        row["sentence"] = f"The difference in F1 between {run} and {baseline} is undefined."
+        row["sentence"] = f"The difference in {name} between {run} and {baseline} is undefined."
     elif not row["shown"]:
         row["sentence"] = (
-            f"No difference in F1 between {run} and {baseline} is shown: {said(value, ends)}. "
+            f"No difference in {name} between {run} and {baseline} is shown: {said(value, ends)}. "
             f"These data show a difference of {row['detectable']:.3f} four times out of five."
         )
     else:
         turned = ends if value > 0 else {**ends, "low": -ends["high"], "high": -ends["low"]}
-        word = "better" if value > 0 else "worse"
-        row["sentence"] = f"{run} is {word} than {baseline} in F1 by {said(abs(value), turned)}."
+        word = "better" if better else "worse"
+        row["sentence"] = f"{run} is {word} than {baseline} in {name} by {said(abs(value), turned)}."

@@ -23,6 +23,10 @@ ERROR_METRICS = ("brier", "ece")
 SCORE_METRICS = (*RANK_METRICS, *ERROR_METRICS)
 """These need no threshold."""
 METRICS = (*LABEL_METRICS, *SCORE_METRICS)
+NAMES = {metric: metric.replace("_", " ") for metric in METRICS} | {
+    "f1": "F1", "mcc": "MCC", "roc_auc": "ROC-AUC", "brier": "Brier score", "ece": "calibration error",
+}  # fmt: skip
+"""The metrics in words."""
 BINS = 10
 """The equally wide bins of the expected calibration error. A score on an edge belongs to the upper bin."""
 

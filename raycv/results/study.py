@@ -48,7 +48,7 @@ def load_study(folder: RunFolder, dataset: Dataset | None = None) -> Study:
             remedies=[f"finish it: {resume_command(folder)}"],
         )
     if dataset is not None:
-        _check_data(folder, dataset)
+        check_data(folder, dataset)
     results = [FoldResult.of(folder, fold) for fold in folds]
     tables = [_table(folder.fold(fold).predictions, ["label", "score"]) for fold in folds]
     rows = _joined(tables)
@@ -75,7 +75,7 @@ def load_study(folder: RunFolder, dataset: Dataset | None = None) -> Study:
     )
 
 
-def _check_data(folder: RunFolder, dataset: Dataset) -> None:
+def check_data(folder: RunFolder, dataset: Dataset) -> None:
     """Raises: UserError if `dataset` is not the one that the run was trained on."""
     then, now = read_record(folder.data_stats, "data_hash")["data_hash"], dataset.stats["data_hash"]
     if then != now:
