@@ -85,7 +85,7 @@ def restarted(study):
         ("RCV002", shifted, "At the threshold to deploy, "),
         ("RCV003", collapsed, "1 of 5 folds collapsed. fold 3:"),
         ("RCV004", useless, "F1 differs from the best floor"),
-        ("RCV005", copied, "1 pairs of nearly equal posts (2 posts) lie in different folds"),
+        ("RCV005", copied, "Nearly equal posts lie in different folds: 1 pair of 2 posts."),
         ("RCV006", cut, "100.0% of the matched pairs have a shortened post"),
         ("RCV007", shifted, "roc_auc is"),
         ("RCV008", leaked, "above 0.8"),
@@ -103,7 +103,7 @@ def test_a_check_fires_on_its_fault(sound, code, fault, words):
 def test_serious_checks_come_first_in_the_verdict(sound):
     verdict = evaluate(leaked(rising(sound)), DRAWS)["verdict"]
     assert verdict["checks"] == ["RCV008", "RCV009"]
-    assert verdict["sentences"][2].endswith("2 checks found something (RCV008, RCV009).")
+    assert verdict["sentences"][2].endswith("checks that found something: RCV008, RCV009.")
 
 
 def test_the_criterion_prior_uses_the_other_folds_only():

@@ -16,8 +16,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 def guarded(cell: Any) -> Any:
     """Returns a text that a spreadsheet would run with an apostrophe before it. Numbers stay as they are."""
-    # An empty text has nothing to guard.
-    return for_spreadsheet(cell) if isinstance(cell, str) and cell and not _NUMBER.fullmatch(cell) else cell
+    return for_spreadsheet(cell) if isinstance(cell, str) and not _NUMBER.fullmatch(cell) else cell
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from raycv.errors import counted
 from raycv.evaluation.bootstrap import interval, resample
+from raycv.evaluation.context import FLOOR_NAMES
 from raycv.evaluation.measures import LabelCounts, label_metrics, measure
 from raycv.evaluation.operating_points import epochs_of
 from raycv.evaluation.study import Study
@@ -107,14 +109,13 @@ def _collapse(study: Study, facts: Mapping[str, Any], draws: int, seed: int) -> 
 
 
 def _at_a_floor(study: Study, facts: Mapping[str, Any], draws: int, seed: int) -> tuple[str, dict[str, Any]]:
-    difference = facts["floor_difference"]
+    difference, floor_name = facts["floor_difference"], FLOOR_NAMES.get(facts["best_floor"], facts["best_floor"])
     low, high = difference["reselected"]["low"], difference["reselected"]["high"]
     numbers = {"floor": facts["best_floor"], "difference": difference["value"], "low": low, "high": high}
     if difference["value"] is None or low is None:
-        return f"The difference to the best floor ({facts['best_floor']}) has no interval.", numbers
+        return f"The difference to the best floor ({floor_name}) has no interval.", numbers
     finding = (
-        f"F1 differs from the best floor ({facts['best_floor']}) by {difference['value']:+.3f} "
-        f"({low:+.3f} to {high:+.3f})."
+        f"F1 differs from the best floor ({floor_name}) by {difference['value']:+.3f} ({low:+.3f} to {high:+.3f})."
     )
     return finding if low <= 0 else "", numbers
 
@@ -128,7 +129,7 @@ def _near_duplicates(
     known = [(one, other) for one, other in study.near_duplicates if one in fold_of and other in fold_of]
     across = sorted((one, other) for one, other in known if fold_of[one] != fold_of[other])
     posts = len({post for pair in across for post in pair})
-    finding = f"{len(across)} pairs of nearly equal posts ({posts} posts) lie in different folds."
+    finding = f"Nearly equal posts lie in different folds: {counted(len(across), 'pair')} of {posts} posts."
     numbers = {"pairs": len(across), "posts": posts, "within_folds": len(known) - len(across)}
     return finding if across else "", numbers
 

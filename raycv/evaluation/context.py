@@ -17,6 +17,13 @@ MEANINGS = {
     ALL_NEGATIVE: "Labels every pair unmatched.",
     CRITERION_PRIOR: "Scores a pair with the share of matched pairs of its criterion in the other folds.",
 }
+FLOOR_NAMES = {
+    ALL_POSITIVE: "all matched",
+    ALL_NEGATIVE: "all unmatched",
+    CRITERION_PRIOR: "share of the criterion",
+    "tfidf_logistic_regression": "TF-IDF + logistic regression",
+}
+"""Names of the floors for people."""
 GIVEN = "Scores of a simple model that the run trained on the same folds."
 _F1 = f"{CROSS_FOLD}.fixed.pooled.f1"
 _RESELECTED = f"{CROSS_FOLD}.reselected.pooled."

@@ -65,6 +65,7 @@ from raycv.evaluation.bootstrap import (
 from raycv.evaluation.calibration import band, calibration_section, curve, histogram, sweep
 from raycv.evaluation.checks import FOUND, SERIOUS, run_checks
 from raycv.evaluation.context import (
+    FLOOR_NAMES,
     criteria_section,
     data_section,
     floors_section,
@@ -277,8 +278,8 @@ def _verdict(f1: dict[str, Any], floor: dict[str, Any], criteria: list[Any], che
             f"On posts that its models did not train on, F1 is {said(f1['value'], f1['reselected'])}, at thresholds "
             "tuned on other folds.",
             _against_floor(floor["best"], difference),
-            f"The weakest criteria are {', '.join(weakest)}; "
-            + (f"{len(codes)} checks found something ({', '.join(codes)})." if codes else "no check found anything."),
+            (f"The weakest criteria are {', '.join(weakest)}; " if weakest else "No criterion has an F1; ")
+            + (f"checks that found something: {', '.join(codes)}." if codes else "no check found anything."),
         ],
         "f1": f1,
         "floor": floor["best"],
@@ -293,7 +294,7 @@ def _f1(row: dict[str, Any]) -> float:
 
 
 def _against_floor(name: str, difference: dict[str, Any]) -> str:
-    value, ends = difference["value"], difference["reselected"]
+    name, value, ends = FLOOR_NAMES.get(name, name), difference["value"], difference["reselected"]
     if value is None or ends["low"] is None:
         return f"The difference to the best floor ({name}) is undefined."
     amount = said(abs(value), ends if value >= 0 else {**ends, "low": -ends["high"], "high": -ends["low"]})

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from raycv.evaluation.context import FLOOR_NAMES
+
 UNDEFINED = "undefined"
 NOT_RECORDED = "not recorded"
 LABELS = {
     "f1": "F1", "roc_auc": "ROC-AUC", "average_precision": "average precision", "brier": "Brier score", "ece": "ECE",
     "mcc": "MCC", "balanced_accuracy": "balanced accuracy", "fixed": "fixed 0.5", "tuned_in_fold": "tuned in fold",
     "cross_fold": "cross-fold", "cross_fold_epoch": "cross-fold, epoch too", "pooled": "pooled (to deploy)",
-    "tfidf_logistic_regression": "TF-IDF + logistic regression",
-}  # fmt: skip
+} | FLOOR_NAMES  # fmt: skip
 """Names for people of what the evaluation names for programs."""
 
 

@@ -43,7 +43,8 @@ def _escape(found: re.Match[str]) -> str:
 def for_spreadsheet(text: str) -> str:
     """Returns a text that no spreadsheet runs as a formula."""
     # A spreadsheet skips spaces before a formula.
-    return "'" + text if text.lstrip(" \t\r\n").startswith(("=", "+", "-", "@")) or text[:1] in "\t\r\n" else text
+    runs = text.lstrip(" \t\r\n").startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n"))
+    return "'" + text if runs else text
 
 
 def csv_of(table: Table) -> str:
