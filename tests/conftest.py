@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("support")
+
 # The same examples in every run: a commit passes everywhere or nowhere. A search for new ones:
 # pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True)
@@ -67,7 +69,7 @@ def _fresh_accelerate_state():
 @pytest.fixture
 def unusable_gpu(tmp_path, monkeypatch):
     """A GPU that torch cannot use, in the files below `tmp_path / "root"`; the machine's own one needs `no_gpu`."""
-    from builders import files_of_a_gpu
+    from support.builders import files_of_a_gpu
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("raycv.common.devices.ROOT", files_of_a_gpu(tmp_path / "root"))

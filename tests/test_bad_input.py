@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_config import MALFORMED as MALFORMED_CONFIG
-from test_data import (
+from support.malformed_config import MALFORMED as MALFORMED_CONFIG
+from support.malformed_data import (
     CANARY,
     MALFORMED,
     MALFORMED_RELEASE,
@@ -30,7 +30,7 @@ from test_data import (
     replaced,
     specification,
     write,
-)  # fmt: skip
+)
 
 from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output

@@ -11,14 +11,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from builders import (
+from safetensors.torch import load_file, save_file
+from support.builders import (
     SENTENCES,
     bpe_tokenizer,
     llama_config,
@@ -27,29 +27,14 @@ from builders import (
     tiny_llama,
     wordlevel_tokenizer,
 )
-from hub_server import HubServer
-from safetensors.torch import load_file, save_file
+from support.hub_base import NAME, REPO, Planted, hub  # noqa: F401
+from support.hub_server import HubServer
 
 from raycv.errors import UserError
 from raycv.model.base_files import BaseFiles, is_small_file
 from raycv.model.base_model import absolute_name, fetch_base
 from raycv.model.loading import check_max_length, load_classifier, load_config, load_tokenizer, set_pad_token
 
-NAME = "org/model"
-# Enough for a client that only fetches: nothing is loaded from it. The cache keeps equal contents once, so all differ.
-REPO = {
-    "config.json": b'{"of": "model"}',
-    "tokenizer.json": b'{"of": "tokenizer"}',
-    "tokenizer_config.json": b'{"of": "tokenizer config"}',
-    "tokenizer.model": b"sentencepiece",
-    "model.safetensors": bytes(range(256)) * 16,
-    "pytorch_model.bin": b"the same weights again",
-    "tf_model.h5": b"and again",
-    "README.md": b"# a model",
-    "modeling_own.py": b"raise SystemExit",
-    "onnx/model.onnx": b"and again",
-    "original/params.json": b"{}",
-}
 WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "model.safetensors"}
 
 
@@ -65,25 +50,6 @@ BIN_SHARDS = {
     "pytorch_model-00002-of-00002.bin": b"two",
     "pytorch_model-99999-of-99999.bin": b"not in the index",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
-    """A hub of its own, which the real client in this process is pointed at, with an empty cache."""
-    from huggingface_hub import constants, file_download
-
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # tests as a whole run offline
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        yield server
 
 
 def fetch(name: str = NAME, revision: str | None = None) -> BaseFiles:
@@ -910,16 +876,6 @@ def test_truncated_weights_are_refused(tmp_path, weights):
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(UserError, match=r"weights of .* cannot be loaded"):
         loaded(path)
-
-
-class Planted:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-from studies import simulated, study_of
+from support.studies import simulated, study_of
 
 from raycv.evaluation.bootstrap import (
     Samples,

@@ -8,7 +8,7 @@ from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, precision_recall_curve, roc_curve
-from studies import simulated, study_of
+from support.studies import simulated, study_of
 
 from raycv.evaluation.calibration import (
     band,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from toy import Recorder, Toy, toy_base, train_config
+from support.toy import Recorder, Toy, toy_base, train_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raycv.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
-from studies import richest, simulated, study_of
+from support.studies import richest, simulated, study_of
 
 from raycv.evaluation.checks import CHECKS
 from raycv.evaluation.context import criterion_prior

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from run_folders import noisy, write_run
 from sklearn.metrics import brier_score_loss, f1_score, roc_auc_score
+from support.run_folders import noisy, write_run
 
 from raycv.analysis.comparison import compare_all
 from raycv.analysis.spreadsheet import guarded

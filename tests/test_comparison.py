@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
-from studies import simulated, study_of
+from support.studies import simulated, study_of
 
 from raycv.errors import UserError
 from raycv.evaluation.bootstrap import resample, weights_of_draws

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import no_gpu
-from commands import ROOT, background, raycv, wait_until
+from support.builders import no_gpu
+from support.commands import ROOT, background, raycv, wait_until
 
 from raycv.common.files import read_json
 from raycv.config.command_line import compose

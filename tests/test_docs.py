@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import page
+from support.pages import page
 
 pytest.importorskip("scripts.words", reason="the docs are in the checkout, not in the wheel")
 

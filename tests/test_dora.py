@@ -6,12 +6,12 @@ import gc
 import numpy as np
 import pytest
 import torch
-from builders import tiny_bert, tiny_llama
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
+from support.builders import tiny_bert, tiny_llama
+from support.toy import LLAMA_MODULES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import LLAMA_MODULES
 from transformers.pytorch_utils import Conv1D
 
 import raycv.model.dora as dora

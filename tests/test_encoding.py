@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from support.builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
 
 from raycv.config.schema import PromptConfig
 from raycv.data.types import Criterion, Dataset, Pair

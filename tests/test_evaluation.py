@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from studies import richest, simulated, study_of
+from support.studies import richest, simulated, study_of
 
 from raycv.errors import UserError
 from raycv.evaluation import evaluate as module

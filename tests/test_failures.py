@@ -17,10 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from builders import no_gpu
-from commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
 from rich.console import Console
-from test_tracking import finished_run
+from support.builders import no_gpu
+from support.commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
+from support.mlflow_runs import finished_run
 
 from raycv.common.files import read_json, write_json
 from raycv.config.command_line import compose
@@ -566,7 +566,7 @@ def test_the_kind_of_a_failed_fold_is_that_of_its_error(tmp_path):
     from raycv.orchestration.ray_tune import FoldStates
 
     run = RunFolder(tmp_path / "runs" / "mine")
-    states = FoldStates(LiveView(range(3), 1, 8, Console(file=io.StringIO())), run, board=None, retries=0)
+    states = FoldStates(LiveView(range(3), 1, 8, Console(file=io.StringIO())), run, task=None)
     for fold, more in enumerate([{"kind": "memory-full"}, {}, {"kind": "of-a-later-version"}]):
         run.fold(fold).root.mkdir(parents=True)
         write_json(run.fold(fold).error, {"message": "why", "remedies": [], "traceback": "", **more})

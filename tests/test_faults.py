@@ -8,8 +8,8 @@ import time
 
 import psutil
 import pytest
-from commands import statuses
-from test_resume import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
+from support.commands import statuses
+from support.interrupted_runs import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
 
 from raycv.results.run_folder import RunFolder
 
@@ -65,7 +65,7 @@ def second_ray():
 
 @pytest.mark.core
 @pytest.mark.usefixtures("second_ray")
-def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, whole):  # noqa: F811
+def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, whole):
     """All in one run, each with SIGKILL in the middle of an epoch."""
     first, second = (run_of(tmp_path).fold(fold) for fold in range(2))
     with started(tmp_path) as process:
@@ -93,7 +93,7 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, retries):  # noqa: F811
+def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, retries):
     """It dies while it removes the training states, beside which many files lie here."""
     run = run_of(tmp_path)
     with started(tmp_path, f"resources.retries={retries}") as process:
@@ -113,7 +113,7 @@ def test_a_trial_that_dies_when_its_fold_is_done_costs_nothing(tmp_path, whole, 
 
 
 @pytest.mark.parametrize("kind", ["/gcs_server$", pytest.param("/raylet$", marks=pytest.mark.core)])
-def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, kind):  # noqa: F811
+def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, kind):
     with started(tmp_path) as process:
         wait_for(process, tmp_path, lambda: amid_an_epoch(run_of(tmp_path).fold(0)))
         its = psutil.Process(process.pid).children(recursive=True)
@@ -155,7 +155,7 @@ def test_processes_that_die_as_the_workers_start_cost_retries_and_no_place(tmp_p
     assert run_of(tmp_path).report.is_file()
 
 
-def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):  # noqa: F811
+def test_without_more_retries_the_fold_fails_alone_and_the_message_says_what_to_type(tmp_path, whole):
     """The one that it has is spent when its trial dies; the worker of the next trial dies too."""
     run = run_of(tmp_path)
     with started(tmp_path, "resources.retries=1") as process:
@@ -205,7 +205,7 @@ def test_a_second_ctrl_c_breaks_nothing_off(tmp_path, pause):
 
 
 @pytest.mark.core
-def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, whole):  # noqa: F811
+def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, whole):
     """One of two nodes dies unannounced; its fold goes on at a third, which then gets a spot machine's notice."""
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster

@@ -24,13 +24,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import tiny_llama, wordlevel_tokenizer
-from commands import ROOT, background, raycv, statuses, users_environment, wait_until
-from hub_server import HubServer
 from mlflow import MlflowClient
-from test_base import NAME, REPO
-from test_tracking import config, finished_run, free_port, kill, serving
-from toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from support.builders import tiny_llama, wordlevel_tokenizer
+from support.commands import ROOT, background, raycv, statuses, users_environment, wait_until
+from support.hub_base import NAME, REPO
+from support.hub_server import HubServer
+from support.mlflow_runs import config, finished_run, free_port, kill, serving
+from support.toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
 from raycv.common.files import read_json, write_json
 from raycv.data.splits import make_splits

@@ -14,18 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
-from builders import tiny_llama, wordlevel_tokenizer
-from commands import users_environment
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pages import undocumented
-from toy import Recorder, Toy, toy_base, train_config
+from support.builders import tiny_llama, wordlevel_tokenizer
+from support.commands import users_environment
+from support.pages import undocumented
+from support.trained_runs import NASTY, make_run
 
 from raycv.batch_inference.pairs import AskedPair, Chunk
 from raycv.batch_inference.score_file import score_chunk
@@ -43,44 +40,14 @@ from raycv.inference.last_answer import remember, warn_if_moved
 from raycv.inference.log import Record, log_answered, text_facts
 from raycv.inference.question_input import read_question
 from raycv.inference.questions import Answerer, ModelIdentity, Prediction, Question, as_json, as_text, find_criterion
-from raycv.model.checkpoint import save_checkpoint
 from raycv.results.find_run import make_newest
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
 from raycv.tracking.cross_validation import CrossValidationStore
 from raycv.tracking.experiment import open_experiment
-from raycv.training.loop import FoldTrainer
 
-TRAIN, VAL = np.arange(30), np.arange(30, 48)
 CANARY = "w3 w5 zebra-canary"
 MARCH, APRIL = "2026-03-01T10:00:00Z", "2026-04-01T10:00:00Z"
-
-
-def make_run(folder: Path, name: str = "toy", folds: int = 2) -> Path:
-    """A finished run of toy folds, as the driver leaves it, with MLflow in `folder`."""
-    toy = Toy(toy_base(folder))
-    criteria = toy.write_criteria(folder)
-    run = RunFolder(folder / "runs" / name)
-    for fold in range(folds):
-        model = toy.model(seed=fold, dropout=0.1)
-        outcome = FoldTrainer(model, toy.encoded, train_config(epochs=1, seed=fold), "fp32", Recorder()).fit(TRAIN, VAL)
-        info = toy.info(threshold=0.4 + 0.1 * fold, criteria_dir=str(criteria), run=name, fold=fold)
-        files = run.fold(fold)
-        files.checkpoint.mkdir(parents=True)
-        save_checkpoint(files.checkpoint, model, toy.tokenizer, info)
-        metrics = dict.fromkeys(("precision", "recall", "f1", "accuracy", "roc_auc"), 0.5 + fold / 10)
-        result = FoldResult(fold, info.threshold, 1, 1, metrics, 1.0, 30, 18, 9, [], [], {})
-        write_json(files.result, asdict(result))
-        pairs = [toy.dataset.pairs[index] for index in VAL]
-        rows = [
-            f"{pair.post_id},{pair.criterion_id},{pair.label},{score!r}"
-            for pair, score in zip(pairs, map(float, outcome.val_scores), strict=True)
-        ]
-        write_text(files.predictions, "\n".join(["post_id,criterion_id,label,score", *rows]) + "\n")
-    write_text(run.config, yaml.safe_dump({"cv": {"folds": folds}}))
-    write_json(run.tracking, {"uri": f"sqlite:///{folder / 'mlflow.db'}", "parent_run_id": "0" * 32})
-    write_json(run.report, {})
-    return run.root
 
 
 @pytest.fixture(scope="module")
@@ -102,22 +69,6 @@ def infer(*overrides: str, cwd: Path, **options: object) -> subprocess.Completed
 
 
 # --- Text passes untouched -------------------------------------------------------------------------------------------
-
-NASTY = [
-    "I can't sleep, \"really\"; a=b, c: d {e: [f, g]} ${oc.env:HOME} ${post} ??? \\ \\' 'x",
-    "-leading dash",
-    "--cfg job\n--help\n-h",
-    "null",
-    "~",
-    "???",
-    "a\n\tb\r\nc",
-    "🙂 לא ישן 日本語 é",
-    "${now:%Y}",
-    "[1,2",
-    "x" * 100_000,
-    " padded ",
-    "= == +post=",
-]
 
 
 def through_the_command_line(monkeypatch, *arguments: str) -> InferConfig:

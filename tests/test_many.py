@@ -20,9 +20,9 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from builders import no_gpu, tiny_gemma2, tiny_llama
 from rich.console import Console
-from toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
+from support.builders import no_gpu, tiny_gemma2, tiny_llama
+from support.toy import WORDS, Recorder, Toy, prompt_config, toy_base, train_config
 
 from raycv.batch_inference import pairs as pairs_module
 from raycv.batch_inference.columns import Layout

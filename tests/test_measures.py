@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
-from studies import simulated
+from support.studies import simulated
 
 from raycv.evaluation.bootstrap import criterion_macro, resample
 from raycv.evaluation.evaluate import evaluate

@@ -5,9 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from test_train import TRAIN, VAL, state
-from torch import nn
-from toy import Recorder, Toy, toy_base, train_config
+from support.toy import Recorder, Toy, toy_base, train_config
+from support.toy_training import TRAIN, VAL, Tight, state
 
 from raycv.common.devices import is_out_of_memory
 from raycv.errors import UserError
@@ -137,25 +136,6 @@ def test_what_is_measured_grows_with_the_batch_and_shrinks_with_checkpointing(to
 
     assert bytes_of(8, False) > 1.8 * bytes_of(4, False)
     assert bytes_of(8, True) < 0.5 * bytes_of(8, False)
-
-
-class Tight(nn.Module):
-    """A model that asks the real allocator for more than there is unless it checkpoints; `after`: passes that fit."""
-
-    supports_gradient_checkpointing = True
-
-    def __init__(self, inner, after):
-        super().__init__()
-        self.inner, self.after, self.passes = inner, after, 0
-        self.get_base_model = inner.get_base_model
-        self.gradient_checkpointing_enable = inner.gradient_checkpointing_enable
-        self.gradient_checkpointing_disable = inner.gradient_checkpointing_disable
-
-    def forward(self, input_ids, attention_mask):
-        self.passes += self.training
-        if self.training and self.passes > self.after and not self.inner.is_gradient_checkpointing:
-            torch.empty(2**60)
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

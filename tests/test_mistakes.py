@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from run_folders import write_run
-from studies import study_of
+from support.run_folders import write_run
+from support.studies import study_of
 
 from raycv.analysis.mistakes import mistakes_of, thresholds_of
 from raycv.config.command_line import compose

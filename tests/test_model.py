@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import transformers
-from builders import ARCHITECTURES, tiny_bert, tiny_gemma2, tiny_llama, tiny_model
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLoraLinear
-from toy import LLAMA_MODULES
+from support.builders import ARCHITECTURES, tiny_bert, tiny_gemma2, tiny_llama, tiny_model
+from support.toy import LLAMA_MODULES
 from transformers import AutoModelForSequenceClassification
 
 from raycv.config.schema import DoraConfig, ModelConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import tiny_llama
+from support.builders import tiny_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from raycv.model.attention import FusedRMSNorm, fuse_norms

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
-from studies import richest, simulated, study_of
+from support.studies import richest, simulated, study_of
 
 from raycv.evaluation.bootstrap import resample, weights_of_draws
 from raycv.evaluation.evaluate import evaluate

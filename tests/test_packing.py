@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import tiny_bert, tiny_gemma2
 from hypothesis import given
 from hypothesis import strategies as st
+from support.builders import tiny_bert, tiny_gemma2
+from support.toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 from torch import nn
 from torch.nn import functional
-from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 from transformers import Gemma3Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

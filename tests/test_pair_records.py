@@ -12,7 +12,7 @@ from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from toy import toy_dataset
+from support.toy import toy_dataset
 
 from raycv.cv.open_run import OpenRun
 from raycv.data.splits import Split, make_splits

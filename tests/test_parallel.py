@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from commands import raycv
-from toy import Recorder, Toy, toy_base, train_config
+from support.commands import raycv
+from support.toy import Recorder, Toy, toy_base, train_config
 
 from raycv.training.forward import RowScorer
 from raycv.training.loop import FoldTrainer

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import tiny_gemma2
 from peft.tuners.tuners_utils import BaseTunerLayer
-from toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
+from support.builders import tiny_gemma2
+from support.toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.inference.predictor
 import raycv.model.int8

@@ -19,8 +19,8 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from commands import ROOT, background, raycv, wait_until
-from test_tracking import server  # noqa: F401
+from support.commands import ROOT, background, raycv, wait_until
+from support.mlflow_runs import server  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -249,7 +249,7 @@ class Guard:
 
 
 @pytest.fixture
-def guarded(server) -> Iterator[Guard]:  # noqa: F811
+def guarded(server) -> Iterator[Guard]:
     host, port = server[0].removeprefix("http://").split(":")
     expected = "Basic " + base64.b64encode(CREDENTIALS.encode()).decode()
 

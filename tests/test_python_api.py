@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pages import python_blocks
-from run_folders import noisy, write_run
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-from studies import study_of
-from toy import Recorder, Toy, toy_base, train_config
+from support.pages import python_blocks
+from support.run_folders import noisy, write_run
+from support.studies import study_of
+from support.toy import Recorder, Toy, toy_base, train_config
 
 import raycv
 from raycv.config.command_line import compose_checked, keys_set

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from studies import folder_of, richest, study_of
+from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
 from raycv.cv.open_run import OpenRun

@@ -1,6 +1,5 @@
 """Training that is interrupted and goes on: the same to the last bit, from states that are whole or passed over."""
 
-import contextlib
 import csv
 import json
 import os
@@ -8,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -21,13 +19,22 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from builders import tiny_llama
-from commands import ROOT, background, raycv, statuses, wait_until
 from filelock import FileLock
-from test_base import NAME, hub  # noqa: F401
-from test_memory import Tight
-from test_train import TRAIN, VAL, Greedy
-from toy import Recorder, Toy, toy_base, train_config
+from support.builders import tiny_llama
+from support.commands import ROOT, raycv, statuses
+from support.hub_base import NAME, hub  # noqa: F401
+from support.interrupted_runs import (  # noqa: F401
+    SMALL,
+    amid_an_epoch,
+    assert_like_unbroken,
+    resume,
+    started,
+    wait_for,
+    whole,
+    without_seconds,
+)
+from support.toy import Recorder, Toy, toy_base, train_config
+from support.toy_training import TRAIN, VAL, Greedy, Tight
 
 from raycv.common.environment import code_state, package_version
 from raycv.common.files import array_bytes, read_json, sha256_of, write_json
@@ -462,8 +469,6 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_state(tmp_path):
 
 # --- A run -----------------------------------------------------------------------------------------------------------
 
-SMALL = ["experiment=quickstart", "cv.folds=2", "train.epochs=3", "train.checkpoint_minutes=0.01"]
-
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
@@ -600,7 +605,7 @@ def test_an_edited_config_is_refused(left):
     assert "1 fault" in str(caught.value)
 
 
-def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hub):  # noqa: F811
+def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hub):
     base = read_json(left.environment)["base_model"]
     files = {name: (ROOT / "models/tiny_llama" / name).read_bytes() for name in base["files"]}
     then, now = hub.add(NAME, files), hub.add(NAME, {**files, "README.md": b"new"})
@@ -955,46 +960,6 @@ def test_the_command_is_quoted_for_the_shell(tmp_path, monkeypatch):
     ]
 
 
-def points(folder):
-    """(run name, metric, step) of every point in the MLflow database of `folder`."""
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
-        rows = connection.execute("SELECT r.name, m.key, m.step FROM metrics m JOIN runs r USING (run_uuid)").fetchall()
-    return sorted(rows)
-
-
-def without_seconds(value):
-    if isinstance(value, dict):
-        return {key: without_seconds(part) for key, part in value.items() if key not in ("seconds", "finished")}
-    return [without_seconds(part) for part in value] if isinstance(value, list) else value
-
-
-RUN = [*SMALL, "run.name=mine", "cv.max_concurrent=1", "resources.cpus_per_fold=1"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    result = raycv("run", *RUN, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
-
-
-def started(folder, *more, **environment):
-    """The same run in `folder`."""
-    return background(folder, *RUN, *more, **environment)
-
-
-def wait_for(process, folder, there):
-    """Until `there()` holds, while the run goes on."""
-    wait_until(there, process, folder / "out", seconds=1200)
-
-
-def amid_an_epoch(fold):
-    """Whether the newest state of `fold` lies within an epoch, another behind it."""
-    return any(path.name > "000001" and not path.name.endswith("-000000000") for path in fold.state.glob("0*"))
-
-
 def send_amid_the_second_fold(folder, sent):
     """Runs until fold 1 is in the middle of an epoch, sends `sent` to all processes, and waits until all are gone."""
     with started(folder) as process:
@@ -1004,38 +969,6 @@ def send_amid_the_second_fold(folder, sent):
         code = process.wait(timeout=300)
     psutil.wait_procs(family, timeout=60)
     return code
-
-
-def resume(folder, *words, kept=None):
-    """Goes on with the run in `folder`; returns what that says. Its finished folds, or `kept`, are not touched."""
-    run = RunFolder(folder / "runs" / "mine")
-    kept = {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept or run.finished(2)}
-    result = raycv("run", *words, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"Resuming run mine: {len(kept)} finished fold" in result.stdout
-    assert kept == {fold: run.fold(fold).result.stat().st_mtime_ns for fold in kept}
-    return result.stdout
-
-
-def assert_like_unbroken(folder, whole):
-    """Files, numbers and weights of the run in `folder` are those of the one in `whole`, and so is MLflow."""
-    run, expected = RunFolder(folder / "runs" / "mine"), RunFolder(whole / "runs" / "mine")
-    for fold in range(2):
-        one, other = run.fold(fold), expected.fold(fold)
-        names = {"result.json", "predictions.csv", "epoch_scores.npy", "checkpoint"}
-        assert {path.name for path in one.root.iterdir()} == names
-        assert without_seconds(read_json(one.result)) == without_seconds(read_json(other.result))
-        assert one.predictions.read_bytes() == other.predictions.read_bytes()
-        assert one.epoch_scores.read_bytes() == other.epoch_scores.read_bytes()
-        weights = "adapter_model.safetensors"
-        assert (one.checkpoint / weights).read_bytes() == (other.checkpoint / weights).read_bytes()
-    assert without_seconds(read_json(run.report)) == without_seconds(read_json(expected.report))
-    assert run.pairs.read_bytes() == expected.pairs.read_bytes()
-    assert run.near_duplicates.read_bytes() == expected.near_duplicates.read_bytes()
-    assert {path.name for path in run.root.iterdir()} == {path.name for path in expected.root.iterdir()}
-    assert statuses(folder) == {"mine": "FINISHED", "fold_0": "FINISHED", "fold_1": "FINISHED"}
-    assert points(folder) == points(whole)
-    assert len(points(folder)) == len(set(points(folder)))
 
 
 @pytest.mark.core

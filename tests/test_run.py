@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from commands import ROOT, raycv
-from pages import python_blocks, undocumented
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
+from support.commands import ROOT, raycv
+from support.pages import python_blocks, undocumented
 
 from raycv.config.schema import RunConfig
 from raycv.config.validation import fields

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from builders import tiny_llama
-from test_base import Planted
-from test_infer import make_run
+from support.builders import tiny_llama
+from support.hub_base import Planted
+from support.trained_runs import make_run
 
 from raycv.config.command_line import run_command
 from raycv.config.schema import InferConfig

@@ -13,9 +13,9 @@ import ray.serve.context
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
-from test_api import call
-from test_serve import CANARY, SERVER, save_toy
-from toy import positions
+from support.http_calls import call
+from support.toy import positions
+from support.trained_runs import CANARY, SERVER, save_toy
 
 from raycv.config.command_line import compose
 from raycv.config.schema import InferConfig, ServeConfig

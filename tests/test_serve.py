@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from builders import no_gpu
-from commands import heed_sigint, processes_with
-from toy import Toy, toy_base
+from support.builders import no_gpu
+from support.commands import heed_sigint, processes_with
+from support.toy import Toy, toy_base
+from support.trained_runs import CANARY, FINISHED, SERVER, save_toy
 
-from raycv.common.files import write_json
 from raycv.common.secrets import mask_secrets
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig, ServerConfig
@@ -29,39 +29,14 @@ from raycv.serving.discovery import PATTERN, is_loopback
 from raycv.serving.fingerprint import files_of
 from raycv.serving.settings import listening, on_one_device
 
-CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
-FINISHED = "2026-03-01T10:00:00Z"
 START_SECONDS = 300
-SERVER = {
-    "host": "127.0.0.1",
-    "port": 0,
-    "token": None,
-    "replicas": 1,
-    "max_replicas": 1,
-    "cpus_per_replica": "auto",
-    "gpus_per_replica": "auto",
-    "max_queued": 4,
-    "batch_wait_ms": 2.0,
-    "max_pairs": 8,
-    "max_post_characters": 1000,
-    "max_body_bytes": 20000,
-}
 
 
 def environment(home: Path) -> dict[str, str]:
     """A user's: Ray's session in a folder that the test can read through."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY")}
     return {**kept, "RAY_TMPDIR": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def save_toy(folder: Path) -> Path:
-    """A checkpoint, in a finished run, with three criteria; its scores mean nothing."""
-    fold = folder / "toy" / "fold_0"
-    fold.mkdir(parents=True)
-    write_json(folder / "toy" / "report.json", {"finished": FINISHED})
-    toy = Toy(toy_base(fold))
-    return toy.save_with_criteria(fold, toy.model())
 
 
 class Served:

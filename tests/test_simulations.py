@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
-from studies import study_of
+from support.studies import study_of
 
 from raycv.evaluation.bootstrap import interval, resample
 from raycv.evaluation.measures import Counts, ThresholdCounts, label_metrics

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import python_blocks
 from sklearn.model_selection import StratifiedGroupKFold
+from support.pages import python_blocks
 
 from raycv.data.dataset import load_dataset
 from raycv.data.splits import Split, make_splits, positives_table, splits_record

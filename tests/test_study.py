@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import pytest
-from test_tracking import fold_result
-from toy import toy_dataset
+from support.mlflow_runs import fold_result
+from support.toy import toy_dataset
 
 from raycv.common.files import array_bytes, write_json
 from raycv.data.dataset import data_hash

@@ -11,14 +11,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from builders import tiny_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_api import api, call
-from test_client import checkpoint, config, scorer  # noqa: F401
-from test_infer import NASTY
-from test_serve import save_toy
-from toy import Toy, prompt_config
+from support.builders import tiny_llama
+from support.http_calls import api, call
+from support.scorers import checkpoint, config, scorer  # noqa: F401
+from support.toy import Toy, prompt_config
+from support.trained_runs import NASTY, save_toy
 
 from raycv.config.command_line import without_verbatim
 from raycv.config.schema import InferConfig, InferenceConfig
@@ -114,7 +113,7 @@ def test_from_a_file_of_many_to_the_model(infer, tmp_path, ending):
 
 
 @pytest.mark.long
-def test_from_the_client_into_the_body_of_its_request(scorer, checkpoint, tmp_path):  # noqa: F811
+def test_from_the_client_into_the_body_of_its_request(scorer, checkpoint, tmp_path):
     for post, criterion in PAIRS:
         asked = config(checkpoint, tmp_path, server=scorer.url)
         assert ask(asked, [Question(post, criterion)], print) is not None

@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from support.toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
+from support.toy_training import TRAIN, VAL, Greedy, state
 from torch import nn
 from torch.nn import functional
-from toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
 from raycv.errors import UserError
 from raycv.training import loop as train
@@ -16,9 +17,6 @@ from raycv.training.forward import Batch
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS, binary_metrics, tune_threshold
 from raycv.training.steps import cross_entropy, epoch_order
-
-TRAIN = np.arange(30)
-VAL = np.arange(30, 48)
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +28,6 @@ def trainer(toy, model=None, recorder=None, precision="fp32", **changes):
     model = model if model is not None else toy.model()
     changes = {"packing": False} | changes  # test_packing.py has the other way
     return FoldTrainer(model, toy.encoded, train_config(**changes), precision, recorder or Recorder())
-
-
-def state(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-class Greedy(nn.Module):
-    """A model that asks the real allocator for more than any machine has when a batch is larger than `limit`.
-
-    `after`: calls that still succeed whatever their size, so that memory runs out in the middle of a step.
-    """
-
-    def __init__(self, inner, limit, after=0):
-        super().__init__()
-        self.inner, self.limit, self.after, self.calls, self.seen = inner, limit, after, 0, []
-
-    def get_base_model(self):
-        return self.inner.get_base_model()
-
-    def forward(self, input_ids, attention_mask):
-        self.calls += 1
-        if self.training and self.calls > self.after and len(input_ids) > self.limit:
-            torch.empty(2**60)
-        self.seen.append(len(input_ids))
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def test_first_loss_is_near_ln_2_and_training_lowers_it(toy):

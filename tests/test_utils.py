@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import files_of_a_gpu
+from support.builders import files_of_a_gpu
 
 import raycv
 from raycv import __version__

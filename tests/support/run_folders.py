@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from studies import simulated
 
 from raycv.common.files import write_json, write_text
 from raycv.evaluation.study import Study
@@ -13,6 +12,7 @@ from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder
 from raycv.training.metrics import binary_metrics, tune_threshold
+from support.studies import simulated
 
 
 def noisy(run: str, separation: float, seed: int = 0, posts: int = 60) -> Study:

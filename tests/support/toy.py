@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builders import tiny_llama, wordlevel_tokenizer
 
 from raycv.config.schema import DoraConfig, ModelConfig, PromptConfig, TrainConfig
 from raycv.data.dataset import criteria_hash
@@ -19,6 +18,7 @@ from raycv.model.checkpoint import CheckpointInfo, save_checkpoint
 from raycv.model.loading import load_classifier, load_tokenizer
 from raycv.prompts.encoder import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
 from raycv.utils import set_seed
+from support.builders import tiny_llama, wordlevel_tokenizer
 
 WORDS = [f"w{i}" for i in range(12)]
 FRAME = [

@@ -11,7 +11,7 @@ PLACES |= {"<name>": r"\w+", "<number>": r"\d+"}
 
 def page(name: str) -> str:
     """The text of `docs/<name>`."""
-    return (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
 
 
 def python_blocks(name: str) -> list[str]:
