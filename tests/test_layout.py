@@ -160,9 +160,16 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_nobody_imports_a_private_name() -> None:
-    outside = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")]
+    outside = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
     for path in [*MODULES.values(), *outside]:
         assert private_names(path) == set(), path
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests share is in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not [name for name in names if name.startswith("test_")], path
 
 
 LIBRARIES = ("ray", "huggingface_hub", "mlflow", "transformers", "peft")
