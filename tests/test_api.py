@@ -7,7 +7,7 @@ import re
 
 import pytest
 from starlette.exceptions import HTTPException
-from support.http_calls import LIMITS, api, call
+from support.http_calls import api, call
 
 from raycv.errors import UserError
 from raycv.inference.questions import Question
@@ -15,8 +15,6 @@ from raycv.serving.http_api import Gate, Overloaded, TooManyPairsError
 
 CANARY = "quokkacanary"
 TOKEN = "a-token-of-the-tests"
-LIMITS |= {"cpus_per_replica": "auto", "gpus_per_replica": "auto", "max_queued": 4, "batch_wait_ms": 2.0}
-LIMITS |= {"max_pairs": 8, "max_post_characters": 1000, "max_body_bytes": 20000}
 
 
 def test_one_pair_is_many_of_one():

@@ -35,7 +35,6 @@ from raycv.tracking.lookup import LOCAL_URI
 
 MARCH = "2026-03-01T10:00:00Z"
 QUESTION = Question("I lie awake", "A.4")
-ANSWER |= {"model": {"run": "some", "fold": 0, "base": "base"}}
 
 
 def announce(scorer, runs: Path, **changes) -> Path:

@@ -10,6 +10,8 @@ ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": No
 
 
 LIMITS = {"host": "127.0.0.1", "port": 0, "token": None, "replicas": 1, "max_replicas": 1}
+LIMITS |= {"cpus_per_replica": "auto", "gpus_per_replica": "auto", "max_queued": 4, "batch_wait_ms": 2.0}
+LIMITS |= {"max_pairs": 8, "max_post_characters": 1000, "max_body_bytes": 20000}
 
 
 class Echo:

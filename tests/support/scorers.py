@@ -14,6 +14,7 @@ from raycv.model.checkpoint import MANIFEST
 from raycv.serving.fingerprint import fingerprint, stamps_of
 
 ANSWER = {"label": "matched", "score": 0.5, "threshold": 0.5, "criterion_id": "A.4", "truncated": False}
+ANSWER |= {"model": {"run": "some", "fold": 0, "base": "base"}}
 
 
 class FakeScorer(ThreadingHTTPServer):
