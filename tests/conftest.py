@@ -19,6 +19,8 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("support")
 
+from support.interrupted_runs import whole  # noqa: F401, E402
+
 # The same examples in every run: a commit passes everywhere or nowhere. A search for new ones:
 # pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True)

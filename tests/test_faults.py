@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 from support.commands import statuses
-from support.interrupted_runs import amid_an_epoch, assert_like_unbroken, resume, started, wait_for, whole  # noqa: F401
+from support.interrupted_runs import amid_an_epoch, assert_like_unbroken, resume, started, wait_for
 
 from raycv.results.run_folder import RunFolder
 

@@ -23,14 +23,13 @@ from filelock import FileLock
 from support.builders import tiny_llama
 from support.commands import ROOT, raycv, statuses
 from support.hub_base import NAME, hub  # noqa: F401
-from support.interrupted_runs import (  # noqa: F401
+from support.interrupted_runs import (
     SMALL,
     amid_an_epoch,
     assert_like_unbroken,
     resume,
     started,
     wait_for,
-    whole,
     without_seconds,
 )
 from support.toy import Recorder, Toy, toy_base, train_config

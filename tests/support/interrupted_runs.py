@@ -2,7 +2,6 @@
 
 import contextlib
 import sqlite3
-from functools import cache
 
 import pytest
 
@@ -31,13 +30,7 @@ RUN = [*SMALL, "run.name=mine", "cv.max_concurrent=1", "resources.cpus_per_fold=
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing interrupted."""
-    return _whole(tmp_path_factory)
-
-
-@cache
-def _whole(tmp_path_factory):
-    # Each module that imports the fixture has one of its own, and the run takes a minute.
+    """The folder of a run that nothing interrupted. `conftest.py` has it, so that all tests share one."""
     folder = tmp_path_factory.mktemp("whole")
     result = raycv("run", *RUN, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
