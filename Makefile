@@ -54,7 +54,7 @@ test-versions: lowest-direct.versions highest.versions
 %.versions: install
 	@test -x $(UV) || { $(PYTHON) -m venv .venv/.uv && .venv/.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VERSIONS)/$*
-	$(UV) pip compile --quiet --extra dev --resolution $* --python $(BIN)/python --output-file $(VERSIONS)/$*.txt pyproject.toml
+	$(UV) pip compile --quiet --extra dev --extra docs --resolution $* --python $(BIN)/python --output-file $(VERSIONS)/$*.txt pyproject.toml
 	$(UV) pip install --quiet --python $(VERSIONS)/$* --requirement $(VERSIONS)/$*.txt
 	$(UV) pip install --quiet --python $(VERSIONS)/$* --no-deps --editable .
 	$(VERSIONS)/$*/bin/python -m pytest $(PARALLEL) --ignore tests/test_supply.py -m "not slow and not ray"
