@@ -78,7 +78,7 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "Put a good copy back, or train that fold again.",
     ),
     "run-missing": (
-        "There is no such run, fold or checkpoint in the folder or store.",
+        "The folder or store lacks that run, fold or checkpoint.",
         "Choose one that the message lists, or name the folder that holds it.",
     ),
     "run-exists": (
@@ -94,7 +94,7 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "Put a good copy in its place; MLflow may have one.",
     ),
     "run-failed": (
-        "One or more folds failed or are not finished, so there is no report.",
+        "One or more folds failed or are not finished, so raycv made no report.",
         "Fix the cause that the message names, and resume the run.",
     ),
     "runs-differ": (
@@ -158,7 +158,7 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "Correct the path, the format or the columns that the message names.",
     ),
     "input-empty": (
-        "There is no post or criterion to answer.",
+        "The question lacks a post or a criterion.",
         "Give the text of a post and a criterion.",
     ),
     "criterion-unknown": (

@@ -114,7 +114,7 @@ def errors_page() -> str:
         "Each error ends with its kind, a short name that stays the same when the wording changes:",
         "",
         "```text",
-        str(UserError("There is no run in /data/runs.", kind="run-missing", remedies=["run=<name>"])),
+        str(UserError("The folder /data/runs holds no run.", kind="run-missing", remedies=["run=<name>"])),
         "```",
         "",
         "- An error that reports several faults names each of their kinds once.",

@@ -232,7 +232,7 @@ def test_a_table_is_the_same_in_each_form():
     assert list(csv.reader(io.StringIO(csv_of(table)))) == [
         ["name", "value", "value_low", "value_high", "rest"],
         ["x|y", "0.5", "0.25", "0.75", "-0.5"],
-        ["'-1", "", "", "", ""],
+        ["-1", "", "", "", ""],
         ["'\t=2", "0.25", "", "", "1.0"],
     ]
     assert markdown_of(table).splitlines()[2:] == [

@@ -121,7 +121,7 @@ class Run:
                 `tuned_in_fold` (on the fold itself, which flatters) or `fixed` (0.5).
 
         Raises:
-            UserError: A fold is not finished, a file is damaged, or there is no such operating point.
+            UserError: A fold is not finished, a file is damaged, or the operating point is unknown.
         """
         import pandas as pd
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,15 @@ from raycv.common.files import unwritable, write_bytes
 from raycv.errors import UserError
 from raycv.rendering.escapes import for_spreadsheet
 
-_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
-
-
-def guarded(cell: Any) -> Any:
-    """Returns a text that a spreadsheet would run with an apostrophe before it. Numbers stay as they are."""
-    return for_spreadsheet(cell) if isinstance(cell, str) and not _NUMBER.fullmatch(cell) else cell
-
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Returns a CSV table with guarded cells. An undefined value (None) becomes an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([guarded(row.get(column)) for column in columns] for row in rows)
+    for row in rows:
+        cells = map(row.get, columns)
+        writer.writerow([for_spreadsheet(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()
 
 

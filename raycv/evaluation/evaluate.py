@@ -114,7 +114,7 @@ METHODS = {
     },
     "notes": [
         "Intervals are percentile intervals at 95 % over bootstrap draws of whole posts.",
-        "Draws in which a value is undefined are counted. Above 5 % of them there is no interval.",
+        "raycv counts the draws in which a value is undefined. Above 5 % of them, raycv gives no interval.",
         "A fold's threshold comes from scores of models that trained on this fold, so it is not wholly independent.",
         "In 2,000 simulated studies, 95 % intervals of F1 at cross_fold held the truth 94.0 % of the time with the "
         "threshold held fixed, and 97.8 % with the threshold chosen again.",

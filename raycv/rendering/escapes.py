@@ -10,6 +10,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
 } | {character: "\\" + character for character in "&%$#_{}"}  # fmt: skip
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
@@ -41,7 +42,9 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def for_spreadsheet(text: str) -> str:
-    """Returns a text that no spreadsheet runs as a formula."""
+    """Returns a text that no spreadsheet runs as a formula. A number stays as it is."""
+    if _NUMBER.fullmatch(text):
+        return text
     # A spreadsheet skips spaces before a formula.
     runs = text.lstrip(" \t\r\n").startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n"))
     return "'" + text if runs else text
