@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from support.malformed_config import MALFORMED
 
 import raycv
-from raycv.config.command_line import compose
+from raycv.config.command_line import compose, for_hydra, quoted, without_verbatim
+from raycv.config.plain import plain_question, plain_values
 from raycv.config.schema import (
     AggregateConfig,
     CompareConfig,
@@ -706,3 +710,134 @@ def test_the_default_of_a_group_can_be_given(tmp_path: Path) -> None:
 
 def test_an_option_that_there_is_not_names_the_way_to_say_it(tmp_path: Path) -> None:
     assert "say train.epochs=3" in refused(tmp_path, "--epochs", "3")
+
+
+# --- Without Hydra and pydantic --------------------------------------------------------------------------------------
+
+
+def by_hydra(command: str, overrides: Sequence[str]) -> Any:
+    """What Hydra composes; the error that it raises if it cannot."""
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose(command, list(overrides)), resolve=True, throw_on_missing=True)
+    except Exception as error:  # noqa: BLE001  (Hydra raises many types)
+        return error
+
+
+@pytest.mark.parametrize("command", sorted(SCHEMAS.keys() - {"compare", "synthesize"}))
+def test_the_defaults_of_a_command_are_those_that_hydra_composes(command: str) -> None:
+    found = plain_values(command, [])
+    assert found is not None
+    assert found == by_hydra(command, [])
+
+
+def test_values_that_must_be_given_are_left_to_hydra() -> None:
+    assert plain_values("compare", []) is None
+    shown_ones = plain_values("compare", [], missing_ok=True)
+    assert shown_ones is not None
+    assert shown_ones["runs"] == "???"
+    assert plain_values("synthesize", ["++out='x'"]) == by_hydra("synthesize", ["++out='x'"])
+
+
+TEXTS = (
+    "null", "true", "NULL", "nan", "???", "${dir}", "$x", "latest", "runs/a b", "1e5", "0x1", "~/a", "-", "", "é",
+    "a\\", "a\\'b", "\\", "'", "a\nb", "\t", "a=b,c", "[a", "{a: [b", "(x)", '"', "#a", "a\0b",
+)  # fmt: skip
+"""As people write them, and what Hydra's grammar and YAML may make of others."""
+BARE = (
+    "null", "true", "True", "off", "5", "05", "0", "-0", "-3", "1_000", "0x10", "1.50", "01.5", "1e-3", ".5", "5.",
+    "nan", "inf", "best", "a", "a.b", "best2", "[1]", "{a:1}", "''", '"a"', "", "~", "???", "${dir}", "9" * 18,
+    "9" * 30, "0.10",
+)  # fmt: skip
+"""Values without quotes."""
+
+
+def check_composed_alike(*overrides: str) -> None:
+    found = plain_values("infer", overrides)
+    if found is not None:
+        by_both = by_hydra("infer", overrides)
+        assert isinstance(by_both, dict), by_both
+        # The text shows types too, and NaN as equal to itself.
+        assert repr(sorted(found.items())) == repr(sorted(by_both.items()))
+
+
+@pytest.mark.parametrize("value", [*map(quoted, TEXTS), *BARE])
+def test_a_value_is_read_as_hydra_reads_it(value: str) -> None:
+    check_composed_alike(f"++fold={value}")
+
+
+KEYS_GIVEN = [
+    *(key for key, _ in fields(InferConfig)), "infer.x", "nokey", "a.b", "run.x", "hydra.job.name", "defaults", "post.x"
+]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from(KEYS_GIVEN), st.sampled_from([*map(quoted, TEXTS), *BARE])), max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_values_are_composed_as_hydra_composes_them(given_values: list[tuple[str, str]]) -> None:
+    check_composed_alike(*(f"++{key}={value}" for key, value in given_values))
+
+
+ASKED = {
+    "run": ["latest", "runs/a", "a b", "../x", "null", "a" * 200, "s3://b", "/a/b", "-x", "a:b", "~/a", "é", ""],
+    "fold": ["best", "ensemble", "0", "3", "-1", "03", "1.0", "null", "none", "99999999"],
+    "output": ["text", "json", "x.csv", "null"],
+    "dir": ["runs", "/a", "", "x:/y", "${oc.env:HOME}"],
+    "server": ["auto", "none", "http://localhost:8000", "", "x"],
+    "post_file": ["-", "a.txt", "null", "a\0b"],
+    "base": ["null", "a/b", "raycv://models/tiny_llama", "null"],
+    "criteria_dir": ["null", "data"],
+    "infer.device": ["auto", "cpu", "cuda", "null"],
+    "infer.precision": ["auto", "fp32", "bf16", "int8", "fp16"],
+    "infer.batch_size": ["1", "16", "0", "-1", "1.5", "01", "9999999999", "auto"],
+    "tracking.uri": ["none", "null", "sqlite:///x.db", "bad"],
+    "tracking.experiment": ["a", "", "a b", "null"],
+    "input": ["null", "a.csv"],
+    "engine": ["local", "ray", "null"],
+    "missing": ["empty", "text", "no"],
+    "post": ["I lie awake, always: {a} ${b} 'x' \\", "", "null", "\udcff", "a\0b"],
+    "criterion": ["A.4", "", "[x", "null"],
+    "nokey": ["1"],
+    "infer": ["default"],
+    "~run": ["a"],
+    "+run": ["a"],
+    "--run": ["a"],
+}
+ASKED_WORDS = [f"{key}={value}" for key, values in ASKED.items() for value in values] + ["-h", "word", "run"]
+RUN_FOLDERS = [None, "runs", "", "a b", "x:/y", "${dir}", "???", "$x"]
+
+
+def check_asked_alike(words: list[str], runs: str | None = None) -> None:
+    """Whatever is taken without the schema is taken with it, with the same values: nothing that it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if runs is not None:
+            patch.setenv("RAYCV_RUN_DIR", runs)
+        config = plain_question(words)
+        if config is None:
+            return
+        typed, verbatim = without_verbatim(words, InferConfig)
+        composed = by_hydra("infer", for_hydra(typed, InferConfig))
+    assert isinstance(composed, dict), composed
+    full = validate(InferConfig, composed | verbatim)
+    named = {key: vars(value) if hasattr(value, "__dict__") else value for key, value in vars(config).items()}
+    assert named == full.model_dump()
+
+
+def test_each_word_of_a_question_is_taken_or_left_to_the_schema() -> None:
+    for word in ASKED_WORDS:
+        check_asked_alike([word])
+    for runs in RUN_FOLDERS:
+        check_asked_alike(["post=a"], runs)
+
+
+@given(st.lists(st.sampled_from([*ASKED_WORDS, "post=a", "criterion=A.4"]), max_size=4), st.sampled_from(RUN_FOLDERS))
+@settings(max_examples=100, deadline=None)
+def test_a_question_without_schema_and_hydra_is_the_one_with_both(words: list[str], runs: str | None) -> None:
+    check_asked_alike(words, runs)
+
+
+def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
+    config = plain_question(["run=a", "fold=2", "criterion=A.4", "post=${x} null, 'a'", "infer.device=cpu"])
+    assert config is not None
+    assert (config.run, config.fold, config.criterion, config.post) == ("a", 2, "A.4", "${x} null, 'a'")
+    assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
+    assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None

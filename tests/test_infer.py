@@ -160,6 +160,31 @@ def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
     assert (refused.returncode, refused.stdout) == (2, b"")
 
 
+LATER = "mlflow sqlalchemy fastapi pandas"
+NEVER = "sklearn scipy ray hydra omegaconf"
+
+
+@pytest.mark.core
+@pytest.mark.slow
+def test_a_cold_answer_is_printed_before_what_it_does_not_need_is_imported(run):
+    words = [f"run={run}", f"dir={run.parent}", "server=none", "post=w0", "criterion=C0", "output=json"]
+    command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", *words]
+    # One pipe for both streams keeps the order of the answer and of the imports that Python reports.
+    done = subprocess.run(
+        command, cwd=run.parent, env=users_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    before, answer, after = (
+        {line.rpartition("|")[2].strip() for line in part.splitlines()}
+        for part in done.stdout.decode().partition('{"label"')
+    )
+    assert answer
+    assert {"torch", "transformers", "peft"} <= before
+    assert not before & {*LATER.split(), *NEVER.split()}
+    assert "mlflow" in after
+    assert not after & {"ray", "hydra", "omegaconf"}
+
+
 @pytest.mark.parametrize("typed", ["/post={}", "9post={}", "~post={}", "post@x={} [a", "hydra.post='{} [x"])
 def test_a_text_behind_a_mistyped_key_is_not_repeated(run, monkeypatch, capsysbinary, typed):
     code, printed = run_here(monkeypatch, capsysbinary, typed.format(f"{CANARY} it's"), "server=none")

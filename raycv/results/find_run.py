@@ -5,14 +5,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from raycv.common.environment import recorded_moment
-from raycv.config.schema import RunConfig
-from raycv.config.validation import validate
+from raycv.config.plain import SafeLoader
 from raycv.errors import FaultsError, UserError, first_of, shown
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, read_record
+
+if TYPE_CHECKING:
+    from raycv.config.schema import RunConfig
 
 LATEST = "latest"
 MOST_NAMES = 5
@@ -97,7 +100,7 @@ def folds_of(config_file: Path) -> int:
         UserError: Its config cannot be read, or does not hold the number.
     """
     try:
-        return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+        return int(yaml.load(config_file.read_text(encoding="utf-8"), SafeLoader)["cv"]["folds"])
     except OSError as error:
         raise UserError(f"{config_file} cannot be read: {error.strerror}.", kind="run-damaged") from error
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
@@ -123,12 +126,15 @@ def finished_at(folder: RunFolder) -> str | None:
         return None
 
 
-def recorded_config(folder: RunFolder) -> RunConfig:
+def recorded_config(folder: RunFolder) -> "RunConfig":
     """Returns the config of the run in `folder`.
 
     Raises:
         UserError: The config is damaged, cannot be read, or is from another version of raycv.
     """
+    from raycv.config.schema import RunConfig
+    from raycv.config.validation import validate
+
     remedies = [GOOD_COPY, AFRESH]
     try:
         values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))

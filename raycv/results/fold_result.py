@@ -1,12 +1,11 @@
 """The result of a finished fold, which its file `result.json` holds."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycv.common.files import read_json
+from raycv.common.files import read_json, record_of
 from raycv.common.numerics import FIRST_NUMERICS
 from raycv.errors import UserError
 from raycv.model.checkpoint import MANIFEST
@@ -56,17 +55,11 @@ class FoldResult:
         Raises:
             UserError: The file is missing, damaged, or not a fold's result.
         """
-        from pydantic import TypeAdapter, ValidationError
-
-        # Strict mode refuses a text in place of a number. In it, pydantic makes a dataclass only from JSON, so we pass
-        # JSON.
-        values = json.dumps(read_json(path))
         try:
-            result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
+            result = record_of(cls, read_json(path))
+        except ValueError as error:
             raise UserError(
-                f"{path} is not a fold result of this version of raycv: {faults}.", kind="run-damaged"
+                f"{path} is not a fold result of this version of raycv: {error}.", kind="run-damaged"
             ) from error
         shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
         if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
