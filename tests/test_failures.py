@@ -28,10 +28,10 @@ from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
 from raycv.cv.pipeline import cross_validate
 from raycv.errors import UserError
+from raycv.rendering.terminal import LiveView
 from raycv.resources.nodes import NodeError, NodeNeeds
 from raycv.resources.survey import survey
 from raycv.results.run_folder import RunFolder
-from raycv.terminal.live_view import LiveView
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -33,11 +33,11 @@ from support.mlflow_runs import config, finished_run, free_port, kill, serving
 from support.toy import FRAME, WORDS, Recorder, Toy, prompt_config, toy_base, toy_dataset, train_config
 
 from raycv.common.files import read_json, write_json
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.data.splits import make_splits
 from raycv.data.types import Pair
 from raycv.errors import UserError
 from raycv.orchestration.fold_worker import save_fold_checkpoint
-from raycv.prompts.encoder import EncodedPairs
 from raycv.results.find_run import find_run, make_newest
 from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.tracking.cross_validation import EPOCH_METRICS, CrossValidationStore
