@@ -1,4 +1,4 @@
-"""Seeds (FR-009), random states, kernels, and the number of raycv's arithmetic: what makes numbers repeat."""
+"""Seeds (FR-009), random states, and what else makes numbers repeat: kernels, versions, number of the arithmetic."""
 
 import os
 import random
