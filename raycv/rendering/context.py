@@ -1,4 +1,4 @@
-"""The sections of a report about its context: slices, calibration, errors, floors, data, set-up, methods, reporting."""
+"""The other sections of a report, with their texts and tables: slices, calibration, floors, data, set-up, methods."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The first sections of a report: verdict, checks, operating points, folds, ranking, threshold, criteria."""
+"""The first sections of a report, with their texts and tables: verdict, checks, operating points, folds, criteria."""
 
 from collections.abc import Sequence
 from typing import Any
