@@ -1,4 +1,4 @@
-"""Chooses the modules that get DoRA, adds a float32 head, freezes everything else."""
+"""Chooses the precision of training and the modules that get DoRA, adds a float32 head, freezes everything else."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""The first sections of a report, with their texts and tables: verdict, checks, operating points, folds, criteria."""
+"""The first sections of a report: verdict, checks, operating points, folds, ranking, threshold, criteria."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ MOST_ROWS = 26
 """Rows of a curve's table in the page. The CSV file has every point."""
 
 
-def performance_sections(evaluation: dict[str, Any], warnings: Sequence[str]) -> list[Section]:
+def first_sections(evaluation: dict[str, Any], warnings: Sequence[str]) -> list[Section]:
     """Returns sections 1 to 7.
 
     Args:
