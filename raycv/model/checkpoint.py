@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from raycv.common.environment import package_version
 from raycv.common.files import read_json, record_of, sha256_of, write_json
 from raycv.common.retry import cause_of
-from raycv.data.parsing import Missing
+from raycv.common.table_reader import Missing
+from raycv.data.prompt_template import TEMPLATE, PromptRules
 from raycv.data.types import LABELS
 from raycv.errors import UserError, counted
-from raycv.prompts.template import TEMPLATE, PromptRules
 
 if TYPE_CHECKING:
     from peft import PeftModel
