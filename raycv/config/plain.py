@@ -77,7 +77,7 @@ def _defaults(configs: Path, name: str) -> dict[str, Any]:
     values = _read(configs / f"{name}.yaml")
     composed: dict[str, Any] = {}
     entries = values.pop("defaults", None)
-    # Hydra's own settings are no keys of the command.
+    # The command has no such section: these settings are Hydra's own.
     values.pop("hydra", None)
     if not isinstance(entries, list) or entries.count("_self_") != 1:
         raise _Unsure
