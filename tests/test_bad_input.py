@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from support.malformed_data import (
 
 from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output
+from raycv.common.locations import check_ray_folder
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError, UserError
@@ -1009,3 +1011,49 @@ def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatc
     assert re.search(r"- (run\.)?dir: must be a path, and this is an address: .*; received 's3://bucket/runs'", said), (
         said
     )
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_for_ray_with_a_path_too_long_for_its_sockets_is_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """The limit is that of Ray: one byte less is not refused here, and Ray says the same."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    longest = 107 - len(f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    monkeypatch.setenv(variable, "/tmp/".ljust(longest, "x"))
+    check_ray_folder()
+    folder = "/tmp/".ljust(longest + 1, "x")
+    monkeypatch.setenv(variable, folder)
+    said = refused("run", "experiment=quickstart")
+    assert f"{variable}={folder} is too long for Ray by 1 byte" in said
+    assert "export RAY_TMPDIR=" in said
+    assert "Kind: cluster-unreachable" in said
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    check_ray_folder()
+
+
+def test_ray_itself_refuses_a_folder_that_is_one_byte_too_long() -> None:
+    # The number of the process is part of the path.
+    code = (
+        "import os, sys, ray;"
+        "n = 107 - len(f'/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store');"
+        "os.environ['RAY_TMPDIR'] = (sys.argv[1] + '/').ljust(n + 1, 'x'); ray.init('local', include_dashboard=False)"
+    )
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        ended = subprocess.run([sys.executable, "-c", code, short], capture_output=True, text=True)
+    refusal = ended.stderr.strip().splitlines()[-1]
+    assert "AF_UNIX path length cannot exceed 107 bytes: " in refusal
+    assert len(refusal.rpartition(": ")[2]) == 108
+
+
+def test_a_folder_for_ray_that_cannot_be_written_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/scratch")
+    said = refused("run", "experiment=quickstart")
+    assert "/proc cannot be written" in said
+    assert "RAY_TMPDIR=/proc/scratch" in said
+    assert "export RAY_TMPDIR=" in said
+    assert "Kind: disk-unwritable" in said

@@ -204,6 +204,28 @@ def test_an_unknown_model_is_refused_at_once(hub):
     assert "hf auth login" in str(caught.value)
 
 
+@pytest.mark.parametrize("hub_is_up", [True, False])
+def test_a_name_without_a_slash_is_first_of_all_a_mistyped_folder(hub, tmp_path, monkeypatch, caplog, hub_is_up):
+    """One attempt, even if the hub does not answer, and the near folder before anything about the hub."""
+    (tmp_path / "mybert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if not hub_is_up:
+        hub.stop()
+    with pytest.raises(UserError) as caught:
+        fetch("mybret")
+    assert caught.value.kind == ("hub-access" if hub_is_up else "hub-unreachable")
+    assert caught.value.what.startswith("mybret is not a folder here")
+    assert str(tmp_path / "mybret") in caught.value.remedies[0]
+    assert "did you mean mybert?" in caught.value.remedies[0]
+    assert len(hub.requests) == hub_is_up
+    assert caplog.messages == []
+
+
+def test_a_name_without_a_slash_may_be_a_model_of_the_hub(hub):
+    hub.add("gpt2", REPO)
+    assert fetch("gpt2").name == "gpt2"
+
+
 def test_a_bad_token_is_refused_at_once(hub):
     hub.add(NAME, REPO)
     hub.fail("", status=401, X_Error_Message="Invalid credentials in Authorization header")

@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 from support.studies import simulated, study_of
 
+from raycv.analysis.given_scores import given_study
 from raycv.errors import UserError
 from raycv.evaluation.bootstrap import resample, weights_of_draws
 from raycv.evaluation.comparison import compare, detectable, flipped
@@ -168,6 +169,24 @@ def test_runs_on_other_pairs_are_refused_with_the_first_difference(change, fault
     with pytest.raises(UserError, match=re.escape(fault)) as caught:
         compare([study, replace(study, run="b", **change)])
     assert caught.value.kind == "runs-differ"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("001", "1"), ("1", "1.0"), ("123456789012345678", "1.23457E+17"), ("1.2E+17", "121" + "0" * 15)],
+)
+def test_scores_whose_ids_a_program_took_for_numbers_say_so(tmp_path, ours, theirs):
+    study = study_of([0, 1], [0.1, 0.9], [0, 1], run="a")
+    study = replace(study, post_ids=[ours, "p2"])
+    file = tmp_path / "scores.csv"
+    file.write_text(f"post_id,criterion_id,score\n{theirs},A.1,0.5\np2,A.1,0.5\n")
+    with pytest.raises(UserError) as caught:
+        given_study(file, study)
+    assert f"only a has post '{ours}', criterion 'A.1', which the other has as '{theirs}' (1 such pairs)" in str(
+        caught.value
+    )
+    assert caught.value.kind == "data-id"
+    assert "pandas.read_csv(..., dtype=str)" in caught.value.remedies[0]
 
 
 @pytest.mark.parametrize(("names", "baseline"), [(["a"], None), (["a", "a"], None), (["a", "b"], "c"), ([], None)])

@@ -1,5 +1,6 @@
 """The config: every YAML that ships is usable, every fault is named at once, and no user sees a traceback."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -23,7 +24,8 @@ from omegaconf import OmegaConf
 from support.malformed_config import MALFORMED
 
 import raycv
-from raycv.config.command_line import compose, for_hydra, quoted, without_verbatim
+from raycv.config.command_line import compose, compose_checked, for_hydra, quoted, without_verbatim
+from raycv.config.other_names import OTHER_NAMES, WITHOUT_KEY
 from raycv.config.plain import plain_question, plain_values
 from raycv.config.schema import (
     AggregateConfig,
@@ -310,6 +312,61 @@ def test_a_key_of_another_command_names_the_one_here(schema: type[Section], over
         validate(schema, compose(name, [f"+{override}"]))
     assert caught.value.faults[0].startswith(said)
     assert len(caught.value.faults) == 1
+
+
+OTHER_TOOLS = {
+    "learning_rate=1e-4": "train.lr",
+    "train.learning_rate=1e-4": "train.lr",
+    "num_train_epochs=3": "train.epochs",
+    "per_device_train_batch_size=4": "train.batch_size",
+    "gradient_accumulation_steps=4": "train.effective_batch_size",
+    "weight_decay=0.1": "train.weight_decay",
+    "lr_scheduler_type=cosine": "train.schedule",
+    "max_seq_length=512": "prompt.max_length",
+    "lora_r=8": "dora.r",
+    "lora.r=8": "dora.r",
+    "dora.lora_alpha=16": "dora.alpha",
+    "model_name_or_path=x": "model.name",
+    "model_name=x": "model.name",
+    "output_dir=x": "run.dir",
+    "fp16=true": None,
+    "deepspeed=x": None,
+    "model.load_in_4bit=true": None,
+    "dora.use_rslora=true": None,
+}
+
+
+@pytest.mark.parametrize("override", OTHER_TOOLS)
+def test_a_name_of_hugging_face_names_the_key_here_or_says_that_raycv_has_none(override: str) -> None:
+    key, meant = override.partition("=")[0], OTHER_TOOLS[override]
+    with pytest.raises(FaultsError) as caught:
+        compose_checked("run", RunConfig, [override])
+    said = f"did you mean {meant}?" if meant else "raycv has no such setting"
+    assert caught.value.faults == [f"{key}: unknown key; {said}"]
+    assert caught.value.kind == "config-unknown-key"
+
+
+def test_a_command_without_the_key_does_not_offer_it() -> None:
+    with pytest.raises(FaultsError) as caught:
+        compose_checked("infer", InferConfig, ["learning_rate=1e-4"])
+    assert caught.value.faults == ["learning_rate: unknown key; raycv has no such setting here"]
+
+
+def test_every_name_of_another_tool_has_a_key_that_exists_or_none() -> None:
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    keys = {key for schema in (RunConfig, InferConfig) for key, _ in fields(schema)}
+    leaves = {key.rpartition(".")[2] for key in keys}
+    assert set(OTHER_NAMES.values()) <= keys
+    assert not WITHOUT_KEY & (leaves | OTHER_NAMES.keys())
+    theirs = {field.name for one in (TrainingArguments, LoraConfig) for field in dataclasses.fields(one)}
+    # Other versions of these packages have a few others.
+    assert len(theirs - leaves - OTHER_NAMES.keys() - WITHOUT_KEY) < len(theirs) / 10
+
+
+def test_an_option_of_hugging_face_names_the_key_here(tmp_path: Path) -> None:
+    assert "--lora_r (did you mean dora.r?)" in refused(tmp_path, "--lora_r", "8")
 
 
 def test_every_key_of_an_unknown_section_is_named() -> None:

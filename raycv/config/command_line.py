@@ -14,7 +14,7 @@ from raycv.common.locations import bundled
 from raycv.config.plain import plain_values
 from raycv.config.process import run_process, say
 from raycv.config.schema import Section
-from raycv.config.validation import as_yaml, fields, meaning, text_keys, validate, verbatim_keys
+from raycv.config.validation import as_yaml, fields, hint, meaning, text_keys, validate, verbatim_keys
 from raycv.errors import UserError, counted, shown
 
 S = TypeVar("S", bound=Section)
@@ -295,7 +295,11 @@ def _answer(
     options = [part.partition("=")[0] for part in typed]
     if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
-        raise UserError(f"There is no option {', '.join(unknown)}.", kind="config-unknown-key", remedies=remedies)
+        hints = [said for part in unknown if not (said := hint(part.strip("-"), schema)).startswith("the keys here")]
+        meant = f" ({'; '.join(hints)})" if hints else ""
+        raise UserError(
+            f"There is no option {', '.join(unknown)}{meant}.", kind="config-unknown-key", remedies=remedies
+        )
     return None
 
 

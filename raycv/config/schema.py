@@ -125,7 +125,8 @@ class TrainConfig(Section):
         description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
     )
     lr: Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4"
+        description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4; the default is unproven beyond the "
+        "tiny model"
     )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="AdamW's decoupled weight decay")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
@@ -133,7 +134,8 @@ class TrainConfig(Section):
     )
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
+        description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`. "
+        "Patience stops most folds long before"
     )
     imbalance: Literal["weighted_loss", "weighted_sampling", "none"] = Field(
         description="answer to class imbalance; the weights come from the training pairs of the fold"
@@ -382,8 +384,8 @@ class InferConfig(Section):
     )
     post_file: PathText | None = Field(description="file that holds the post (UTF-8); - is standard input")
     input: PathText | None = Field(
-        description="file of many pairs (.csv, .jsonl, .parquet) with a post or text and a criterion or criterion_id a "
-        "row. Without such a column each post is scored for every criterion, or for criterion="
+        description="file of many pairs (.csv, .tsv, .jsonl, .json, .parquet) with a post or text and a criterion or "
+        "criterion_id a row. Without such a column each post is scored for every criterion, or for criterion="
     )
     output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "

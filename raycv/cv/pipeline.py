@@ -8,6 +8,7 @@ from rich.console import Console
 
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
+from raycv.common.locations import check_ray_folder
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import NewRun
 from raycv.cv.open_run import OpenRun
@@ -62,6 +63,7 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         config = run.config
         dataset, splits = load_data(config)
         run.check_data(dataset, splits)
+        check_ray_folder()
         check_base_and_gpu(config)
         announce_data(console, config, dataset, splits)
         # From here on torch and Ray are imported, which takes seconds.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.files import is_full, unwritable
-from raycv.common.retry import ServiceError, call_with_retries, cause_of, is_passing, status_of
+from raycv.common.retry import ATTEMPTS, ServiceError, call_with_retries, cause_of, is_passing, status_of
 from raycv.common.secrets import mask_secrets
 from raycv.errors import UserError, shown
 from raycv.model.base_files import (
@@ -81,11 +81,14 @@ def _listing(name: str, revision: str, base_seconds: float) -> tuple[str, set[st
     """Returns the commit behind `revision`, and the names of the files at the root of that commit."""
     from huggingface_hub import HfApi
 
+    what = f"asking the hub for the files of {name}"
     info = call_with_retries(
-        f"asking the hub for the files of {name}",
+        f"{name} is not a folder here, and {what}" if _may_be_folder(name) else what,
         partial(HfApi().model_info, name, revision=revision),
         kind="hub-unreachable",
         passing=_can_pass,
+        # A mistyped folder must not wait for a hub that does not answer.
+        attempts=1 if _may_be_folder(name) else ATTEMPTS,
         remedies=_without_hub(name, revision),
         base_seconds=base_seconds,
     )
@@ -266,7 +269,11 @@ def explained_hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"model.name={shown(name)} is neither a folder on this machine nor an id on the hub.",
             kind="base-files",
-            remedies=["give a hub id such as klyang/MentaLLaMA-chat-7B", "give the absolute path of a folder"],
+            remedies=[
+                *_near_folders(name),
+                "give a hub id such as klyang/MentaLLaMA-chat-7B",
+                "give the absolute path of a folder",
+            ],
         ) from error
     except OSError as error:
         # Errors of requests and huggingface_hub are instances of `OSError` as well.
@@ -294,10 +301,15 @@ def _refusal(error: OSError, name: str, revision: str | None) -> UserError | Non
             remedies=[f"choose a branch, tag or commit from {url}/commits, or set model.revision=null"],
         )
     if status in (401, 403, 404):
+        what = (
+            f"{name} is not a folder here, and the hub has no such model"
+            if _may_be_folder(name)
+            else f"The hub has no {name}"
+        )
         return UserError(
-            f"The hub has no {name} that you may read (HTTP {status}): it does not exist, or it is private or gated.",
+            f"{what} that you may read (HTTP {status}): it does not exist, or it is private or gated.",
             kind="hub-access",
-            remedies=[f"check the spelling of model.name: does {url} exist?", log_in],
+            remedies=[*_near_folders(name), f"check the spelling of model.name: does {url} exist?", log_in],
         )
     return None
 
@@ -321,10 +333,15 @@ def _disk_fault(error: OSError, name: str, revision: str | None) -> UserError:
     )
 
 
+def _may_be_folder(name: str) -> bool:
+    """Returns whether `name` is most likely a misspelt folder: nearly all ids on the hub have an owner and a slash."""
+    return "/" not in name
+
+
 def _near_folders(name: str) -> list[str]:
     """Returns a remedy for the case that `name` is a misspelt folder; empty if it cannot be one."""
     path = Path(name)
-    if not path.parent.is_dir() or path.parent == Path():
+    if not path.parent.is_dir():
         return []
     names = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir() if each.is_dir()], n=1)
     near = f"; did you mean {path.parent / names[0]}?" if names else ""

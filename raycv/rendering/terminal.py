@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raycv import __version__
+from raycv.common.files import read_json
+from raycv.common.locations import experiment_page
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
@@ -104,6 +106,10 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     )
 
 
+COLUMNS = "metric_mean_f1, metric_std_f1, best_fold; of folds best_f1"
+"""The columns of MLflow's table of runs that are worth opening. It shows none of them at first."""
+
+
 def announce_end(
     console: Console,
     config: RunConfig,
@@ -119,12 +125,16 @@ def announce_end(
         say(console, verdict_lines(evaluation, folder))
     uri = mask_secrets(config.tracking.uri)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    page = experiment_page(uri, read_json(folder.tracking).get("experiment_id", "0"))
     say(
         console,
         f"Report:        {folder.report}\n"
         f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        # On a line of its own, where it fits into 80 columns.
+        f"{page}\n"
+        f"Columns:       {COLUMNS}\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
     activate = Path(sys.executable).parent / "activate"

@@ -12,7 +12,9 @@ from mlflow.exceptions import MlflowException
 
 from raycv.tracking.store import Store
 
-START_TAG = "raycv.start"
+HIDDEN = "mlflow.raycv."
+"""The beginning of tags that only machines read: MLflow's page hides those of `mlflow.`."""
+START_TAG = f"{HIDDEN}start"
 """Marks the call that made a run, so that a retry finds the run if the answer to that call was lost."""
 PARAM_LIMIT, TAG_LIMIT = 6000, 8000
 

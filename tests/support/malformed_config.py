@@ -68,6 +68,7 @@ MALFORMED = [
     ("tracking.uri=mlruns", "received 'mlruns'"),
     ("tracking.uri='file:///x'", "received 'file:///x'"),
     ("tracking.uri='bad://x'", "received 'bad://x'"),
+    ("tracking.uri='http://host:5000/#/experiments/1'", "received 'http://host:5000/#/experiments/1'"),
     ("tracking.uri='http+x://host'", "received 'http+x://host'"),
     ("tracking.uri='sqlite://'", "received 'sqlite://'"),
     ("tracking.uri='sqlite:///'", "received 'sqlite:///'"),
