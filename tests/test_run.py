@@ -342,6 +342,22 @@ def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report, run):
     assert len(parent.inputs.dataset_inputs) == 1
 
 
+def test_mlflow_has_the_best_fold_as_a_model(mlflow_runs, report, run):
+    import mlflow
+
+    client, parent, _ = mlflow_runs
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert (model.name, model.status, model.source_run_id) == ("model", "READY", parent.info.run_id)
+    assert model.tags["raycv.fold"] == str(report["best_fold"])
+    predictions = pd.read_csv(run / f"fold_{report['best_fold']}" / "predictions.csv", dtype={"post_id": str}).head()
+    posts = pd.read_csv(ROOT / "data/sample/posts.csv", dtype=str).set_index("post_id")["post"]
+    pairs = pd.DataFrame(
+        {"post": predictions["post_id"].map(posts).to_list(), "criterion": predictions["criterion_id"].to_list()}
+    )
+    scores = mlflow.pyfunc.load_model(model.artifact_location).predict(pairs)["score"]
+    assert scores.to_numpy() == pytest.approx(predictions["score"].to_numpy(), abs=1e-5)
+
+
 def test_mlflow_has_a_child_per_fold(mlflow_runs, report):
     client, _, children = mlflow_runs
     assert [child.info.run_name for child in children] == [f"fold_{k}" for k in range(FOLDS)]
