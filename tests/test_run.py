@@ -4,6 +4,7 @@ Every number is computed again from `predictions.csv`, independently of the code
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def tokenized(tmp_path_factory):
 def done(tmp_path_factory, tokenized):
     """One quickstart run as a user would start it, in an empty folder."""
     folder = tmp_path_factory.mktemp("quickstart")
-    watched = {"PYTHONPATH": str(tokenized.parent), "TOKENIZED": str(tokenized)}
+    path = os.pathsep.join([str(tokenized.parent), os.environ.get("PYTHONPATH", "")])
+    watched = {"PYTHONPATH": path, "TOKENIZED": str(tokenized)}
     result = raycv("run", "experiment=quickstart", "cv.folds=5", "run.name=first", cwd=folder, **watched)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
