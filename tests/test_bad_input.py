@@ -661,8 +661,8 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["post=a", "run=../../etc"],
         ["run=../../etc: there is no such folder", "Kind: run-missing"],
     ),
-    "not one run": ("infer", ["post=a"], ["There is no run in", "experiment=quickstart", "Kind: run-missing"]),
-    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["There is no run in", "Kind: run-missing"]),
+    "not one run": ("infer", ["post=a"], ["holds no run", "experiment=quickstart", "Kind: run-missing"]),
+    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["holds no run", "Kind: run-missing"]),
     "a table and a post": (
         "infer",
         ["input=a.csv", "post=b", "output=s.csv"],
@@ -676,7 +676,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "scores over a device": (
         "infer",
         ["input=a.csv", "output=/dev/null.csv/x.csv"],
-        ["There is no run in", "Kind: run-missing"],
+        ["holds no run", "Kind: run-missing"],
     ),
     "a dash and a post": ("infer", ["-", "post=a"], ["post and post_file are both given", "Kind: config-value"]),
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'", "Kind: config-value"]),
@@ -734,7 +734,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["input=a.csv", f"output={LONG[:250]}.csv"],
         ["output=a value of 254 characters cannot be written: File name too long", "Kind: disk-unwritable"],
     ),
-    "no run to serve": ("serve", [], ["There is no run in", "experiment=quickstart", "Kind: run-missing"]),
+    "no run to serve": ("serve", [], ["holds no run", "experiment=quickstart", "Kind: run-missing"]),
     "a port that is none": ("serve", ["serve.port=70000"], ["serve.port: ", "received 70000", "Kind: config-value"]),
     "a run to serve with too long a name": (
         "serve",
@@ -764,9 +764,9 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "nothing to compare": ("compare", [], ["runs: must be given", "runs=<value>"]),
     "one run to compare": ("compare", ["runs=[a]"], ["runs: ", "at least 2 items"]),
     "runs in a bucket": ("compare", ["runs=[a,s3:/b]"], ["runs", "must be a path, and this is an address"]),
-    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["There is no run a in", "experiment=quickstart"]),
+    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["holds no run a", "experiment=quickstart"]),
     "another requirement": ("compare", ["runs=[a,b]", "require=worse"], ["require: ", "received 'worse'"]),
-    "the mistakes of no run": ("mistakes", ["run=nothing"], ["There is no run nothing in", "experiment=quickstart"]),
+    "the mistakes of no run": ("mistakes", ["run=nothing"], ["holds no run nothing", "experiment=quickstart"]),
     "no mistakes": ("mistakes", ["most=0"], ["most: ", "received 0 "]),
     "text of no word": ("mistakes", ["text=maybe"], ["text: ", "received 'maybe'"]),
     "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>", "Kind: config-value"]),
@@ -790,7 +790,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "the page of no run": (
         "report",
         ["run=nothing"],
-        ["There is no run nothing in", "experiment=quickstart", "Kind: run-missing"],
+        ["holds no run nothing", "experiment=quickstart", "Kind: run-missing"],
     ),
     "a page with an unknown key": (
         "report",

@@ -208,7 +208,7 @@ def test_faulty_scores_of_others_are_refused(runs, monkeypatch, capsys, change, 
 
 def test_faults_of_the_command_line_and_the_files(runs, monkeypatch, capsys):
     cases = {
-        ("runs=[weak,absent]",): "There is no run absent in",
+        ("runs=[weak,absent]",): "holds no run absent",
         ("runs=[weak]",): "at least 2 items",
         ("runs=[weak,weak]",): "different names",
         ("runs=[weak,strong]", "baseline=absent"): "the baseline must be one of them",

@@ -343,7 +343,7 @@ def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [(["run=nothing"], "mlflow.db does not exist"), ([], "There is no run"), (["run=latest", "rum=3"], "rum")],
+    [(["run=nothing"], "mlflow.db does not exist"), ([], "holds no run"), (["run=latest", "rum=3"], "rum")],
 )
 @pytest.mark.long
 def test_aggregate_without_a_run(tmp_path, overrides, said):

@@ -225,7 +225,7 @@ def test_where_there_is_no_run_of_a_name_those_that_there_are_are_offered(run, t
 
 
 def test_without_a_finished_run_the_quickstart_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)There is no run.*experiment=quickstart"):
+    with pytest.raises(UserError, match=r"(?s)holds no run.*experiment=quickstart"):
         choose("latest", "best", tmp_path, None)
     write_text(tmp_path / "half" / "config.yaml", "cv: {folds: 2}")
     with pytest.raises(UserError, match=r"(?s)No run in .* is finished.*experiment=quickstart"):

@@ -124,7 +124,7 @@ def test_other_data_are_refused_and_the_place_can_be_given(run, monkeypatch, cap
 
 
 def test_faults_and_files_of_others(run, monkeypatch, capsys):
-    assert "There is no run absent in" in mistakes(monkeypatch, capsys, "run=absent")[2]
+    assert "holds no run absent" in mistakes(monkeypatch, capsys, "run=absent")[2]
     Path("mistakes.csv").write_text("mine")
     code, _, err = mistakes(monkeypatch, capsys)
     assert (code, "mistakes.csv exists, and raycv did not write it" in err) == (2, True)

@@ -172,9 +172,9 @@ def test_compare_runs_is_the_command(tmp_path, runs):
     [
         (
             lambda run: raycv.load_run("mime", dir=run.folder.root.parent),
-            r"There is no run mime in(.|\n)*did you mean mine",
+            r"holds no run mime(.|\n)*did you mean mine",
         ),
-        (lambda run: raycv.load_run(dir="nowhere"), "There is no run in .*nowhere"),
+        (lambda run: raycv.load_run(dir="nowhere"), "nowhere holds no run"),
         (lambda run: run.metrics(by="post"), "by=post is not known"),
         (lambda run: run.predictions("pooled"), r"operating_point=pooled is not known(.|\n)*cross_fold"),
         (lambda run: run.predictor(fold="worst"), "fold=worst is not known"),
@@ -250,7 +250,7 @@ def test_the_tutorial_runs_as_written(trained, monkeypatch, tmp_path):
             exec(compile(block, "python.md", "exec"), names)
     matplotlib.pyplot.close("all")
     assert "second" in said.getvalue()
-    assert "There is no run no-such-run in" in said.getvalue()
+    assert "holds no run no-such-run" in said.getvalue()
     assert {path.name for path in tmp_path.iterdir()} == {
         "calibration.svg", "comparison.json", "comparison.csv", "comparison.svg",
     }  # fmt: skip

@@ -4,6 +4,7 @@ Every number is computed again from `predictions.csv`, independently of the code
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def tokenized(tmp_path_factory):
 def done(tmp_path_factory, tokenized):
     """One quickstart run as a user would start it, in an empty folder."""
     folder = tmp_path_factory.mktemp("quickstart")
-    watched = {"PYTHONPATH": str(tokenized.parent), "TOKENIZED": str(tokenized)}
+    path = os.pathsep.join([str(tokenized.parent), os.environ.get("PYTHONPATH", "")])
+    watched = {"PYTHONPATH": path, "TOKENIZED": str(tokenized)}
     result = raycv("run", "experiment=quickstart", "cv.folds=5", "run.name=first", cwd=folder, **watched)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
@@ -341,6 +343,22 @@ def test_mlflow_has_a_parent_with_the_summary(mlflow_runs, report, run):
         assert parent.data.tags[f"mlflow.raycv.fold_{fold}.run_id"] == child.info.run_id
         assert f"/runs/{child.info.run_id}" in parent.data.tags["mlflow.note.content"]
     assert len(parent.inputs.dataset_inputs) == 1
+
+
+def test_mlflow_has_the_best_fold_as_a_model(mlflow_runs, report, run):
+    import mlflow
+
+    client, parent, _ = mlflow_runs
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert (model.name, model.status, model.source_run_id) == ("model", "READY", parent.info.run_id)
+    assert model.tags["raycv.fold"] == str(report["best_fold"])
+    predictions = pd.read_csv(run / f"fold_{report['best_fold']}" / "predictions.csv", dtype={"post_id": str}).head()
+    posts = pd.read_csv(ROOT / "data/sample/posts.csv", dtype=str).set_index("post_id")["post"]
+    pairs = pd.DataFrame(
+        {"post": predictions["post_id"].map(posts).to_list(), "criterion": predictions["criterion_id"].to_list()}
+    )
+    scores = mlflow.pyfunc.load_model(model.artifact_location).predict(pairs)["score"]
+    assert scores.to_numpy() == pytest.approx(predictions["score"].to_numpy(), abs=1e-5)
 
 
 def test_mlflow_has_a_child_per_fold(mlflow_runs, report):

@@ -120,6 +120,8 @@ def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
     for again in (["tracking_uri=sqlite:///new.db"], []):
         logged = raycv("aggregate", "run=mine", *again, cwd=tmp_path)
         assert logged.returncode == 0, logged.stderr
+        # Its checkpoint holds no weights.
+        assert "Warning: the model of the best fold is not in MLflow: " in logged.stdout
         store = CrossValidationStore(f"sqlite:///{tmp_path}/new.db")
         parent_id = read_json(folder.tracking)["parent_run_id"]
         parent = store.run(parent_id)

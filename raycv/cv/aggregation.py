@@ -38,6 +38,7 @@ def aggregate(config: AggregateConfig) -> None:
 
 def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, Any], str]:
     from raycv.tracking.cross_validation import flat_params
+    from raycv.tracking.model import log_best_fold
 
     folds = folds_of(folder.config)
     try:
@@ -54,8 +55,10 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     store.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
     store.log_report(parent_id, report, folder)
+    why = log_best_fold(store, parent_id, folder, report)
     store.finish(parent_id, "FINISHED")
-    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}"
+    without = "" if why is None else f"\nWarning: the model of the best fold is not in MLflow: {why}"
+    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}{without}"
 
 
 def _again(folder: RunFolder) -> str:

@@ -101,15 +101,22 @@ class OpenRun:
             return None
 
     def log(self, report: dict[str, Any]) -> None:
-        """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
+        """Logs the summary, the folds that MLflow lacks, and the best fold as a model; only warns if MLflow refuses."""
+        from raycv.tracking.model import log_best_fold
+
+        lacking = "the summary is not in MLflow"
         try:
             self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
             self.store.log_report(self.parent_id, report, self.folder)
             if self.make_ready is not None:
                 self.store.log_files(self.parent_id, [self.folder.environment])
+            lacking = "the model of the best fold is not in MLflow"
+            why = log_best_fold(self.store, self.parent_id, self.folder, report)
         except UserError as error:
+            why = error.what
+        if why is not None:
             later = f"Log it later: {aggregate_command(self.folder)}"
-            say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
+            say(self.console, f"Warning: {lacking}: {why}\n{later}", "yellow")
 
     def _what_is_left(self) -> str:
         """Tells what to type after a run that stopped early."""

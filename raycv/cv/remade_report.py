@@ -23,7 +23,7 @@ def make_page(config: ReportConfig) -> None:
     folder = find_run(runs, config.run)
     if folder is None:
         raise UserError(
-            f"There is no run {config.run} in {runs.absolute()}.",
+            f"{runs.absolute()} holds no run {config.run}.",
             kind="run-missing",
             remedies=runs_there(runs, config.run),
         )

@@ -24,7 +24,7 @@ def read_question(config: "InferConfig") -> Question:
     """Reads the question that the user asks.
 
     Raises:
-        UserError: There is no post, or there are two. The file cannot be read. The format of the output is unknown.
+        UserError: No post is given, or two are. The file cannot be read. The format of the output is unknown.
     """
     if (config.post is None) == (config.post_file is None):
         if config.post is not None:

@@ -25,14 +25,14 @@ QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 def find_run(runs: Path, run: str) -> RunFolder | None:
     """Returns the folder of the run named `run`, or None if no run has that name.
 
-    `latest` means the newest run whose folds are all finished. If there is no such run, it means the newest of all.
+    `latest` means the newest run whose folds are all finished. If no run is finished, it means the newest of all.
 
     Args:
         runs: The folder that holds the runs.
         run: A name, the path of a run's folder, or `latest`.
 
     Raises:
-        UserError: `latest` is asked for and there is no run, or a folder cannot be read.
+        UserError: `latest` is asked for and the folder holds no run, or a folder cannot be read.
     """
     with looking_for(run):
         if run != LATEST:
@@ -42,7 +42,7 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         made = runs_in(runs)
         if not made:
             remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-            raise UserError(f"There is no run in {runs.absolute()}.", kind="run-missing", remedies=remedies)
+            raise UserError(f"{runs.absolute()} holds no run.", kind="run-missing", remedies=remedies)
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
 
 
