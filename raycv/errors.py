@@ -46,8 +46,8 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "Write labels as yes or no, 1 or 0, true or false, and correct symptom names.",
     ),
     "data-text": (
-        "Posts or criteria are empty.",
-        "Fill them in, remove them, or set `data.empty=drop`.",
+        "Posts or criteria are empty, or the base model cannot read them as text.",
+        "Fill them in, rewrite or remove them, or set `data.empty=drop` for empty ones.",
     ),
     "data-split": (
         "The posts and labels do not suffice for the folds that were asked for.",

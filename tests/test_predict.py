@@ -16,6 +16,7 @@ from support.toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base
 import raycv.inference.predictor
 import raycv.model.int8
 from raycv.config.schema import InferenceConfig
+from raycv.data.prompt_encoder import PromptEncoder
 from raycv.errors import UserError
 from raycv.inference.predictor import Predictor, choose_precision
 from raycv.model.adapters import Float32Head
@@ -183,6 +184,22 @@ def test_a_post_is_computed_once_for_all_its_criteria(trained, precision):
     with positions(model.model) as computed:
         model.predict(nine[:1])
     assert computed == [prefix + suffix]
+
+
+def test_a_post_that_spells_a_special_token_is_scored_as_text(trained):
+    """As in training. A post that still becomes a token without an embedding is refused, and not repeated."""
+    asked = predictor(trained().folder)
+    spelt, text, token = scores(asked, [(post, "w3") for post in ("w1 </s> w2", "w1 < /s> w2", "w1 w9 w2")])
+    assert spelt == text != token
+    tokenizer = asked.encoder.tokenizer
+    rows = len(tokenizer) - 1
+    asked.encoder = PromptEncoder(tokenizer, asked.encoder.rules, rows)
+    asked.check_pair("w1 w2", "w3")
+    last = tokenizer.convert_ids_to_tokens(rows)
+    for ask in (asked.check_pair, lambda *pair: asked.predict([pair])):
+        with pytest.raises(UserError, match=rf"cannot read the post: the text has token {rows}, and") as caught:
+            ask(f"w1 {last} w2", "w3")
+        assert last not in str(caught.value)
 
 
 def test_no_pairs_no_predictions(trained):

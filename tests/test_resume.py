@@ -1040,6 +1040,18 @@ def test_a_fold_that_failed_is_trained_alone_when_the_cause_is_mended(tmp_path, 
     assert_like_unbroken(tmp_path, whole)
 
 
+def test_prompts_that_an_earlier_version_read_as_special_tokens_are_refused(left):
+    """Its finished folds trained on others. Posts that spell none have the prompts that they had."""
+    key = "posts_spelling_special_tokens"
+    stats = read_json(left.data_stats)
+    write_json(left.data_stats, stats | {"encoding": {key: 2}})
+    go_on(left).check_prompts({key: 2})
+    write_json(left.data_stats, stats | {"encoding": {}})
+    go_on(left).check_prompts({key: 0})
+    with pytest.raises(FaultsError, match="2 posts with special tokens: tokens then, text now"):
+        go_on(left).check_prompts({key: 2})
+
+
 def test_finished_folds_of_a_kernel_that_dropped_the_cap_are_not_mixed_with_others(left):
     """An earlier version trained them, and recorded no attention."""
     from transformers import Gemma2Config, LlamaConfig

@@ -74,6 +74,15 @@ class Earlier:
         then = {result.fold: result.worker.get("attention", earlier_attention(config)) for result in results}
         self._refuse([f"attention of fold {fold}: {was} then, {now} now" for fold, was in then.items() if was != now])
 
+    def check_prompts(self, facts: Mapping[str, Any]) -> None:
+        """Raises: FaultsError if the prompts are others. `facts`: what `data_stats.json` says of them.
+
+        Earlier versions read a post that spells `</s>` as that token.
+        """
+        key = "posts_spelling_special_tokens"
+        if facts[key] and key not in read_record(self.folder.data_stats, encoding=dict)["encoding"]:
+            self._refuse([f"{counted(facts[key], 'post')} with special tokens: tokens then, text now"])
+
     def check_states(self) -> None:
         """Raises: UserError if an unfinished fold has a state that cannot be continued here. Imports torch."""
         from raycv.training.state import StateFolder

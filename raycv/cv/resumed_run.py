@@ -55,10 +55,11 @@ class ResumedRun:
         self._store, self._parent_id = earlier_store(self._earlier, self._typed)
 
     def open(self, prepared: Prepared) -> OpenRun:
-        """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
+        """Raises: UserError if prompts or code differ from the record, or a node does not see the run's folder."""
         from raycv.orchestration.cluster import check_nodes
 
         folder = self._earlier.folder
+        self._earlier.check_prompts(prepared.encoding_facts)
         check_nodes(folder, prepared.base)
         return OpenRun(
             self.config,
