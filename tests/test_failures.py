@@ -534,6 +534,21 @@ def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_the_board_keeps_restarts_for_its_next_process(tmp_path):
+    from raycv.orchestration.fold_task import ProgressBoard
+
+    kept = tmp_path / "board.json"
+    board = ProgressBoard(str(kept))
+    board.begin(1)
+    board.restart(1, "a worker died")
+    again = ProgressBoard(str(kept))
+    assert (again.begun(1), again.restarts(1), again.restarts(0)) == (1, ["a worker died"], [])
+    # A resumed run leaves the restarts alone.
+    write_json(kept, {"restarts": {"1": ["a worker died"]}})
+    resumed = ProgressBoard(str(kept))
+    assert (resumed.begun(1), resumed.restarts(1), resumed.left_out()) == (0, ["a worker died"], {})
+
+
 @pytest.mark.long
 def test_a_fold_is_finished_when_the_driver_finds_what_the_worker_wrote(tmp_path, monkeypatch):
     """Its weights are missing here, or others than the worker's: the result is set aside, and the node is named."""

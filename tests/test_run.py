@@ -347,6 +347,7 @@ def test_mlflow_has_a_child_per_fold(mlflow_runs, report):
     assert [child.info.run_name for child in children] == [f"fold_{k}" for k in range(FOLDS)]
     asked_for = {"train_loss", "val_loss", *METRICS, "threshold", "learning_rate"}
     asked_for |= {f"best_{key}" for key in (*METRICS, "threshold")} | {"best_epoch", "epochs", "fold_seconds"}
+    asked_for |= {"restarts", "out_of_memory"}
     for k, child in enumerate(children):
         fold = report["folds"][k]
         assert child.info.status == "FINISHED"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from raycv.common.environment import describe_environment
-from raycv.common.files import write_json
+from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
@@ -17,7 +17,7 @@ from raycv.cv.resume import Earlier, earlier_run, sole_process
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.errors import UserError, counted
-from raycv.orchestration.fold_task import Prepared
+from raycv.orchestration.fold_task import RESTARTS, Prepared
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import read_record
 from raycv.terminal.console import say
@@ -88,8 +88,15 @@ class ResumedRun:
                 shutil.rmtree(files.state, ignore_errors=True)
             for half in files.root.glob(".*"):
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
+        board = {}
+        with contextlib.suppress(UserError):
+            board = read_json(folder.board)
         # Ray Train would resume from its own files under the same name; training resumes from ours.
         shutil.rmtree(folder.ray, ignore_errors=True)
+        if board.get(RESTARTS) and len(finished) < folds:
+            # The results of folds name all their restarts. Attempts and nodes count from zero.
+            folder.ray.mkdir()
+            write_json(folder.board, {RESTARTS: board[RESTARTS]})
         environment = read_record(folder.environment)
         resumed = [*environment.get("resumed", []), describe_environment()]
         write_json(folder.environment, environment | {"resumed": resumed})

@@ -72,7 +72,7 @@ def progress_board(folder: RunFolder) -> Any:
     """Starts the board of a run. Returns the actor's handle; Ray restarts the actor if its process dies."""
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
     # On this node: the run may lose any other and continue.
-    return board.options(scheduling_strategy=this_node()).remote(str(folder.ray / "board.json"))
+    return board.options(scheduling_strategy=this_node()).remote(str(folder.board))
 
 
 def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:

@@ -42,6 +42,8 @@ class RunFolder:
         """A nonce of the driver, by which a node knows that it sees this folder; removed when the run is complete."""
         self.ray = root / "ray"
         """Ray's own storage of this run; removed when the run is complete."""
+        self.board = self.ray / "board.json"
+        """Attempts at folds, and why they were restarted."""
 
     def fold(self, fold: int) -> "FoldFolder":
         """Returns the files of fold `fold` (0-based)."""

@@ -123,7 +123,10 @@ class CrossValidationStore(RunStore):
                 self.log_epoch(run_id, epoch)
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
-        self.log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        best |= {"epochs": result.epochs, "fold_seconds": result.seconds, "out_of_memory": result.out_of_memory()}
+        # Earlier versions did not record restarts, which is not the same as none.
+        best |= {} if result.restarts is None else {"restarts": len(result.restarts)}
+        self.log_summary(run_id, best)
         self._mark_collapsed(run_id, result.collapse())
         self.log_files(run_id, [config, folder.result, folder.predictions, folder.epoch_scores])
         if folder.checkpoint.is_dir():
