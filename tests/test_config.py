@@ -247,6 +247,8 @@ def test_malformed_value_is_named_with_its_key_and_what_is_expected(override: st
 WELL_FORMED = [
     "cv.max_concurrent=2",
     "cv.max_concurrent=auto",
+    "cv.only=[0,2]",
+    "cv.only=null",
     "model.target_modules=all-linear",
     "model.target_modules=[q_proj]",
     "model.revision=null",
@@ -285,7 +287,7 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
     ]
     assert "epochs: unknown key; did you mean train.epochs?" in faults
     assert "prompt.folds: unknown key; did you mean cv.folds?" in faults
-    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent" in faults
+    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent, only" in faults
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_files_with_scores_are_the_users_alone(run):
 
 def test_config_environment_and_statistics_are_recorded(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto"}
+    assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto", "only": None}
     assert config["model"]["name"] == "raycv://models/tiny_llama"
     assert config["run"]["name"] == run.name
     environment = json.loads((run / "environment.json").read_text())

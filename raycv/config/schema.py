@@ -102,6 +102,17 @@ class CvConfig(Section):
     folds: Annotated[int, Field(ge=2)] = Field(description="n_splits of StratifiedGroupKFold (FR-003)")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="random_state of StratifiedGroupKFold")
     max_concurrent: Auto | Positive = Field(description="folds at once, at most; auto: as many as the resources allow")
+    # Recorded configs of earlier versions lack this key, so it has a default.
+    only: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="folds to train now, from 0, such as [0,2]; resume= trains the others; null: all"
+    )
+
+    @field_validator("only")
+    @classmethod
+    def _each_once(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 class TrainConfig(Section):

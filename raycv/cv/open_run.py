@@ -50,7 +50,8 @@ class OpenRun:
             if self.make_ready is not None:
                 self.make_ready()
             yield
-            status = "FINISHED"
+            # Without a report, `cv.only` left folds for later.
+            status = "KILLED"
         except KeyboardInterrupt:
             ignore_stops()
             status = "KILLED"
@@ -100,15 +101,16 @@ class OpenRun:
             say(self.console, f"Warning: the page of the run could not be made: {why}\n{later}", "yellow")
             return None
 
-    def log(self, report: dict[str, Any]) -> None:
-        """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
+    def log(self, report: dict[str, Any] | None) -> None:
+        """Logs the summary (None if folds are missing) and the folds that MLflow lacks; only warns if it refuses."""
         try:
             self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
-            self.store.log_report(self.parent_id, report, self.folder)
+            if report is not None:
+                self.store.log_report(self.parent_id, report, self.folder)
             if self.make_ready is not None:
                 self.store.log_files(self.parent_id, [self.folder.environment])
         except UserError as error:
-            later = f"Log it later: {aggregate_command(self.folder)}"
+            later = f"Log it later: {aggregate_command(self.folder)}" if report else self._what_is_left()
             say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
 
     def _what_is_left(self) -> str:
@@ -116,4 +118,4 @@ class OpenRun:
         if self.folder.report.is_file():
             log = f"Log it into MLflow: {aggregate_command(self.folder)}"
             return f"The run is complete, its report is {self.folder.report}\n{log}"
-        return f"Resume it: {resume_command(self.folder)}"
+        return f"Resume it: {resume_command(self.folder, self.config.cv.only)}"

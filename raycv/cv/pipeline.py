@@ -17,9 +17,11 @@ from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.orchestration.fold_task import Prepared
 from raycv.results.fold_result import FoldResult
-from raycv.results.report import summarize
+from raycv.results.report import partial_summary, summarize
+from raycv.results.run_folder import resume_command
 from raycv.terminal.console import say
 from raycv.terminal.start_and_end import announce_data, announce_end, announce_placement
+from raycv.terminal.summary_table import summary_table
 
 if TYPE_CHECKING:
     from raycv.resources.placement import Placement
@@ -49,7 +51,8 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         typed: the keys that the command line sets; a resumed run compares them.
 
     Returns:
-        The report, with the content of `report.json`.
+        The report, with the content of `report.json`. If `cv.only` leaves folds for later, it has `run`, the finished
+        `folds` and `missing_folds` alone, and no file holds it.
 
     Raises:
         UserError: for anything that the user can correct, before Ray or torch start where that is possible.
@@ -79,6 +82,8 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
             opened = run.open(prepared)
             with opened.under_way(), contextlib.ExitStack() as logged:
                 results = _train_folds(opened, prepared, placement, logged)
+                if len(results) < config.cv.folds:
+                    return _leave_the_others(opened, results, logged)
                 # After the folds: a run starts sooner, and they have the cores for themselves.
                 opened.record_pairs(prepared)
                 return _publish(opened, results, logged)
@@ -87,9 +92,9 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
 def _train_folds(
     run: OpenRun, prepared: Prepared, placement: "Placement", logged: contextlib.ExitStack
 ) -> list[FoldResult]:
-    """Trains all folds that are not finished, with a child run each in MLflow and the live view on.
+    """Trains the folds of `cv.only` that are not finished, with a child run each in MLflow and the live view on.
 
-    The end of `logged` waits until MLflow has them.
+    The end of `logged` waits until MLflow has them. Returns the results of all finished folds.
     """
     from raycv.orchestration.fold_task import FOLD_KEY
     from raycv.orchestration.mlflow_callback import FoldRuns
@@ -97,15 +102,27 @@ def _train_folds(
     from raycv.terminal.live_view import LiveView
 
     config, folder = run.config, run.folder
+    every = range(config.cv.folds)
     finished = folder.finished(config.cv.folds)
-    folds = [split.fold for split in prepared.splits if split.fold not in finished]
+    folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
         task = fold_task(config, folder, prepared, placement)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         with LiveView(folds, config.train.epochs, config.train.effective_batch_size, run.console) as view:
             logged.callback(children.close)
             run_folds(task, folds, placement, children, view)
-    return [FoldResult.read(folder.fold(split.fold).result) for split in prepared.splits]
+    return [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(config.cv.folds)]
+
+
+def _leave_the_others(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack) -> dict[str, Any]:
+    """Prints and logs the finished folds of a run whose others `cv.only` leaves for later. It writes no report."""
+    found = partial_summary(run.folder.root.name, results, run.config.cv.folds, read_json(run.folder.data_stats))
+    run.console.print(summary_table(found))
+    said = f"The run has no report, since it lacks fold {', '.join(map(str, found['missing_folds']))}."
+    say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
+    logged.close()
+    run.log(None)
+    return found
 
 
 def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
 from raycv.data.splits import Split, splits_record
 from raycv.data.types import Dataset
-from raycv.errors import FaultsError, UserError, counted, together
+from raycv.errors import FaultsError, UserError, counted, first_of, together
 from raycv.model.base_files import comparable
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
 from raycv.results.fold_result import FoldResult
@@ -25,7 +25,7 @@ from raycv.tracking.lookup import recorded_uri
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
     "train.gradient_checkpointing",  # the gradients are the same
-    "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
+    "cv.max_concurrent", "cv.only", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
     "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
@@ -160,6 +160,8 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     if commit is not None and given["model"]["revision"] in (commit, values["model"]["revision"]):
         given["model"]["revision"] = commit
     values["model"]["revision"] = commit
+    # It holds for one command, so that a resumed run trains all that is missing.
+    values["cv"]["only"] = None
     for section, name in sorted(key.split(".") for key in typed if "." in key):
         recorded, asked = values[section][name], given[section][name]
         if f"{section}.{name}" in MAY_DIFFER:
@@ -168,7 +170,19 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
     values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
     values["run"]["dir"] = str(folder.root.parent)
-    return Earlier(folder, validate(RunConfig, values), tuple(faults))
+    resumed = validate(RunConfig, values)
+    check_only(resumed)
+    return Earlier(folder, resumed, tuple(faults))
+
+
+def check_only(config: RunConfig) -> None:
+    """Raises: UserError if `cv.only` names a fold that the run does not have."""
+    if beyond := [fold for fold in config.cv.only or () if fold >= config.cv.folds]:
+        raise UserError(
+            f"cv.only={config.cv.only}: the run has no fold {first_of(list(map(str, beyond)), 5)}.",
+            kind="config-value",
+            remedies=[f"name folds from 0 to {config.cv.folds - 1}, as cv.folds is {config.cv.folds}"],
+        )
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record
 from raycv.results.study import load_study
 
-_ELSEWHERE = ("tracking.", "run.", "resume")
-"""Keys that change no number and name places of the machine, so the page leaves them out."""
+_ELSEWHERE = ("tracking.", "run.", "resume", "cv.only")
+"""Keys that change no number of a whole run, so the page leaves them out. Most name places of the machine."""
 
 
 def publish(folder: RunFolder, dataset: Dataset | None = None) -> dict[str, Any]:

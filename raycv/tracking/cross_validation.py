@@ -139,9 +139,9 @@ class CrossValidationStore(RunStore):
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
-        """Logs from the run folder every fold whose child run is not complete, perhaps because the store was away."""
+        """Logs from the run folder every finished fold whose child run is not complete, as after a store was away."""
         complete = {fold for fold, run in self.children(parent_id).items() if run.info.status == "FINISHED"}
-        for fold in sorted(set(range(folds)) - complete):
+        for fold in sorted(set(folder.finished(folds)) - complete):
             run_id = self.start_child(parent_id, fold, params)
             files = folder.fold(fold)
             self.log_fold(run_id, FoldResult.read(files.result), files, folder.config)
