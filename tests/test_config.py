@@ -27,6 +27,7 @@ from raycv.config.schema import (
     InferConfig,
     MistakesConfig,
     ReportConfig,
+    ReproduceConfig,
     RunConfig,
     Section,
     ServeConfig,
@@ -355,6 +356,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 SCHEMAS: dict[str, type[Section]] = {
     "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
     "synthesize": SynthesizeConfig, "compare": CompareConfig, "mistakes": MistakesConfig,
+    "reproduce": ReproduceConfig,
 }  # fmt: skip
 NO_PATHS = {
     "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
@@ -398,7 +400,7 @@ def with_value(command: str, key: str, value: str) -> dict[str, Any]:
 def test_every_key_that_becomes_a_path_is_known() -> None:
     assert {key for _, key in path_keys()} == MAY_SHIP | {
         "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
-        "baseline",
+        "baseline", "trained",
     }  # fmt: skip
 
 

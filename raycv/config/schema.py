@@ -305,7 +305,7 @@ class CompareConfig(Section):
 
 
 class MistakesDataConfig(Section):
-    dir: Location | None = Field(description="folder with the posts, for text=true; null: where training read them")
+    dir: Location | None = Field(description="folder with the posts; null: where training read them")
     criteria_dir: Location | None = Field(
         description="folder with the criteria; null: beside the posts, or where training read them"
     )
@@ -335,6 +335,42 @@ class ReportConfig(Section):
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
     dir: PathText = Field(description="folder that holds the runs")
     data: ReportDataConfig
+
+
+class ReproduceResourcesConfig(Section):
+    gpus_per_fold: Auto | Share | None = Field(description="GPUs of one fold; null: as recorded")
+    cpus_per_fold: Auto | Annotated[float, Field(ge=LEAST_SHARE)] | None = Field(
+        description="CPU cores of one fold; null: as recorded. Another number of threads sums in another order"
+    )
+
+
+class ReproduceConfig(Section):
+    """The config of `python -m raycv.reproduce`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        description="folds to train again, from 0"
+    )
+    trained: PathText | None = Field(
+        description="a run that has trained these folds again already, which is then compared; null: train them now"
+    )
+    dir: PathText = Field(description="folder that holds the runs")
+    data: MistakesDataConfig
+    base: Annotated[
+        Location | None,
+        Field(description="folder or hub id of the run's base model now; null: where training found it"),
+    ]
+    resources: ReproduceResourcesConfig
+    tracking_uri: StoreAddress | None = Field(
+        description="MLflow store of the new run; null: where the run was tracked"
+    )
+
+    @field_validator("folds")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]

@@ -63,30 +63,35 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     with contextlib.ExitStack() as held:
         resumes = config.resume is not None
         run: Run = ResumedRun(config, typed, console, held) if resumes else NewRun(config, console, held)
-        config = run.config
-        dataset, splits = load_data(config)
-        run.check_data(dataset, splits)
-        check_base_and_gpu(config)
-        announce_data(console, config, dataset, splits)
-        # From here on torch and Ray are imported, which takes seconds.
-        from raycv.orchestration.cluster import node_resources, ray_cluster
-        from raycv.resources.placement import plan
+        return run_to_its_end(run, console)
 
-        base = prepare_base(config)
-        run.check_base(base)
-        prepared = tokenise(config, dataset, splits, base, console)
-        say(console, "Starting Ray ...")
-        with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
-            placement = plan(config, node_resources())
-            announce_placement(console, placement, dashboard)
-            opened = run.open(prepared)
-            with opened.under_way(), contextlib.ExitStack() as logged:
-                results = _train_folds(opened, prepared, placement, logged)
-                if len(results) < config.cv.folds:
-                    return _leave_the_others(opened, results, logged)
-                # After the folds: a run starts sooner, and they have the cores for themselves.
-                opened.record_pairs(prepared)
-                return _publish(opened, results, logged)
+
+def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
+    """Prepares, trains and publishes `run`. Returns and raises as `cross_validate` does."""
+    config = run.config
+    dataset, splits = load_data(config)
+    run.check_data(dataset, splits)
+    check_base_and_gpu(config)
+    announce_data(console, config, dataset, splits)
+    # From here on torch and Ray are imported, which takes seconds.
+    from raycv.orchestration.cluster import node_resources, ray_cluster
+    from raycv.resources.placement import plan
+
+    base = prepare_base(config)
+    run.check_base(base)
+    prepared = tokenise(config, dataset, splits, base, console)
+    say(console, "Starting Ray ...")
+    with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
+        placement = plan(config, node_resources())
+        announce_placement(console, placement, dashboard)
+        opened = run.open(prepared)
+        with opened.under_way(), contextlib.ExitStack() as logged:
+            results = _train_folds(opened, prepared, placement, logged)
+            if len(results) < config.cv.folds:
+                return _leave_the_others(opened, results, logged)
+            # After the folds: a run starts sooner, and they have the cores for themselves.
+            opened.record_pairs(prepared)
+            return _publish(opened, results, logged)
 
 
 def _train_folds(

@@ -43,11 +43,15 @@ class Earlier:
 
     def check(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: FaultsError with all that differs: config, data, splits, versions."""
-        differ = [*self._recorded_config(), *self._data(dataset), *self._splits(dataset, splits), *self._versions()]
-        self._refuse([*self.faults, *differ, *self._numerics()])
+        inputs = [*self.data_faults(dataset), *self.split_faults(dataset, splits)]
+        self._refuse([*self.faults, *self._recorded_config(), *inputs, *self._versions(), *self._numerics()])
 
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
+        self._refuse(self.base_faults(facts))
+
+    def base_faults(self, facts: Mapping[str, Any]) -> list[str]:
+        """Returns what differs in the base model."""
         then, now = base_of(self.folder), json.loads(json.dumps(facts))
         old, new = _base_files(then), _base_files(now)
         lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
@@ -55,7 +59,7 @@ class Earlier:
             _then_now(f"base model, {file}", old.get(file), new.get(file))
             for file in comparable(sorted(old | new), old)
         ]
-        self._refuse([line for line in lines if line])
+        return [line for line in lines if line]
 
     def check_attention(self, config: Any) -> None:
         """Raises: FaultsError if finished folds computed attention by a kernel that is wrong for the model.
@@ -125,14 +129,16 @@ class Earlier:
         line = _then_now("config.yaml was changed, its sha256", then, now)
         return [f"{line}; MLflow's parent run has the one that was recorded"] if then is not None and line else []
 
-    def _data(self, dataset: Dataset) -> list[str]:
+    def data_faults(self, dataset: Dataset) -> list[str]:
+        """Returns what differs in the counts and hashes of the data."""
         stats = read_record(self.folder.data_stats)
         keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
         keys |= {"data_hash": "hash of posts and labels", "criteria_hash": "hash of the criteria"}
         lines = [_then_now(f"data, {name}", stats.get(key), dataset.stats[key]) for key, name in keys.items()]
         return [line for line in lines if line]
 
-    def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+    def split_faults(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+        """Returns what differs in the folds."""
         then, now = read_record(self.folder.splits, folds=list), splits_record(dataset, splits, self.config.cv.seed)
         if then == now:
             return []
@@ -243,7 +249,9 @@ def _find(runs: Path, which: str) -> RunFolder:
             )
         return folder
     folders = runs_in(runs)
-    unfinished = [folder for folder in folders if folder.has_begun() and not folder.report.is_file()]
+    # A reproduction of some folds is complete without a report.
+    begun = [folder for folder in folders if folder.has_begun() and not folder.reproduction.is_file()]
+    unfinished = [folder for folder in begun if not folder.report.is_file()]
     if not unfinished:
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
         raise UserError(

@@ -37,6 +37,8 @@ class RunFolder:
         self.model_card = root / "model_card.md"
         self.tables = root / "tables"
         self.figures = root / "figures"
+        self.reproduction = root / "reproduction.json"
+        """Whether this run came to the same as another, whose folds it trained again."""
         self.lock = root / ".lock"
         """Held by the process that runs it; removed when the run is complete."""
         self.share = root / ".share"
