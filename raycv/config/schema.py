@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from raycv.common.secrets import mask_secrets
+from raycv.common.table_reader import Missing
 from raycv.config.values import (
     LEAST_SHARE,
     Auto,
@@ -21,7 +22,6 @@ from raycv.config.values import (
     Share,
     StoreAddress,
 )
-from raycv.data.parsing import Missing
 
 
 class Section(BaseModel):

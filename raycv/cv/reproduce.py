@@ -23,10 +23,10 @@ from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.errors import FaultsError, NotShownError, UserError
 from raycv.orchestration.fold_task import Prepared
+from raycv.rendering.terminal import say
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, read_record, resume_command
-from raycv.terminal.console import say
 from raycv.tracking.lookup import check_password, recorded_uri, tracked_run
 from raycv.training.metrics import F1
 

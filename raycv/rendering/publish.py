@@ -11,9 +11,8 @@ from raycv.common.files import write_json, write_text
 from raycv.common.secrets import mask_secrets
 from raycv.data.types import Dataset
 from raycv.evaluation.evaluate import evaluate
-from raycv.rendering.blocks import NOT_RECORDED, Figure, Section
+from raycv.rendering.blocks import NOT_RECORDED, Figure, Section, csv_of, latex_of
 from raycv.rendering.context import context_sections
-from raycv.rendering.escapes import csv_of, latex_of
 from raycv.rendering.model_card import model_card
 from raycv.rendering.page import html_of, markdown_page
 from raycv.rendering.performance import performance_sections
