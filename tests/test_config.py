@@ -400,7 +400,7 @@ def with_value(command: str, key: str, value: str) -> dict[str, Any]:
 def test_every_key_that_becomes_a_path_is_known() -> None:
     assert {key for _, key in path_keys()} == MAY_SHIP | {
         "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
-        "baseline", "trained",
+        "baseline", "trained", "bundle", "check",
     }  # fmt: skip
 
 

@@ -335,6 +335,15 @@ class ReportConfig(Section):
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
     dir: PathText = Field(description="folder that holds the runs")
     data: ReportDataConfig
+    bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
+    check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
+
+    @field_validator("check")
+    @classmethod
+    def _not_both(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("bundle") is not None:
+            raise ValueError("cannot stand beside bundle=")
+        return value
 
 
 class ReproduceResourcesConfig(Section):
