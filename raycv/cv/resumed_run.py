@@ -20,7 +20,7 @@ from raycv.errors import UserError, counted
 from raycv.orchestration.fold_task import RESTARTS, Prepared
 from raycv.rendering.terminal import say
 from raycv.results.fold_result import FoldResult
-from raycv.results.run_folder import read_record
+from raycv.results.run_folder import RunFolder, read_record
 from raycv.tracking.lookup import tracked_run
 
 if TYPE_CHECKING:
@@ -88,19 +88,24 @@ class ResumedRun:
                 shutil.rmtree(files.state, ignore_errors=True)
             for half in files.root.glob(".*"):
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
-        board = {}
-        with contextlib.suppress(UserError):
-            board = read_json(folder.board)
-        # Ray Train would resume from its own files under the same name; training resumes from ours.
-        shutil.rmtree(folder.ray, ignore_errors=True)
-        if board.get(RESTARTS) and len(finished) < folds:
-            # The results of folds name all their restarts. Attempts and nodes count from zero.
-            folder.ray.mkdir()
-            write_json(folder.board, {RESTARTS: board[RESTARTS]})
+        clear_ray(folder, finished=len(finished) == folds)
         environment = read_record(folder.environment)
         resumed = [*environment.get("resumed", []), describe_environment()]
         write_json(folder.environment, environment | {"resumed": resumed})
         self._store.reopen(self._parent_id)
+
+
+def clear_ray(folder: RunFolder, *, finished: bool) -> None:
+    """Removes Ray's own files of earlier processes, but for the reasons of restarts if a fold is not `finished`."""
+    board = {}
+    with contextlib.suppress(UserError):
+        board = read_json(folder.board)
+    # Ray Train would resume from its own files under the same name; training resumes from ours.
+    shutil.rmtree(folder.ray, ignore_errors=True)
+    if board.get(RESTARTS) and not finished:
+        # The results of folds name all their restarts. Attempts and nodes count from zero.
+        folder.ray.mkdir()
+        write_json(folder.board, {RESTARTS: board[RESTARTS]})
 
 
 def earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["CrossValidationStore", str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FOLD_KEY = "fold"
 """The one parameter of a trial."""
 TRIAL_DIED = "the process that drives the fold died"
+NODE_LEAVES = "Ray restarted the fold elsewhere, since its node was to leave"
 RESTARTS = "restarts"
 """The key of the file of a ProgressBoard that a resumed run keeps."""
 
@@ -89,6 +90,8 @@ class ProgressBoard:
         self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier.get("attempts", {}).items()}
         self._restarts: dict[int, list[str]] = {int(fold): whys for fold, whys in earlier.get(RESTARTS, {}).items()}
         self._left_out: dict[str, tuple[str, list[str]]] = earlier.get("left_out", {})
+        self._training: set[int] = set()
+        """folds whose workers have begun, and which were not restarted since"""
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -112,8 +115,15 @@ class ProgressBoard:
         """How many attempts at a fold have begun."""
         return self._attempts.get(fold, 0)
 
+    def train(self, fold: int) -> None:
+        """Notes that the first worker of a fold begins. Ray Train restarts workers if a node is to leave."""
+        if fold in self._training:
+            self.restart(fold, NODE_LEAVES)
+        self._training.add(fold)
+
     def restart(self, fold: int, why: str) -> None:
         """Keeps why a fold is trained again from its last state."""
+        self._training.discard(fold)
         self._restarts.setdefault(fold, []).append(why)
         self._keep()
 
