@@ -32,7 +32,7 @@ from support.malformed_data import (
     write,
 )
 
-from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
+from raycv import aggregate, compare, infer, mistakes, report, reproduce, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output
 from raycv.common.locations import check_ray_folder
 from raycv.data.dataset import load_dataset
@@ -45,6 +45,7 @@ from raycv.results.run_folder import RunFolder
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
     "report": report.main, "synthesize": synthesize.main, "compare": compare.main, "mistakes": mistakes.main,
+    "reproduce": reproduce.main,
 }  # fmt: skip
 BACKSTOP = "tracking.uri=sqlite:////proc/refused-at-last.db"
 """What a run would stumble over after config and data, so that no test can start one."""
@@ -1004,7 +1005,7 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes"])
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes", "reproduce"])
 def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
     monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
     said = refused(command, *(["experiment=quickstart"] if command == "run" else []))

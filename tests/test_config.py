@@ -33,6 +33,7 @@ from raycv.config.schema import (
     InferConfig,
     MistakesConfig,
     ReportConfig,
+    ReproduceConfig,
     RunConfig,
     Section,
     ServeConfig,
@@ -253,6 +254,8 @@ def test_malformed_value_is_named_with_its_key_and_what_is_expected(override: st
 WELL_FORMED = [
     "cv.max_concurrent=2",
     "cv.max_concurrent=auto",
+    "cv.only=[0,2]",
+    "cv.only=null",
     "model.target_modules=all-linear",
     "model.target_modules=[q_proj]",
     "model.revision=null",
@@ -291,7 +294,7 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
     ]
     assert "epochs: unknown key; did you mean train.epochs?" in faults
     assert "prompt.folds: unknown key; did you mean cv.folds?" in faults
-    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent" in faults
+    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent, only" in faults
 
 
 @pytest.mark.parametrize(
@@ -414,6 +417,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 SCHEMAS: dict[str, type[Section]] = {
     "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
     "synthesize": SynthesizeConfig, "compare": CompareConfig, "mistakes": MistakesConfig,
+    "reproduce": ReproduceConfig,
 }  # fmt: skip
 NO_PATHS = {
     "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
@@ -457,7 +461,7 @@ def with_value(command: str, key: str, value: str) -> dict[str, Any]:
 def test_every_key_that_becomes_a_path_is_known() -> None:
     assert {key for _, key in path_keys()} == MAY_SHIP | {
         "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
-        "baseline",
+        "baseline", "trained", "bundle", "check",
     }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
+from raycv.cv.aggregation import make_page
 from raycv.cv.open_run import OpenRun
-from raycv.cv.remade_report import make_page
 from raycv.errors import UserError
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import publish
@@ -306,11 +306,11 @@ def test_a_fault_in_the_page_loses_no_run(run, tmp_path):
 def test_the_command_makes_the_page_again_and_prints_the_verdict(run, tmp_path, capsys):
     folder = RunFolder(tmp_path / run.root.name)
     shutil.copytree(run.root, folder.root, ignore=shutil.ignore_patterns(*MADE, "tables", "figures"))
-    make_page(ReportConfig(run="latest", dir=str(tmp_path), data={"dir": None}))
+    make_page(ReportConfig(run="latest", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
     assert made_files(folder) == made_files(run)
     assert capsys.readouterr().out.startswith("run=latest is mine\nHonest F1:")
     with pytest.raises(UserError, match="did you mean mine"):
-        make_page(ReportConfig(run="mime", dir=str(tmp_path), data={"dir": None}))
+        make_page(ReportConfig(run="mime", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
 
 
 CHROMIUM = shutil.which("chromium")

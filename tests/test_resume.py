@@ -24,6 +24,7 @@ from support.builders import tiny_llama
 from support.commands import ROOT, raycv, statuses
 from support.hub_base import NAME, hub  # noqa: F401
 from support.interrupted_runs import (
+    RUN,
     SMALL,
     amid_an_epoch,
     assert_like_unbroken,
@@ -892,6 +893,28 @@ def test_what_cannot_go_on_is_said(left):
     assert "nothing to resume" in said("mine")
 
 
+def test_cv_only_holds_for_one_command(left):
+    """The run began with fold 0 alone; what resumes it trains all that is missing, or what is asked for then."""
+    left.config.write_text(left.config.read_text().replace("only: null", "only:\n  - 0"))
+    assert recorded_config(left).cv.only == [0]
+    assert go_on(left).config.cv.only is None
+    asked = go_on(left, "cv.only=[1]")
+    assert (asked.config.cv.only, asked.faults) == ([1], ())
+    with pytest.raises(
+        UserError, match=r"cv.only=\[1, 2\]: the run has no fold 2.(.|\n)*name folds from 0 to 1"
+    ) as caught:
+        go_on(left, "cv.only=[1,2]")
+    assert caught.value.kind == "config-value"
+    assert shlex.split(resume_command(left, [0, 1]))[-1] == "cv.only=[0,1]"
+
+
+def test_a_new_run_without_the_fold_that_cv_only_names_is_refused_before_anything_else(tmp_path, capsys):
+    config = validate(RunConfig, compose("run", [*SMALL, "cv.only=[0,5]", f"run.dir={tmp_path / 'runs'}"]))
+    with pytest.raises(UserError, match="the run has no fold 5"):
+        cross_validate(config)
+    assert (list(tmp_path.iterdir()), capsys.readouterr()) == ([], ("", ""))
+
+
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
     config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
     with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds") as caught:
@@ -998,6 +1021,29 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     assert weights.read_bytes() == (whole_files.checkpoint / "adapter_model.safetensors").read_bytes()
     environment = read_json(RunFolder(tmp_path / "runs" / "mine").environment)
     assert [each["packages"] for each in environment["resumed"]] == [environment["packages"]] * 3
+
+
+@pytest.mark.core
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_folds_that_are_trained_one_after_another_make_the_unbroken_run(tmp_path, whole):
+    run = RunFolder(tmp_path / "runs" / "mine")
+    first = raycv("run", *RUN, "cv.only=[1]", cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    said = " ".join(first.stdout.split())
+    assert "mine: 1 of 2 folds, not the result of a 2-fold cross-validation" in said
+    assert "Fold 0 is missing, so raycv averages nothing." in said
+    assert (
+        "The run has no report, since it lacks fold 0. Train the missing folds: python -m raycv.run resume=mine" in said
+    )
+    assert (run.finished(2), run.fold(0).root.exists(), run.report.exists(), run.page.exists()) == ([1], *[False] * 3)
+    assert statuses(tmp_path) == {"mine": "KILLED", "fold_1": "FINISHED"}
+    for command in ("aggregate", "report"):
+        refused = raycv(command, "run=mine", cwd=tmp_path)
+        assert (refused.returncode, "python -m raycv.run resume=mine" in refused.stderr) != (0, False), refused.stderr
+    resume(tmp_path, "resume=latest")
+    assert_like_unbroken(tmp_path, whole)
 
 
 @pytest.mark.slow

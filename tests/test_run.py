@@ -302,7 +302,7 @@ def test_files_with_scores_are_the_users_alone(run):
 
 def test_config_environment_and_statistics_are_recorded(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto"}
+    assert config["cv"] == {"folds": 5, "seed": 42, "max_concurrent": "auto", "only": None}
     assert config["model"]["name"] == "raycv://models/tiny_llama"
     assert config["run"]["name"] == run.name
     environment = json.loads((run / "environment.json").read_text())
@@ -366,6 +366,7 @@ def test_mlflow_has_a_child_per_fold(mlflow_runs, report):
     assert [child.info.run_name for child in children] == [f"fold_{k}" for k in range(FOLDS)]
     asked_for = {"train_loss", "val_loss", *METRICS, "threshold", "learning_rate"}
     asked_for |= {f"best_{key}" for key in (*METRICS, "threshold")} | {"best_epoch", "epochs", "fold_seconds"}
+    asked_for |= {"restarts", "out_of_memory"}
     for k, child in enumerate(children):
         fold = report["folds"][k]
         assert child.info.status == "FINISHED"

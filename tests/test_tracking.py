@@ -288,6 +288,19 @@ def test_logging_again_adds_nothing(tracked):
 
 
 @pytest.mark.long
+def test_a_fold_has_its_restarts_and_out_of_memory_events_as_metrics(tracked):
+    store, parent_id, folder, _ = tracked
+    file = folder.fold(1).result
+    events = ["training: out of memory: micro-batch 8 -> 4", "stopped early after epoch 3"]
+    write_json(file, read_json(file) | {"restarts": ["worker 0 of the fold died, or its node"], "events": events})
+    store.log_missing_folds(parent_id, folder, 2, {})
+    first, second = (store.children(parent_id)[fold].data.metrics for fold in (0, 1))
+    # Fold 0 is of an earlier version, which did not record restarts.
+    assert (first.get("restarts"), first["out_of_memory"]) == (None, 0)
+    assert (second["restarts"], second["out_of_memory"]) == (1, 1)
+
+
+@pytest.mark.long
 def test_rays_callback_logs_a_child_and_survives_a_store_that_fails(tracked, caplog):
     class Trial:
         config = {"fold": 1}  # noqa: RUF012

@@ -102,6 +102,17 @@ class CvConfig(Section):
     folds: Annotated[int, Field(ge=2)] = Field(description="n_splits of StratifiedGroupKFold (FR-003)")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="random_state of StratifiedGroupKFold")
     max_concurrent: Auto | Positive = Field(description="folds at once, at most; auto: as many as the resources allow")
+    # Recorded configs of earlier versions lack this key, so it has a default.
+    only: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="folds to train now, from 0, such as [0,2]; resume= trains the others; null: all"
+    )
+
+    @field_validator("only")
+    @classmethod
+    def _each_once(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 class TrainConfig(Section):
@@ -296,7 +307,7 @@ class CompareConfig(Section):
 
 
 class MistakesDataConfig(Section):
-    dir: Location | None = Field(description="folder with the posts, for text=true; null: where training read them")
+    dir: Location | None = Field(description="folder with the posts; null: where training read them")
     criteria_dir: Location | None = Field(
         description="folder with the criteria; null: beside the posts, or where training read them"
     )
@@ -326,6 +337,51 @@ class ReportConfig(Section):
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
     dir: PathText = Field(description="folder that holds the runs")
     data: ReportDataConfig
+    bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
+    check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
+
+    @field_validator("check")
+    @classmethod
+    def _not_both(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("bundle") is not None:
+            raise ValueError("cannot stand beside bundle=")
+        return value
+
+
+class ReproduceResourcesConfig(Section):
+    gpus_per_fold: Auto | Share | None = Field(description="GPUs of one fold; null: as recorded")
+    cpus_per_fold: Auto | Annotated[float, Field(ge=LEAST_SHARE)] | None = Field(
+        description="CPU cores of one fold; null: as recorded. Another number of threads sums in another order"
+    )
+
+
+class ReproduceConfig(Section):
+    """The config of `python -m raycv.reproduce`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        description="folds to train again, from 0"
+    )
+    trained: PathText | None = Field(
+        description="a run that has trained these folds again already, which is then compared; null: train them now"
+    )
+    dir: PathText = Field(description="folder that holds the runs")
+    data: MistakesDataConfig
+    base: Annotated[
+        Location | None,
+        Field(description="folder or hub id of the run's base model now; null: where training found it"),
+    ]
+    resources: ReproduceResourcesConfig
+    tracking_uri: StoreAddress | None = Field(
+        description="MLflow store of the new run; null: where the run was tracked"
+    )
+
+    @field_validator("folds")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]

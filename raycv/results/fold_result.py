@@ -41,6 +41,13 @@ class FoldResult:
     reasons"""
     numerics: int = FIRST_NUMERICS
     """the number of the arithmetic that computed it (`raycv.utils.NUMERICS`)"""
+    restarts: list[str] | None = None
+    """the reason of each restart: a process that died, or a node that was left out; None if an earlier version did not
+    record them"""
+
+    def out_of_memory(self) -> int:
+        """Returns how often training ran out of memory and continued with less."""
+        return sum("out of memory" in event for event in self.events)
 
     def collapse(self) -> list[str]:
         """Returns why the classifier counts as collapsed: the recorded reasons, else those that the metrics show."""

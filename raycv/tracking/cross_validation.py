@@ -125,7 +125,10 @@ class CrossValidationStore(RunStore):
                 self.log_epoch(run_id, epoch)
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
-        self.log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        best |= {"epochs": result.epochs, "fold_seconds": result.seconds, "out_of_memory": result.out_of_memory()}
+        # Earlier versions did not record restarts, which is not the same as none.
+        best |= {} if result.restarts is None else {"restarts": len(result.restarts)}
+        self.log_summary(run_id, best)
         self._mark_collapsed(run_id, result.collapse())
         self.log_files(run_id, [config, folder.result, folder.predictions, folder.epoch_scores])
         if folder.checkpoint.is_dir():
@@ -138,9 +141,9 @@ class CrossValidationStore(RunStore):
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
-        """Logs from the run folder every fold whose child run is not complete, perhaps because the store was away."""
+        """Logs from the run folder every finished fold whose child run is not complete, as after a store was away."""
         complete = {fold for fold, run in self.children(parent_id).items() if run.info.status == "FINISHED"}
-        for fold in sorted(set(range(folds)) - complete):
+        for fold in sorted(set(folder.finished(folds)) - complete):
             run_id = self.start_child(parent_id, fold, params)
             files = folder.fold(fold)
             self.log_fold(run_id, FoldResult.read(files.result), files, folder.config)
