@@ -59,6 +59,7 @@ class Steps:
             False: MicroBatch(config.eval_batch_size, lambda text: tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
+        self.refresh: Callable[[], None] = lambda: None
         self.layout = self._layouts()
 
     def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
@@ -175,6 +176,7 @@ class Steps:
             raise UserError(
                 f"Out of memory in the optimizer's step: {error}", kind="memory-full", remedies=REMEDIES
             ) from error
+        self.refresh()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return learning_rate
