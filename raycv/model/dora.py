@@ -81,6 +81,8 @@ class Ready(NamedTuple):
     def rounded(self, dtype: torch.dtype) -> "Ready":
         """Returns the values for activations of `dtype`."""
         gamma, excess, up = (value.to(dtype) for value in (self.gamma, self.excess, self.up))
+        # Backward multiplies by `up`. On a CPU this takes half the time where the columns of `up` are contiguous.
+        up = up.T.contiguous().T if up.device.type == "cpu" else up
         # We copy A, so that backward uses what forward used, even if A changes in between.
         return Ready(self.norm, self.scaling, gamma, excess, self.a.to(dtype, copy=True), up)
 
@@ -154,7 +156,9 @@ class _Product(torch.autograd.Function):
         weight, ready = ctx.weight.to(grad.dtype), ctx.ready
         of_magnitude = (grad * unscaled).sum(dim=0, dtype=ready.norm.dtype) / ready.norm
         scaled = torch.addcmul(grad, grad, ready.excess) if ctx.apart else grad * ready.gamma
-        of_b = (scaled.T @ hidden) * ready.scaling
+        # On a CPU the transposed product takes a fourth to a thirteenth of the time, and rounds less.
+        of_b = (hidden.T @ scaled).T if grad.device.type == "cpu" else scaled.T @ hidden
+        of_b = of_b * ready.scaling
         of_hidden = scaled @ ready.up
         of_a = of_hidden.T @ low
         of_x = None
