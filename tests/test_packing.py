@@ -282,7 +282,7 @@ def test_gradients_of_a_shuffled_step_are_those_of_padding(base, imbalance, long
         loss, rows, logits = loop._step(pairs, training=True)
         assert len(loop.scorer.encoded.rows_of(pairs)) == len(rows) == len(logits)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        steps.append((loss, rows.tolist(), logits, gradients))
+        steps.append((float(loss), rows.tolist(), logits, gradients))
     assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-6)
     assert steps[0][1] == steps[1][1]
     torch.testing.assert_close(steps[0][2], steps[1][2], rtol=0, atol=1e-5)
@@ -299,7 +299,7 @@ def test_gradients_of_a_post_grouped_step_are_those_of_padding(base):
             model, toy.encoded, train_config(batching="post_grouped", packing=packing), "fp32", Recorder()
         )
         loop.model.train()
-        losses.append(loop._step(TRAIN[3:17], training=True)[0])
+        losses.append(float(loop._step(TRAIN[3:17], training=True)[0]))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in gradients[0].items():

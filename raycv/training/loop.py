@@ -199,7 +199,12 @@ class FoldTrainer(Steps):
         last = self.progress.step + len(steps)
         for pairs in steps:
             with torch.set_grad_enabled(training):
-                loss, rows, logits = self._step(pairs, training)
+                total, rows, logits = self._step(pairs, training)
+            # A GPU gets the update and the next norms to do before the host waits for the loss. A loss of NaN spoils
+            # the weights in memory, but it ends the training before anything is saved.
+            if training:
+                self.progress.learning_rate = self._update()
+            loss = float(total)
             if not math.isfinite(loss):
                 epoch = len(self.progress.epochs) + 1
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
@@ -208,9 +213,7 @@ class FoldTrainer(Steps):
                     kind="training-loss",
                     remedies=self._other_settings(),
                 )
-            if training:
-                self.progress.learning_rate = self._update()
-            yield loss, rows, logits
+            yield loss, rows, logits.cpu()
 
     def _other_settings(self) -> list[str]:
         """Returns remedies that may keep the loss finite.
