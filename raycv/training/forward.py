@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raycv.common.devices import is_out_of_memory
-from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart
+from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart, read_few
 from raycv.model.dora import prepared
 from raycv.prompts.encoder import EncodedPairs
 from raycv.training.packing import (
@@ -76,6 +76,7 @@ class RowScorer:
         self.encoded = encoded
         self.device = device
         self.autocast = autocast
+        read_few(self._classifier())
         self.group_of_row = encoded.group_of_row()
         longest = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
         np.maximum.at(longest, self.group_of_row, encoded.lengths)
