@@ -43,7 +43,8 @@ test-faults: install
 
 # Every test there is, and the docs: well over an hour on two cores.
 test-all: test docs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not ray"
+	$(BIN)/python -m pytest -m "slow and ray"
 
 # Fast tests and quickstart on the lowest and on the newest versions that pyproject.toml permits. It downloads 10 GB:
 # torch comes with the libraries of a GPU.

@@ -23,11 +23,11 @@ from typing import Any
 from benchmarks.corpus import BASE, encode, run_config, synthetic
 from benchmarks.harness import Result, logger, parser
 from raycv.common.files import read_json
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.data.splits import Split, make_splits
 from raycv.model.adapters import add_dora
 from raycv.model.base_model import fetch_base
 from raycv.model.loading import load_classifier, load_tokenizer
-from raycv.prompts.encoder import EncodedPairs
 from raycv.utils import set_seed
 
 MODES = ("shuffled", "post_grouped")

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.corpus import TOKENIZER, encode, synthetic
 from benchmarks.harness import Bar, Result, parser, tell
-from raycv.prompts.encoder import EncodedPairs
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.training.forward import Layout, RowScorer
 from raycv.training.packing import common_prefix
 

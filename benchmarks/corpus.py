@@ -12,11 +12,11 @@ from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig, TrainConfig
 from raycv.config.validation import validate
 from raycv.data.dataset import load_dataset
+from raycv.data.prompt_encoder import EncodedPairs, encode_dataset, prompt_encoder
 from raycv.data.synthetic import REDSM5_POSTS, write_dataset
 from raycv.data.types import Dataset
 from raycv.model.base_model import fetch_base
 from raycv.model.loading import load_tokenizer
-from raycv.prompts.encoder import EncodedPairs, encode_dataset, prompt_encoder
 
 BASE = "raycv://models/tiny_llama"
 TOKENIZER = "models/tiny_llama: BPE of 1400 tokens, trained on other posts of the same generator"

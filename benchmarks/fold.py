@@ -29,8 +29,8 @@ from benchmarks.corpus import (
 from benchmarks.harness import Bar, Result, interleaved, parser, ratios, spread
 from benchmarks.models import ADAPTERS, Shape, TokenCount, classifier
 from benchmarks.peers import Rows, peer_trainer
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.model.adapters import add_dora
-from raycv.prompts.encoder import EncodedPairs
 from raycv.training.loop import FoldTrainer
 from raycv.training.steps import epoch_order
 

@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS, Bar, Result, interleaved, parser, ratios
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weights, classifier
 from raycv.common.devices import is_out_of_memory
 from raycv.common.files import read_json
-from raycv.prompts.encoder import EncodedPairs
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.training.forward import Layout, RowScorer
 from raycv.utils import set_seed
 

@@ -15,8 +15,8 @@ from benchmarks.corpus import TOKENIZER, encode, pairs_of_posts, subset, synthet
 from benchmarks.fold import SMALL, Raycv
 from benchmarks.harness import Result, interleaved, parser, spread
 from benchmarks.models import Shape
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.data.types import Dataset
-from raycv.prompts.encoder import EncodedPairs
 
 SHAPE = Shape(hidden=128, intermediate=344, heads=4, layers=4, vocab=1400)
 BATCHING = ("shuffled", "post_grouped")

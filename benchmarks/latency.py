@@ -23,10 +23,10 @@ from benchmarks.harness import RESULTS, Bar, Clock, Result, add_one_core, clock,
 from benchmarks.models import LLAMA_7B, PROJECTIONS, Shape, classifier
 from raycv.common.files import read_json
 from raycv.config.schema import DoraConfig, ModelConfig
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.model.adapters import add_dora
 from raycv.model.dora import prepared
 from raycv.model.int8 import Int8Linear, to_int8
-from raycv.prompts.encoder import EncodedPairs
 from raycv.training.forward import RowScorer
 
 SMALL = Shape(hidden=64, intermediate=172, heads=4, layers=3)

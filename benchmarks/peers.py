@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from raycv.config.schema import TrainConfig
-from raycv.prompts.encoder import EncodedPairs
+from raycv.data.prompt_encoder import EncodedPairs
 
 
 class Rows(Dataset[dict[str, Any]]):

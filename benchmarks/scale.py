@@ -28,16 +28,16 @@ from rich.console import Console
 
 from benchmarks.corpus import BASE, run_config
 from benchmarks.harness import Bar, Result, interleaved, parser, spread
+from raycv.data.prompt_template import PromptRules
 from raycv.model.base_model import fetch_base
 from raycv.orchestration.fold_task import FoldTask
 from raycv.orchestration.fold_worker import epoch_metrics
 from raycv.orchestration.ray_tune import progress_board, run_folds
-from raycv.prompts.template import PromptRules
+from raycv.rendering.terminal import DONE, STARTING, LiveView
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
-from raycv.terminal.live_view import DONE, STARTING, LiveView
 from raycv.training.metrics import METRICS
 
 FOLDS = 5

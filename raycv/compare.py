@@ -7,7 +7,7 @@ from rich.console import Console
 from raycv.config.command_line import run_command
 from raycv.config.schema import CompareConfig
 from raycv.errors import NotShownError
-from raycv.terminal.console import say
+from raycv.rendering.terminal import say
 
 
 def compare(config: CompareConfig) -> None:
@@ -18,7 +18,7 @@ def compare(config: CompareConfig) -> None:
         NotShownError: `require=better`, and a run is not shown to be better than the baseline.
     """
     from raycv.analysis.comparison import compare_all, output_paths
-    from raycv.terminal.comparison_table import comparison_tables
+    from raycv.analysis.printed import comparison_tables
 
     output_paths(config.output)
     found = compare_all(config.runs, config.baseline, config.metric, Path(config.dir))

@@ -6,15 +6,15 @@ from rich.console import Console
 
 from raycv.config.command_line import run_command
 from raycv.config.schema import MistakesConfig
-from raycv.terminal.console import say
+from raycv.rendering.terminal import say
 
 
 def mistakes(config: MistakesConfig) -> None:
     """Writes the mistakes of a run. Raises: UserError if the run or its data cannot be read, or nothing be written."""
     from raycv.analysis.mistakes import COLUMNS, TEXTS, counts_of
+    from raycv.analysis.printed import mistakes_table
     from raycv.analysis.run import open_run, said_latest
     from raycv.analysis.spreadsheet import check_free, csv_text, write_output
-    from raycv.terminal.comparison_table import mistakes_table
 
     output = Path(config.output)
     check_free(output, ",".join(COLUMNS))

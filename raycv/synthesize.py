@@ -12,7 +12,7 @@ def run(config: SynthesizeConfig) -> None:
     """Writes the data set that `config` describes, and prints what it holds."""
     from rich.console import Console
 
-    from raycv.terminal.console import say
+    from raycv.rendering.terminal import say
 
     replaced = os.path.isfile(Path(config.out) / "posts.csv")
     stats = write_dataset(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raycv.terminal.summary_table import summary_table
+from raycv.rendering.terminal import summary_table
 
 
 def draw(report: Path, picture: Path) -> None:

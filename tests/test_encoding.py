@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from support.builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
 
 from raycv.config.schema import PromptConfig
-from raycv.data.types import Criterion, Dataset, Pair
-from raycv.errors import UserError
-from raycv.prompts.encoder import (
+from raycv.data.prompt_encoder import (
     EncodedPairs,
     PromptEncoder,
     encode_dataset,
@@ -22,7 +20,9 @@ from raycv.prompts.encoder import (
     encoding_warnings,
     prompt_encoder,
 )
-from raycv.prompts.template import GAP, render
+from raycv.data.prompt_template import GAP, render
+from raycv.data.types import Criterion, Dataset, Pair
+from raycv.errors import UserError
 
 MODES = ["head_tail", "head", "tail", "none", "sliding"]
 FITTING = ["head_tail", "head", "tail", "sliding"]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raycv.terminal.console import duration, say
-from raycv.terminal.live_view import DONE, FAILED, STARTING, LiveView
+from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView, duration, say
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

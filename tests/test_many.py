@@ -30,11 +30,11 @@ from raycv.batch_inference.pairs import BadRow, Chunk, PairSource, ScoredChunk, 
 from raycv.batch_inference.score_file import ProgressView, local_engine, score_chunk
 from raycv.batch_inference.state import SUM, Progress, sum_of_state
 from raycv.batch_inference.writer import ScoreFile, Stage
+from raycv.common.table_reader import read_table
 from raycv.config.command_line import compose
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.config.validation import validate
-from raycv.data.problems import Faults
-from raycv.data.table_reader import read_table
+from raycv.data.prompt_template import render
 from raycv.data.types import Criterion
 from raycv.errors import FaultsError, UserError
 from raycv.infer import infer
@@ -42,7 +42,7 @@ from raycv.inference.predictor import Predictor
 from raycv.inference.questions import ModelIdentity, Prediction
 from raycv.model.base_model import fetch_base
 from raycv.model.checkpoint import read_info, save_checkpoint
-from raycv.prompts.template import render
+from raycv.row_faults import Faults
 from raycv.training.loop import FoldTrainer
 
 ROOT = Path(__file__).parent.parent

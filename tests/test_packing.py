@@ -16,12 +16,12 @@ from torch.nn import functional
 from transformers import Gemma3Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from raycv.data.prompt_encoder import encode_dataset, prompt_encoder
 from raycv.model.adapters import Float32Head
 from raycv.model.attention import ReadingLayer, attention_window, read_few
 from raycv.model.base_model import fetch_base
 from raycv.model.int8 import to_int8
 from raycv.model.loading import load_classifier, load_tokenizer
-from raycv.prompts.encoder import encode_dataset, prompt_encoder
 from raycv.training.forward import Batch, RowScorer, in_order
 from raycv.training.loop import FoldTrainer
 from raycv.training.packing import Group, common_prefix, groups_of, in_lines, pack, steady_positions

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raycv.data.prompt_template import GAP, FittedPost, PromptRules, Spans, fit_post, render
 from raycv.errors import UserError
-from raycv.prompts.template import GAP, FittedPost, PromptRules, Spans, fit_post, render
 
 TEMPLATE_WORDS = 17
 """of `render("", "")`, punctuation marks included; a post of n words has n more"""

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from raycv.common.files import write_json
 from raycv.errors import RunFailedError
+from raycv.rendering.terminal import summary_table
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import best_fold, summarize
-from raycv.terminal.summary_table import summary_table
 from raycv.training.metrics import METRICS
 
 

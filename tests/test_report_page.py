@@ -21,16 +21,14 @@ from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
 from raycv.cv.open_run import OpenRun
-from raycv.cv.page import make_page
+from raycv.cv.remade_report import make_page
 from raycv.errors import UserError
-from raycv.rendering.blocks import Column, Estimate, Table
-from raycv.rendering.escapes import csv_of, for_latex, for_markdown, latex_of, markdown_of
+from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import publish
+from raycv.rendering.terminal import summary_table, verdict_lines
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder
-from raycv.terminal.start_and_end import verdict_lines
-from raycv.terminal.summary_table import summary_table
 
 CANARY = "zebra-canary-7731"
 EVIL = "</script><img src=x onerror=alert(1)>|[a](http://evil.example)_$\\input{x}"

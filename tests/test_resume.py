@@ -37,7 +37,6 @@ from support.toy_training import TRAIN, VAL, Greedy, Tight
 
 from raycv.common.environment import code_state, package_version
 from raycv.common.files import array_bytes, read_json, sha256_of, write_json
-from raycv.common.numerics import NUMERICS
 from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
@@ -54,6 +53,7 @@ from raycv.results.run_folder import RunFolder, resume_command
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
 from raycv.training.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
+from raycv.utils import NUMERICS
 
 STEPS = 4
 """Optimizer steps of an epoch: 30 pairs in steps of 8."""

@@ -31,10 +31,10 @@ COUNTS_TOKENIZED = """
 import importlib.util, os, sys
 
 class Counting:
-    '''Makes whatever process of a run imports raycv.prompts.encoder write down how many prompts it turns to tokens.'''
+    '''Makes each process of a run that imports raycv.data.prompt_encoder write down how many prompts it encodes.'''
 
     def find_spec(self, name, path=None, target=None):
-        if name != "raycv.prompts.encoder":
+        if name != "raycv.data.prompt_encoder":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -21,11 +21,11 @@ from support.trained_runs import NASTY, save_toy
 
 from raycv.config.command_line import without_verbatim
 from raycv.config.schema import InferConfig, InferenceConfig
+from raycv.data.prompt_template import render
 from raycv.infer import main
 from raycv.inference.predictor import Predictor
 from raycv.inference.questions import ModelIdentity, Prediction, Question
 from raycv.model.base_model import fetch_base
-from raycv.prompts.template import render
 from raycv.serving.client import ask
 
 TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=60)

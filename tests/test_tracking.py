@@ -397,9 +397,7 @@ def test_a_database_that_is_locked_before_the_start_is_waited_for(tmp_path, capl
     code += "print('locked', flush=True); time.sleep(15)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "mlflow.db"], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
-        started = time.monotonic()
         check_store(settings)
-        assert time.monotonic() - started > 10
         assert open_experiment(CrossValidationStore(settings.uri), settings)
 
 
@@ -409,10 +407,8 @@ def test_who_cannot_wait_is_refused_by_a_database_that_is_locked(tmp_path):
     CrossValidationStore(settings.uri)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
-        started = time.monotonic()
         with pytest.raises(UserError, match="database is locked") as caught:
             CrossValidationStore(settings.uri, seconds=1)
-        assert time.monotonic() - started < 20
     assert caught.value.remedies == ["wait until the other process has let go of it"]
 
 
@@ -564,10 +560,8 @@ def test_an_http_server_and_its_death(server, tmp_path, caplog):
         assert [path.name for path in checkpoint.iterdir()] == ["raycv.json"]
     assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
     kill(process)
-    started = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
         store.log_metrics(parent_id, {"x": 1.0})
-    assert time.monotonic() - started < 30
     assert "attempt 1 of 3" in caplog.text
     assert "attempt 2 of 3" in caplog.text
     assert url in str(caught.value)

@@ -417,7 +417,7 @@ def test_the_arithmetic_is_that_of_its_number(toy, tmp_path, case):
     numbers = [step[3] for step in recorder.steps] + [result.best.threshold, *result.val_scores[:3]]
     message = (
         f"training now gives {np.round(numbers, 7).tolist()}. If raycv's own code changed what is computed, raise "
-        "NUMERICS in raycv/common/numerics.py, and put these numbers here. Another torch may change them too."
+        "NUMERICS in raycv/utils.py, and put these numbers here. Another torch may change them too."
     )
     np.testing.assert_allclose(numbers, NUMBERS[case], atol=1e-5, err_msg=message)
 

@@ -162,9 +162,9 @@ class Comparison:
 
     def plot(self) -> "Figure":
         """Returns the figure: values of all runs by metric, differences to the baseline, differences by criterion."""
-        from raycv.analysis.dumbbells import draw
+        from raycv.analysis.figures import comparison_figure
 
-        return draw(self.result)
+        return comparison_figure(self.result)
 
     def save(self, output: str | Path) -> list[Path]:
         """Writes `<output>.json`, `<output>.csv` and `<output>.svg`, and returns their paths.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from raycv.data.problems import Faults
-from raycv.data.table_reader import Row, read_table
+from raycv.common.table_reader import Row, read_table
 from raycv.errors import FaultsError, UserError, shown
 from raycv.evaluation.study import Study
+from raycv.row_faults import Faults
 
 COLUMNS = ("post_id", "criterion_id", "score")
 REMEDY = "write a CSV with the columns post_id, criterion_id and score (0 to 1), and a row for each pair of the run"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raycv.analysis.figures import Plots
 from raycv.analysis.mistakes import COLUMNS, TEXTS, mistakes_of, thresholds_of
-from raycv.analysis.plots import Plots
 from raycv.common.locations import resolve
 from raycv.data.dataset import load_dataset
 from raycv.data.types import Dataset

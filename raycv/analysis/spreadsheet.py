@@ -1,4 +1,4 @@
-"""Writes tables as CSV so that no spreadsheet program runs a cell, and never over a file of another kind."""
+"""Writes the CSV files of `raycv.compare` and `raycv.mistakes`: cells guarded, files of others never replaced."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 from raycv.common.files import unwritable, write_bytes
 from raycv.errors import UserError
-from raycv.rendering.escapes import for_spreadsheet
+from raycv.rendering.blocks import for_spreadsheet
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from raycv.common.table_reader import folded, repeated, separator_of
 from raycv.data.discovery import LONGEST, NearMiss, is_near_word, misspelt, near_misses, words_of
-from raycv.data.problems import listed, named
-from raycv.data.table_reader import folded, repeated, separator_of
 from raycv.errors import FaultsError, UserError, shown
+from raycv.row_faults import listed, named
 
 POST_COLUMNS = ("post", "text")
 CRITERION_COLUMNS = ("criterion", "criterion_id")

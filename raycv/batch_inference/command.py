@@ -16,7 +16,7 @@ from raycv.inference.log import log_answered, record
 from raycv.inference.questions import model_line, needs_criteria
 from raycv.model.base_model import absolute_name
 from raycv.model.checkpoint import read_info
-from raycv.terminal.console import say
+from raycv.rendering.terminal import say
 
 
 def score_pairs(config: InferConfig, tell: Tell, engine_of: Callable[[Recipe], Engine]) -> None:

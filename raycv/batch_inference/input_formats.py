@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from raycv.batch_inference.columns import repeated_known
+from raycv.common.table_reader import folded, read_columns
 from raycv.common.text_files import Lines, UnreadableError, check_file, csv_records, opened, parsed_json
-from raycv.data.problems import Kind
-from raycv.data.table_reader import folded, read_columns
 from raycv.errors import UserError
+from raycv.row_faults import Kind
 
 _PARQUET_ROWS = 256
 

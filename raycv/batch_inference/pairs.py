@@ -6,12 +6,13 @@ from pathlib import Path
 
 from raycv.batch_inference.columns import CRITERION_COLUMNS, Layout, find_layout, unread_columns
 from raycv.batch_inference.input_formats import Record, pair_file, unreadable
+from raycv.common.table_reader import Missing
 from raycv.common.text_files import FIELD_LIMIT, UnreadableError, is_unicode
-from raycv.data.parsing import Missing, id_fault, is_blank, is_missing
-from raycv.data.problems import named
+from raycv.data.parsing import id_fault, is_blank, is_missing
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, find_criterion
+from raycv.row_faults import named
 
 CHUNK_CHARACTERS = 8_000_000
 """Characters of posts after which a chunk ends, even with few pairs. Bounds the memory if posts are huge."""

@@ -17,12 +17,12 @@ from raycv.batch_inference.pairs import AskedPair, BadRow, Chunk, PairScore, Pai
 from raycv.batch_inference.state import Progress, identity_of, identity_of_input, takes_missing_as_text
 from raycv.batch_inference.writer import ScoreFile, Stage
 from raycv.config.schema import InferConfig, InferenceConfig
-from raycv.data.problems import listed
 from raycv.data.types import Criterion
 from raycv.errors import UserError, counted
 from raycv.inference.choose import Chosen
 from raycv.inference.questions import Prediction, Predicts, label_of, shown_threshold
-from raycv.terminal.console import duration, say
+from raycv.rendering.terminal import duration, say
+from raycv.row_faults import listed
 
 FIRST_BAD = 10
 """Bad rows that are printed. `<output>.errors.csv` has all of them."""

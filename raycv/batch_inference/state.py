@@ -9,13 +9,13 @@ from typing import Any
 
 from raycv.batch_inference.pairs import PairSource, ScoredChunk
 from raycv.common.files import read_json, sha256_of, write_text
-from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
 from raycv.data.dataset import criteria_hash
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen
 from raycv.model.base_files import comparable
 from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import MANIFEST, read_info
+from raycv.utils import FIRST_NUMERICS, NUMERICS
 
 FORMAT = 2
 """The number of the state's format. Raise it by one when the format changes. Format 1 has no attention."""
@@ -44,7 +44,7 @@ class Progress:
     finished: bool = False
     """everything is scored; only the move into place is left"""
     numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic of the scores (`raycv.common.numerics.NUMERICS`)"""
+    """the number of the arithmetic of the scores (`raycv.utils.NUMERICS`)"""
 
 
 def sum_of_state(values: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from raycv.batch_inference.output_formats import append_bytes, clear, csv_lines,
 from raycv.batch_inference.output_place import ERRORS_HEADER, beside, check_output, is_there, locked, taken_by, writing
 from raycv.batch_inference.pairs import ScoredChunk
 from raycv.batch_inference.state import Progress, check_computed, check_continues, is_same, read_state, write_state
-from raycv.common.numerics import NUMERICS
 from raycv.data.types import LABELS
 from raycv.errors import UserError
+from raycv.utils import NUMERICS
 
 
 class Stage(Enum):

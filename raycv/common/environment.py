@@ -14,8 +14,8 @@ from typing import Any
 
 from raycv import __version__
 from raycv.common.locations import PACKAGE
-from raycv.common.numerics import NUMERICS
 from raycv.errors import counted
+from raycv.utils import NUMERICS
 
 PACKAGES = (
     "raycv", "ray", "torch", "transformers", "peft", "accelerate", "scikit-learn", "mlflow", "hydra-core", "numpy",

@@ -21,7 +21,7 @@ READ_AGAIN = 1_000_000
 """Lines that may be read again, beside ten per line of the file: each broken record may reach to the end."""
 
 FileFault = Literal["NO_FILE", "ENCODING", "NUL", "QUOTING", "LONG_FIELD", "FIELD_COUNT", "JSON", "DUPLICATE_COLUMN"]
-"""The kinds of fault of a file. `raycv.data.problems.Kind` has their remedies."""
+"""The kinds of fault of a file. `raycv.row_faults.Kind` has their remedies."""
 
 
 class UnreadableError(Exception):

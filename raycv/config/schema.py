@@ -1,4 +1,4 @@
-"""Every key of every command: its type, its meaning, its allowed words.
+"""Every key of every command, and each rule of it: type, limits, meaning, allowed words.
 
 YAML files in `configs/` hold the values. The report of a faulty config names every fault, with the received value and
 the expectation of the key (FR-004).
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from raycv.common.secrets import mask_secrets
+from raycv.common.table_reader import Missing
 from raycv.config.values import (
     LEAST_SHARE,
     Auto,
@@ -21,7 +22,6 @@ from raycv.config.values import (
     Share,
     StoreAddress,
 )
-from raycv.data.parsing import Missing
 
 
 class Section(BaseModel):

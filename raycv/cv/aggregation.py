@@ -13,12 +13,11 @@ from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
 from raycv.config.schema import AggregateConfig
 from raycv.errors import UserError
+from raycv.rendering.terminal import say, summary_table
 from raycv.results.find_run import find_run, finished_at, folds_of, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record, resume_command
-from raycv.terminal.console import say
-from raycv.terminal.summary_table import summary_table
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, recorded_uri, tracked_run
 
 

@@ -1,4 +1,4 @@
-"""A new run: checks its folder, makes it, writes its inputs, and starts its MLflow parent."""
+"""A new run: names and makes its folder, writes its inputs, and starts its MLflow parent."""
 
 import contextlib
 import itertools
@@ -19,9 +19,9 @@ from raycv.data.splits import Split, positives_table, splits_record
 from raycv.data.types import Dataset
 from raycv.errors import UserError, together
 from raycv.orchestration.fold_task import Prepared
+from raycv.rendering.terminal import say
 from raycv.results.find_run import make_newest
 from raycv.results.run_folder import RunFolder, resume_command
-from raycv.terminal.console import say
 
 
 def check_runs_folder(config: RunConfig) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from raycv.common.signals import ignore_stops
 from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError
+from raycv.rendering.terminal import say
 from raycv.results.run_folder import RunFolder, aggregate_command, report_command, resume_command
-from raycv.terminal.console import say
 
 if TYPE_CHECKING:
     from raycv.orchestration.fold_task import Prepared

@@ -16,10 +16,9 @@ from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.orchestration.fold_task import Prepared
+from raycv.rendering.terminal import announce_data, announce_end, announce_placement, say
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
-from raycv.terminal.console import say
-from raycv.terminal.start_and_end import announce_data, announce_end, announce_placement
 
 if TYPE_CHECKING:
     from raycv.resources.placement import Placement
@@ -94,7 +93,7 @@ def _train_folds(
     from raycv.orchestration.fold_task import FOLD_KEY
     from raycv.orchestration.mlflow_callback import FoldRuns
     from raycv.orchestration.ray_tune import fold_task, run_folds
-    from raycv.terminal.live_view import LiveView
+    from raycv.rendering.terminal import LiveView
 
     config, folder = run.config, run.folder
     finished = folder.finished(config.cv.folds)

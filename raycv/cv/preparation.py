@@ -14,7 +14,7 @@ from raycv.data.splits import Split, make_splits
 from raycv.data.types import Dataset
 from raycv.model.base_model import check_name
 from raycv.orchestration.fold_task import Prepared
-from raycv.terminal.console import say
+from raycv.rendering.terminal import say
 
 if TYPE_CHECKING:
     from raycv.model.base_files import BaseFiles
@@ -81,7 +81,7 @@ def prepare_base(config: RunConfig) -> Base:
 
 def tokenise(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
     """Tokenises once for all folds."""
-    from raycv.prompts.encoder import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
+    from raycv.data.prompt_encoder import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
 
     criteria = [criterion.text for criterion in dataset.criteria.values()]
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):

@@ -9,7 +9,6 @@ from typing import Any
 
 from raycv.common.environment import code_state, package_version
 from raycv.common.files import sha256_of
-from raycv.common.numerics import FIRST_NUMERICS, NUMERICS, VERSIONS
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
@@ -21,6 +20,7 @@ from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, r
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command
 from raycv.tracking.lookup import recorded_uri
+from raycv.utils import FIRST_NUMERICS, NUMERICS, VERSIONS
 
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared

@@ -18,9 +18,9 @@ from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.errors import UserError, counted
 from raycv.orchestration.fold_task import Prepared
+from raycv.rendering.terminal import say
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import read_record
-from raycv.terminal.console import say
 from raycv.tracking.lookup import tracked_run
 
 if TYPE_CHECKING:

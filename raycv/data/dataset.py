@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raycv.common.files import sha256_of
+from raycv.common.table_reader import Missing
 from raycv.data.discovery import ANNOTATIONS, CRITERIA, GROUNDTRUTH, POSTS, Sources, find_criteria, find_sources
-from raycv.data.parsing import Labels, Missing, Texts, read_labels, read_texts
-from raycv.data.problems import Faults, Kind, listed, named
+from raycv.data.parsing import Labels, Texts, read_labels, read_texts
 from raycv.data.types import Criterion, Dataset, Pair
 from raycv.errors import counted
+from raycv.row_faults import Faults, Kind, listed, named
 
 EXPECTED_COUNTS = {"posts": 1484, "criteria": 9, "pairs": 13356}
 """Size of ReDSM5 (FR-012)."""

@@ -9,10 +9,10 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from raycv.common.table_reader import folded, read_columns, separator_of
 from raycv.common.text_files import UnreadableError, check_file
-from raycv.data.problems import Faults, Kind, named
-from raycv.data.table_reader import folded, read_columns, separator_of
 from raycv.errors import counted, first_of, shown
+from raycv.row_faults import Faults, Kind, named
 
 POSTS, GROUNDTRUTH, ANNOTATIONS, CRITERIA = "posts", "groundtruth", "annotations", "criteria"
 

@@ -1,16 +1,15 @@
-"""Parses rows into posts, criteria and labels by id, and derives pairs from the annotations of ReDSM5."""
+"""Parses cells into ids, labels, posts and criteria, and derives pairs from the annotations of ReDSM5."""
 
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from raycv.common.table_reader import Missing, Row, Table, read_table
 from raycv.data.discovery import CRITERIA, POSTS, Sources, text_column
-from raycv.data.problems import Faults, Kind, named
-from raycv.data.table_reader import Row, Table, read_table
 from raycv.data.types import Pair
+from raycv.row_faults import Faults, Kind, named
 
 SYMPTOMS = {
     "DEPRESSED_MOOD": "A.1",
@@ -46,8 +45,6 @@ _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
 _INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
             "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
 
-Missing = Literal["empty", "text"]
-"""How a cell counts that holds one of MISSING and nothing else: as an empty text, or as that text."""
 MISSING = frozenset({
     # People let pandas write these (na_rep), since it reads them as missing by default. R writes NA, and Python None.
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",

@@ -12,7 +12,8 @@ import torch
 
 from raycv.common.devices import CPU_FOR_INFERENCE, inference_device
 from raycv.config.schema import InferenceConfig, Precision
-from raycv.data.problems import listed
+from raycv.data.prompt_encoder import EncodedPairs, PromptEncoder
+from raycv.data.prompt_template import FittedPost, render
 from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, SCORE_DECIMALS, ModelIdentity, Prediction
 from raycv.model.attention import KERNEL, PLAIN, attention_of, earlier_attention
@@ -22,8 +23,7 @@ from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_i
 from raycv.model.dora import prepared
 from raycv.model.int8 import check_int8, to_int8
 from raycv.model.loading import load_classifier, load_tokenizer
-from raycv.prompts.encoder import EncodedPairs, PromptEncoder
-from raycv.prompts.template import FittedPost, render
+from raycv.row_faults import listed
 from raycv.training.forward import Layout, RowScorer, in_order
 from raycv.training.memory import MicroBatch
 from raycv.utils import pin_kernels

@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from raycv.common.devices import is_out_of_memory
 from raycv.common.retry import cause_of
+from raycv.data.prompt_template import render
 from raycv.model.dora import without_autocast
-from raycv.prompts.template import render
 
 KERNEL, PLAIN = "sdpa", "eager"
 """transformers' names of PyTorch's kernel and of the model's own code."""

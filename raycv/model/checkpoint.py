@@ -13,11 +13,11 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from raycv.common.environment import package_version
 from raycv.common.files import read_json, sha256_of, write_json
 from raycv.common.retry import cause_of
+from raycv.common.table_reader import Missing
 from raycv.config.values import Fraction, NonEmpty
-from raycv.data.parsing import Missing
+from raycv.data.prompt_template import TEMPLATE, PromptRules
 from raycv.data.types import LABELS
 from raycv.errors import UserError, counted, shown
-from raycv.prompts.template import TEMPLATE, PromptRules
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
+from raycv.data.prompt_template import PromptRules
 from raycv.data.splits import Split
 from raycv.data.types import Dataset, Pair
 from raycv.errors import ErrorKind, UserError
-from raycv.prompts.template import PromptRules
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
 
 if TYPE_CHECKING:
     import ray.train
 
+    from raycv.data.prompt_encoder import EncodedPairs, PromptEncoder
     from raycv.model.base_files import BaseFiles
-    from raycv.prompts.encoder import EncodedPairs, PromptEncoder
 
 FOLD_KEY = "fold"
 """The one parameter of a trial."""

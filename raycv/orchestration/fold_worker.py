@@ -13,7 +13,6 @@ import ray.train
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import unwritable
-from raycv.common.numerics import NUMERICS
 from raycv.orchestration.cluster import share_of
 from raycv.orchestration.fold_task import FoldTask, SharedArrays
 from raycv.resources.nodes import Share
@@ -21,6 +20,7 @@ from raycv.resources.placement import Placement
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.training.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
+from raycv.utils import NUMERICS
 
 if TYPE_CHECKING:
     import numpy as np

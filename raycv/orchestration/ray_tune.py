@@ -22,12 +22,12 @@ from raycv.orchestration.cluster import this_node, watched_cluster
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
+from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView
 from raycv.resources.nodes import NodeNeeds, node_name
 from raycv.resources.placement import Placement
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
-from raycv.terminal.live_view import DONE, FAILED, STARTING, LiveView
 from raycv.training.metrics import F1
 
 if TYPE_CHECKING:

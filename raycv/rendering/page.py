@@ -1,4 +1,4 @@
-"""Renders the sections of a report as one HTML file and as Markdown, each from its own template."""
+"""Turns sections into HTML and Markdown by the templates in `templates/`. It decides neither content nor order."""
 
 import base64
 import hashlib
@@ -8,8 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from raycv.rendering.blocks import Section, shown
-from raycv.rendering.escapes import code_block, for_markdown, markdown_of
+from raycv.rendering.blocks import Section, code_block, for_markdown, markdown_of, shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.environment import package_version
-from raycv.common.numerics import VERSIONS
 from raycv.errors import RunFailedError, first_of
 from raycv.resources.survey import share_fault, source_hash
 from raycv.results.run_folder import RunFolder, resume_command, share_nonce
+from raycv.utils import VERSIONS
 
 SHARE_REMEDY = "put run.dir (and a local model.name) on storage that every node sees under the same path"
 CODE_REMEDY = (

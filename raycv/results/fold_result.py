@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.files import read_json
-from raycv.common.numerics import FIRST_NUMERICS
 from raycv.errors import UserError
 from raycv.model.checkpoint import MANIFEST
 from raycv.results.run_folder import RunFolder
 from raycv.training.metrics import METRICS, collapse_reasons
+from raycv.utils import FIRST_NUMERICS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FoldResult:
     """the reasons why the classifier counts as collapsed, empty if it does not; None if an earlier version recorded no
     reasons"""
     numerics: int = FIRST_NUMERICS
-    """the number of the arithmetic that computed it (`raycv.common.numerics.NUMERICS`)"""
+    """the number of the arithmetic that computed it (`raycv.utils.NUMERICS`)"""
 
     def collapse(self) -> list[str]:
         """Returns why the classifier counts as collapsed: the recorded reasons, else those that the metrics show."""

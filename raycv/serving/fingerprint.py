@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from raycv.common.locations import resolve
-from raycv.common.numerics import NUMERICS
 from raycv.data.discovery import find_criteria
-from raycv.data.problems import Faults
 from raycv.model.base_model import fetch_trained_base, is_folder
 from raycv.model.checkpoint import MANIFEST, SUMMED, read_info
+from raycv.row_faults import Faults
+from raycv.utils import NUMERICS
 
 
 def fingerprint(

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from raycv.rendering.escapes import for_markdown
+from raycv.rendering.blocks import for_markdown
 from raycv.training.metrics import METRICS, collapsed_because
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from raycv.common.devices import is_out_of_memory
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart, read_few
 from raycv.model.dora import prepared
-from raycv.prompts.encoder import EncodedPairs
 from raycv.training.packing import (
     FILL,
     Group,

@@ -1,4 +1,4 @@
-"""The training loop of one fold. It knows neither Ray nor MLflow."""
+"""The training loop of one fold: epochs, validation, early stopping, training states. Knows no Ray and no MLflow."""
 
 import math
 import time
@@ -11,9 +11,9 @@ import torch
 
 from raycv.common.environment import describe_device
 from raycv.config.schema import TrainConfig
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision
-from raycv.prompts.encoder import EncodedPairs
 from raycv.training.metrics import binary_metrics, tune_threshold
 from raycv.training.progress import (
     WORKERS,

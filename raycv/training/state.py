@@ -18,8 +18,8 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from raycv.common.files import unwritable, write_text
-from raycv.common.numerics import FIRST_NUMERICS, NUMERICS
 from raycv.errors import RunFailedError, UserError
+from raycv.utils import FIRST_NUMERICS, NUMERICS
 
 FORMAT = 1
 """The format of a training state. Raise it by one when you change the format."""

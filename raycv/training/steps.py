@@ -1,4 +1,4 @@
-"""The steps of a fold's training: their pairs, the loss of each over micro-batches that fit the memory, the update."""
+"""Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from raycv.common.devices import is_out_of_memory
 from raycv.config.schema import TrainConfig
+from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision, trainable
-from raycv.prompts.encoder import EncodedPairs
 from raycv.training.forward import Batch, Layout, RowScorer, in_order
 from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch
 from raycv.training.packing import Group

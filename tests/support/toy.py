@@ -10,13 +10,13 @@ import numpy as np
 
 from raycv.config.schema import DoraConfig, ModelConfig, PromptConfig, TrainConfig
 from raycv.data.dataset import criteria_hash
+from raycv.data.prompt_encoder import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
 from raycv.data.types import Criterion, Dataset, Pair
 from raycv.model.adapters import add_dora
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_base
 from raycv.model.checkpoint import CheckpointInfo, save_checkpoint
 from raycv.model.loading import load_classifier, load_tokenizer
-from raycv.prompts.encoder import EncodedPairs, PromptEncoder, encode_dataset, prompt_encoder
 from raycv.utils import set_seed
 from support.builders import tiny_llama, wordlevel_tokenizer
 

@@ -7,9 +7,8 @@ from rich.console import Console
 from raycv.config.schema import ReportConfig, RunConfig
 from raycv.cv.preparation import load_data
 from raycv.errors import UserError
+from raycv.rendering.terminal import say, verdict_lines
 from raycv.results.find_run import find_run, recorded_config, runs_there
-from raycv.terminal.console import say
-from raycv.terminal.start_and_end import verdict_lines
 
 
 def make_page(config: ReportConfig) -> None:

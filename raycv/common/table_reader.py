@@ -6,6 +6,7 @@ Files of pairs (`batch_inference`) use the same lines, CSV records and limits, b
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from raycv.common.text_files import (
     FIELD_LIMIT,
@@ -19,8 +20,10 @@ from raycv.common.text_files import (
     parsed_json,
     stopped,
 )
-from raycv.data.problems import Faults, Kind, named
+from raycv.row_faults import Faults, Kind, named
 
+Missing = Literal["empty", "text"]
+"""How a cell counts that holds a mark of a missing value and nothing else: as an empty text, or as that text."""
 JSON_LIMIT = 16 * FIELD_LIMIT
 """Bytes in a JSON file at most, since it is read whole."""
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raycv.data.prompt_template import FittedPost, PromptRules, Spans, fit_post, render
 from raycv.data.types import Dataset
 from raycv.errors import UserError
-from raycv.prompts.template import FittedPost, PromptRules, Spans, fit_post, render
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,286 @@
+"""Prints for the commands: lines, the start of a run, the live view of its folds, the table at its end."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from raycv import __version__
+from raycv.common.secrets import mask_secrets
+from raycv.config.schema import RunConfig
+from raycv.data.splits import Split, positives_table
+from raycv.data.types import Dataset
+from raycv.errors import counted, printable
+from raycv.results.run_folder import RunFolder, infer_command
+from raycv.training.metrics import METRICS, THRESHOLD, collapsed_because
+
+if TYPE_CHECKING:
+    from raycv.resources.placement import Placement
+
+
+LIVE_COLUMNS = (
+    ("fold", 4), ("state", 10), ("epoch", 7), ("step", 7), ("", 5), ("batch", 4), ("loss", 5), ("val F1", 6),
+    ("best", 5), ("left", 7),
+)  # fmt: skip
+"""Names and minimum widths of the live view; together they fit 80 columns."""
+WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
+MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
+"""The states that a plain console prints, and the words for them."""
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a line without markup, highlighting or wrapping, so that paths can be copied. Masks secrets."""
+    console.print(
+        printable(mask_secrets(text)), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as `1:02:03` or `2:03`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def announce_data(console: Console, config: RunConfig, dataset: Dataset, splits: list[Split]) -> None:
+    stats = dataset.stats
+    say(
+        console,
+        f"raycv {__version__}: {config.cv.folds} folds of {config.model.name} on {len(dataset.posts):,} posts x "
+        f"{len(dataset.criteria)} criteria = {len(dataset.pairs):,} pairs, {stats['positive_rate']:.1%} matched",
+    )
+    for warning in dataset.warnings:
+        say(console, f"Warning: {warning}", "yellow")
+    title = "Matched pairs per validation fold and criterion"
+    table = Table(box=None)
+    rows = positives_table(dataset, splits)
+    criteria = list(dataset.criteria)
+    for column in ("fold", "pairs", "matched", *criteria):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["fold"]), str(row["pairs"]), str(row["matched"]), *map(str, row["per_criterion"].values())
+        )
+    if console.measure(table).minimum > console.width:
+        say(console, f"{title}: too wide for here, data_stats.json has it")
+    else:
+        say(console, title)
+        console.print(table)
+
+
+def announce_placement(console: Console, placement: "Placement", dashboard: str | None) -> None:
+    gpus = f" and {counted(placement.gpus, 'GPU')}" if placement.gpus else ", no GPU"
+    gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
+    where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
+    at_once = f"Up to {counted(placement.concurrent, 'fold')} at once, each with {counted(placement.cpus, 'CPU core')}"
+    say(console, f"{at_once}{gpus}.{where}")
+
+
+def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
+    """Returns what the statistics say in short: honest F1, best floor, weakest criteria, checks, place of the page."""
+    # The statistics import NumPy, which the other lines do not need.
+    from raycv.rendering.blocks import estimate, label, shown
+
+    verdict, floors = evaluation["verdict"], evaluation["floors"]
+    floor = next(row["metrics"]["f1"] for row in floors["table"] if row["name"] == floors["best"])
+    f1_of = {row["criterion"]: row["metrics"]["f1"]["value"] for row in evaluation["criteria"]}
+    weakest = ", ".join(f"{name} {shown(f1_of[name], 'threshold')}" for name in verdict["weakest"])
+    honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
+    return (
+        f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
+        f"Best floor:    {best} ({label(verdict['floor'])})\n"
+        f"Weakest F1:    {weakest or 'undefined'}\n"
+        f"Checks:        {', '.join(verdict['checks']) or 'none found anything'}\n"
+        f"Page:          {folder.page}"
+    )
+
+
+def announce_end(
+    console: Console,
+    config: RunConfig,
+    folder: RunFolder,
+    report: dict[str, Any],
+    parent_id: str,
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
+    """Prints the table of the folds, what the statistics say (None if they failed), and where everything is."""
+    console.print()
+    console.print(summary_table(report))
+    if evaluation is not None:
+        say(console, verdict_lines(evaluation, folder))
+    uri = mask_secrets(config.tracking.uri)
+    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    say(
+        console,
+        f"Report:        {folder.report}\n"
+        f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f'Ask it:        {infer_command(folder)} post="..."\n'
+        f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
+    )
+    activate = Path(sys.executable).parent / "activate"
+    if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
+        here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        say(console, f"Before you type these, once per shell: source {here}")
+
+
+def summary_table(report: dict[str, Any]) -> Group:
+    """A row per fold of `report`, then mean and deviation. The title tells if the run is a control."""
+    control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
+    title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    collapsed = report.get("collapsed_folds", [])
+    for fold in report["folds"]:
+        mark = " *" if fold["fold"] == report["best_fold"] else ""
+        mark += " !" if fold["fold"] in collapsed else ""
+        cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
+        cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
+        table.add_row(f"{fold['fold']}{mark}", *cells)
+    table.add_section()
+    for name, row in (("mean", report["mean"]), ("std", report["std"])):
+        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
+    floors = report["floors"]
+    caption = Text(
+        f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
+        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
+        "dim",
+    )
+    marked = [fold for fold in report["folds"] if fold["fold"] in collapsed]
+    warnings = [f"! fold {fold['fold']}: {collapsed_because(fold.get('collapsed') or [])}" for fold in marked]
+    return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
+
+
+class LiveView:
+    """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
+
+    Another thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
+    """
+
+    def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
+        self.epochs = epochs
+        self.effective_batch = effective_batch
+        self.console = console
+        self._started = time.monotonic()
+        self._folds: dict[int, dict[str, Any]] = {fold: {"state": WAITING} for fold in folds}
+        self._printed: dict[int, tuple[str, int]] = {}
+        self._live = (
+            Live(console=console, refresh_per_second=4, get_renderable=self.render) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> "LiveView":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, fold: int, post: dict[str, Any]) -> None:
+        """Takes news of a fold. A plain console prints `post["history"]`, the metrics of the epoch that just ended."""
+        state = self._folds[fold]
+        # A post of the worker may arrive after the fold ended, so we keep the final state.
+        if state["state"] in (DONE, FAILED) and "state" in post:
+            post = {**post, "state": state["state"]}
+        state.update(post)
+        if post.get("state") == STARTING:
+            state["began"] = time.monotonic()
+        if "epoch" in post and "began" in state:
+            state.setdefault("stepping", time.monotonic())
+        if self._live is None:
+            self._print(fold, state)
+
+    def tell(self, fold: int | None, text: str) -> None:
+        """Prints an event, which stays on the screen."""
+        say(self.console, f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}")
+
+    def render(self) -> Group:
+        """The table as it is now."""
+        table = Table(box=None, pad_edge=False)
+        for name, width in LIVE_COLUMNS:
+            # Nobody can read a table that jumps with every number, so each column has a minimum width.
+            table.add_column(name, justify="left" if name in ("state", "") else "right", min_width=width)
+        for fold, state in self._folds.items():
+            table.add_row(str(fold), *self._cells(state))
+        running = sum(state["state"] not in (WAITING, DONE, FAILED) for state in self._folds.values())
+        done = sum(state["state"] == DONE for state in self._folds.values())
+        head = f"{done} of {len(self._folds)} folds done, {running} running, {self._clock()} since the folds started"
+        left = self._all_left()
+        return Group(Text(head + (f", about {duration(left)} left" if left else ""), "dim"), table)
+
+    def _all_left(self) -> float | None:
+        """Seconds until all folds are done, at the pace so far; None before the first epoch ends or if no fold runs."""
+        open_folds = [state for state in self._folds.values() if state["state"] not in (DONE, FAILED)]
+        running = [state for state in open_folds if state["state"] != WAITING]
+        paces = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
+        if not running or not paces:
+            return None
+        epoch_seconds = sum(paces) / len(paces)
+        # A fold starts processes and loads the model before its first step, so we count that time too.
+        starts = [state["stepping"] - state["began"] for state in self._folds.values() if "stepping" in state]
+        start_seconds = sum(starts) / len(starts) if starts else 0.0
+        total = 0.0
+        for state in open_folds:
+            begun = time.monotonic() - state["began"] if "began" in state else 0.0
+            start_left = 0.0 if "stepping" in state else max(start_seconds - begun, 0.0)
+            total += start_left + self._epochs_left(state) * epoch_seconds
+        return total / len(running)
+
+    def _epochs_left(self, state: dict[str, Any]) -> float:
+        if "epoch" not in state:
+            return self.epochs
+        return max(self.epochs - state["epoch"] + 1 - state["step"] / state["steps"], 0)
+
+    def _cells(self, state: dict[str, Any]) -> list[Any]:
+        if "epoch" not in state:
+            return [state["state"], *[""] * 8]
+        history = state.get("history", {})
+        micro = state["micro_batch"]
+        return [
+            state["state"],
+            f"{state['epoch']}/{self.epochs}",
+            f"{state['step']}/{state['steps']}",
+            ProgressBar(total=state["steps"], completed=state["step"], width=5),
+            f"{micro}x{-(-self.effective_batch // micro)}",
+            f"{state['loss']:.3f}",
+            f"{history['f1']:.3f}" if history else "",
+            f"{state['best_f1']:.3f}" if "best_f1" in state else "",
+            "" if state["state"] in (DONE, FAILED) else self._left(state, history),
+        ]
+
+    def _left(self, state: dict[str, Any], history: dict[str, float]) -> str:
+        """Time until the last epoch ends, at the pace of the latest one. Early stopping may end the fold sooner."""
+        if not history:
+            return ""
+        return duration(self._epochs_left(state) * history["seconds"])
+
+    def _print(self, fold: int, state: dict[str, Any]) -> None:
+        """Prints the plain console's lines: each start and end, and each epoch once."""
+        history = state.get("history", {})
+        milestone = MILESTONES.get(state["state"], "")
+        epoch = int(history.get("epoch", 0))
+        last_milestone, last_epoch = self._printed.get(fold, ("", 0))
+        self._printed[fold] = (milestone, epoch)
+        if epoch > last_epoch:
+            self.tell(
+                fold,
+                f"epoch {epoch}/{self.epochs}: train loss {history['train_loss']:.4f}, "
+                f"val loss {history['val_loss']:.4f}, F1 {history['f1']:.3f} at threshold {history['threshold']:.2f}, "
+                f"ROC-AUC {history['roc_auc']:.3f} ({history['seconds']:.0f} s)",
+            )
+        if milestone and milestone != last_milestone:
+            self.tell(fold, milestone)
+
+    def _clock(self) -> str:
+        return duration(time.monotonic() - self._started)
