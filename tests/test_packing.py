@@ -223,6 +223,13 @@ def test_the_last_layer_of_other_families_is_theirs(tmp_path):
     assert type(model.model.layers[-1]) is before
 
 
+def test_on_another_device_than_a_cpu_the_last_layer_computes_every_position(base):
+    toy = Toy(base)
+    last = scorer(toy, disturbed(toy)).model.get_base_model().model.layers[-1]
+    assert last.may_read()
+    assert not last.to("meta").may_read()
+
+
 def test_each_row_keeps_a_token_of_its_own():
     one, two = np.array([5, 6, 7]), np.array([5, 6])
     assert common_prefix([one, two]) == 1

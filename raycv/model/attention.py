@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, rotate_half
 
 from raycv.common.devices import is_out_of_memory
 from raycv.common.retry import cause_of
@@ -255,16 +255,21 @@ class ReadingLayer(LlamaDecoderLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def may_read(self) -> bool:
-        """Returns whether the layer draws no dropout. With dropout it would draw other numbers for fewer positions."""
+        """Returns whether the layer may compute some positions alone: on a CPU, with PyTorch's attention, no dropout.
+
+        Dropout would draw other numbers for fewer positions. On a GPU this was never measured.
+        """
+        here = self.input_layernorm.weight.device.type == "cpu" and attention_of(self.self_attn) == KERNEL
         drawing = any(isinstance(part, nn.Dropout) and part.p and part.training for part in self.modules())
-        return not drawing and not (self.training and self.self_attn.attention_dropout)
+        return here and not drawing and not (self.training and self.self_attn.attention_dropout)
 
 
 def read_few(classifier: Any) -> None:
-    """Turns the last layer of a Llama with PyTorch's attention into `ReadingLayer`. Other classifiers stay."""
+    """Turns the last layer of a Llama into `ReadingLayer`. Other classifiers stay."""
     layers = getattr(getattr(classifier, "model", None), "layers", None)
-    if isinstance(layers, nn.ModuleList) and len(layers) and type(layers[-1]) is LlamaDecoderLayer:
-        layers[-1].__class__ = ReadingLayer
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    if type(last) is LlamaDecoderLayer and type(last.self_attn) is LlamaAttention:
+        last.__class__ = ReadingLayer
 
 
 def attention_window(config: Any) -> int | None:
