@@ -14,6 +14,7 @@ from support.builders import tiny_gemma2
 from support.toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.inference.predictor
+import raycv.model.dora as dora
 import raycv.model.int8
 from raycv.config.schema import InferenceConfig
 from raycv.data.prompt_encoder import PromptEncoder
@@ -23,6 +24,7 @@ from raycv.model.adapters import Float32Head
 from raycv.model.attention import attention_of
 from raycv.model.base_model import fetch_base
 from raycv.model.checkpoint import save_checkpoint
+from raycv.model.dora import factored_layers
 from raycv.model.int8 import Int8Linear, has_fast_int8, quantise, to_int8
 from raycv.training.loop import FoldTrainer
 
@@ -108,6 +110,18 @@ def predictor(*folders: Path, precision: str = "fp32", batch_size: int = 16, tel
 
 def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([prediction.score for prediction in predictor.predict(pairs)])
+
+
+def test_answers_compute_no_norm_of_dora(trained, monkeypatch):
+    """Each is computed once for each fold, when the model is loaded."""
+    folds = [trained("head_tail", fold) for fold in (0, 1)]
+    calls = []
+    real = dora.factored_norm
+    monkeypatch.setattr(dora, "factored_norm", lambda *args: calls.append(1) or real(*args))
+    ensemble = predictor(*(fold.folder for fold in folds))
+    assert len(calls) == 2 * len(factored_layers(ensemble.model)) > 0
+    scores(ensemble, folds[0].pairs())
+    assert len(calls) == 2 * len(factored_layers(ensemble.model))
 
 
 def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, unusable_gpu, monkeypatch):

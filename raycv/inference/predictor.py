@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from raycv.model.attention import KERNEL, PLAIN, attention_of, earlier_attention
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
+from raycv.model.dora import prepared
 from raycv.model.int8 import check_int8, to_int8
 from raycv.model.loading import load_classifier, load_config, load_tokenizer, rows_of_embedding
 from raycv.row_faults import listed
@@ -92,10 +93,14 @@ class Predictor:
         # serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
+        # Nothing changes the weights any more, so DoRA's norms are computed once, for each fold.
+        self._prepared = ExitStack()
+        self._prepared.enter_context(prepared(self.model, self._dtype))
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
         self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
         if self.computed_in == "int8":
             # We convert after the check of packing, since the steps of int8 would hide whether the logits agree.
+            self._prepared.close()
             self.model, self.adapters = to_int8(self.model), []
 
     @property
