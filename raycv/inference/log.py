@@ -129,7 +129,7 @@ class InferenceLog:
 
     def write(self, entry: Record) -> None:
         """Logs `entry` as one MLflow run."""
-        from raycv.tracking.inference_run import log_inference
+        from raycv.tracking.run_store import log_inference
 
         log_inference(self._store, self._experiment, entry.tags, entry.params, entry.metrics)
 
