@@ -21,7 +21,7 @@ def config(*overrides):
     [
         ((), 1, 4, 4),
         (("cv.folds=3",), 1, 4, 3),
-        (("cv.max_concurrent=2",), 1, 4, 2),
+        (("cv.max_concurrent=2",), 1, 8, 2),
         (("resources.gpus_per_fold=0.5",), 0.5, 2, 5),
         (("resources.gpus_per_fold=2",), 2, 8, 2),
         (("resources.gpus_per_fold=0",), 0, 4, 5),
@@ -34,6 +34,24 @@ def test_what_a_fold_gets_and_how_many_run_at_once(overrides, gpus, cpus, concur
     placement = plan(config(*overrides), NODES)
     assert (placement.gpus, placement.cpus, placement.concurrent) == (gpus, cpus, concurrent)
     assert not placement.alone
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "cpus", "concurrent"),
+    [
+        ([{"CPU": 64.0}, {"CPU": 2.0}], (), 12, 5),
+        ([{"CPU": 64.0}, {"CPU": 2.0}], ("cv.max_concurrent=1",), 64, 1),
+        ([{"CPU": 64.0}, {"CPU": 2.0}], ("resources.workers_per_fold=2",), 12, 5),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], (), 1, 5),
+        ([{"CPU": 3.0}, {"CPU": 1.0}], (), 1, 4),
+        ([{"CPU": 64.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}], (), 2, 3),
+        ([{"CPU": 7.0}], ("cv.folds=3",), 2, 3),
+        ([{"CPU": 2.0}], (), 1, 2),
+    ],
+)
+def test_unequal_nodes_hold_as_many_folds_as_with_one_core_each(nodes, overrides, cpus, concurrent):
+    placement = plan(config(*overrides), nodes)
+    assert (placement.cpus, placement.concurrent) == (cpus, concurrent)
 
 
 @pytest.mark.parametrize("overrides", [("resources.gpus_per_fold=3",), ("resources.cpus_per_fold=9",)])

@@ -46,7 +46,7 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
     has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
     gpus = float(has_gpus * workers) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
     if asked.cpus_per_fold == "auto":
-        cpus = workers * _even_share(nodes, gpus / workers, at_most * workers)
+        cpus = workers * _most_cores(nodes, gpus, workers, at_most)
     else:
         cpus = asked.cpus_per_fold
     if asked.autoscaling:
@@ -66,12 +66,12 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
     return Placement(gpus, cpus, workers, min(fit, at_most), alone=len(nodes) == 1)
 
 
-def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
-    """Whole cores of each worker if `at_most` workers run at once; at least 1. `gpus` is a worker's."""
-    if gpus:
-        shares = [
-            node.get("CPU", 0) // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus
-        ]
-        return max(1.0, min(shares, default=1.0))
-    cores = [node.get("CPU", 0.0) for node in nodes]
-    return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
+def _most_cores(nodes: Sequence[Mapping[str, float]], gpus: float, workers: int, at_most: int) -> float:
+    """The most whole cores for each worker with which as many folds run at once as with one core; at least 1.
+
+    `gpus` is a fold's. Nodes may be unequal: 64 and 2 cores hold five folds of 12 cores, but four of 13.
+    """
+    wanted = min(at_most, places(nodes, gpus, workers, workers))
+    most = int(max((node.get("CPU", 0.0) for node in nodes), default=1.0))
+    shares = range(most if wanted else 1, 1, -1)
+    return next((float(share) for share in shares if places(nodes, gpus, workers * share, workers) >= wanted), 1.0)
