@@ -1,5 +1,7 @@
 """Prints for the commands: lines, the start of a run, the live view of its folds, the table at its end."""
 
+import os
+import shlex
 import shutil
 import sys
 import time
@@ -15,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raycv import __version__
+from raycv.common.locations import absolute_uri
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
@@ -117,8 +120,7 @@ def announce_end(
     console.print(summary_table(report))
     if evaluation is not None:
         say(console, verdict_lines(evaluation, folder))
-    uri = mask_secrets(config.tracking.uri)
-    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    look = look_into_mlflow(config.tracking.uri)
     say(
         console,
         f"Report:        {folder.report}\n"
@@ -131,6 +133,12 @@ def announce_end(
     if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
         here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         say(console, f"Before you type these, once per shell: source {here}")
+
+
+def look_into_mlflow(uri: str) -> str:
+    """The address of a server, or the command that opens a database, from any folder of this machine."""
+    uri = absolute_uri(mask_secrets(uri))
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def summary_table(report: dict[str, Any]) -> Group:
@@ -161,10 +169,25 @@ def summary_table(report: dict[str, Any]) -> Group:
     return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
 
 
+def watched(console: Console) -> bool:
+    """Whether somebody can watch a table that is drawn again and again: a log would grow by a megabyte in minutes.
+
+    `ray submit` gives each command a terminal, even if its own output goes to a file. Such a terminal has the size 0.
+    TTY_INTERACTIVE=0 turns the table off, which `cluster.yaml` sets.
+    """
+    try:
+        has_size = os.get_terminal_size(console.file.fileno()).columns > 0
+    except (OSError, ValueError):
+        # The output is not a file of the system, so its maker decides.
+        has_size = True
+    return console.is_interactive and has_size
+
+
 class LiveView:
     """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
 
-    Another thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
+    Another thread may call `update` and `tell`. A `console` that is `watched` shows a live table; any other
+    prints lines.
     """
 
     def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
@@ -175,7 +198,7 @@ class LiveView:
         self._folds: dict[int, dict[str, Any]] = {fold: {"state": WAITING} for fold in folds}
         self._printed: dict[int, tuple[str, int]] = {}
         self._live = (
-            Live(console=console, refresh_per_second=4, get_renderable=self.render) if console.is_terminal else None
+            Live(console=console, refresh_per_second=4, get_renderable=self.render) if watched(console) else None
         )
 
     def __enter__(self) -> "LiveView":
