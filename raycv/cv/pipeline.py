@@ -11,7 +11,7 @@ from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import NewRun
 from raycv.cv.open_run import OpenRun
-from raycv.cv.preparation import Base, check_base_and_gpu, load_data, prepare_base, tokenise
+from raycv.cv.preparation import Base, check_base_and_gpu, load_data, make_encoder, prepare_base, tokenise
 from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
@@ -34,6 +34,9 @@ class Run(Protocol):
 
     def check_base(self, base: Base) -> None:
         """Raises: UserError if the run cannot use the base model, or its MLflow store."""
+
+    def check_nodes(self, base: Base) -> None:
+        """Raises: UserError if a node does not see the run's folder, or differs. A new run makes that folder first."""
 
     def open(self, prepared: Prepared) -> OpenRun:
         """Opens the run's folder and MLflow parent. After that its folds may start."""
@@ -70,11 +73,18 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
 
         base = prepare_base(config)
         run.check_base(base)
-        prepared = tokenise(config, dataset, splits, base, console)
+        encoder = make_encoder(config, dataset, base)
         say(console, "Starting Ray ...")
         with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
             placement = plan(config, node_resources())
             announce_placement(console, placement, dashboard)
+            # Tokenising takes minutes, so the nodes are asked before.
+            run.check_nodes(base)
+            prepared = tokenise(encoder, dataset, splits, base, console)
+            # A node may be lost or join meanwhile.
+            announced, placement = placement, plan(config, node_resources())
+            if placement != announced:
+                announce_placement(console, placement, None)
             opened = run.open(prepared)
             with opened.under_way(), contextlib.ExitStack() as logged:
                 results = _train_folds(opened, prepared, placement, logged)

@@ -54,15 +54,17 @@ class ResumedRun:
         self._earlier.check_states()
         self._store, self._parent_id = earlier_store(self._earlier, self._typed)
 
-    def open(self, prepared: Prepared) -> OpenRun:
+    def check_nodes(self, base: Base) -> None:
         """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
         from raycv.orchestration.cluster import check_nodes
 
-        folder = self._earlier.folder
-        check_nodes(folder, prepared.base)
+        check_nodes(self._earlier.folder, base.files)
+
+    def open(self, prepared: Prepared) -> OpenRun:
+        """Opens the run where it stopped."""
         return OpenRun(
             self.config,
-            folder,
+            self._earlier.folder,
             self._store,
             self._parent_id,
             self._console,
