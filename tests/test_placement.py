@@ -63,3 +63,19 @@ def test_what_no_node_has_is_refused_although_the_cluster_as_a_whole_has_it(over
 
 def test_one_machine_is_known_as_that() -> None:
     assert plan(config(), [{"CPU": 2.0}]).alone
+
+
+def test_later_nodes_hold_further_folds() -> None:
+    """Each fold keeps the cores that were planned for it."""
+    placement = plan(config(), [{"CPU": 2.0}])
+    assert placement.at_once([{"CPU": 2.0}, {"CPU": 2.0}]) == 4
+    assert placement.at_once([{"CPU": 64.0}]) == 5
+    assert placement.at_once([{"CPU": 0.0}]) == 1
+    assert plan(config("cv.max_concurrent=2"), [{"CPU": 2.0}]).at_once([{"CPU": 64.0}]) == 2
+
+
+def test_the_memory_of_a_larger_node_that_joins_is_shared_by_all_folds_there() -> None:
+    placement = plan(config(), [{"CPU": 2.0}])
+    assert placement.workers_on({"CPU": 2.0}) == 2
+    assert placement.workers_on({"CPU": 3.0}) == 3
+    assert placement.workers_on({"CPU": 64.0}) == 5

@@ -16,8 +16,20 @@ class Placement:
     cpus: float
     workers: int
     concurrent: int
+    """folds at once on the nodes that the plan was made for"""
+    at_most: int
+    """folds at once on a larger cluster"""
     alone: bool = False
     """whether the cluster is one machine and stays one machine"""
+
+    def at_once(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many folds run at once on `nodes`; at least 1, which waits for a node."""
+        return max(1, min(self.at_most, places(nodes, self.gpus, self.cpus, self.workers)))
+
+    def workers_on(self, node: Mapping[str, float]) -> int:
+        """The most workers that share the memory of `node`. It may be larger than those that the plan was made for."""
+        fit = _workers_that_fit(node, self.gpus / self.workers, self.cpus / self.workers)
+        return max(self.concurrent * self.workers, min(fit, self.at_most * self.workers))
 
 
 def places(nodes: Sequence[Mapping[str, float]], gpus: float, cpus: float, workers: int) -> int:
@@ -50,7 +62,7 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
     else:
         cpus = asked.cpus_per_fold
     if asked.autoscaling:
-        return Placement(gpus, cpus, workers, at_most)
+        return Placement(gpus, cpus, workers, at_most, at_most)
     fit = places(nodes, gpus, cpus, workers)
     if fit == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
@@ -63,7 +75,7 @@ def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
                 "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, workers, min(fit, at_most), alone=len(nodes) == 1)
+    return Placement(gpus, cpus, workers, min(fit, at_most), at_most, alone=len(nodes) == 1)
 
 
 def _most_cores(nodes: Sequence[Mapping[str, float]], gpus: float, workers: int, at_most: int) -> float:
