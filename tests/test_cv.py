@@ -295,6 +295,26 @@ def test_a_node_that_is_lost_as_it_is_asked_is_skipped(tmp_path, caplog):
 
 
 @pytest.mark.slow
+def test_a_run_says_what_it_waits_for_and_ends_when_nothing_comes(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        asked = ("resources.autoscaling=true", "resources.gpus_per_fold=auto", "resources.wait_minutes=0.05")
+        ended = raycv("run", *TINY, *asked, "run.name=waits", cwd=tmp_path, **cluster, HOME=str(tmp_path))
+    finally:
+        made.shutdown()
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Cluster: 1 node (0 CPUs, 0 GPUs); may grow by nodes that raycv does not know" in ended.stdout
+    waits = "the folds wait for 1 GPU and 1 CPU core: no node has them (nodes: 0 CPUs, 0 GPUs)"
+    assert f"{waits}; the autoscaler starts one" in ended.stdout
+    assert f"Run waits failed: {waits}" in ended.stderr
+    assert "resume=waits" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
 def test_a_later_node_trains_a_further_fold_at_once(tmp_path):
     from ray.cluster_utils import Cluster
 

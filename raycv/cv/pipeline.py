@@ -68,29 +68,44 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         check_base_and_gpu(config)
         announce_data(console, config, dataset, splits)
         # From here on torch and Ray are imported, which takes seconds.
-        from raycv.orchestration.cluster import node_resources, ray_cluster
-        from raycv.resources.placement import plan
+        from raycv.orchestration.cluster import ray_cluster
 
         base = prepare_base(config)
         run.check_base(base)
         encoder = make_encoder(config, dataset, base)
         say(console, "Starting Ray ...")
         with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
-            placement = plan(config, node_resources())
-            announce_placement(console, placement, dashboard)
+            placement = _plan(config, console, dashboard)
             # Tokenising takes minutes, so the nodes are asked before.
             run.check_nodes(base)
             prepared = tokenise(encoder, dataset, splits, base, console)
             # A node may be lost or join meanwhile.
-            announced, placement = placement, plan(config, node_resources())
-            if placement != announced:
-                announce_placement(console, placement, None)
+            placement = _plan(config, console, dashboard, placement)
             opened = run.open(prepared)
             with opened.under_way(), contextlib.ExitStack() as logged:
                 results = _train_folds(opened, prepared, placement, logged)
                 # After the folds: a run starts sooner, and they have the cores for themselves.
                 opened.record_pairs(prepared)
                 return _publish(opened, results, logged)
+
+
+def _plan(
+    config: RunConfig, console: Console, dashboard: str | None, announced: "Placement | None" = None
+) -> "Placement":
+    """Plans the folds on the nodes that are there now, and prints the plan unless it is the one that was `announced`.
+
+    Raises: UserError if no node could ever hold a fold.
+    """
+    from raycv.orchestration.cluster import node_resources
+    from raycv.resources.placement import CLUSTER_FILE, accelerators, cluster_line, node_types, plan
+
+    nodes = node_resources()
+    types = node_types(CLUSTER_FILE.expanduser()) if config.resources.autoscaling else []
+    placement = plan(config, nodes, types)
+    if placement != announced:
+        could = [*nodes, *(kind.resources for kind in types or [])]
+        announce_placement(console, placement, dashboard, cluster_line(nodes, types), accelerators(could))
+    return placement
 
 
 def _train_folds(

@@ -21,7 +21,6 @@ from raycv.orchestration.cluster import node_resources, own_node_name, share_of
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
-from raycv.resources.placement import places
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.training.metrics import EPOCH_KEY
@@ -140,7 +139,7 @@ def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str
     if task.config.resources.autoscaling:
         over = len(left_out) > task.config.resources.retries
     else:
-        over = bool(left_out) and places(others, given.gpus, given.cpus, given.workers) == 0
+        over = bool(left_out) and given.places(others) == 0
     if over:
         remedies = [remedy for _, each in left_out.values() for remedy in each]
         raise RunFailedError(

@@ -26,7 +26,7 @@ from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
 from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView
 from raycv.resources.nodes import NodeNeeds, node_name
-from raycv.resources.placement import Placement
+from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, node_types
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
@@ -103,7 +103,7 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             name="tune",
             storage_path=str(root.ray),
             # In this order: `states` decides whether a fold is finished, then `runs` logs the same to MLflow.
-            callbacks=[states, runs],
+            callbacks=[states, runs, nodes],
             # A trial raises only if its process dies. A fold that fails writes its error to a file.
             failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
             verbose=0,
@@ -140,8 +140,8 @@ def _causes(errors: dict[int, str]) -> list[str]:
     return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
 
 
-class NodeWatch:
-    """Starts as many folds at once as the nodes hold now, because nodes may join or be lost."""
+class NodeWatch(tune.Callback):
+    """Starts as many folds at once as the nodes hold now, and tells what the folds wait for, up to a time limit."""
 
     def __init__(self, task: FoldTask, placement: Placement, view: LiveView) -> None:
         self.task = task
@@ -149,17 +149,46 @@ class NodeWatch:
         self.view = view
         self.to_start = BasicVariantGenerator(max_concurrent=placement.concurrent)
         """Tune's own list of trials"""
+        self.types = node_types(CLUSTER_FILE.expanduser())
         self._next = time.monotonic() + LOOK_SECONDS
+        self._waits_since: float | None = None
+        self._refusal: RunFailedError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks; a terminal cannot be
 
     def look(self) -> None:
         """Looks at the nodes if it is time. A thread calls it: a cluster that is gone would let it wait."""
-        if time.monotonic() < self._next or self.task.config.resources.autoscaling:
+        now = time.monotonic()
+        if now < self._next:
             return
-        self._next = time.monotonic() + LOOK_SECONDS
-        now = self.placement.at_once(node_resources(ray.get(self.task.board.left_out.remote())))
-        if now != self.to_start.max_concurrent:
-            self.view.tell(None, f"the cluster changed: up to {counted(now, 'fold')} at once from now on")
-        self.to_start.max_concurrent = now
+        self._next = now + LOOK_SECONDS
+        asked = self.task.config.resources
+        nodes = node_resources(ray.get(self.task.board.left_out.remote()))
+        waits = awaited(self.placement, nodes, self.types, asked.autoscaling)
+        if waits is None:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
+            self.view.tell(None, f"{waits}. raycv waits {asked.wait_minutes:g} minutes at most")
+        elif now - self._waits_since > asked.wait_minutes * 60:
+            self._refusal = RunFailedError(
+                f"Run {self.task.run} failed: {waits}. raycv waited {asked.wait_minutes:g} minutes.",
+                kind="cluster-resources",
+                remedies=[
+                    "see what the cluster does: ray status",
+                    "ask for less: resources.gpus_per_fold=0, resources.cpus_per_fold=1",
+                    f"wait for longer, in minutes: {resume_command(RunFolder(Path(self.task.root)))} "
+                    "resources.wait_minutes=600",
+                ],
+            )
+        if not asked.autoscaling and (at_once := self.placement.at_once(nodes)) != self.to_start.max_concurrent:
+            self.view.tell(None, f"the cluster changed: up to {counted(at_once, 'fold')} at once from now on")
+            self.to_start.max_concurrent = at_once
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
 
 class FoldStates(TrialProgressCallback):

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,17 @@ def announce_data(console: Console, config: RunConfig, dataset: Dataset, splits:
         console.print(table)
 
 
-def announce_placement(console: Console, placement: "Placement", dashboard: str | None) -> None:
+def announce_placement(
+    console: Console, placement: "Placement", dashboard: str | None, cluster: str, kinds: Sequence[str]
+) -> None:
+    """`cluster`: what a cluster has, and what it may grow to. `kinds`: its kinds of GPU."""
+    if not placement.alone:
+        say(console, f"Cluster: {cluster}")
+    if placement.gpus and not placement.accelerator and len(kinds) > 1:
+        same = f"resources.accelerator_type={kinds[0]} gives every fold the same"
+        say(console, f"Warning: the nodes have different GPUs ({', '.join(kinds)}): {same}", "yellow")
     gpus = f" and {counted(placement.gpus, 'GPU')}" if placement.gpus else ", no GPU"
+    gpus += f" ({placement.accelerator})" if placement.accelerator else ""
     gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
     at_once = f"Up to {counted(placement.concurrent, 'fold')} at once, each with {counted(placement.cpus, 'CPU core')}"
