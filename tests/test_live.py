@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView, duration, look_into_mlflow, say, watched
+from raycv.resources.placement import Placement
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -221,6 +222,36 @@ def test_uneven_micro_batch_shows_the_steps_that_it_takes() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_first_steps_tell_once_how_long_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    placement = Placement(gpus=1, cpus=1, workers=1, concurrent=2, at_most=2)
+    view = LiveView(range(4), 10, 32, Console(file=file), placement)
+    for steps in range(1, 9):
+        for fold in range(2):
+            view.update(fold, step(1, steps, 360))
+        now += 10
+    said = [line for line in file.getvalue().splitlines() if "pace" in line]
+    # 360 steps of 10 s in each of 10 epochs are 10 hours a fold.
+    assert len(said) == 1
+    assert said[0].endswith(
+        "at the pace of the first 5 steps the training takes about 20.0 hours, 40.0 GPU-hours at most, "
+        "without validation"
+    )
+
+
+def test_a_fold_that_resumes_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    view = LiveView(range(1), 10, 32, Console(file=file), Placement(1, 1, 1, 1, 1))
+    for steps in range(1, 9):
+        view.update(0, step(2, steps, 360))
+        now += 10
+    assert "pace" not in file.getvalue()
 
 
 # --- What watches the table ------------------------------------------------------------------------------------------

@@ -152,3 +152,10 @@ def test_the_node_types_of_the_cluster_file(tmp_path: Path) -> None:
     assert node_types(file) is None
     file.write_text("a: [")
     assert node_types(file) is None
+
+
+def test_hours_of_the_run_and_of_its_gpus() -> None:
+    placement = plan(config("resources.gpus_per_fold=0.5"), [{"CPU": 8.0, "GPU": 1.0}])
+    assert placement.concurrent == 2
+    assert placement.estimate(5, 3600) == "about 3.0 hours, 2.5 GPU-hours"
+    assert plan(config(), [{"CPU": 5.0}]).estimate(5, 5400) == "about 1.5 hours"

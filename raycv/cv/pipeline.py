@@ -126,7 +126,8 @@ def _train_folds(
     if folds:
         task = fold_task(config, folder, prepared, placement)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
-        with LiveView(folds, config.train.epochs, config.train.effective_batch_size, run.console) as view:
+        epochs, batch = config.train.epochs, config.train.effective_batch_size
+        with LiveView(folds, epochs, batch, run.console, placement) as view:
             logged.callback(children.close)
             run_folds(task, folds, placement, children, view)
     return [FoldResult.read(folder.fold(split.fold).result) for split in prepared.splits]

@@ -36,6 +36,8 @@ LIVE_COLUMNS = (
 )  # fmt: skip
 """Names and minimum widths of the live view; together they fit 80 columns."""
 WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
+ESTIMATE_STEPS, ESTIMATE_SECONDS = 5, 30.0
+"""So many steps in so long a time tell how long a run takes. A shorter run needs no estimate."""
 MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
 """The states that a plain console prints, and the words for them."""
 
@@ -199,8 +201,17 @@ class LiveView:
     prints lines.
     """
 
-    def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
+    def __init__(
+        self,
+        folds: Iterable[int],
+        epochs: int,
+        effective_batch: int,
+        console: Console,
+        placement: "Placement | None" = None,
+    ) -> None:
+        """`placement`: for an estimate after the first steps; None for no estimate."""
         self.epochs = epochs
+        self._to_estimate = placement
         self.effective_batch = effective_batch
         self.console = console
         self._started = time.monotonic()
@@ -230,8 +241,25 @@ class LiveView:
             state["began"] = time.monotonic()
         if "epoch" in post and "began" in state:
             state.setdefault("stepping", time.monotonic())
+        if self._to_estimate is not None and post.get("state") == "training":
+            self._estimate(self._to_estimate, state)
         if self._live is None:
             self._print(fold, state)
+
+    def _estimate(self, placement: "Placement", state: dict[str, Any]) -> None:
+        """Prints how long the run takes, once, after the first steps of the fold that is the first to measure them."""
+        now = time.monotonic()
+        since, first = state.setdefault("measured", (now, state["step"]))
+        steps = state["step"] - first
+        # A fold that resumes begins later, and the first steps are slow.
+        if state["epoch"] > 1 or steps < ESTIMATE_STEPS or now - since < ESTIMATE_SECONDS:
+            return
+        self._to_estimate = None
+        fold_seconds = (now - since) / steps * state["steps"] * self.epochs
+        takes = placement.estimate(len(self._folds), fold_seconds)
+        self.tell(
+            None, f"at the pace of the first {steps} steps the training takes {takes} at most, without validation"
+        )
 
     def tell(self, fold: int | None, text: str) -> None:
         """Prints an event, which stays on the screen."""

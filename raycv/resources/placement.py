@@ -65,6 +65,12 @@ class Placement:
         """How many folds run at once on `nodes`; at least 1, which waits for a node."""
         return max(1, min(self.at_most, self.places(nodes)))
 
+    def estimate(self, folds: int, fold_seconds: float) -> str:
+        """Tells how long `folds` take if each takes `fold_seconds`, and how many hours of GPUs that is."""
+        waves = -(-folds // self.concurrent)
+        gpus = f", {folds * fold_seconds * self.gpus / 3600:.1f} GPU-hours" if self.gpus else ""
+        return f"about {waves * fold_seconds / 3600:.1f} hours{gpus}"
+
     def workers_on(self, node: Mapping[str, float]) -> int:
         """The most workers that share the memory of `node`. It may be larger than those that the plan was made for."""
         fit = _workers_that_fit(node, self.gpus / self.workers, self.cpus / self.workers)
