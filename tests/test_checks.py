@@ -9,8 +9,8 @@ from sklearn.metrics import f1_score, recall_score, roc_auc_score
 from support.studies import richest, simulated, study_of
 
 from raycv.evaluation.checks import CHECKS
-from raycv.evaluation.context import criterion_prior
 from raycv.evaluation.evaluate import evaluate
+from raycv.evaluation.floors_and_slices import criterion_prior
 from raycv.training.metrics import all_matched_f1, tune_threshold
 
 DRAWS = 200

@@ -21,7 +21,7 @@ from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
 from raycv.cv.open_run import OpenRun
-from raycv.cv.page import make_page
+from raycv.cv.remade_report import make_page
 from raycv.errors import UserError
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import publish

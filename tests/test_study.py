@@ -12,7 +12,7 @@ from raycv.common.files import array_bytes, write_json
 from raycv.data.dataset import data_hash
 from raycv.data.splits import make_splits
 from raycv.errors import UserError
-from raycv.evaluation.context import criterion_prior
+from raycv.evaluation.floors_and_slices import criterion_prior
 from raycv.results.pair_records import write_pair_records
 from raycv.results.run_folder import RunFolder
 from raycv.results.study import TFIDF_FLOOR, load_study

@@ -1,4 +1,4 @@
-"""Prints for `raycv.compare` and `raycv.mistakes`: a table for each compared run, and a table of mistakes."""
+"""Prints the tables of `raycv.compare` and `raycv.mistakes` in the terminal, with their number formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

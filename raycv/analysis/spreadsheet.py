@@ -1,4 +1,4 @@
-"""Writes tables as CSV so that no spreadsheet program runs a cell, and never over a file of another kind."""
+"""Writes the CSV files of `raycv.compare` and `raycv.mistakes`: cells guarded, files of others never replaced."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The one retry policy for services that can fail for a moment: the model hub and MLflow (FR-011)."""
+"""The one retry policy for the model hub and MLflow: how many attempts, which errors, how long the waits (FR-011)."""
 
 import logging
 import random

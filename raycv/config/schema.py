@@ -1,4 +1,4 @@
-"""Every key of every command: its type, its meaning, its allowed words.
+"""Every key of every command, and each rule of it: type, limits, meaning, allowed words.
 
 YAML files in `configs/` hold the values. The report of a faulty config names every fault, with the received value and
 the expectation of the key (FR-004).

@@ -1,4 +1,4 @@
-"""Checks values against the schema, reports every fault at once, and describes the keys."""
+"""Runs the rules of the schema over given values, reports every fault at once, and describes the keys."""
 
 import difflib
 import re

@@ -1,4 +1,4 @@
-"""Limits and forms of single values: the least share of a core or GPU, paths, store addresses, free text."""
+"""Forms of values that several keys share: shares of cores and GPUs, paths, store addresses, free text."""
 
 import os
 import re

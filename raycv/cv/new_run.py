@@ -1,4 +1,4 @@
-"""A new run: checks its folder, makes it, writes its inputs, and starts its MLflow parent."""
+"""A new run: names and makes its folder, writes its inputs, and starts its MLflow parent."""
 
 import contextlib
 import itertools

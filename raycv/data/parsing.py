@@ -1,4 +1,4 @@
-"""Parses rows into posts, criteria and labels by id, and derives pairs from the annotations of ReDSM5."""
+"""Parses cells into ids, labels, posts and criteria, and derives pairs from the annotations of ReDSM5."""
 
 import re
 import unicodedata

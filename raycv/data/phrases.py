@@ -1,4 +1,4 @@
-"""Makes the sentences of the synthetic posts from the phrase book in `phrases.txt`."""
+"""Expands the phrase book `phrases.txt` into sentences for synthetic posts."""
 
 import random
 import re

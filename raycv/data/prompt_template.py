@@ -1,4 +1,4 @@
-"""Makes the prompt of a (post, criterion) pair: fills the template, and shortens a post to the budget of tokens."""
+"""Holds the text of the prompt, and fills it with a post and a criterion; shortens a post to the budget of tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

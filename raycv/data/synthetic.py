@@ -1,4 +1,4 @@
-"""Makes synthetic (post, criterion, label) data in the specification's schema; no person wrote or is in these posts.
+"""Decides what a synthetic post holds: evidence, hard negatives, filler. No person wrote or is in these posts.
 
 A post is a shuffled row of sentences: evidence, hard negatives and neutral filler. Evidence is there for each positive
 criterion. Hard negatives are about criteria that the post does not meet: negated, about somebody else, or past. Every

@@ -1,4 +1,4 @@
-"""Intervals and tests: the bootstrap over posts, the corrected resampled t, Holm's correction.
+"""Intervals and tests: the bootstrap over posts (draws, seed), the corrected resampled t, Holm's correction.
 
 The post bootstrap keeps all pairs of a post together, since they share a text. It holds the trained models fixed.
 The corrected t looks at the folds instead, and so at training again on similar data.

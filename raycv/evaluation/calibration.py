@@ -1,4 +1,4 @@
-"""Curves of the scores: reliability, temperature, ROC and precision-recall, the sweep of thresholds, histograms."""
+"""Computes the curves of the figures: reliability, temperature, ROC, precision-recall, F1 by threshold, histograms."""
 
 from typing import Any
 

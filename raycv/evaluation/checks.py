@@ -8,7 +8,7 @@ import numpy as np
 
 from raycv.errors import counted
 from raycv.evaluation.bootstrap import interval, resample
-from raycv.evaluation.context import FLOOR_NAMES
+from raycv.evaluation.floors_and_slices import FLOOR_NAMES
 from raycv.evaluation.measures import LabelCounts, label_metrics, measure
 from raycv.evaluation.operating_points import epochs_of
 from raycv.evaluation.study import Study

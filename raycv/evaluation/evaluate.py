@@ -64,7 +64,7 @@ from raycv.evaluation.bootstrap import (
 )
 from raycv.evaluation.calibration import band, calibration_section, curve, histogram, sweep
 from raycv.evaluation.checks import FOUND, SERIOUS, run_checks
-from raycv.evaluation.context import (
+from raycv.evaluation.floors_and_slices import (
     FLOOR_NAMES,
     criteria_section,
     data_section,

@@ -1,4 +1,4 @@
-"""Operating points: which threshold and which epoch each fold is judged at, and what that choice flatters.
+"""Operating points: which fold or folds choose the threshold and epoch of each fold, and what that choice flatters.
 
 `ESTIMANDS` describes each one.
 """

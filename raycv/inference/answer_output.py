@@ -1,4 +1,4 @@
-"""Prints answers to standard output, and warns if `latest` is another run than the one that answered last."""
+"""Sends formed answers to standard output, and warns if `latest` is another run than the one that answered last."""
 
 import errno
 import sys

@@ -1,4 +1,4 @@
-"""Turns a base model into a classifier: DoRA on the chosen modules, a float32 head, everything else frozen."""
+"""Chooses the precision of training and the modules that get DoRA, adds a float32 head, freezes everything else."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Ray Serve: replicas of the scorer that keep a model loaded and batch what arrives together."""
+"""Ray Serve: starts and ends a scorer; its replicas keep a model loaded and batch what arrives together."""
 
 import asyncio
 import io

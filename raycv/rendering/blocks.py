@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from raycv.evaluation.context import FLOOR_NAMES
+from raycv.evaluation.floors_and_slices import FLOOR_NAMES
 
 UNDEFINED = "undefined"
 NOT_RECORDED = "not recorded"

@@ -1,4 +1,4 @@
-"""The charts of a report. Each draws a part of the evaluation on axes that it is given, so notebooks use them too."""
+"""Draws the charts of a report (lines, bars, bins, legends) on axes that it is given, so notebooks use them too."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Renders the sections of a report as one HTML file and as Markdown, each from its own template."""
+"""Turns sections into HTML and Markdown by the templates in `templates/`. It decides neither content nor order."""
 
 import base64
 import hashlib

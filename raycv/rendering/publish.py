@@ -1,4 +1,4 @@
-"""Writes all that people read of a finished run: statistics, page, Markdown, model card, tables, figures."""
+"""Writes all files that people read of a finished run, in this order of sections; computes its statistics before."""
 
 import json
 import shlex
@@ -12,10 +12,10 @@ from raycv.common.secrets import mask_secrets
 from raycv.data.types import Dataset
 from raycv.evaluation.evaluate import evaluate
 from raycv.rendering.blocks import NOT_RECORDED, Figure, Section, csv_of, latex_of
-from raycv.rendering.context import context_sections
+from raycv.rendering.first_sections import first_sections
+from raycv.rendering.further_sections import further_sections
 from raycv.rendering.model_card import model_card
 from raycv.rendering.page import html_of, markdown_page
-from raycv.rendering.performance import performance_sections
 from raycv.results.find_run import folds_of
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
@@ -42,7 +42,7 @@ def publish(folder: RunFolder, dataset: Dataset | None = None) -> dict[str, Any]
     study = load_study(folder, dataset)
     evaluation = evaluate(study)
     facts = facts_of(folder)
-    sections = performance_sections(evaluation, facts["warnings"]) + context_sections(evaluation, facts)
+    sections = first_sections(evaluation, facts["warnings"]) + further_sections(evaluation, facts)
     write_json(folder.evaluation, evaluation)
     for path, text in texts_of(evaluation, facts, sections).items():
         write_text(folder.root / path, text)

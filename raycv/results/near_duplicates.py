@@ -1,4 +1,4 @@
-"""Finds posts with nearly the same words, by the Jaccard similarity of their sets of word 5-grams."""
+"""Decides which posts are near-duplicates: Jaccard similarity of their word 5-grams, and its least value."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Writes and reads what a report needs beside the predictions: `pairs.csv` and `near_duplicates.csv`, without text."""
+"""Writes `pairs.csv` and `near_duplicates.csv`, which a report needs beside the predictions. They hold no text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

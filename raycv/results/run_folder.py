@@ -1,4 +1,4 @@
-"""Names the files of a run folder and its folds, reads its records, and names the commands that take a run."""
+"""The paths of the files in a run folder; reads its records, and spells the commands that take a run."""
 
 import secrets
 import shlex

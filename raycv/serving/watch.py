@@ -1,4 +1,4 @@
-"""Watches a scorer from the process that started it, and prints when it stops or resumes answering."""
+"""Prints when a scorer stops or resumes answering, seen from the process that started it. It ends nothing."""
 
 import time
 from typing import NoReturn

@@ -1,4 +1,4 @@
-"""The connection to an MLflow store: attempts, time limits, the lock of a database, errors with remedies.
+"""The connection to an MLflow store: time limits, the lock of a database, errors with remedies.
 
 The driver alone logs a cross-validation: workers write files, and the driver logs them. Several processes that open a
 new SQLite store at once would break it. The run folder holds all that is logged of a cross-validation, so a lost server

@@ -1,4 +1,4 @@
-"""The finished epochs of a fold and its best one, converted to and from a training state."""
+"""Holds the finished epochs of a fold and knows the best one; converts them to and from a training state."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

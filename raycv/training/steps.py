@@ -1,4 +1,4 @@
-"""The steps of a fold's training: their pairs, the loss of each over micro-batches that fit the memory, the update."""
+"""Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
 from collections.abc import Callable

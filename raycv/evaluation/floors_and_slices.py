@@ -1,4 +1,4 @@
-"""The context of the headline: data, folds, floors on the same folds, criteria, slices of the posts."""
+"""Computes floors on the same folds, and the rows of the report about criteria, slices, folds and data."""
 
 from collections.abc import Mapping
 from typing import Any

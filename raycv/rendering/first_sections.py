@@ -14,7 +14,7 @@ MOST_ROWS = 26
 """Rows of a curve's table in the page. The CSV file has every point."""
 
 
-def performance_sections(evaluation: dict[str, Any], warnings: Sequence[str]) -> list[Section]:
+def first_sections(evaluation: dict[str, Any], warnings: Sequence[str]) -> list[Section]:
     """Returns sections 1 to 7.
 
     Args:

@@ -1,12 +1,12 @@
-"""The sections of a report about its context: slices, calibration, errors, floors, data, set-up, methods, reporting."""
+"""The further sections of a report: slices, calibration, errors, floors, data, set-up, methods, reporting."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from raycv.rendering import charts
 from raycv.rendering.blocks import NOT_RECORDED, Block, Code, Column, Section, Table, Terms, Text, estimate, label
+from raycv.rendering.first_sections import NAME, figure
 from raycv.rendering.model_card import items
-from raycv.rendering.performance import NAME, figure
 
 NAMES = {
     "fixed": "threshold held", "reselected": "threshold chosen again", "pooled": "pooled", "fold_mean": "mean of folds",
@@ -20,7 +20,7 @@ OPTIONAL = {
 }
 
 
-def context_sections(evaluation: dict[str, Any], facts: Mapping[str, Any]) -> list[Section]:
+def further_sections(evaluation: dict[str, Any], facts: Mapping[str, Any]) -> list[Section]:
     """Returns sections 8 to 15.
 
     Args:
