@@ -156,6 +156,25 @@ def test_the_command_compares_a_run_that_is_trained_already(original, tmp_path, 
     assert read_json(again.reproduction)["result"] == DIFFERENT
 
 
+@pytest.mark.parametrize(
+    ("trained", "said"), [("mine", "it is the run itself"), ("again", r"train\.lr: 0\.002, 0\.001")]
+)
+def test_a_run_that_is_no_reproduction_is_refused_and_left_as_it_is(original, tmp_path, trained, said):
+    again = write(tmp_path / "runs", "again", overrides=["train.lr=1e-3"])
+    with pytest.raises(UserError, match=said) as caught:
+        reproduce(asked(tmp_path, f"trained={trained}"))
+    assert caught.value.kind == "runs-differ"
+    assert not again.reproduction.exists()
+    assert not original.reproduction.exists()
+
+
+def test_a_fold_that_the_finished_run_lacks_is_answered_with_those_it_has(tmp_path):
+    write(tmp_path / "runs", "mine")
+    with pytest.raises(UserError) as caught:
+        reproduce(asked(tmp_path, "folds=[7]"))
+    assert caught.value.remedies[0] == "name finished folds: folds=[0]"
+
+
 def test_other_pairs_are_not_the_same_fold(original, tmp_path):
     again = write(tmp_path / "runs", "again")
     table = again.fold(0).predictions
@@ -169,8 +188,8 @@ def test_other_pairs_are_not_the_same_fold(original, tmp_path):
     ("words", "said"),
     [
         (["folds=[1]"], "Run mine has no finished fold 1(.|\n)*resume=mine"),
-        (["run=none"], "There is no run none"),
-        (["trained=none"], "There is no run none"),
+        (["run=none"], "holds no run none"),
+        (["trained=none"], "holds no run none"),
     ],
 )
 def test_what_is_not_there_is_refused(original, tmp_path, words, said):
