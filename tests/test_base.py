@@ -29,7 +29,7 @@ from support.builders import (
 )
 from support.hub_base import NAME, REPO, Planted, hub  # noqa: F401
 from support.hub_server import HubServer
-from support.refusals import refused
+from support.refusals import refuses
 
 from raycv.errors import UserError, shown
 from raycv.model.base_files import BaseFiles, is_small_file
@@ -154,7 +154,7 @@ def test_a_fault_that_stays_is_met_exactly_three_times(hub, part, method):
     hub.add(NAME, REPO)
     hub.fail(part, status=503, method=method)
     remedies = ("HTTPS_PROXY", "HF_ENDPOINT", f"hf download {NAME}", "model.name")
-    with refused("hub-unreachable", NAME, "3 times", "HTTP 503", *remedies):
+    with refuses("hub-unreachable", NAME, "3 times", "HTTP 503", *remedies):
         fetch()
     assert hub.count(part, method=method) == 3
 
@@ -162,20 +162,20 @@ def test_a_fault_that_stays_is_met_exactly_three_times(hub, part, method):
 def test_half_a_snapshot_is_never_taken_for_a_whole_one(hub):
     commit = hub.add(NAME, REPO)
     hub.fail("/cdn/", status=503, times=3)
-    with refused("hub-unreachable", NAME, "HTTP 503"):
+    with refuses("hub-unreachable", NAME, "HTTP 503"):
         fetch()
     # The folder of the commit exists now, without weights.
     hub.fail("/api/models/", status=503)
-    with refused("hub-unreachable", NAME, "3 times"):
+    with refuses("hub-unreachable", NAME, "3 times"):
         fetch()
-    with refused("hub-unreachable", NAME, "3 times"):
+    with refuses("hub-unreachable", NAME, "3 times"):
         fetch(revision=commit)
 
 
 def test_a_gated_model_is_refused_at_once_and_says_what_to_do(hub):
     hub.add(NAME, REPO)
     hub.fail("", status=401, code="GatedRepo")
-    with refused("hub-access", "HTTP 401", "license", f"{hub.endpoint}/{NAME}", "hf auth login"):
+    with refuses("hub-access", "HTTP 401", "license", f"{hub.endpoint}/{NAME}", "hf auth login"):
         fetch()
     assert len(hub.requests) == 1
 
@@ -183,13 +183,13 @@ def test_a_gated_model_is_refused_at_once_and_says_what_to_do(hub):
 def test_files_may_be_gated_although_the_list_is_not(hub):
     hub.add(NAME, REPO)
     hub.fail("/resolve/", status=403, code="GatedRepo")
-    with refused("hub-access", NAME, "HTTP 403", "license"):
+    with refuses("hub-access", NAME, "HTTP 403", "license"):
         fetch()
     assert hub.count("/config.json") == 1
 
 
 def test_an_unknown_model_is_refused_at_once(hub):
-    with refused("hub-access", "org/typo", "HTTP 404", "model.name", "hf auth login"):
+    with refuses("hub-access", "org/typo", "HTTP 404", "model.name", "hf auth login"):
         fetch("org/typo")
     assert len(hub.requests) == 1
 
@@ -197,21 +197,21 @@ def test_an_unknown_model_is_refused_at_once(hub):
 def test_a_bad_token_is_refused_at_once(hub):
     hub.add(NAME, REPO)
     hub.fail("", status=401, X_Error_Message="Invalid credentials in Authorization header")
-    with refused("hub-access", NAME, "HTTP 401", "HF_TOKEN"):
+    with refuses("hub-access", NAME, "HTTP 401", "HF_TOKEN"):
         fetch()
     assert len(hub.requests) == 1
 
 
 def test_an_unknown_revision_is_refused_at_once(hub):
     hub.add(NAME, REPO)
-    with refused("hub-access", NAME, "v9", "model.revision=null"):
+    with refuses("hub-access", NAME, "v9", "model.revision=null"):
         fetch(revision="v9")
     assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "no spaces allowed", "klyang--x/..", "org/" + "x" * 200])
 def test_what_is_no_hub_id_is_refused_without_a_request(hub, name):
-    with refused("base-files", f"model.name={shown(name)}", "hub id"):
+    with refuses("base-files", f"model.name={shown(name)}", "hub id"):
         fetch(name)
     assert hub.requests == []
 
@@ -219,7 +219,7 @@ def test_what_is_no_hub_id_is_refused_without_a_request(hub, name):
 def test_a_hub_that_is_down_and_an_empty_cache(hub, caplog):
     hub.stop()
     remedies = ("HTTPS_PROXY", "HF_ENDPOINT", f"hf download {NAME}`", "model.name")
-    with refused("hub-unreachable", NAME, "Connection refused", *remedies):
+    with refuses("hub-unreachable", NAME, "Connection refused", *remedies):
         fetch()
     assert [f"attempt {i} of 3 failed" in text for i, text in enumerate(caplog.messages, 1)] == [True] * 3
 
@@ -234,7 +234,7 @@ def test_a_hub_that_is_down_and_a_warm_cache(hub, caplog):
     caplog.clear()
     assert fetch(revision=commit) == found
     assert caplog.messages == []
-    with refused("hub-unreachable", NAME, "3 times"):
+    with refuses("hub-unreachable", NAME, "3 times"):
         fetch(revision="other")
 
 
@@ -246,7 +246,7 @@ def test_offline_mode(hub, monkeypatch):
     before = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch() == fetch(revision=commit) == found
-    with refused("hub-unreachable", constants.HF_HUB_CACHE, "org/other", "unset HF_HUB_OFFLINE"):
+    with refuses("hub-unreachable", constants.HF_HUB_CACHE, "org/other", "unset HF_HUB_OFFLINE"):
         fetch("org/other")
     assert len(hub.requests) == before
 
@@ -271,7 +271,7 @@ def test_a_download_that_stays_stalled_ends_after_three_attempts(hub, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.add(NAME, REPO)
     hub.cut("/cdn/", after=10, times=99, stall=True)
-    with refused("hub-unreachable", NAME, "3 times"):
+    with refuses("hub-unreachable", NAME, "3 times"):
         fetch()
     # In each attempt huggingface_hub resumes a stream 5 times if no byte came.
     assert hub.count("/cdn/", method="GET") == 3 * 6
@@ -283,7 +283,7 @@ def test_a_file_list_that_never_comes_ends_in_a_timeout(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     hub.add(NAME, REPO)
     hub.cut("/api/models/", after=3, times=99, stall=True)
-    with refused("hub-unreachable", NAME, "3 times"):
+    with refuses("hub-unreachable", NAME, "3 times"):
         fetch()
     assert hub.count() == 3
 
@@ -381,7 +381,7 @@ def test_the_xet_transport_is_not_used(hub):
 )
 def test_a_repository_that_is_no_model(hub, files, place):
     hub.add(NAME, files)
-    with refused("base-files", place):
+    with refuses("base-files", place):
         fetch()
 
 
@@ -390,7 +390,7 @@ def test_a_token_is_sent_to_the_hub_but_never_shown(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     hub.add(NAME, REPO)
     hub.fail("/config.json", status=503)
-    with refused("hub-unreachable", NAME, "HTTP 503") as caught:
+    with refuses("hub-unreachable", NAME, "HTTP 503") as caught:
         fetch()
     assert {request.authorization for request in hub.requests} == {f"Bearer {token}"}
     assert token not in str(caught.value)
@@ -507,14 +507,14 @@ def test_what_ships_with_raycv_is_found(tmp_path, monkeypatch):
     ],
 )
 def test_a_folder_that_is_no_model(tmp_path, files, named):
-    with refused("base-files", tmp_path / "m", named):
+    with refuses("base-files", tmp_path / "m", named):
         fetch(str(folder(tmp_path / "m", files)))
 
 
 @pytest.mark.parametrize("folder_name", ["m", "it's a model"])
 def test_an_adapter_beside_a_whole_model_is_refused_until_it_is_moved(tmp_path, folder_name):
     path = folder(tmp_path / folder_name, REPO | ADAPTER)
-    with refused("base-files", path, "adapter_config.json") as caught:
+    with refuses("base-files", path, "adapter_config.json") as caught:
         fetch(str(path))
     move, merge = caught.value.remedies
     assert "merge_and_unload" in merge
@@ -534,11 +534,11 @@ def test_every_vocabulary_that_a_tokenizer_reads_is_recorded():
 
 
 def test_a_missing_folder_and_a_revision_of_a_folder(tmp_path):
-    with refused("base-files", f"no folder {tmp_path / 'typo'}"):
+    with refuses("base-files", f"no folder {tmp_path / 'typo'}"):
         fetch(str(tmp_path / "typo"))
-    with refused("base-files", f"no folder {Path.cwd() / 'typo'}"):
+    with refuses("base-files", f"no folder {Path.cwd() / 'typo'}"):
         fetch("./typo")
-    with refused("config-value", "model.revision=main", tmp_path / "m", "model.revision=null"):
+    with refuses("config-value", "model.revision=main", tmp_path / "m", "model.revision=null"):
         fetch(str(folder(tmp_path / "m", REPO)), "main")
 
 
@@ -698,7 +698,7 @@ def test_weights_that_the_config_names_are_refused(tmp_path, llama):
     config = json.loads((path / "config.json").read_text())
     other = str(llama / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config | {"transformers_weights": other}))
-    with refused("base-files", path / "config.json", "transformers_weights=", "remove transformers_weights from"):
+    with refuses("base-files", path / "config.json", "transformers_weights=", "remove transformers_weights from"):
         loaded(path)
     (path / "config.json").write_text(json.dumps(config | {"transformers_weights": "model.safetensors"}))
     loaded(path)
@@ -713,7 +713,7 @@ def test_a_vocabulary_of_another_folder_is_refused(tmp_path, llama, key):
         (path / "tokenizer_config.json").write_text(json.dumps(config | {key: value}))
 
     name(str(llama / "tokenizer.json"))
-    with refused("base-files", path / "tokenizer_config.json", f"{key}=", f"remove {key} from tokenizer_config.json"):
+    with refuses("base-files", path / "tokenizer_config.json", f"{key}=", f"remove {key} from tokenizer_config.json"):
         load_tokenizer(fetch(str(path)))
     name(str(path / "tokenizer.json"))
     load_tokenizer(fetch(str(path)))
@@ -735,7 +735,7 @@ def test_what_is_loaded_names_the_folder_itself(tmp_path, monkeypatch):
     assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (path / "tokenizer.model").read_bytes()
     assert not list((tmp_path / "temporary").glob("raycv-base-*"))
     (path / "config.json").write_text("{")
-    with refused("base-files", "config of", f"from {path}") as caught:
+    with refuses("base-files", "config of", f"from {path}") as caught:
         load_config(files)
     assert "raycv-base-" not in str(caught.value)
 
@@ -837,7 +837,7 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with refused("base-files", path, "1 tensor", "model.layers.1.mlp.up_proj.weight"):
+    with refuses("base-files", path, "1 tensor", "model.layers.1.mlp.up_proj.weight"):
         loaded(path)
 
 
@@ -845,7 +845,7 @@ def test_a_config_of_another_size_is_refused(tmp_path):
     path = tiny_llama(tmp_path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with refused("base-files", path, "config.json", "of another shape"):
+    with refuses("base-files", path, "config.json", "of another shape"):
         loaded(path)
 
 
@@ -854,7 +854,7 @@ def test_truncated_weights_are_refused(tmp_path, weights):
     path = tiny_llama(tmp_path, weights=weights)
     file = path / ("model.safetensors" if weights == "safetensors" else "pytorch_model.bin")
     file.write_bytes(file.read_bytes()[:-5000])
-    with refused("base-files", f"weights of {path}", f"from {path}"):
+    with refuses("base-files", f"weights of {path}", f"from {path}"):
         loaded(path)
 
 
@@ -868,7 +868,7 @@ def test_code_in_a_bin_file_is_refused_and_not_run(tmp_path, zipped):
         torch.save(planted, path / "pytorch_model.bin")
     else:
         (path / "pytorch_model.bin").write_bytes(pickle.dumps(planted))
-    with refused("base-files", f"weights of {path}", "could run code"):
+    with refuses("base-files", f"weights of {path}", "could run code"):
         loaded(path)
     assert not (tmp_path / "was_run").exists()
     # The plant is a live one.
@@ -882,7 +882,7 @@ def test_code_beside_the_model_is_never_run(tmp_path):
     config = json.loads((path / "config.json").read_text())
     own = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
     (path / "config.json").write_text(json.dumps(config | {"model_type": "own_type", "auto_map": own}))
-    with refused("base-files", path, "trust_remote_code"):
+    with refuses("base-files", path, "trust_remote_code"):
         load_config(fetch(str(path)))
     assert not (tmp_path / "was_run").exists()
 
@@ -899,14 +899,14 @@ def test_loading_is_quiet_and_leaves_verbosity_alone(llama, caplog, capfd):
 def test_max_length_is_checked_against_the_positions():
     check_max_length(llama_config(10, positions=512), 512)
     check_max_length(SimpleNamespace(), 10**6)
-    with refused("base-unsuitable", "prompt.max_length=513", "512 positions"):
+    with refuses("base-unsuitable", "prompt.max_length=513", "512 positions"):
         check_max_length(llama_config(10, positions=512), 513)
 
 
 def test_roberta_keeps_positions_for_padding():
     roberta = SimpleNamespace(max_position_embeddings=514, model_type="roberta", pad_token_id=1)
     check_max_length(roberta, 512)
-    with refused("base-unsuitable", "prompt.max_length=513", "512 positions"):
+    with refuses("base-unsuitable", "prompt.max_length=513", "512 positions"):
         check_max_length(roberta, 513)
 
 
@@ -1014,24 +1014,24 @@ def test_no_token_to_pad_with_is_refused(tmp_path):
     saved = wordlevel_tokenizer(["a", "b"])
     saved.unk_token = saved.eos_token = None
     path = tiny_llama(tmp_path, tokenizer=saved)
-    with refused("base-unsuitable", "pad, unk or eos", "pad_token", "tokenizer_config.json"):
+    with refuses("base-unsuitable", "pad, unk or eos", "pad_token", "tokenizer_config.json"):
         load_tokenizer(fetch(str(path)))
 
 
 def test_set_pad_token_keeps_config_and_tokenizer_together():
     tokenizer, config = bpe_tokenizer(), llama_config(320)
-    with refused("base-unsuitable", "pad id is None"):
+    with refuses("base-unsuitable", "pad id is None"):
         set_pad_token(tokenizer, config)
     tokenizer.pad_token = "</s>"
     set_pad_token(tokenizer, config)
     assert config.pad_token_id == tokenizer.pad_token_id == 2
-    with refused("base-unsuitable", "pad id is 2", "vocabulary size 2"):
+    with refuses("base-unsuitable", "pad id is 2", "vocabulary size 2"):
         set_pad_token(tokenizer, llama_config(2))
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     path = tiny_llama(tmp_path, tokenizer=False, vocab=50)
-    with refused("base-files", f"tokenizer of {path}", f"from {path}"):
+    with refuses("base-files", f"tokenizer of {path}", f"from {path}"):
         load_tokenizer(fetch(str(path)))
 
 

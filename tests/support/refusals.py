@@ -10,7 +10,7 @@ from raycv.errors import UserError
 
 
 @contextmanager
-def refused(
+def refuses(
     kind: str, part: object, *parts: object, error: type[UserError] = UserError
 ) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """Expects the block to raise an `error` of `kind`, or of several as in "data-format, data-id".
