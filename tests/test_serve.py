@@ -370,7 +370,7 @@ def test_a_replica_that_no_node_can_hold_is_refused(given):
     from raycv.orchestration.ray_serve import replica_resources
 
     asked = "9 CPUs" if "cpus_per_replica" in given else "2 GPUs"
-    with refuses("cluster-resources", f"{asked}", "(8 CPUs, 1 GPUs", "serve.gpus_per_replica"):
+    with refuses("cluster-resources", asked, "(8 CPUs, 1 GPUs", "serve.gpus_per_replica"):
         replica_resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
 
 
