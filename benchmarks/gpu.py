@@ -99,7 +99,8 @@ class Setting:
         model = adapter.on(self._base, checkpointing=case.checkpointing)
         try:
             scorer = RowScorer(model, self.encoded, self.device, partial(adapter.context, model))
-            yield Work(model, scorer, case)
+            with scorer.prepared() as refresh:
+                yield Work(model, scorer, case, refresh)
         finally:
             model.zero_grad(set_to_none=True)
             self._base = model.unload()
@@ -114,8 +115,8 @@ class Setting:
 class Work:
     """Training steps and scoring of one adapted model."""
 
-    def __init__(self, model: Any, scorer: RowScorer, case: Case) -> None:
-        self.model, self.scorer = model, scorer
+    def __init__(self, model: Any, scorer: RowScorer, case: Case, refresh: Callable[[], None]) -> None:
+        self.model, self.scorer, self._refresh = model, scorer, refresh
         grouped = case.batching == "post_grouped"
         self._layout: Layout = "padded" if not case.packing else "shared" if grouped else "packed"
         self._micro_batch = case.micro_batch
@@ -135,6 +136,7 @@ class Work:
                 labels = self._labels[torch.from_numpy(batch.rows).to(logits.device)]
                 (functional.cross_entropy(logits, labels, reduction="sum") / len(step)).backward()
             self._optimizer.step()
+            self._refresh()
             self._optimizer.zero_grad()
 
     @torch.no_grad()

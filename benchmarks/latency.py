@@ -25,6 +25,7 @@ from raycv.common.files import read_json
 from raycv.config.schema import DoraConfig, ModelConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.model.adapters import add_dora
+from raycv.model.dora import prepared
 from raycv.model.int8 import Int8Linear, to_int8
 from raycv.training.forward import RowScorer
 
@@ -223,8 +224,9 @@ def main() -> None:
     for precision in ("bf16", "int8"):
         if precision == "int8":
             model = to_int8(model)
-        rows = measure(model, precision, cases, whole.layers, options.repeats, seconds_of)
-        shares[precision] = breakdown(model, profiled)
+        with prepared(model, torch.bfloat16):
+            rows = measure(model, precision, cases, whole.layers, options.repeats, seconds_of)
+            shares[precision] = breakdown(model, profiled)
         result.add(*({**row, "cores": needed_cores(row)} for row in rows), breakdown=shares)
     bars = [
         Bar(

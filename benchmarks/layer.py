@@ -1,13 +1,14 @@
 """One decoder layer of Llama-7B's real width: time, memory and FLOPs of LoRA, PEFT's DoRA and raycv's.
 
 A measurement is one optimizer step of four micro-batches, forward and backward under gradient checkpointing, with
-AdamW's update at its end, which is what makes raycv's cached norms stale: once per step, as in training. `--compile`
+AdamW's update at its end, after which raycv refreshes its norms: once per step, as in training. `--compile`
 adds raycv's under torch.compile, which wants a C++ compiler.
 """
 
 import argparse
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks.harness import ON_A_GPU, Bar, Result, interleaved, parser, spread
 from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, base_weights, default_dtype, flop_counter
+from raycv.model.dora import prepared
 
 MICRO_BATCHES = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,6 +44,8 @@ class Step:
         self._input = torch.randn(1, tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self._block = ExitStack()
+        self._refresh = self._block.enter_context(prepared(self.model, dtype))
         if self._compiled:
             self.model.compile()
 
@@ -51,6 +55,7 @@ class Step:
                 states = self.model(inputs_embeds=self._input).last_hidden_state
             states.float().square().mean().backward()
         self._optimizer.step()
+        self._refresh()
         self._optimizer.zero_grad()
 
     def flops(self) -> float | None:

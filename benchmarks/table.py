@@ -266,6 +266,7 @@ def latency_cli(result: Json) -> list[str]:
         ("one pair", lambda row: row["way"]),
         ("p50, s", lambda row: f"{row['p50']:.2f}"),
         ("p95, s", lambda row: f"{row['p95']:.2f}"),
+        ("processor time, s", lambda row: f"{row['cpu']:.2f}" if row["cpu"] is not None else ""),
         ("processes", lambda row: str(row["n"])),
     ]
     parts = [{"part": part, "seconds": f"{value:.2f}"} for part, value in result["cold_seconds"].items()]

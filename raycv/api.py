@@ -20,7 +20,7 @@ def load_run(run: str | Path = "latest", *, dir: str | Path | None = None) -> Ru
         dir: The folder that holds the runs; None for the variable RAYCV_RUN_DIR, or `runs`.
 
     Raises:
-        UserError: There is no such run.
+        UserError: No run has that name.
     """
     return open_run(run, _folder(dir))
 

@@ -12,7 +12,8 @@ ErrorKind = Literal[
     "package-version", "package-damaged", "cluster-unreachable", "cluster-node", "cluster-resources",
     "gpu-unusable", "memory-full", "disk-full", "disk-unwritable", "tracking-unreachable", "tracking-store",
     "training-loss", "input-file", "input-empty", "criterion-unknown", "prompt-length", "output-exists",
-    "output-differs", "better-not-shown", "scorer-failed", "scorer-unavailable", "scorer-request",
+    "output-differs", "better-not-shown", "not-reproduced", "bundle-differs", "scorer-failed", "scorer-unavailable",
+    "scorer-request",
 ]  # fmt: skip
 """The stable short name of what went wrong. KINDS has the cause and cure of each."""
 
@@ -46,8 +47,8 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "Write labels as yes or no, 1 or 0, true or false, and correct symptom names.",
     ),
     "data-text": (
-        "Posts or criteria are empty.",
-        "Fill them in, remove them, or set `data.empty=drop`.",
+        "Posts or criteria are empty, or the base model cannot read them as text.",
+        "Fill them in, rewrite or remove them, or set `data.empty=drop` for empty ones.",
     ),
     "data-split": (
         "The posts and labels do not suffice for the folds that were asked for.",
@@ -181,6 +182,14 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
         "`require=better` is set, and a run is not shown to be better than the baseline.",
         "Read the intervals, which the command writes all the same, or leave `require=` out.",
     ),
+    "not-reproduced": (
+        "Folds that were trained again have another F1 than the run recorded.",
+        "Read which versions, hardware, source or settings differ, and put them back.",
+    ),
+    "bundle-differs": (
+        "Files of a bundle for reviewers do not follow from its data.",
+        "Ask the authors for the bundle again, and compare its SHA-256 with theirs.",
+    ),
     "scorer-failed": (
         "A scorer did not start, or failed at a request.",
         "See its log, and try the model alone: `server=none`.",
@@ -272,7 +281,7 @@ class RunFailedError(UserError):
 
 
 class NotShownError(UserError):
-    """A comparison does not show what the user requires of it. Scripts see it by the exit code 1."""
+    """A comparison does not show what the user requires, or a run or bundle differs. Scripts see the exit code 1."""
 
     exit_code = 1
 

@@ -2,20 +2,19 @@
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
-from raycv.config.command_line import run_command
-from raycv.config.schema import InferConfig
+from raycv.config.plain import plain_question
+from raycv.config.process import run_process
 from raycv.errors import UserError
-from raycv.inference.answer_output import give
-from raycv.inference.answerer import answer_here
-from raycv.inference.choose import finder
-from raycv.inference.question_input import STDIN, read_question
-from raycv.serving.client import ask
+
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
 
 logger = logging.getLogger("raycv.infer")
 
 
-def infer(config: InferConfig) -> None:
+def infer(config: "InferConfig") -> None:
     """Answers a question on standard output, or scores a file of pairs into a file.
 
     MLflow gets the model and facts of the answers, never a text.
@@ -31,6 +30,13 @@ def infer(config: InferConfig) -> None:
         raise UserError(
             "engine=ray is for a file of posts, and there is no input.", kind="config-value", remedies=remedies
         )
+    # We import these here, as neither --help nor a refused key needs them.
+    from raycv.inference.answer_output import give
+    from raycv.inference.answerer import answer_here
+    from raycv.inference.choose import finder
+    from raycv.inference.question_input import read_question
+    from raycv.serving.client import ask
+
     question, find = read_question(config), finder(config)
     reply = ask(config, [question], logger.warning, find)
     if reply is None:
@@ -40,7 +46,7 @@ def infer(config: InferConfig) -> None:
         give(reply.answers[0], reply.criteria, config, logger.warning, single=single)
 
 
-def _score_pairs(config: InferConfig) -> None:
+def _score_pairs(config: "InferConfig") -> None:
     from raycv.batch_inference.command import score_pairs
     from raycv.batch_inference.score_file import Engine, Recipe, local_engine
 
@@ -56,8 +62,18 @@ def _score_pairs(config: InferConfig) -> None:
 
 def main() -> None:
     # A lone - means standard input in other programs, but Hydra's grammar refuses it, so we replace it.
-    sys.argv[1:] = [f"post_file={STDIN}" if argument == STDIN else argument for argument in sys.argv[1:]]
-    run_command("infer", InferConfig, infer)
+    sys.argv[1:] = ["post_file=-" if argument == "-" else argument for argument in sys.argv[1:]]
+    run_process("infer", _config, infer)
+
+
+def _config() -> "InferConfig | None":
+    plain = plain_question(sys.argv[1:])
+    if plain is not None:
+        return plain
+    from raycv.config.command_line import composed
+    from raycv.config.schema import InferConfig
+
+    return composed("infer", InferConfig)
 
 
 if __name__ == "__main__":

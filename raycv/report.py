@@ -2,7 +2,7 @@
 
 from raycv.config.command_line import run_command
 from raycv.config.schema import ReportConfig
-from raycv.cv.remade_report import make_page
+from raycv.cv.aggregation import make_page
 
 
 def main() -> None:

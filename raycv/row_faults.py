@@ -1,7 +1,9 @@
 """The kinds of fault in a data set, with their remedies; collects them and reports all together, without text."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from enum import Enum
 from pathlib import Path
 
@@ -46,7 +48,8 @@ class Kind(Enum):
     ENCODING = (
         "data-format",
         "lines that are not UTF-8",
-        "save the file as UTF-8 (Excel: `CSV UTF-8`), from the original if you can",
+        "save the file as UTF-8 (Excel: File, Save As, `CSV UTF-8`; Python: pandas.DataFrame.to_csv), from the original"
+        " if you can",
     )
     NUL = (
         "data-format",
@@ -65,10 +68,23 @@ class Kind(Enum):
     SEPARATOR = (
         "data-format",
         "tables that are separated by something else than commas",
-        "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator",
+        "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator;"
+        " remove a line `sep=`",
     )
     DUPLICATE_COLUMN = "data-format", "columns that occur twice", "keep one column of each name"
     ID = "data-id", "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"
+    SPELLING = (
+        "data-id",
+        "ids that the files spell differently",
+        "spell each id alike in all files, as text: pandas.read_csv(..., dtype=str), or the column type Text when a"
+        " spreadsheet imports the file",
+    )
+    ROUNDED = (
+        "data-id",
+        "ids that a spreadsheet rounded",
+        "take the ids from the original file again, as text: pandas.read_csv(..., dtype=str), or the column type Text"
+        " when a spreadsheet imports the file; it keeps 15 digits of a number",
+    )
     DUPLICATE_ID = "data-id", "duplicate ids", "keep one row for each id"
     DUPLICATE_PAIR = "data-id", "duplicate pairs", "keep one row for each pair of post and criterion"
     LABEL = "data-label", "unknown labels", "write labels as yes or no, 1 or 0, true or false"
@@ -130,6 +146,58 @@ def named(value: str) -> str:
 def listed(values: list[str], most: int = _LISTED) -> str:
     """The first `most` of `values`, quoted for a message, and the number of the others."""
     return first_of([named(value) for value in values], most)
+
+
+# --- Ids that a program took for numbers ------------------------------------------------------------------------------
+
+_NUMBER = re.compile(r"\d{1,100}(\.0{1,9})?|\d(\.\d{1,30})?[eE]\+?\d{1,3}")
+Rounding = tuple[int, str]
+"""The digits of a number that are kept, and the way in which the others are dropped."""
+_EXACT: Rounding = (200, ROUND_DOWN)
+
+
+def is_rounded(key: str) -> bool:
+    """Whether `key` looks as if a spreadsheet or pandas had rounded it: `1.23457E+17`, or 12345678901234500."""
+    return _rounding(key) is not None
+
+
+def _rounding(key: str) -> Rounding | None:
+    if match := re.fullmatch(r"\d(?:\.(\d{1,30}))?[eE]\+\d{2,3}", key):
+        return 1 + len(match[1] or ""), ROUND_HALF_UP
+    # A spreadsheet keeps 15 digits of a number, and zeros replace those that follow.
+    return (15, ROUND_DOWN) if re.fullmatch(r"[1-9]\d{14}0{2,}", key) else None
+
+
+def _rounded(key: str, rounding: Rounding) -> Decimal:
+    return Context(prec=rounding[0], rounding=rounding[1]).plus(Decimal(key))
+
+
+class NumberedIds:
+    """Finds ids by their numbers: a program that takes ids for numbers drops zeros, adds `.0`, or rounds."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self._ids = [key for key in ids if _NUMBER.fullmatch(key)]
+        self._indexes: dict[Rounding, dict[Decimal, list[str]]] = {}
+        self._damaged: dict[Rounding, dict[Decimal, list[str]]] = {}
+        for key in self._ids:
+            if rounding := _rounding(key):
+                self._damaged.setdefault(rounding, {}).setdefault(_rounded(key, rounding), []).append(key)
+
+    def find(self, key: str) -> list[str]:
+        """The ids that are the same number as `key`; else those that round to it, or to which it rounds."""
+        if not _NUMBER.fullmatch(key):
+            return []
+        for rounding in filter(None, (_EXACT, _rounding(key))):
+            if found := self._index(rounding).get(_rounded(key, rounding)):
+                return found
+        return [id_ for rounding, index in self._damaged.items() for id_ in index.get(_rounded(key, rounding), [])]
+
+    def _index(self, rounding: Rounding) -> dict[Decimal, list[str]]:
+        if rounding not in self._indexes:
+            index = self._indexes[rounding] = {}
+            for key in self._ids:
+                index.setdefault(_rounded(key, rounding), []).append(key)
+        return self._indexes[rounding]
 
 
 @dataclass

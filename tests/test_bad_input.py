@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,8 +33,9 @@ from support.malformed_data import (
 )
 from support.refusals import refuses, said_refusal
 
-from raycv import aggregate, compare, infer, mistakes, report, run, serve, synthesize
+from raycv import aggregate, compare, infer, mistakes, report, reproduce, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output
+from raycv.common.locations import check_ray_folder
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
 from raycv.errors import FaultsError
@@ -44,6 +46,7 @@ from raycv.results.run_folder import RunFolder
 COMMANDS = {
     "run": run.main, "infer": infer.main, "serve": serve.main, "aggregate": aggregate.main,
     "report": report.main, "synthesize": synthesize.main, "compare": compare.main, "mistakes": mistakes.main,
+    "reproduce": reproduce.main,
 }  # fmt: skip
 BACKSTOP = "tracking.uri=sqlite:////proc/refused-at-last.db"
 """What a run would stumble over after config and data, so that no test can start one."""
@@ -650,8 +653,8 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["post=a", "run=../../etc"],
         ["run-missing", "run=../../etc: "],
     ),
-    "not one run": ("infer", ["post=a"], ["run-missing", "no run in", "experiment=quickstart"]),
-    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["run-missing", "no run in"]),
+    "not one run": ("infer", ["post=a"], ["run-missing", "holds no run", "experiment=quickstart"]),
+    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["run-missing", "holds no run"]),
     "a table and a post": (
         "infer",
         ["input=a.csv", "post=b", "output=s.csv"],
@@ -665,7 +668,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "scores over a device": (
         "infer",
         ["input=a.csv", "output=/dev/null.csv/x.csv"],
-        ["run-missing", "no run in"],
+        ["run-missing", "holds no run"],
     ),
     "a dash and a post": ("infer", ["-", "post=a"], ["config-value", "post and post_file"]),
     "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["config-value", "engine: ", "received 'gpu'"]),
@@ -714,7 +717,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
         ["input=a.csv", f"output={LONG[:250]}.csv"],
         ["disk-unwritable", "output=a value of 254 characters ", "File name too long"],
     ),
-    "no run to serve": ("serve", [], ["run-missing", "no run in", "experiment=quickstart"]),
+    "no run to serve": ("serve", [], ["run-missing", "holds no run", "experiment=quickstart"]),
     "a port that is none": ("serve", ["serve.port=70000"], ["config-value", "serve.port: ", "received 70000"]),
     "a run to serve with too long a name": (
         "serve",
@@ -744,7 +747,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "nothing to compare": ("compare", [], ["config-value", "runs: ", "runs=<value>"]),
     "one run to compare": ("compare", ["runs=[a]"], ["config-value", "runs: ", "received ['a']"]),
     "runs in a bucket": ("compare", ["runs=[a,s3:/b]"], ["config-value", "runs", "must be a path"]),
-    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["run-missing", "no run a in", "experiment=quickstart"]),
+    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["run-missing", "holds no run a", "experiment=quickstart"]),
     "another requirement": (
         "compare",
         ["runs=[a,b]", "require=worse"],
@@ -753,7 +756,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "the mistakes of no run": (
         "mistakes",
         ["run=nothing"],
-        ["run-missing", "no run nothing in", "experiment=quickstart"],
+        ["run-missing", "holds no run nothing", "experiment=quickstart"],
     ),
     "no mistakes": ("mistakes", ["most=0"], ["config-value", "most: ", "received 0 "]),
     "text of no word": ("mistakes", ["text=maybe"], ["config-value", "text: ", "received 'maybe'"]),
@@ -778,7 +781,7 @@ OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
     "the page of no run": (
         "report",
         ["run=nothing"],
-        ["run-missing", "no run nothing in", "experiment=quickstart"],
+        ["run-missing", "holds no run nothing", "experiment=quickstart"],
     ),
     "a page with an unknown key": (
         "report",
@@ -985,10 +988,51 @@ def test_a_spoilt_data_set_is_read_or_refused(tmp_path_factory: pytest.TempPathF
     assert not any("/" in key or "\0" in key for key in dataset.criteria)
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes"])
+@pytest.mark.parametrize("command", ["run", "infer", "serve", "aggregate", "report", "mistakes", "reproduce"])
 def test_a_bucket_for_the_runs_in_the_environment_is_refused(refused, monkeypatch, command: str) -> None:
     monkeypatch.setenv("RAYCV_RUN_DIR", "s3://bucket/runs")
     said = refused(command, *(["experiment=quickstart"] if command == "run" else []))
     assert re.search(r"- (run\.)?dir: must be a path, and this is an address: .*; received 's3://bucket/runs'", said), (
         said
     )
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_for_ray_with_a_path_too_long_for_its_sockets_is_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """The limit is that of Ray: one byte less is not refused here, and Ray says the same."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    longest = 107 - len(f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    monkeypatch.setenv(variable, "/tmp/".ljust(longest, "x"))
+    check_ray_folder()
+    folder = "/tmp/".ljust(longest + 1, "x")
+    monkeypatch.setenv(variable, folder)
+    said = refused("run", "experiment=quickstart")
+    said_refusal(said, "cluster-unreachable", f"{variable}={folder} ", "by 1 byte", "export RAY_TMPDIR=")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    check_ray_folder()
+
+
+def test_ray_itself_refuses_a_folder_that_is_one_byte_too_long() -> None:
+    # The number of the process is part of the path.
+    code = (
+        "import os, sys, ray;"
+        "n = 107 - len(f'/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store');"
+        "os.environ['RAY_TMPDIR'] = (sys.argv[1] + '/').ljust(n + 1, 'x'); ray.init('local', include_dashboard=False)"
+    )
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        ended = subprocess.run([sys.executable, "-c", code, short], capture_output=True, text=True)
+    refusal = ended.stderr.strip().splitlines()[-1]
+    assert "AF_UNIX path length cannot exceed 107 bytes: " in refusal
+    assert len(refusal.rpartition(": ")[2]) == 108
+
+
+def test_a_folder_for_ray_that_cannot_be_written_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/scratch")
+    said = refused("run", "experiment=quickstart")
+    said_refusal(said, "disk-unwritable", "/proc cannot be written", "RAY_TMPDIR=/proc/scratch", "export RAY_TMPDIR=")

@@ -14,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -194,6 +193,26 @@ def test_an_unknown_model_is_refused_at_once(hub):
     assert len(hub.requests) == 1
 
 
+@pytest.mark.parametrize("hub_is_up", [True, False])
+def test_a_name_without_a_slash_is_first_of_all_a_mistyped_folder(hub, tmp_path, monkeypatch, caplog, hub_is_up):
+    """One attempt, even if the hub does not answer, and the near folder before anything about the hub."""
+    (tmp_path / "mybert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if not hub_is_up:
+        hub.stop()
+    with refuses("hub-access" if hub_is_up else "hub-unreachable", "mybret is not a folder here") as caught:
+        fetch("mybret")
+    assert str(tmp_path / "mybret") in caught.value.remedies[0]
+    assert "did you mean mybert?" in caught.value.remedies[0]
+    assert len(hub.requests) == hub_is_up
+    assert caplog.messages == []
+
+
+def test_a_name_without_a_slash_may_be_a_model_of_the_hub(hub):
+    hub.add("gpt2", REPO)
+    assert fetch("gpt2").name == "gpt2"
+
+
 def test_a_bad_token_is_refused_at_once(hub):
     hub.add(NAME, REPO)
     hub.fail("", status=401, X_Error_Message="Invalid credentials in Authorization header")
@@ -353,8 +372,19 @@ def test_an_adapter_in_a_repository_is_neither_fetched_nor_silent(hub, caplog):
 def test_rare_vocabularies_are_fetched_too(hub):
     commit = hub.add(NAME, REPO)
     fetch(revision=commit)
-    hub.add(NAME, REPO | {"bpe.codes": b"of PhoBERT"})
-    assert set(fetch().files) == WANTED | {"bpe.codes"}
+    rare = ("bpe.codes", "source.spm", "dict.txt", "chat_template.jinja", "qwen.tiktoken")
+    hub.add(NAME, REPO | {file: f"contents of {file}".encode() for file in rare} | {"vocab.pkl": b"code"})
+    found = fetch()
+    assert set(found.files) == WANTED | set(rare)
+    assert set(found.sums()) == WANTED | set(rare)
+
+
+def test_a_pinned_commit_that_another_tool_cached_without_its_tokenizer_is_completed(hub):
+    from huggingface_hub import snapshot_download
+
+    commit = hub.add(NAME, REPO)
+    snapshot_download(NAME, revision=commit, allow_patterns=["config.json", "model.safetensors"])
+    assert set(fetch(revision=commit).files) == WANTED
 
 
 def test_the_xet_transport_is_not_used(hub):
@@ -433,6 +463,42 @@ def test_the_environment_variables_of_the_hub_are_respected(tmp_path):
         offline = client(hub, tmp_path, code, HF_HUB_OFFLINE="1")
         assert offline.communicate(timeout=60)[0] == out + "False\n"
         assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        ({"HF_HUB_ENABLE_HF_TRANSFER": "1"}, "complete:"),
+        ({"HF_HUB_ETAG_TIMEOUT": "soon"}, "complete:"),
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "10.5"}, "complete:"),
+        ({"HF_HUB_ETAG_TIMEOUT": "-1"}, "complete:"),
+        ({"HF_TOKEN": "hf_€"}, "with the settings of its client: UnicodeEncodeError"),
+        ({"HF_ENDPOINT": "hf-mirror.example"}, "No scheme supplied"),
+        ({"TRANSFORMERS_OFFLINE": "1"}, "unset TRANSFORMERS_OFFLINE"),
+    ],
+)
+def test_switches_of_the_client_are_neutral_or_refused_in_words(tmp_path, switch, said):
+    code = (
+        "from raycv.errors import UserError\n"
+        f"try: print('complete:', fetch_base('{NAME}', None).path)\n"
+        "except UserError as error: print(error)"
+    )
+    with HubServer() as hub:
+        hub.add(NAME, REPO)
+        process = client(hub, tmp_path, code, **switch)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    assert said in out
+    assert ("is not a whole number of seconds" in err) == ("TIMEOUT" in next(iter(switch)))
+
+
+@pytest.mark.parametrize("switch", [{"USE_TF": "1"}, {"USE_TORCH": "0"}])
+def test_a_shell_that_is_set_up_for_tensorflow_computes_with_torch(switch):
+    code = (
+        "import raycv.model.base_model; from transformers.utils import is_torch_available; print(is_torch_available())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | switch, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_waiting_process_says_so(hub, tmp_path, caplog):
@@ -526,11 +592,65 @@ def test_an_adapter_beside_a_whole_model_is_refused_until_it_is_moved(tmp_path, 
 @pytest.mark.long
 def test_every_vocabulary_that_a_tokenizer_reads_is_recorded():
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+    from transformers.tokenization_utils_base import (
+        ADDED_TOKENS_FILE,
+        CHAT_TEMPLATE_FILE,
+        FULL_TOKENIZER_FILE,
+        SPECIAL_TOKENS_MAP_FILE,
+        TOKENIZER_CONFIG_FILE,
+    )
 
     classes = [tokenizer_class_from_name(name) for pair in TOKENIZER_MAPPING_NAMES.values() for name in pair if name]
     names = {name for each in classes for name in (getattr(each, "vocab_files_names", None) or {}).values() if name}
     assert {"tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "bpe.codes"} <= names
-    assert [name for name in sorted(names) if not is_small_file(name)] == []
+    # transformers runs the code in this pickle if TRUST_REMOTE_CODE is set.
+    assert [name for name in sorted(names) if not is_small_file(name)] == ["vocab.pkl"]
+    saved = [CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE]
+    assert all(map(is_small_file, [*saved, "qwen.tiktoken", "tekken.json"]))
+
+
+def quantised() -> dict[str, tuple[dict, str]]:
+    """What transformers, AutoGPTQ, AWQ and MLX leave beside quantised weights: the change of the config, the method."""
+    from transformers import AwqConfig, FineGrainedFP8Config, GPTQConfig
+
+    def key(config: object) -> dict:
+        return {"quantization_config": json.loads(json.dumps(config.to_dict(), default=str))}
+
+    return {
+        "gptq": (key(GPTQConfig(bits=4)), "gptq"),
+        "awq": (key(AwqConfig(bits=4)), "awq"),
+        "bitsandbytes": (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes",
+        ),
+        "older bitsandbytes": ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        "fp8": (key(FineGrainedFP8Config()), "fp8"),
+        "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "method not named"),
+        "in a part": (
+            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}},
+            "compressed-te",
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", ["folder", "hub"])
+def test_quantised_weights_are_refused_by_name_before_anything_is_loaded(hub, tmp_path, way):
+    plain = json.loads(REPO["config.json"])
+    for number, (change, method) in enumerate(quantised().values()):
+        files = REPO | {"config.json": json.dumps(plain | change).encode()}
+        if way == "hub":
+            hub.add(NAME, files)
+        name = NAME if way == "hub" else str(folder(tmp_path / str(number), files))
+        with refuses("base-unsuitable", f"weights of {name} ", f"({method}"):
+            fetch(name)
+    # Nothing of the gigabytes was fetched.
+    assert hub.count("/model.safetensors") == 0
+    for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
+        named = folder(tmp_path / method, REPO | {file: b"{}"})
+        with refuses("base-unsuitable", f"weights of {named} ", f"({method})", f"remove {named / file}"):
+            fetch(str(named))
+    hub.add(NAME, REPO | {"config.json": b'{"quantization_config": null, "model_type": "x"}'})
+    assert set(fetch().files) == WANTED
 
 
 def test_a_missing_folder_and_a_revision_of_a_folder(tmp_path):
@@ -897,14 +1017,19 @@ def test_loading_is_quiet_and_leaves_verbosity_alone(llama, caplog, capfd):
 
 
 def test_max_length_is_checked_against_the_positions():
+    from transformers import BloomConfig, XLNetConfig
+
     check_max_length(llama_config(10, positions=512), 512)
-    check_max_length(SimpleNamespace(), 10**6)
+    check_max_length(BloomConfig(), 10**6)
+    check_max_length(XLNetConfig(), 10**6)
     with refuses("base-unsuitable", "prompt.max_length=513", "512 positions"):
         check_max_length(llama_config(10, positions=512), 513)
 
 
 def test_roberta_keeps_positions_for_padding():
-    roberta = SimpleNamespace(max_position_embeddings=514, model_type="roberta", pad_token_id=1)
+    from transformers import RobertaConfig
+
+    roberta = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
     check_max_length(roberta, 512)
     with refuses("base-unsuitable", "prompt.max_length=513", "512 positions"):
         check_max_length(roberta, 513)
@@ -999,14 +1124,13 @@ def test_left_padding_of_the_checkpoint_is_overruled(tmp_path):
     assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
 
 
-def test_a_pad_token_beyond_the_embedding_is_replaced(tmp_path, caplog):
+def test_a_pad_token_beyond_the_embedding_is_replaced(tmp_path):
     saved = bpe_tokenizer()
     rows = len(saved)
     saved.add_special_tokens({"pad_token": "[PAD]"})
     assert saved.pad_token_id == rows
     path = tiny_llama(tmp_path, tokenizer=saved, vocab=rows)
     assert load_tokenizer(fetch(str(path))).pad_token == "<unk>"
-    assert "has no embedding for 1 token of its tokenizer" in caplog.text
     assert logits(path).isfinite().all()
 
 

@@ -333,8 +333,8 @@ def test_a_scorer_is_asked_by_processes_and_under_load(overhead, tmp_path):
         given = ("--run", str(run), "--server", url)
         latency = small_process("latency_cli", tmp_path, *given)
         load = small_process("load", tmp_path, *given)
-    assert [row["n"] for row in latency["rows"]] == [2, 2, 2]
-    assert len(latency["bars"]) == 1
+    assert [row["n"] for row in latency["rows"]] == [2] * 6
+    assert len(latency["bars"]) == 3
     assert [row["answers"] > 0 for row in load["rows"] if "answers" in row] == [True, True]
     assert (len(load["bars"]), load["bars"][0]["met"]) == (4, True)
     assert 0 < load["logging"]["in_mlflow"] <= load["logging"]["asked"] + 100

@@ -207,7 +207,7 @@ def test_faulty_scores_of_others_are_refused(runs, monkeypatch, capsys, change, 
 
 def test_faults_of_the_command_line_and_the_files(runs, monkeypatch, capsys):
     cases = {
-        ("runs=[weak,absent]",): ("run-missing", f"no run absent in {runs}"),
+        ("runs=[weak,absent]",): ("run-missing", f"{runs} holds no run absent"),
         ("runs=[weak]",): ("config-value", "runs: ", "received ['weak']"),
         ("runs=[weak,weak]",): ("config-value", "Runs weak, weak with the baseline weak"),
         ("runs=[weak,strong]", "baseline=absent"): ("config-value", "weak, strong with the baseline absent"),

@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from support.refusals import refuses
 from support.studies import simulated, study_of
 
+from raycv.analysis.given_scores import given_study
 from raycv.evaluation.bootstrap import resample, weights_of_draws
 from raycv.evaluation.comparison import compare, detectable, flipped
 from raycv.evaluation.operating_points import Measurement
@@ -167,6 +168,20 @@ def test_runs_on_other_pairs_are_refused_with_the_first_difference(change, fault
     study = study_of([0, 1, 1, 0, 1], [0.1, 0.9, 0.8, 0.2, 0.5], [0, 0, 1, 0, 1], run="a")
     with refuses("runs-differ", "Runs a and b", fault):
         compare([study, replace(study, run="b", **change)])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("001", "1"), ("1", "1.0"), ("123456789012345678", "1.23457E+17"), ("1.2E+17", "121" + "0" * 15)],
+)
+def test_scores_whose_ids_a_program_took_for_numbers_say_so(tmp_path, ours, theirs):
+    study = study_of([0, 1], [0.1, 0.9], [0, 1], run="a")
+    study = replace(study, post_ids=[ours, "p2"])
+    file = tmp_path / "scores.csv"
+    file.write_text(f"post_id,criterion_id,score\n{theirs},A.1,0.5\np2,A.1,0.5\n")
+    place = f"post '{ours}', criterion 'A.1', which the other has as '{theirs}'"
+    with refuses("data-id", place, "pandas.read_csv(..., dtype=str)"):
+        given_study(file, study)
 
 
 @pytest.mark.parametrize(("names", "baseline"), [(["a"], None), (["a", "a"], None), (["a", "b"], "c"), ([], None)])

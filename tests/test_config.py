@@ -1,12 +1,13 @@
 """The config: every YAML that ships is usable, every fault is named at once, and no user sees a traceback."""
 
+import dataclasses
 import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,20 +15,26 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from support.malformed_config import MALFORMED
 from support.refusals import refuses, said_refusal
 
 import raycv
-from raycv.config.command_line import compose
+from raycv.config.command_line import compose, compose_checked, for_hydra, quoted, without_verbatim
+from raycv.config.other_names import OTHER_NAMES, WITHOUT_KEY
+from raycv.config.plain import plain_question, plain_values
 from raycv.config.schema import (
     AggregateConfig,
     CompareConfig,
     InferConfig,
     MistakesConfig,
     ReportConfig,
+    ReproduceConfig,
     RunConfig,
     Section,
     ServeConfig,
@@ -248,6 +255,8 @@ def test_malformed_value_is_named_with_its_key_and_what_is_expected(override: st
 WELL_FORMED = [
     "cv.max_concurrent=2",
     "cv.max_concurrent=auto",
+    "cv.only=[0,2]",
+    "cv.only=null",
     "model.target_modules=all-linear",
     "model.target_modules=[q_proj]",
     "model.revision=null",
@@ -286,7 +295,7 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
     ]
     assert "epochs: unknown key; did you mean train.epochs?" in faults
     assert "prompt.folds: unknown key; did you mean cv.folds?" in faults
-    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent" in faults
+    assert "cv.zzz: unknown key; the keys here are: folds, seed, max_concurrent, only" in faults
 
 
 @pytest.mark.parametrize(
@@ -307,6 +316,61 @@ def test_a_key_of_another_command_names_the_one_here(schema: type[Section], over
         validate(schema, compose(name, [f"+{override}"]))
     assert caught.value.faults[0].startswith(said)
     assert len(caught.value.faults) == 1
+
+
+OTHER_TOOLS = {
+    "learning_rate=1e-4": "train.lr",
+    "train.learning_rate=1e-4": "train.lr",
+    "num_train_epochs=3": "train.epochs",
+    "per_device_train_batch_size=4": "train.batch_size",
+    "gradient_accumulation_steps=4": "train.effective_batch_size",
+    "weight_decay=0.1": "train.weight_decay",
+    "lr_scheduler_type=cosine": "train.schedule",
+    "max_seq_length=512": "prompt.max_length",
+    "lora_r=8": "dora.r",
+    "lora.r=8": "dora.r",
+    "dora.lora_alpha=16": "dora.alpha",
+    "model_name_or_path=x": "model.name",
+    "model_name=x": "model.name",
+    "output_dir=x": "run.dir",
+    "fp16=true": None,
+    "deepspeed=x": None,
+    "model.load_in_4bit=true": None,
+    "dora.use_rslora=true": None,
+}
+
+
+@pytest.mark.parametrize("override", OTHER_TOOLS)
+def test_a_name_of_hugging_face_names_the_key_here_or_says_that_raycv_has_none(override: str) -> None:
+    key, meant = override.partition("=")[0], OTHER_TOOLS[override]
+    with pytest.raises(FaultsError) as caught:
+        compose_checked("run", RunConfig, [override])
+    said = f"did you mean {meant}?" if meant else "raycv has no such setting"
+    assert caught.value.faults == [f"{key}: unknown key; {said}"]
+    assert caught.value.kind == "config-unknown-key"
+
+
+def test_a_command_without_the_key_does_not_offer_it() -> None:
+    with pytest.raises(FaultsError) as caught:
+        compose_checked("infer", InferConfig, ["learning_rate=1e-4"])
+    assert caught.value.faults == ["learning_rate: unknown key; raycv has no such setting here"]
+
+
+def test_every_name_of_another_tool_has_a_key_that_exists_or_none() -> None:
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    keys = {key for schema in (RunConfig, InferConfig) for key, _ in fields(schema)}
+    leaves = {key.rpartition(".")[2] for key in keys}
+    assert set(OTHER_NAMES.values()) <= keys
+    assert not WITHOUT_KEY & (leaves | OTHER_NAMES.keys())
+    theirs = {field.name for one in (TrainingArguments, LoraConfig) for field in dataclasses.fields(one)}
+    # Other versions of these packages have a few others.
+    assert len(theirs - leaves - OTHER_NAMES.keys() - WITHOUT_KEY) < len(theirs) / 10
+
+
+def test_an_option_of_hugging_face_names_the_key_here(tmp_path: Path) -> None:
+    assert "--lora_r (did you mean dora.r?)" in refused(tmp_path, "--lora_r", "8")
 
 
 def test_every_key_of_an_unknown_section_is_named() -> None:
@@ -355,6 +419,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
 SCHEMAS: dict[str, type[Section]] = {
     "run": RunConfig, "aggregate": AggregateConfig, "report": ReportConfig, "infer": InferConfig, "serve": ServeConfig,
     "synthesize": SynthesizeConfig, "compare": CompareConfig, "mistakes": MistakesConfig,
+    "reproduce": ReproduceConfig,
 }  # fmt: skip
 NO_PATHS = {
     "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
@@ -398,7 +463,7 @@ def with_value(command: str, key: str, value: str) -> dict[str, Any]:
 def test_every_key_that_becomes_a_path_is_known() -> None:
     assert {key for _, key in path_keys()} == MAY_SHIP | {
         "tracking.artifacts", "run.dir", "resume", "run", "dir", "post_file", "input", "output", "out",
-        "baseline",
+        "baseline", "trained", "bundle", "check",
     }  # fmt: skip
 
 
@@ -706,3 +771,134 @@ def test_the_default_of_a_group_can_be_given(tmp_path: Path) -> None:
 
 def test_an_option_that_there_is_not_names_the_way_to_say_it(tmp_path: Path) -> None:
     said_refusal(refused(tmp_path, "--epochs", "3"), "config-unknown-key", "--epochs", "train.epochs=3")
+
+
+# --- Without Hydra and pydantic --------------------------------------------------------------------------------------
+
+
+def by_hydra(command: str, overrides: Sequence[str]) -> Any:
+    """What Hydra composes; the error that it raises if it cannot."""
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose(command, list(overrides)), resolve=True, throw_on_missing=True)
+    except Exception as error:  # noqa: BLE001  (Hydra raises many types)
+        return error
+
+
+@pytest.mark.parametrize("command", sorted(SCHEMAS.keys() - {"compare", "synthesize"}))
+def test_the_defaults_of_a_command_are_those_that_hydra_composes(command: str) -> None:
+    found = plain_values(command, [])
+    assert found is not None
+    assert found == by_hydra(command, [])
+
+
+def test_values_that_must_be_given_are_left_to_hydra() -> None:
+    assert plain_values("compare", []) is None
+    shown_ones = plain_values("compare", [], missing_ok=True)
+    assert shown_ones is not None
+    assert shown_ones["runs"] == "???"
+    assert plain_values("synthesize", ["++out='x'"]) == by_hydra("synthesize", ["++out='x'"])
+
+
+TEXTS = (
+    "null", "true", "NULL", "nan", "???", "${dir}", "$x", "latest", "runs/a b", "1e5", "0x1", "~/a", "-", "", "é",
+    "a\\", "a\\'b", "\\", "'", "a\nb", "\t", "a=b,c", "[a", "{a: [b", "(x)", '"', "#a", "a\0b",
+)  # fmt: skip
+"""As people write them, and what Hydra's grammar and YAML may make of others."""
+BARE = (
+    "null", "true", "True", "off", "5", "05", "0", "-0", "-3", "1_000", "0x10", "1.50", "01.5", "1e-3", ".5", "5.",
+    "nan", "inf", "best", "a", "a.b", "best2", "[1]", "{a:1}", "''", '"a"', "", "~", "???", "${dir}", "9" * 18,
+    "9" * 30, "0.10",
+)  # fmt: skip
+"""Values without quotes."""
+
+
+def check_composed_alike(*overrides: str) -> None:
+    found = plain_values("infer", overrides)
+    if found is not None:
+        by_both = by_hydra("infer", overrides)
+        assert isinstance(by_both, dict), by_both
+        # The text shows types too, and NaN as equal to itself.
+        assert repr(sorted(found.items())) == repr(sorted(by_both.items()))
+
+
+@pytest.mark.parametrize("value", [*map(quoted, TEXTS), *BARE])
+def test_a_value_is_read_as_hydra_reads_it(value: str) -> None:
+    check_composed_alike(f"++fold={value}")
+
+
+KEYS_GIVEN = [
+    *(key for key, _ in fields(InferConfig)), "infer.x", "nokey", "a.b", "run.x", "hydra.job.name", "defaults", "post.x"
+]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from(KEYS_GIVEN), st.sampled_from([*map(quoted, TEXTS), *BARE])), max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_values_are_composed_as_hydra_composes_them(given_values: list[tuple[str, str]]) -> None:
+    check_composed_alike(*(f"++{key}={value}" for key, value in given_values))
+
+
+ASKED = {
+    "run": ["latest", "runs/a", "a b", "../x", "null", "a" * 200, "s3://b", "/a/b", "-x", "a:b", "~/a", "é", ""],
+    "fold": ["best", "ensemble", "0", "3", "-1", "03", "1.0", "null", "none", "99999999"],
+    "output": ["text", "json", "x.csv", "null"],
+    "dir": ["runs", "/a", "", "x:/y", "${oc.env:HOME}"],
+    "server": ["auto", "none", "http://localhost:8000", "", "x"],
+    "post_file": ["-", "a.txt", "null", "a\0b"],
+    "base": ["null", "a/b", "raycv://models/tiny_llama", "null"],
+    "criteria_dir": ["null", "data"],
+    "infer.device": ["auto", "cpu", "cuda", "null"],
+    "infer.precision": ["auto", "fp32", "bf16", "int8", "fp16"],
+    "infer.batch_size": ["1", "16", "0", "-1", "1.5", "01", "9999999999", "auto"],
+    "tracking.uri": ["none", "null", "sqlite:///x.db", "bad"],
+    "tracking.experiment": ["a", "", "a b", "null"],
+    "input": ["null", "a.csv"],
+    "engine": ["local", "ray", "null"],
+    "missing": ["empty", "text", "no"],
+    "post": ["I lie awake, always: {a} ${b} 'x' \\", "", "null", "\udcff", "a\0b"],
+    "criterion": ["A.4", "", "[x", "null"],
+    "nokey": ["1"],
+    "infer": ["default"],
+    "~run": ["a"],
+    "+run": ["a"],
+    "--run": ["a"],
+}
+ASKED_WORDS = [f"{key}={value}" for key, values in ASKED.items() for value in values] + ["-h", "word", "run"]
+RUN_FOLDERS = [None, "runs", "", "a b", "x:/y", "${dir}", "???", "$x"]
+
+
+def check_asked_alike(words: list[str], runs: str | None = None) -> None:
+    """Whatever is taken without the schema is taken with it, with the same values: nothing that it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if runs is not None:
+            patch.setenv("RAYCV_RUN_DIR", runs)
+        config = plain_question(words)
+        if config is None:
+            return
+        typed, verbatim = without_verbatim(words, InferConfig)
+        composed = by_hydra("infer", for_hydra(typed, InferConfig))
+    assert isinstance(composed, dict), composed
+    full = validate(InferConfig, composed | verbatim)
+    named = {key: vars(value) if hasattr(value, "__dict__") else value for key, value in vars(config).items()}
+    assert named == full.model_dump()
+
+
+def test_each_word_of_a_question_is_taken_or_left_to_the_schema() -> None:
+    for word in ASKED_WORDS:
+        check_asked_alike([word])
+    for runs in RUN_FOLDERS:
+        check_asked_alike(["post=a"], runs)
+
+
+@given(st.lists(st.sampled_from([*ASKED_WORDS, "post=a", "criterion=A.4"]), max_size=4), st.sampled_from(RUN_FOLDERS))
+@settings(max_examples=100, deadline=None)
+def test_a_question_without_schema_and_hydra_is_the_one_with_both(words: list[str], runs: str | None) -> None:
+    check_asked_alike(words, runs)
+
+
+def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
+    config = plain_question(["run=a", "fold=2", "criterion=A.4", "post=${x} null, 'a'", "infer.device=cpu"])
+    assert config is not None
+    assert (config.run, config.fold, config.criterion, config.post) == ("a", 2, "A.4", "${x} null, 'a'")
+    assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
+    assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None

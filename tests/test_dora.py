@@ -3,69 +3,21 @@
 import copy
 import gc
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import Linear as PeftLoraLinear
 from support.builders import tiny_bert, tiny_llama
+from support.dora_layers import One, lora, outputs_and_gradients, pair, same_as_pefts
 from support.toy import LLAMA_MODULES
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 import raycv.model.dora as dora
 from benchmarks.models import flop_counter
 from raycv.model.base_model import fetch_base
-from raycv.model.dora import factored_layers, factored_norm, start_at_the_base, use_factored
+from raycv.model.dora import factored_layers, factored_norm, prepared, start_at_the_base, use_factored
 from raycv.model.loading import load_classifier, load_tokenizer
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (7, 33), (1, 5), (40, 1)]
-
-
-class One(nn.Module):
-    """A model of one linear layer; `conv1d`: with its weights transposed, as GPT-2 has them."""
-
-    def __init__(self, inp, out, bias, dtype=torch.float64, conv1d=False):
-        super().__init__()
-        self.proj = Conv1D(out, inp).to(dtype) if conv1d else nn.Linear(inp, out, bias=bias, dtype=dtype)
-
-    def forward(self, x):
-        return self.proj(x)
-
-
-def lora(dropout=0.0, r=4, targets=("proj",)):
-    return LoraConfig(use_dora=True, r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(targets))
-
-
-def pair(inp, out, bias=True, dropout=0.0, dtype=torch.float64, path="lora_path", conv1d=False):
-    """PEFT's layer and ours with the same weights, A, B and magnitudes all away from their start."""
-    torch.manual_seed(0)
-    plain = One(inp, out, bias, dtype, conv1d)
-    theirs = get_peft_model(copy.deepcopy(plain), lora(dropout), autocast_adapter_dtype=dtype != torch.bfloat16)
-    ours = get_peft_model(plain, use_factored(lora(dropout)), autocast_adapter_dtype=dtype != torch.bfloat16)
-    if dtype == torch.float64:
-        theirs, ours = theirs.double(), ours.double()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.3 * torch.rand_like(parameter))
-    ours.load_state_dict(theirs.state_dict())
-    (layer,) = factored_layers(ours)
-    layer.dropout_path = path
-    assert not any(type(module) is PeftLoraLinear for module in ours.modules())
-    return theirs, ours
-
-
-def outputs_and_gradients(model, x, seed=3):
-    x = x.clone().requires_grad_(True)
-    torch.manual_seed(seed)
-    y = model(x)
-    torch.manual_seed(5)
-    (y * torch.randn_like(y)).sum().backward()
-    return y, {"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
 CONV1D = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 
 
@@ -75,18 +27,6 @@ CONV1D = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_outputs_and_all_gradients_are_pefts_in_float64(out, inp, kind):
     theirs, ours = pair(inp, out, kind == "bias", conv1d=kind == "conv1d")
     same_as_pefts(theirs, ours, torch.randn(3, 5, inp, dtype=torch.float64))
-
-
-def same_as_pefts(theirs, ours, x):
-    y, gradients = outputs_and_gradients(ours, x)
-    expected, expected_gradients = outputs_and_gradients(theirs, x)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    assert gradients.keys() == expected_gradients.keys()
-    assert any("magnitude" in name for name in gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-12, atol=1e-12)
-    ours.zero_grad()
-    theirs.zero_grad()
 
 
 @pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 3, 4, 16)])
@@ -250,36 +190,6 @@ def test_what_checkpointing_handles_is_activations_alone():
     y.sum().backward()
 
 
-class Operators(TorchDispatchMode):
-    """Counts what is computed: on a GPU a kernel's launch each, and small batches wait for those."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **kwargs or {})
-
-
-def test_no_more_operators_than_pefts_lora():
-    def operators(config):
-        torch.manual_seed(0)
-        model = get_peft_model(One(16, 12, False, torch.bfloat16), config).train()
-        x = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
-
-        def micro_batch():
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = model(x)
-            y.sum().backward()
-
-        micro_batch()  # the norm is there now, and so are the gradients
-        with Operators() as counted:
-            micro_batch()
-        return counted.count
-
-    plain = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["proj"])
-    assert 10 < operators(use_factored(lora(0.1))) <= operators(plain)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_factored_norm_is_closer_to_float64_than_the_dense_one(dtype):
     torch.manual_seed(1)
@@ -302,75 +212,6 @@ def test_a_row_that_cancels_is_no_nan():
     assert norm[2] < 1e-2
 
 
-@pytest.fixture
-def norms(monkeypatch):
-    """Grows with every norm that is computed."""
-    calls = []
-    real = dora.factored_norm
-    monkeypatch.setattr(dora, "factored_norm", lambda *args: calls.append(1) or real(*args))
-    return calls
-
-
-def test_the_norm_is_computed_once_per_optimizer_step_and_that_of_the_base_once(norms, monkeypatch):
-    passes, real = [], dora._chunks
-    monkeypatch.setattr(dora, "_chunks", lambda weight: passes.append(1) or real(weight))
-    _, ours = pair(16, 12, dropout=0.1)
-    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1)
-    x = torch.randn(6, 16, dtype=torch.float64)
-    for step in range(1, 4):
-        for _ in range(4):  # micro-batches
-            ours(x).square().sum().backward()
-        assert len(norms) == step
-        assert len(passes) == step + 1  # over W: one for W A^T each time, and one for ||W||^2
-        optimizer.step()
-        optimizer.zero_grad()
-    ours.eval()(x)
-    assert len(norms) == 4
-    assert len(passes) == 5
-    ours.load_state_dict(ours.state_dict())
-    ours(x)
-    assert len(norms) == 5
-
-
-@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {}])
-def test_the_cached_norm_follows_every_optimizer(kind):
-    """A fused one leaves the tensors' versions as they are."""
-    theirs, ours = pair(16, 12)
-    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1, **kind)
-    x = torch.randn(6, 16, dtype=torch.float64)
-    for _ in range(2):
-        ours(x).square().sum().backward()
-        optimizer.step()
-        theirs.load_state_dict(ours.state_dict())
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
-
-
-def test_the_cached_norm_follows_every_kind_of_change():
-    theirs, ours = pair(16, 12)
-    x = torch.randn(2, 16, dtype=torch.float64)
-    (layer,) = factored_layers(ours)
-
-    def same():
-        theirs.load_state_dict(ours.state_dict())
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
-
-    same()
-    with torch.no_grad():
-        layer.lora_B["default"].weight.mul_(1.5)
-    same()
-    with torch.no_grad():
-        layer.lora_magnitude_vector["default"].weight.mul_(1.5)
-    same()
-    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone() + 0.1
-    same()
-    with torch.no_grad():
-        layer.get_base_layer().weight.add_(0.01)
-    same()
-    for model in (theirs, ours):
-        model.base_model.model.proj.scale_layer(0.5)
-    same()
-
-
 def test_training_may_follow_inference():
     theirs, ours = pair(16, 12)
     x = torch.randn(2, 16, dtype=torch.float64)
@@ -380,7 +221,6 @@ def test_training_may_follow_inference():
 
 
 def test_a_model_made_for_inference_alone():
-    """Tensors made in inference mode count no changes, so nothing is kept of them."""
     plain = One(16, 12, True)
     x = torch.randn(2, 16, dtype=torch.float64)
     with torch.inference_mode():
@@ -391,50 +231,6 @@ def test_a_model_made_for_inference_alone():
             direction = plain.proj.weight + 2 * b @ a
             gamma = layer.lora_magnitude_vector["default"].weight / direction.norm(dim=1)
             torch.testing.assert_close(ours(x), gamma * (x @ direction.T) + plain.proj.bias)
-
-
-def test_weights_at_the_address_of_others_that_are_gone_are_not_taken_for_them():
-    """The allocator gives memory that was freed to whoever asks next, and a new tensor has version 0 again."""
-    _, ours = pair(16, 12)
-    (layer,) = factored_layers(ours)
-    b = layer.lora_B["default"].weight
-    memory = np.random.default_rng(0).normal(size=(2, 12, 4))
-
-    def follows():
-        direction = layer.get_base_layer().weight + 2 * b @ layer.lora_A["default"].weight
-        torch.testing.assert_close(layer.row_norm("default"), direction.norm(dim=1))
-
-    for half in memory:
-        memory[0] = half
-        b.data = torch.empty(0)
-        b.data = torch.from_numpy(memory[0])
-        follows()
-    both = torch.from_numpy(np.stack([memory[0], -memory[0]]))
-    for part in both:  # parts of one storage, as a flattened optimizer has them
-        b.data = part
-        follows()
-
-
-def test_another_type_of_the_weights_is_another_state(norms):
-    _, ours = pair(16, 12)
-    (layer,) = factored_layers(ours)
-    layer.row_norm("default")
-    ours.bfloat16().double()
-    direction = layer.get_base_layer().weight + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    torch.testing.assert_close(layer.row_norm("default"), direction.norm(dim=1), rtol=1e-12, atol=1e-12)
-    assert len(norms) == 2
-
-
-def test_a_layer_that_has_computed_can_be_copied_and_pickled(tmp_path):
-    """What is kept refers to memory: a copy must not free the reference a second time."""
-    _, ours = pair(16, 12)
-    x = torch.randn(2, 16, dtype=torch.float64)
-    expected = ours(x)
-    for _ in range(3):
-        torch.testing.assert_close(copy.deepcopy(ours)(x), expected)
-    torch.save(factored_layers(ours)[0], tmp_path / "layer.pt")
-    again = torch.load(tmp_path / "layer.pt", weights_only=False)
-    torch.testing.assert_close(again(x), expected)
 
 
 class Results(TorchDispatchMode):
@@ -474,7 +270,7 @@ def test_nothing_of_the_size_of_the_weights_is_made(monkeypatch, conv1d):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, checkpointing, norms):
+def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, checkpointing):
     files = fetch_base(str(tiny_llama(tmp_path)), None)
     tokenizer = load_tokenizer(files)
     results = []
@@ -493,7 +289,6 @@ def test_a_whole_llama_matches_peft_with_and_without_checkpointing(tmp_path, che
         logits = model(input_ids=torch.arange(3, 23)[None].repeat(2, 1)).logits
         logits.square().sum().backward()
         results.append((logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    assert len(norms) == len(factored_layers(model)) > 0  # once a layer, and not again where it is recomputed
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-10, atol=1e-12)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-12)
@@ -608,8 +403,7 @@ def test_floating_point_operations_on_base_weights(factored, path, expected):
     for layer in factored_layers(model):
         layer.dropout_path = path
     x = torch.randn(tokens, inp, requires_grad=True)
-    model(x).sum().backward()  # the norm is there now
-    with flop_counter() as counter:
+    with prepared(model, torch.float32), flop_counter() as counter:
         model(x).sum().backward()
     per_weight = counter.get_total_flops() / (tokens * inp * out)
     assert expected <= per_weight < expected * 1.1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from support.builders import BOS, UNK, bpe_tokenizer, sentencepiece_files
+from support.builders import BOS, SENTENCES, UNK, bpe_tokenizer, sentencepiece_files, wordlevel_tokenizer
 from support.refusals import refuses
 
 from raycv.config.schema import PromptConfig
@@ -390,3 +390,92 @@ def test_any_post_fits(mode: str, kind: str, post: str, room: int, head: float, 
     for row in (0, -1):
         prompt = decoded(encoded.input_ids[row, : encoded.lengths[row]], kind)
         assert any(prompt.endswith(end) for end in ends)
+
+
+# --- Posts that spell tokens ------------------------------------------------------------------------------------------
+
+SPELLING = [*TOKENIZERS, "unigram_fast", "unigram_slow"]
+
+
+@cache
+def unigram(kind: str) -> Any:
+    """XLM-RoBERTa's: its model holds </s> as a word, and its normalisation turns wide characters into narrow ones."""
+    import io
+
+    import sentencepiece
+    from transformers import XLMRobertaTokenizer, XLMRobertaTokenizerFast
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*SENTENCES, "<s> </s> ＜／"] * 20),
+        model_writer=model,
+        vocab_size=120,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "sentencepiece.bpe.model"
+        path.write_bytes(model.getvalue())
+        return (XLMRobertaTokenizerFast if kind == "unigram_fast" else XLMRobertaTokenizer)(str(path))
+
+
+def spelling_encoder(kind: str, rows: int | None = None) -> PromptEncoder:
+    made = unigram(kind) if kind.startswith("unigram") else tokenizer(kind)
+    prompt = PromptConfig(max_length=200, long_post="head_tail", head_fraction=0.25, stride_fraction=0.5)
+    return prompt_encoder(made, prompt, CRITERIA.values(), rows)
+
+
+@pytest.mark.parametrize("kind", SPELLING)
+def test_a_text_that_spells_special_tokens_stays_text(kind: str) -> None:
+    """An encoder-decoder would pool at such a token, or refuse rows with unequal numbers of them."""
+    encoding = spelling_encoder(kind)
+    posts = {"p0": "I cannot sleep", "p1": "<s>I cannot</s> sleep</s>", "p2": "</s>" * 90, "p3": "a < b </ s> <unk>"}
+    asked = CRITERIA | {"A.2": "Sleeps </s> badly"}
+    encoded, facts = encode_dataset(encoding, dataset(posts, asked))
+    special = set(encoding.tokenizer.all_special_ids) - {encoding.tokenizer.unk_token_id}
+    rows = zip(encoded.input_ids.tolist(), encoded.lengths, strict=True)
+    assert len({sum(i in special for i in ids[:length]) for ids, length in rows}) == 1
+    assert facts["posts_spelling_special_tokens"] == 3
+    assert encoding_warnings(facts) == [
+        "3 posts spelt special tokens of the base model, such as </s>: a space within each keeps it text"
+    ]
+    assert encoding.as_text(posts["p0"]) == posts["p0"]
+    assert encoding.as_text(posts["p1"]) == "< s>I cannot< /s> sleep< /s>"
+
+
+def test_what_still_becomes_a_special_token_is_refused_with_ids_and_without_text() -> None:
+    posts = {"p0": "fine", "p1": "my secret ＜/s＞", "p2": "fine too"}
+    with refuses("data-text", "1 fault\n", "post 'p1': ", "</s>") as caught:
+        encode_dataset(spelling_encoder("unigram_fast"), dataset(posts))
+    assert "secret" not in str(caught.value)
+    with refuses("data-text", "criterion with the question", "</s>"):
+        prompt_encoder(unigram("unigram_fast"), PromptConfig(
+            max_length=200, long_post="none", head_fraction=0.25, stride_fraction=0.5
+        ), ["＜/s＞"])  # fmt: skip
+
+
+def test_tokens_without_an_embedding_are_refused_with_the_ids_of_the_posts() -> None:
+    made = wordlevel_tokenizer([*render("", "").split(), "secret", "unheard"])
+    made.pad_token = UNK
+    posts = {"p0": "plain", "p1": "secret , unheard , ", "p2": "secret", "p3": "unheard , "}
+    prompt = PromptConfig(max_length=200, long_post="head_tail", head_fraction=0.25, stride_fraction=0.5)
+    rows = len(made) - 1
+    with refuses(
+        "data-text", ": 2 faults\n", "post 'p1': ", "post 'p3': ", f"token {rows}, ", f" {rows - 1} "
+    ) as caught:
+        encode_dataset(prompt_encoder(made, prompt, CRITERIA.values(), rows), dataset(posts))
+    assert "secret" not in str(caught.value)
+    assert "unheard" not in str(caught.value)
+
+
+def test_an_added_token_without_an_embedding_stays_text() -> None:
+    made = bpe_tokenizer()
+    rows = len(made)
+    made.add_tokens(["<extra>"])
+    made.pad_token = UNK
+    prompt = PromptConfig(max_length=200, long_post="head_tail", head_fraction=0.25, stride_fraction=0.5)
+    assert max(made("<extra>")["input_ids"]) == rows
+    encoded, facts = encode_dataset(prompt_encoder(made, prompt, CRITERIA.values(), rows), dataset({"p": "<extra>"}))
+    assert encoded.input_ids.max() < rows
+    assert facts["posts_spelling_special_tokens"] == 1

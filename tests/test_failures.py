@@ -335,7 +335,7 @@ def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
     ("overrides", "kind", "said"),
     [
         (["run=nothing"], "run-missing, tracking-store", "run=nothing"),
-        ([], "run-missing", "no run in"),
+        ([], "run-missing", "holds no run"),
         (["run=latest", "rum=3"], "config-unknown-key", "rum: "),
     ],
 )
@@ -518,6 +518,49 @@ def test_what_a_fold_writes_never_makes_the_folder_of_the_run(tmp_path):
             write()
     ProgressBoard(str(run.ray / "board.json")).begin(0)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_the_board_keeps_restarts_for_its_next_process(tmp_path):
+    from raycv.orchestration.fold_task import ProgressBoard
+
+    kept = tmp_path / "board.json"
+    board = ProgressBoard(str(kept))
+    board.begin(1)
+    board.restart(1, "a worker died")
+    again = ProgressBoard(str(kept))
+    assert (again.begun(1), again.restarts(1), again.restarts(0)) == (1, ["a worker died"], [])
+
+
+def test_workers_that_begin_again_without_a_death_are_a_restart_by_ray(tmp_path):
+    from raycv.orchestration.fold_task import NODE_LEAVES, ProgressBoard
+
+    board = ProgressBoard(str(tmp_path / "board.json"))
+    for _ in range(2):
+        board.train(0)
+    board.restart(0, "a worker died")
+    board.train(0)
+    board.train(1)
+    assert (board.restarts(0), board.restarts(1)) == ([NODE_LEAVES, "a worker died"], [])
+
+
+def test_a_resumed_run_keeps_the_restarts_and_counts_attempts_from_zero(tmp_path):
+    from raycv.cv.resumed_run import clear_ray
+    from raycv.orchestration.fold_task import ProgressBoard
+
+    run = RunFolder(tmp_path)
+    run.ray.mkdir()
+    board = ProgressBoard(str(run.board))
+    board.begin(1)
+    board.restart(1, "a worker died")
+    (run.ray / "tune").mkdir()
+    clear_ray(run, finished=False)
+    assert list(run.ray.iterdir()) == [run.board]
+    resumed = ProgressBoard(str(run.board))
+    assert (resumed.begun(1), resumed.restarts(1), resumed.left_out()) == (0, ["a worker died"], {})
+    clear_ray(run, finished=True)
+    assert not run.ray.exists()
+    clear_ray(run, finished=False)
+    assert not run.ray.exists()
 
 
 @pytest.mark.long

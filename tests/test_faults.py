@@ -12,6 +12,7 @@ from support.commands import statuses
 from support.interrupted_runs import amid_an_epoch, assert_like_unbroken, resume, started, wait_for
 from support.refusals import said_refusal
 
+from raycv.common.files import read_json
 from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
@@ -90,6 +91,8 @@ def test_a_fold_any_of_whose_processes_is_killed_goes_on_by_itself(tmp_path, who
     assert (gone_on(tmp_path, 0), gone_on(tmp_path, 1)) == (2, 2)
     assert "Traceback" not in said(tmp_path)
     assert "unexpected system error" not in said(tmp_path)
+    assert [len(read_json(fold.result)["restarts"]) for fold in (first, second)] == [2, 2]
+    assert read_json(first.result)["restarts"][0] == "worker 0 of the fold died, or its node"
     assert_like_unbroken(tmp_path, whole)
 
 
@@ -242,4 +245,5 @@ def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, who
     # The one retry is spent on the first: the notice costs none.
     assert "worker 0 of the fold died, or its node; the fold is tried again" in said(tmp_path)
     assert said(tmp_path).count("is tried again") == 1
+    assert sorted(len(read_json(run.fold(fold).result)["restarts"]) for fold in range(2)) == [0, 2]
     assert_like_unbroken(tmp_path, whole)

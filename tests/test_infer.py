@@ -156,6 +156,31 @@ def test_the_answer_comes_where_nobody_takes_standard_error(run, place):
     assert (unknown.returncode, unknown.stdout) == (2, b"")
 
 
+LATER = "mlflow sqlalchemy fastapi pandas"
+NEVER = "sklearn scipy ray hydra omegaconf"
+
+
+@pytest.mark.core
+@pytest.mark.slow
+def test_a_cold_answer_is_printed_before_what_it_does_not_need_is_imported(run):
+    words = [f"run={run}", f"dir={run.parent}", "server=none", "post=w0", "criterion=C0", "output=json"]
+    command = [sys.executable, "-X", "importtime", "-m", "raycv.infer", *words]
+    # One pipe for both streams keeps the order of the answer and of the imports that Python reports.
+    done = subprocess.run(
+        command, cwd=run.parent, env=users_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    before, answer, after = (
+        {line.rpartition("|")[2].strip() for line in part.splitlines()}
+        for part in done.stdout.decode().partition('{"label"')
+    )
+    assert answer
+    assert {"torch", "transformers", "peft"} <= before
+    assert not before & {*LATER.split(), *NEVER.split()}
+    assert "mlflow" in after
+    assert not after & {"ray", "hydra", "omegaconf"}
+
+
 @pytest.mark.parametrize("typed", ["/post={}", "9post={}", "~post={}", "post@x={} [a", "hydra.post='{} [x"])
 def test_a_text_behind_a_mistyped_key_is_not_repeated(run, monkeypatch, capsysbinary, typed):
     code, printed = run_here(monkeypatch, capsysbinary, typed.format(f"{CANARY} it's"), "server=none")
@@ -196,7 +221,7 @@ def test_where_there_is_no_run_of_a_name_those_that_there_are_are_offered(run, t
 
 
 def test_without_a_finished_run_the_quickstart_is_named(tmp_path):
-    with refuses("run-missing", f"no run in {tmp_path}", "experiment=quickstart"):
+    with refuses("run-missing", f"{tmp_path} holds no run", "experiment=quickstart"):
         choose("latest", "best", tmp_path, None)
     write_text(tmp_path / "half" / "config.yaml", "cv: {folds: 2}")
     with refuses("run-missing", f"{tmp_path} is finished", "experiment=quickstart", "run=half fold=<k>"):

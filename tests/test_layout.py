@@ -32,10 +32,10 @@ ROOMS = (
     "inference", "batch_inference", "analysis", "serving", "orchestration", "cv",
 )  # fmt: skip
 """Each may import those before it."""
-COMMANDS = {"run", "aggregate", "report", "compare", "mistakes", "infer", "serve", "synthesize"}
+COMMANDS = {"run", "aggregate", "report", "reproduce", "compare", "mistakes", "infer", "serve", "synthesize"}
 """The single files behind `python -m raycv.<command>`, which may import every room."""
-FRONT = {"api"}
-"""The single file behind `import raycv`, which may import every room."""
+FRONT = {"api", "pyfunc"}
+"""The single files behind `import raycv` and `mlflow.pyfunc.load_model`, which may import every room."""
 SEAMS = {
     "ray": {"orchestration"},
     "mlflow": {"tracking"},

@@ -108,10 +108,12 @@ def test_every_format_in_and_out_gives_the_same(checkpoint, tmp_path, capfd):
     rows = rows_of(12)
     names = ("post_id", "criterion_id", "text")
     records = [dict(zip(names, row, strict=True)) for row in rows]
-    sources = [tmp_path / f"in.{ending}" for ending in ("csv", "jsonl", "parquet")]
+    sources = [tmp_path / f"in.{ending}" for ending in ("csv", "jsonl", "parquet", "tsv", "json")]
     write_csv(sources[0], ",".join(names), rows)
     sources[1].write_text("".join(json.dumps(record) + "\n" for record in records))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sources[2])
+    pandas.DataFrame(records).to_csv(sources[3], sep="\t", index=False)
+    pandas.DataFrame(records).to_json(sources[4], orient="records")
     places = tmp_path / "out"
     found = {}
     for source in sources:
@@ -120,7 +122,7 @@ def test_every_format_in_and_out_gives_the_same(checkpoint, tmp_path, capfd):
             score(checkpoint, source, output)
             found[output.name] = output.read_bytes()
             assert output.stat().st_mode & 0o777 == 0o600
-    assert len(found) == 9
+    assert len(found) == 15
     for ending in ("csv", "jsonl", "parquet"):
         assert len({content for name, content in found.items() if name.endswith(f".{ending}")}) == 1
     lines = [json.loads(line) for line in found["csv.jsonl"].decode().splitlines()]
@@ -451,7 +453,7 @@ def test_a_key_that_a_json_line_has_twice_is_refused_as_in_the_other_formats(tmp
         ("post\na\n", ["criterion=Z.9"], "criterion-unknown", "criterion=Z.9"),
         ("post\na\n", ["post=b"], "config-value", "input and post"),
         ("post\na\n", ["output=json"], "config-value", "output=json"),
-        ("post\na\n", ["input=in.xlsx"], "input-file", "input=in.xlsx"),
+        ("post\na\n", ["input=in.txt"], "input-file", "input=in.txt"),
         ("post\na\n", ["input=no.csv"], "input-file", "input=no.csv: No such file"),
     ],
 )
@@ -464,6 +466,48 @@ def test_what_cannot_be_used_is_refused(checkpoint, tmp_path, monkeypatch, conte
     assert (caught.value.remedies == ["save it with commas"]) == ("post;" in said)
     assert not Path("out.csv").exists()
     assert {path.name for path in Path().iterdir()} <= {"in.csv", "out.csv.errors.csv"}
+
+
+CRITERIA_OF_TWO = {key: Criterion(key, f"criterion {key}") for key in ("A.1", "A.2")}
+WORKBOOK = ["CSV UTF-8", "pandas.DataFrame.to_csv"]
+FORMS = {
+    "a.xlsx": (b"PK\x03\x04", "an Excel workbook", WORKBOOK),
+    "a.xls": (b"\xd0\xcf\x11\xe0", "an Excel workbook", WORKBOOK),
+    "xls.csv": (b"\xd0\xcf\x11\xe0", "an Excel workbook of the old kind (.xls)", WORKBOOK),
+    "utf16.csv": ("post\nx\n".encode("utf-16"), "UTF-16", WORKBOOK),
+    "a.csv": (b"sep=;\npost;id\nx;1\n", "the line `sep=`", ["save it with commas"]),
+    "lines.json": (b'{"post": "x"}\n{"post": "y"}\n', "ends in .jsonl", []),
+    "columns.json": (b'{"post": {"0": "x"}}', "to_json(orient='records')", []),
+    "a.txt": (b"x", "ending", [".tsv", ".json"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_of_another_form_is_named_with_the_way_to_save_it(tmp_path, name):
+    content, form, remedies = FORMS[name]
+    (tmp_path / name).write_bytes(content)
+    with refuses("input-file", tmp_path / name, form) as caught:
+        open_source(tmp_path / name, CRITERIA_OF_TWO, None)
+    assert caught.value.remedies
+    assert all(remedy in " ".join(caught.value.remedies) for remedy in remedies)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.json"])
+def test_numbers_of_json_are_ids_as_they_are_spelt_and_no_posts(tmp_path, name):
+    ids = ["12345678901234567890123", "1.50", "1e5", "-0", "NaN"]
+    records = [f'{{"post_id": {key}, "post": "x"}}' for key in ids] + ['{"post_id": 1, "post": 5}']
+    text = "\n".join(records) if name == "in.jsonl" else f"[{', '.join(records)}]"
+    (tmp_path / name).write_text(text)
+    (chunk,) = open_source(tmp_path / name, CRITERIA_OF_TWO, "A.1").chunks()
+    assert [pair.ids for pair in chunk.pairs] == [(key,) for key in ids]
+    assert [bad.reason for bad in chunk.bad] == ["the post is not a text"]
+
+
+def test_a_number_of_json_names_a_criterion_by_its_id(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"post": "x", "criterion_id": 2}\n')
+    criteria = {"2": Criterion("2", "sleep")}
+    (chunk,) = open_source(tmp_path / "in.jsonl", criteria, None).chunks()
+    assert [pair.criterion.criterion_id for pair in chunk.pairs] == ["2"]
 
 
 def test_an_input_is_never_overwritten(checkpoint, tmp_path):

@@ -126,7 +126,7 @@ def test_other_data_are_refused_and_the_place_can_be_given(run, monkeypatch, cap
 
 
 def test_faults_and_files_of_others(run, monkeypatch, capsys):
-    said_refusal(mistakes(monkeypatch, capsys, "run=absent")[2], "run-missing", "no run absent in")
+    said_refusal(mistakes(monkeypatch, capsys, "run=absent")[2], "run-missing", "holds no run absent")
     Path("mistakes.csv").write_text("mine")
     code, _, err = mistakes(monkeypatch, capsys)
     assert code == 2

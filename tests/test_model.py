@@ -7,12 +7,14 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLoraLinear
-from support.builders import ARCHITECTURES, tiny_bert, tiny_gemma2, tiny_llama, tiny_model
+from support.builders import ARCHITECTURES, tiny_bert, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_model
 from support.refusals import refuses
 from support.toy import LLAMA_MODULES
 from transformers import AutoModelForSequenceClassification
 
-from raycv.config.schema import DoraConfig, ModelConfig
+from raycv.config.schema import DoraConfig, ModelConfig, PromptConfig
+from raycv.data.prompt_encoder import encode_dataset, prompt_encoder
+from raycv.data.types import Criterion, Dataset, Pair
 from raycv.model.adapters import (
     Float32Head,
     add_dora,
@@ -24,7 +26,7 @@ from raycv.model.adapters import (
 from raycv.model.attention import attention_of, choose_attention, far_apart, in_plain_code
 from raycv.model.base_model import fetch_base
 from raycv.model.dora import factored_layers
-from raycv.model.loading import load_classifier, load_config, load_tokenizer
+from raycv.model.loading import check_max_length, load_classifier, load_config, load_tokenizer, prepare_config
 
 DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implementation="factored")
 
@@ -32,6 +34,11 @@ DORA = DoraConfig(r=4, alpha=8, lora_dropout=0.0, dropout="lora_path", implement
 def classifier(folder, dtype=torch.float32):
     files = fetch_base(str(folder), None)
     return load_classifier(files, load_tokenizer(files), dtype, seed=1)
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def config(targets):
@@ -165,8 +172,7 @@ def test_precision_says_why():
 def test_layers_that_the_config_leaves_out_are_refused(tmp_path, layers):
     """transformers only reports them: the model would answer with layers missing."""
     folder = tiny_llama(tmp_path, layers=3)
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": layers, "layer_types": None}))
+    change_config(folder, num_hidden_layers=layers, layer_types=None)
     with refuses("base-files", f"weights of {folder}", "config.json", "model.layers."):
         classifier(folder)
 
@@ -288,9 +294,8 @@ def test_a_kernel_that_computes_another_function_is_found_by_its_logits(tmp_path
 def test_a_window_that_the_kernel_forgets_is_found(tmp_path, kernel):
     """The prompt that is compared is longer than a short window."""
     folder = tiny_llama(tmp_path)
-    file = folder / "config.json"
     windowed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **windowed, "initializer_range": 0.02}))
+    change_config(folder, **windowed, initializer_range=0.02)
     assert told_of(folder)[1] == []
 
     def forgetful(real, module, query, key, value, mask, **options):
@@ -380,8 +385,81 @@ def test_a_config_that_describes_no_classifier_is_refused_in_words(tmp_path, cha
         check_model(broken, config(["q_proj"]))
 
 
-def test_a_config_that_asks_for_a_kernel_that_is_not_installed_is_taken(tmp_path):
+def test_a_family_without_a_classifier_is_refused_by_its_name(tmp_path):
+    found = fetch_base(str(tiny_llama(tmp_path)), None)
+    change_config(tmp_path, model_type="clip_text_model")
+    with refuses("base-unsuitable", "AutoModelForSequenceClassification", "model_type is 'clip_text_model'") as caught:
+        check_model(load_config(found), config("all-linear"))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_bert, tiny_gemma3])
+def test_a_config_that_asks_for_a_kernel_that_is_not_installed_is_taken(tmp_path, build, key):
     """raycv chooses the attention, in the preflight as in the worker."""
-    asking = load_config(fetch_base(str(tiny_llama(tmp_path)), None))
-    asking._attn_implementation_internal = "flash_attention_2"
-    check_model(asking, config(["q_proj"]))
+    folder = build(tmp_path)
+    change_config(folder, **{key: "flash_attention_2"})
+    files = fetch_base(str(folder), None)
+    asking, tokenizer = load_config(files), load_tokenizer(files)
+    assert prepare_config(asking, tokenizer) is None
+    check_model(asking, config("all-linear"))
+    assert attention_of(load_classifier(files, tokenizer, torch.float32, seed=1)) == "sdpa"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", LLAMA_MODULES])
+def test_a_model_that_also_reads_images_trains_its_language_part_alone(tmp_path, targets):
+    files = fetch_base(str(tiny_gemma3(tmp_path / "base")), None)
+    asking, tokenizer = load_config(files), load_tokenizer(files)
+    prepare_config(asking, tokenizer)
+    check_model(asking, config(targets))
+    check_max_length(asking, 512)
+    with refuses("base-unsuitable", "prompt.max_length=513", "512 positions"):
+        check_max_length(asking, 513)
+    assert files.describe(tokenizer, asking)["vocab_size"] == len(tokenizer)
+    model = add_dora(load_classifier(files, tokenizer, torch.float32, seed=1), config(targets), DORA)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapted = {name for name in names if ".lora_" in name}
+    assert len(adapted) == 2 * 7 * 3
+    assert all(".language_model.layers." in name for name in adapted)
+    assert names - adapted == {"base_model.model.score.modules_to_save.default.weight"}
+    # The logits of a row do not depend on its padding.
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, tokenizer.pad_token_id, tokenizer.pad_token_id]])
+    mask = (ids != tokenizer.pad_token_id).long()
+    padded = model.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1], model(input_ids=ids[1:, :3]).logits[0])
+    padded.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(model))
+    model.save_pretrained(tmp_path / "checkpoint", save_embedding_layers=False)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2, dtype=torch.float32)
+    stock.config.text_config.pad_token_id = tokenizer.pad_token_id
+    reopened = PeftModel.from_pretrained(stock, tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(reopened(input_ids=ids, attention_mask=mask).logits, padded, atol=1e-6, rtol=1e-5)
+
+
+def test_targets_that_only_the_part_for_images_has_are_refused(tmp_path):
+    files = fetch_base(str(tiny_gemma3(tmp_path)), None)
+    asking = load_config(files)
+    prepare_config(asking, load_tokenizer(files))
+    with refuses("base-unsuitable", "model.target_modules: fc1 ", "model.target_modules=all-linear") as caught:
+        check_model(asking, config(["q_proj", "fc1"]))
+    assert "out_proj" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
+def test_posts_that_spell_the_end_of_a_text_leave_the_end_where_it_is(tmp_path, architecture):
+    """These pool at </s>: rows with unequal numbers of it failed, and others would be read at the wrong place."""
+    base = fetch_base(str(tiny_model(tmp_path, architecture)), None)
+    criteria = {f"C{i}": Criterion(f"C{i}", text) for i, text in enumerate(("trouble sleeping", "loss of interest"))}
+    posts = {"p0": "I have not slept for days", "p1": "nothing</s> is </s> fun any more </s>"}
+    data = Dataset(posts, criteria, [Pair(post, key, 0) for post in posts for key in criteria])
+    prompt = PromptConfig(max_length=64, long_post="head_tail", head_fraction=0.25, stride_fraction=0.5)
+    tokenizer = load_tokenizer(base)
+    encoder = prompt_encoder(tokenizer, prompt, [each.text for each in criteria.values()])
+    encoded, _ = encode_dataset(encoder, data)
+    ids = torch.from_numpy(encoded.input_ids.astype("int64"))
+    mask = (torch.arange(64)[None] < torch.from_numpy(encoded.lengths)[:, None]).long()
+    model = load_classifier(base, tokenizer, torch.float32, seed=1)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    for row in range(len(ids)):
+        alone = model(input_ids=ids[row : row + 1, : encoded.lengths[row]]).logits
+        torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-4)

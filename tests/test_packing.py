@@ -14,12 +14,13 @@ from support.toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, tra
 from torch import nn
 from torch.nn import functional
 from transformers import Gemma3Config, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from raycv.data.prompt_encoder import encode_dataset, prompt_encoder
 from raycv.model.adapters import Float32Head
-from raycv.model.attention import attention_window
+from raycv.model.attention import ReadingLayer, attention_window, read_few
 from raycv.model.base_model import fetch_base
+from raycv.model.int8 import to_int8
 from raycv.model.loading import load_classifier, load_tokenizer
 from raycv.training.forward import Batch, RowScorer, in_order
 from raycv.training.loop import FoldTrainer
@@ -146,6 +147,87 @@ def test_gradients_over_one_to_nine_criteria_are_those_of_padding_in_float64(
     assert all(gradient.abs().max() > 1e-6 for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
+
+
+def computed_with(toy, model, layout, *, few, size=6):
+    """Logits and gradients of all rows, and the positions that the last layer's MLP computes."""
+    compute = scorer(toy, model)
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    last = classifier.model.layers[-1]
+    assert type(last) is ReadingLayer
+    last.__class__ = ReadingLayer if few else LlamaDecoderLayer
+    counted = []
+    hook = last.mlp.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    rows = compute.sorted(np.arange(len(toy.encoded.lengths)), layout)
+    batches = list(compute.batches(rows, size, layout))
+    torch.manual_seed(5)
+    made = [compute.logits(batch) for batch in batches]
+    for logits in made:
+        if logits.requires_grad:
+            (logits * torch.arange(1, 3)).sum().backward()
+    hook.remove()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    last.__class__ = ReadingLayer
+    return torch.cat(made), gradients, counted, batches
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_the_rows_that_are_read_alone(base, layout, checkpointing):
+    toy = Toy(base)
+    model = disturbed(toy).double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for training in (False, True):  # the model has no dropout
+        model.train(training)
+        whole, gradients, all_positions, batches = computed_with(toy, model, layout, few=False)
+        logits, few_gradients, few_positions, _ = computed_with(toy, model, layout, few=True)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-12)
+        # The head and each adapter have a gradient, and it is that of the whole layer.
+        assert few_gradients.keys() == gradients.keys() > set()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(few_gradients[name], gradient, rtol=1e-6, atol=1e-8, msg=name)
+        most = [
+            len(batch.lines) * max(sum(len(group.rows) for group in line) for line in batch.lines) for batch in batches
+        ]
+        passes = 1 + (training and checkpointing)
+        assert sorted(few_positions) == sorted(most * passes)
+        assert sum(few_positions) < sum(all_positions) / 2
+
+
+def test_with_dropout_the_last_layer_draws_for_every_position_as_ever(base):
+    toy = Toy(base)
+    model = toy.model(dropout=0.2).train()
+    whole, gradients, positions_before, _ = computed_with(toy, model, "packed", few=False)
+    logits, few_gradients, positions_now, _ = computed_with(toy, model, "packed", few=True)
+    assert positions_now == positions_before
+    assert torch.equal(logits, whole)
+    assert all(torch.equal(few_gradients[name], gradient) for name, gradient in gradients.items())
+
+
+def test_in_int8_the_last_layer_computes_the_rows_that_are_read_alone(base):
+    toy = Toy(base)
+    model = disturbed(toy)
+    whole, _, all_positions, _ = computed_with(toy, to_int8(model), "shared", few=False)
+    logits, _, few_positions, _ = computed_with(toy, to_int8(disturbed(toy)), "shared", few=True)
+    assert sum(few_positions) < sum(all_positions) / 2
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+
+
+def test_the_last_layer_of_other_families_is_theirs(tmp_path):
+    files = fetch_base(str(tiny_gemma2(tmp_path)), None)
+    model = load_classifier(files, load_tokenizer(files), torch.float32, seed=0)
+    before = type(model.model.layers[-1])
+    read_few(model)
+    assert type(model.model.layers[-1]) is before
+
+
+def test_on_another_device_than_a_cpu_the_last_layer_computes_every_position(base):
+    toy = Toy(base)
+    last = scorer(toy, disturbed(toy)).model.get_base_model().model.layers[-1]
+    assert last.may_read()
+    assert not last.to("meta").may_read()
 
 
 def test_each_row_keeps_a_token_of_its_own():
@@ -282,7 +364,7 @@ def test_gradients_of_a_shuffled_step_are_those_of_padding(base, imbalance, long
         loss, rows, logits = loop._step(pairs, training=True)
         assert len(loop.scorer.encoded.rows_of(pairs)) == len(rows) == len(logits)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        steps.append((loss, rows.tolist(), logits, gradients))
+        steps.append((float(loss), rows.tolist(), logits, gradients))
     assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-6)
     assert steps[0][1] == steps[1][1]
     torch.testing.assert_close(steps[0][2], steps[1][2], rtol=0, atol=1e-5)
@@ -299,7 +381,7 @@ def test_gradients_of_a_post_grouped_step_are_those_of_padding(base):
             model, toy.encoded, train_config(batching="post_grouped", packing=packing), "fp32", Recorder()
         )
         loop.model.train()
-        losses.append(loop._step(TRAIN[3:17], training=True)[0])
+        losses.append(float(loop._step(TRAIN[3:17], training=True)[0]))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in gradients[0].items():

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -122,6 +124,27 @@ def test_near_duplicates_are_those_of_plain_sets(monkeypatch, cells):
     assert ("short", "same", 1.0) in found
     assert 10 < len(found) < len(expected)
     assert near_duplicates({}) == []
+
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=60)
+TEXTS = st.one_of(
+    st.lists(WORDS.map(" ".join), max_size=12),
+    # Parts of one long text share from none to all of their 5-grams.
+    st.tuples(st.permutations(range(60)), st.lists(st.tuples(st.integers(0, 40), st.integers(5, 60)), max_size=12)).map(
+        lambda drawn: [" ".join(map(str, drawn[0][start : start + length])) for start, length in drawn[1]]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.sampled_from([1, 20, 2**22]))
+def test_near_duplicates_of_any_posts_are_those_of_plain_sets(texts, cells):
+    posts = {f"p{number}": text for number, text in enumerate(texts)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "CHUNK_CELLS", cells)
+        found = near_duplicates(posts)
+    expected = [(a, b, plain_jaccard(posts[a], posts[b])) for a, b in combinations(posts, 2)]
+    assert found == [one for one in expected if one[2] >= 0.5]
 
 
 # --- The files -------------------------------------------------------------------------------------------------------

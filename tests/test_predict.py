@@ -16,13 +16,16 @@ from support.refusals import refuses
 from support.toy import WORDS, Recorder, Toy, positions, prompt_config, toy_base, toy_dataset, train_config
 
 import raycv.inference.predictor
+import raycv.model.dora as dora
 import raycv.model.int8
 from raycv.config.schema import InferenceConfig
+from raycv.data.prompt_encoder import PromptEncoder
 from raycv.inference.predictor import Predictor, choose_precision
 from raycv.model.adapters import Float32Head
 from raycv.model.attention import attention_of
 from raycv.model.base_model import fetch_base
 from raycv.model.checkpoint import save_checkpoint
+from raycv.model.dora import factored_layers
 from raycv.model.int8 import Int8Linear, has_fast_int8, quantise, to_int8
 from raycv.training.loop import FoldTrainer
 
@@ -108,6 +111,18 @@ def scores(predictor: Predictor, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([prediction.score for prediction in predictor.predict(pairs)])
 
 
+def test_answers_compute_no_norm_of_dora(trained, monkeypatch):
+    """Each is computed once for each fold, when the model is loaded."""
+    folds = [trained("head_tail", fold) for fold in (0, 1)]
+    calls = []
+    real = dora.factored_norm
+    monkeypatch.setattr(dora, "factored_norm", lambda *args: calls.append(1) or real(*args))
+    ensemble = predictor(*(fold.folder for fold in folds))
+    assert len(calls) == 2 * len(factored_layers(ensemble.model)) > 0
+    scores(ensemble, folds[0].pairs())
+    assert len(calls) == 2 * len(factored_layers(ensemble.model))
+
+
 def test_the_cpu_answers_in_place_of_a_gpu_only_when_it_is_asked_for(trained, unusable_gpu, monkeypatch):
     """The machine shows a GPU, which no torch here can use."""
     fold = trained()
@@ -182,6 +197,22 @@ def test_a_post_is_computed_once_for_all_its_criteria(trained, precision):
     with positions(model.model) as computed:
         model.predict(nine[:1])
     assert computed == [prefix + suffix]
+
+
+def test_a_post_that_spells_a_special_token_is_scored_as_text(trained):
+    """As in training. A post that still becomes a token without an embedding is refused, and not repeated."""
+    asked = predictor(trained().folder)
+    spelt, text, token = scores(asked, [(post, "w3") for post in ("w1 </s> w2", "w1 < /s> w2", "w1 w9 w2")])
+    assert spelt == text != token
+    tokenizer = asked.encoder.tokenizer
+    rows = len(tokenizer) - 1
+    asked.encoder = PromptEncoder(tokenizer, asked.encoder.rules, rows)
+    asked.check_pair("w1 w2", "w3")
+    last = tokenizer.convert_ids_to_tokens(rows)
+    for ask in (asked.check_pair, lambda *pair: asked.predict([pair])):
+        with refuses("data-text", "the post: ", f"token {rows}, ") as caught:
+            ask(f"w1 {last} w2", "w3")
+        assert last not in str(caught.value)
 
 
 def test_no_pairs_no_predictions(trained):

@@ -173,9 +173,9 @@ def test_compare_runs_is_the_command(tmp_path, runs):
         (
             lambda run: raycv.load_run("mime", dir=run.folder.root.parent),
             "run-missing",
-            ["run mime", "did you mean mine"],
+            ["holds no run mime", "did you mean mine"],
         ),
-        (lambda run: raycv.load_run(dir="nowhere"), "run-missing", ["no run in ", "/nowhere."]),
+        (lambda run: raycv.load_run(dir="nowhere"), "run-missing", ["/nowhere holds no run"]),
         (lambda run: run.metrics(by="post"), "config-value", ["by=post"]),
         (lambda run: run.predictions("pooled"), "config-value", ["operating_point=pooled", "cross_fold"]),
         (lambda run: run.predictor(fold="worst"), "config-value", ["fold=worst"]),
@@ -251,7 +251,7 @@ def test_the_tutorial_runs_as_written(trained, monkeypatch, tmp_path):
             exec(compile(block, "python.md", "exec"), names)
     matplotlib.pyplot.close("all")
     assert "second" in said.getvalue()
-    assert "There is no run no-such-run in" in said.getvalue()
+    assert "holds no run no-such-run" in said.getvalue()
     assert {path.name for path in tmp_path.iterdir()} == {
         "calibration.svg", "comparison.json", "comparison.csv", "comparison.svg",
     }  # fmt: skip

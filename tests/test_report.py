@@ -15,7 +15,7 @@ from raycv.common.files import write_json
 from raycv.errors import RunFailedError
 from raycv.rendering.terminal import summary_table
 from raycv.results.fold_result import FoldResult
-from raycv.results.report import best_fold, summarize
+from raycv.results.report import best_fold, partial_summary, summarize
 from raycv.training.metrics import METRICS
 
 
@@ -104,6 +104,18 @@ def test_more_results_than_folds_do_not_enter_the_mean(more: FoldResult) -> None
     except RunFailedError:
         return
     assert report["mean"] == expected
+
+
+def test_a_part_of_the_folds_has_no_mean_and_says_so() -> None:
+    found = partial_summary("the run", [RESULTS[3], RESULTS[0]], 5, {"labels_shuffled": True})
+    assert [fold["fold"] for fold in found["folds"]] == [0, 3]
+    assert found["missing_folds"] == [1, 2, 4]
+    assert not {"mean", "std", "best_fold"} & found.keys()
+    text = " ".join(drawn(found).split())
+    assert "the run: 2 of 5 folds, not the result of a 5-fold cross-validation" in text
+    assert "CONTROL, labels permuted" in text
+    assert "Fold 1, 2, 4 is missing, so raycv averages nothing." in text
+    assert not {"mean", "std", "*"} & set(text.split())
 
 
 def test_best_fold_by_f1_then_roc_auc_then_the_first() -> None:

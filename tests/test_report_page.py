@@ -21,8 +21,8 @@ from support.refusals import refuses
 from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
+from raycv.cv.aggregation import make_page
 from raycv.cv.open_run import OpenRun
-from raycv.cv.remade_report import make_page
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import publish
 from raycv.rendering.terminal import summary_table, verdict_lines
@@ -306,11 +306,11 @@ def test_a_fault_in_the_page_loses_no_run(run, tmp_path):
 def test_the_command_makes_the_page_again_and_prints_the_verdict(run, tmp_path, capsys):
     folder = RunFolder(tmp_path / run.root.name)
     shutil.copytree(run.root, folder.root, ignore=shutil.ignore_patterns(*MADE, "tables", "figures"))
-    make_page(ReportConfig(run="latest", dir=str(tmp_path), data={"dir": None}))
+    make_page(ReportConfig(run="latest", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
     assert made_files(folder) == made_files(run)
     assert capsys.readouterr().out.startswith("run=latest is mine\nHonest F1:")
-    with refuses("run-missing", f"no run mime in {tmp_path}", "did you mean mine"):
-        make_page(ReportConfig(run="mime", dir=str(tmp_path), data={"dir": None}))
+    with refuses("run-missing", f"{tmp_path} holds no run mime", "did you mean mine"):
+        make_page(ReportConfig(run="mime", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
 
 
 CHROMIUM = shutil.which("chromium")
@@ -345,12 +345,13 @@ def chromium(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.core
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_axe_finds_nothing_and_the_tables_sort_in_a_browser(run, tmp_path, width, scheme):
-    found = next(filter(None, map(find_spec, ("axe_core_python", "axe_playwright_python"))), None)
+    found = find_spec("axe_core_python")
     if found is None:
-        pytest.skip("axe is missing: pip install axe-core-python")
+        pytest.skip("axe is missing: make install")
     axe = (Path(found.origin).parent / "axe.min.js").read_text()
     # axe runs as a script of the page, which the page's own policy forbids.
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", run.page.read_text())
@@ -368,6 +369,7 @@ def test_axe_finds_nothing_and_the_tables_sort_in_a_browser(run, tmp_path, width
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_the_page_works_in_the_sandboxed_frame_of_mlflow(run, tmp_path):
     """The frame has no origin, so cookies and storage throw there. The policy must let the page's script run."""
     shutil.copy(run.page, tmp_path / "page.html")

@@ -24,6 +24,7 @@ from support.builders import tiny_llama
 from support.commands import ROOT, raycv, statuses
 from support.hub_base import NAME, hub  # noqa: F401
 from support.interrupted_runs import (
+    RUN,
     SMALL,
     amid_an_epoch,
     assert_like_unbroken,
@@ -893,6 +894,25 @@ def test_what_cannot_go_on_is_said(left):
     check("mine", "run-missing", "resume=mine: ", f"rm -r {left.root}", "run.name=<new>")
 
 
+def test_cv_only_holds_for_one_command(left):
+    """The run began with fold 0 alone; what resumes it trains all that is missing, or what is asked for then."""
+    left.config.write_text(left.config.read_text().replace("only: null", "only:\n  - 0"))
+    assert recorded_config(left).cv.only == [0]
+    assert go_on(left).config.cv.only is None
+    asked = go_on(left, "cv.only=[1]")
+    assert (asked.config.cv.only, asked.faults) == ([1], ())
+    with refuses("config-value", "cv.only=[1, 2]: the run has no fold 2.", "from 0 to 1"):
+        go_on(left, "cv.only=[1,2]")
+    assert shlex.split(resume_command(left, [0, 1]))[-1] == "cv.only=[0,1]"
+
+
+def test_a_new_run_without_the_fold_that_cv_only_names_is_refused_before_anything_else(tmp_path, capsys):
+    config = validate(RunConfig, compose("run", [*SMALL, "cv.only=[0,5]", f"run.dir={tmp_path / 'runs'}"]))
+    with refuses("config-value", "cv.only=[0, 5]: the run has no fold 5."):
+        cross_validate(config)
+    assert (list(tmp_path.iterdir()), capsys.readouterr()) == ([], ("", ""))
+
+
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
     config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
     with FileLock(left.lock), refuses("run-busy", "Run mine", left.lock, "python -m raycv.run resume=mine"):
@@ -998,6 +1018,29 @@ def test_a_run_that_was_killed_and_resumed_is_the_unbroken_one(tmp_path, whole):
     assert [each["packages"] for each in environment["resumed"]] == [environment["packages"]] * 3
 
 
+@pytest.mark.core
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_folds_that_are_trained_one_after_another_make_the_unbroken_run(tmp_path, whole):
+    run = RunFolder(tmp_path / "runs" / "mine")
+    first = raycv("run", *RUN, "cv.only=[1]", cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    said = " ".join(first.stdout.split())
+    assert "mine: 1 of 2 folds, not the result of a 2-fold cross-validation" in said
+    assert "Fold 0 is missing, so raycv averages nothing." in said
+    assert (
+        "The run has no report, since it lacks fold 0. Train the missing folds: python -m raycv.run resume=mine" in said
+    )
+    assert (run.finished(2), run.fold(0).root.exists(), run.report.exists(), run.page.exists()) == ([1], *[False] * 3)
+    assert statuses(tmp_path) == {"mine": "KILLED", "fold_1": "FINISHED"}
+    for command in ("aggregate", "report"):
+        refused = raycv(command, "run=mine", cwd=tmp_path)
+        assert (refused.returncode, "python -m raycv.run resume=mine" in refused.stderr) != (0, False), refused.stderr
+    resume(tmp_path, "resume=latest")
+    assert_like_unbroken(tmp_path, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
@@ -1036,6 +1079,18 @@ def test_a_fold_that_failed_is_trained_alone_when_the_cause_is_mended(tmp_path, 
     said = resume(tmp_path, "resume=latest")
     assert "fold 0: epoch" not in said
     assert_like_unbroken(tmp_path, whole)
+
+
+def test_prompts_that_an_earlier_version_read_as_special_tokens_are_refused(left):
+    """Its finished folds trained on others. Posts that spell none have the prompts that they had."""
+    key = "posts_spelling_special_tokens"
+    stats = read_json(left.data_stats)
+    write_json(left.data_stats, stats | {"encoding": {key: 2}})
+    go_on(left).check_prompts({key: 2})
+    write_json(left.data_stats, stats | {"encoding": {}})
+    go_on(left).check_prompts({key: 0})
+    with refuses("resume-differs", "Run mine ", "2 posts with special tokens", error=FaultsError):
+        go_on(left).check_prompts({key: 2})
 
 
 def test_finished_folds_of_a_kernel_that_dropped_the_cap_are_not_mixed_with_others(left):

@@ -9,9 +9,10 @@ from support.mlflow_runs import fold_result
 from support.refusals import refuses
 from support.toy import toy_dataset
 
-from raycv.common.files import array_bytes, write_json
+from raycv.common.files import array_bytes, read_json, write_json
 from raycv.data.dataset import data_hash
 from raycv.data.splits import make_splits
+from raycv.evaluation.evaluate import evaluate
 from raycv.evaluation.floors_and_slices import criterion_prior
 from raycv.results.pair_records import write_pair_records
 from raycv.results.run_folder import RunFolder
@@ -87,7 +88,18 @@ def test_every_row_has_what_belongs_to_its_pair(run, data):
         assert study.history[fold] == fold_result(fold).history
     assert study.near_duplicates == [("NA", "p11")]
     assert study.events == [[], []]
+    assert study.retries is None
     assert study.run == "mine"
+
+
+def test_restarts_of_folds_reach_the_check_that_compares_them(run):
+    for fold, whys in enumerate(([], ["worker 0 of the fold died, or its node"])):
+        file = run.fold(fold).result
+        write_json(file, read_json(file) | {"restarts": whys})
+    study = load_study(run)
+    assert study.retries == [0, 1]
+    check = next(one for one in evaluate(study, 20)["checks"] if one["code"] == "RCV010")
+    assert (check["status"], check["numbers"]["retries"]) == ("found", [0, 1])
 
 
 def test_a_run_of_an_earlier_version_lacks_it_or_gets_it_from_the_data(run, data):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from support.refusals import refuses, said_refusal
 
 from raycv.common.environment import recorded_moment
 from raycv.common.files import read_json, write_json, write_text
+from raycv.common.locations import experiment_page
 from raycv.common.retry import ATTEMPTS
 from raycv.common.secrets import mask_secrets
 from raycv.config.command_line import compose
@@ -119,6 +121,8 @@ def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
     for again in (["tracking_uri=sqlite:///new.db"], []):
         logged = raycv("aggregate", "run=mine", *again, cwd=tmp_path)
         assert logged.returncode == 0, logged.stderr
+        # Its checkpoint holds no weights.
+        assert "Warning: the model of the best fold is not in MLflow: " in logged.stdout
         store = CrossValidationStore(f"sqlite:///{tmp_path}/new.db")
         parent_id = read_json(folder.tracking)["parent_run_id"]
         parent = store.run(parent_id)
@@ -155,7 +159,14 @@ def test_parent_children_and_report(tracked):
     parent = store.run(parent_id)
     assert parent.data.metrics["metric_mean_f1"] == pytest.approx(0.55)
     assert parent.data.metrics["metric_std_f1"] == pytest.approx(0.0707106781)
-    assert child.info.run_id in parent.data.tags["mlflow.note.content"]
+    address = f"#/experiments/{child.info.experiment_id}/runs/{child.info.run_id}?workflowType=machine_learning"
+    assert f"| [1]({address}) |" in parent.data.tags["mlflow.note.content"]
+    experiment = store.client.get_experiment(child.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (parent.data.metrics["best_fold"], parent.data.tags["best_fold"]) == (1, "1")
+    for run in (parent, child):
+        shown = {key for key in run.data.tags if not key.startswith("mlflow.")}
+        assert shown == ({"raycv.run", "k", "best_fold"} if run is parent else {"raycv.fold"})
     assert len(parent.data.params["long"]) == 6000
 
 
@@ -251,6 +262,21 @@ def test_the_summary_again_keeps_when_the_run_finished(tracked, capsys):
 
 
 @pytest.mark.long
+def test_a_run_of_an_earlier_version_with_its_tags_is_logged_again(tracked):
+    """Its machines' tags are visible ones, and its best fold is a metric alone."""
+    store, parent_id, folder, _ = tracked
+    store.log_missing_folds(parent_id, folder, 2, {})
+    children = store.children(parent_id)
+    store.set_tags(parent_id, {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()})
+    store.set_tags(parent_id, {"raycv.start": "0" * 16})
+    report = summarize("mine", [fold_result(0), fold_result(1)], 2)
+    for _ in range(2):
+        store.log_report(parent_id, report, folder)
+    assert store.children(parent_id).keys() == {0, 1}
+    assert store.run(parent_id).data.tags["best_fold"] == "1"
+
+
+@pytest.mark.long
 def test_logging_again_adds_nothing(tracked):
     store, parent_id, folder, _ = tracked
     for _ in range(2):
@@ -260,6 +286,19 @@ def test_logging_again_adds_nothing(tracked):
     store.log_fold(run_id, FoldResult.read(folder.fold(0).result), folder.fold(0), folder.config)
     history = store.client.get_metric_history(run_id, "val_loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.long
+def test_a_fold_has_its_restarts_and_out_of_memory_events_as_metrics(tracked):
+    store, parent_id, folder, _ = tracked
+    file = folder.fold(1).result
+    events = ["training: out of memory: micro-batch 8 -> 4", "stopped early after epoch 3"]
+    write_json(file, read_json(file) | {"restarts": ["worker 0 of the fold died, or its node"], "events": events})
+    store.log_missing_folds(parent_id, folder, 2, {})
+    first, second = (store.children(parent_id)[fold].data.metrics for fold in (0, 1))
+    # Fold 0 is of an earlier version, which did not record restarts.
+    assert (first.get("restarts"), first["out_of_memory"]) == (None, 0)
+    assert (second["restarts"], second["out_of_memory"]) == (1, 1)
 
 
 @pytest.mark.long
@@ -412,22 +451,64 @@ def test_who_cannot_wait_is_refused_by_a_database_that_is_locked(tmp_path):
     assert caught.value.remedies == ["wait until the other process has let go of it"]
 
 
-def test_an_old_schema_names_the_upgrade(tmp_path):
+SCHEMAS = {
+    "of an older MLflow": (
+        "UPDATE alembic_version SET version_num = '7ac759974ad8'",
+        "out-of-date",
+        ["mlflow db upgrade sqlite:///{file}", "tracking.uri=sqlite:///new.db"],
+    ),
+    "of a newer MLflow": (
+        "UPDATE alembic_version SET version_num = 'ffffffffffff'",
+        "ffffffffffff",
+        [
+            "pip install --upgrade mlflow",
+            "mlflow server --backend-store-uri sqlite:///{file}, and here tracking.uri=http://127.0.0.1:5000",
+            "tracking.uri=sqlite:///new.db",
+        ],
+    ),
+    "of two versions at once": (
+        "INSERT INTO alembic_version VALUES ('7ac759974ad8')",
+        "more than one head",
+        ["(tracking.uri)", "tracking.uri=sqlite:///new.db"],
+    ),
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_database_of_another_schema_says_of_which_mlflow_it_is(tmp_path, schema):
     CrossValidationStore(f"sqlite:///{tmp_path}/new.db")
     # MLflow keeps what it knows of a store that this process has opened.
-    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '7ac759974ad8'")
+    file = tmp_path / "other.db"
+    shutil.copy(tmp_path / "new.db", file)
+    statement, value, remedies = SCHEMAS[schema]
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute(statement)
         connection.commit()
-    with refuses("tracking-unreachable", "7ac759974ad8", f"mlflow db upgrade sqlite:///{tmp_path}/old.db"):
-        open_experiment(
-            CrossValidationStore(f"sqlite:///{tmp_path}/old.db"), config(f"sqlite:///{tmp_path}/old.db", tmp_path)
-        )
+    uri = f"sqlite:///{file}"
+    kind = "tracking-unreachable" if "two" in schema else "tracking-store"
+    with refuses(kind, uri, value) as caught:
+        CrossValidationStore(uri)
+    assert len(caught.value.remedies) == len(remedies)
+    for remedy, command in zip(caught.value.remedies, remedies, strict=True):
+        assert remedy.endswith(command.format(file=file))
+        assert ("db upgrade" in remedy) == ("db upgrade" in command)
 
 
 def test_params_are_flat_and_masked():
     params = flat_params({"tracking": {"uri": "http://user:secret@host"}, "cv": {"folds": 5}})
     assert params == {"tracking.uri": "http://***@host", "cv.folds": "5"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "server"),
+    [
+        ("sqlite:///mlflow.db", "http://127.0.0.1:5000"),
+        ("https://host/mlflow/", "https://host/mlflow"),
+        ("http://ann:s3cret@host:5000", "http://host:5000"),
+    ],
+)
+def test_the_page_of_an_experiment_opens_in_the_view_of_training(uri, server):
+    assert experiment_page(uri, "7") == f"{server}/#/experiments/7/runs?workflowType=machine_learning"
 
 
 def test_what_ray_keeps_of_the_callback_holds_no_password(tmp_path):
@@ -447,7 +528,7 @@ def answering(answer):
         def do(self):
             answer(self, self.rfile.read(int(self.headers["Content-Length"] or 0)))
 
-        do_GET = do_POST = do_PUT = do  # noqa: N815  # the names that http.server looks for
+        do_GET = do_POST = do_PUT = do_CONNECT = do  # noqa: N815  # the names that http.server looks for
 
         def log_message(self, *_):
             """Quiet."""
@@ -458,19 +539,79 @@ def answering(answer):
         server.shutdown()
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_server_that_wants_a_password_says_how_to_give_one(tmp_path, caplog, status):
-    def refuse(handler, _):
+PAGE = b"<!DOCTYPE html><html><title>Sign in</title></html>"
+ANSWERS = {
+    "no password": (401, b"You are not authenticated.", "MLFLOW_TRACKING_USERNAME"),
+    "no right": (403, b"", "MLFLOW_TRACKING_USERNAME"),
+    "a login page": (200, PAGE, "MLFLOW_TRACKING_USERNAME"),
+    "another name of the server": (
+        403,
+        b"Invalid Host header - possible DNS rebinding attack detected",
+        "mlflow server --allowed-hosts 127.0.0.1:{port}",
+    ),
+    "another page": (404, PAGE, "correct tracking.uri"),
+    "another service": (200, b"[]", "correct tracking.uri"),
+    "another service's JSON": (200, b'{"status": "up"}', "correct tracking.uri"),
+    "HTTPS": (
+        400,
+        b"<html>The plain HTTP request was sent to HTTPS port</html>",
+        "tracking.uri=https://127.0.0.1:{port}",
+    ),
+    "a proxy": (407, PAGE, "HTTPS_PROXY"),
+    "a limit of a proxy": (413, PAGE, "client_max_body_size"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_a_server_answers_decides_the_remedy(tmp_path, caplog, name):
+    status, body, remedy = ANSWERS[name]
+
+    def answer(handler, _):
         handler.send_response(status)
         handler.end_headers()
-        handler.wfile.write(b"You are not authenticated.")
+        handler.wfile.write(body)
 
-    with answering(refuse) as url, refuses("tracking-unreachable", f"code {status}", "log in") as caught:
-        open_experiment(CrossValidationStore(url), config(url, tmp_path))
-    assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedies[0]
-    # Printed, and not masked away.
-    assert "user:password@" in mask_secrets(caught.value.remedies[0])
+    with answering(answer) as url, refuses("tracking-unreachable", url) as caught:
+        check_store(config(url, tmp_path))
+    assert remedy.format(port=url.rpartition(":")[2]) in caught.value.remedies[0]
+    if remedy == "MLFLOW_TRACKING_USERNAME":
+        # Printed, and not masked away.
+        assert "user:password@" in mask_secrets(caught.value.remedies[0])
+    assert "Sign in" not in str(caught.value)
     assert "attempt" not in caplog.text
+
+
+@pytest.mark.parametrize("refusal", ["no HTTPS", "a certificate that nobody signed", "a proxy"])
+def test_a_connection_that_no_attempt_would_change_is_tried_once(tmp_path, caplog, monkeypatch, refusal):
+    def answer(handler, _):
+        handler.send_response(407 if handler.command == "CONNECT" else 200)
+        handler.end_headers()
+
+    with answering(answer) as url, contextlib.ExitStack() as stack:
+        uri, remedy = url.replace("http:", "https:"), f"tracking.uri={url}"
+        if refusal == "a proxy":
+            monkeypatch.setenv("HTTPS_PROXY", url)
+            uri, remedy = "https://mlflow.example:5000", "NO_PROXY=mlflow.example"
+        elif refusal != "no HTTPS":
+            uri, remedy = stack.enter_context(unsigned(tmp_path)), "MLFLOW_TRACKING_SERVER_CERT_PATH"
+        with refuses("tracking-unreachable", uri, remedy):
+            check_store(config(uri, tmp_path))
+    assert "attempt" not in caplog.text
+
+
+@contextlib.contextmanager
+def unsigned(folder):
+    """An HTTPS server with a certificate of its own; yields its address."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    make = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=me -keyout {key} -out {certificate}"
+    subprocess.run(make.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def losing_answers(url, path, part, times):

@@ -11,6 +11,7 @@ from support.toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, tra
 from support.toy_training import TRAIN, VAL, Greedy, state
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycv.training import loop as train
 from raycv.training.forward import Batch
@@ -254,6 +255,63 @@ def test_bf16_autocast_keeps_head_adapters_and_logits_in_float32(toy):
     assert {p.dtype for n, p in model.named_parameters() if "embed_tokens" in n} == {torch.bfloat16}
     loop.model.zero_grad()
     assert loop.fit(TRAIN, VAL).epochs[0].train_loss > 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that the host reads from tensors. On a GPU it waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("batching", ["shuffled", "post_grouped"])
+def test_the_host_reads_no_value_before_the_update(toy, monkeypatch, batching):
+    """For padded batches transformers reads one, to see whether a mask is needed."""
+    model = toy.model(dropout=0.1)
+    loop = trainer(toy, model, packing=True, batching=batching, epochs=1, gradient_checkpointing="on")
+    counts = []
+    update = torch.optim.AdamW.step
+    with Waits() as waits:
+        # AdamW reads its own step, which is on the CPU everywhere.
+        monkeypatch.setattr(
+            torch.optim.AdamW,
+            "step",
+            lambda self: (counts.append(waits.count), update(self), setattr(waits, "count", 0)),
+        )
+        loop._prepare(TRAIN)
+        for pairs in (TRAIN[:8], TRAIN[8:16]):
+            list(loop._pass([pairs], training=True))
+            assert waits.count == 1, "the loss, after the update"
+            waits.count = 0
+    assert counts == [0, 0]
+
+
+def test_a_loss_that_is_no_number_in_the_middle_is_never_saved(toy):
+    """The second step's loss is infinite: the first is heard of, and the second leaves no state."""
+
+    class Keeping(Recorder):
+        states = ()
+
+        def on_state(self, state):
+            self.states += (state,)
+
+    recorder, seen = Keeping(), []
+
+    class Infinite(Greedy):
+        def forward(self, input_ids, attention_mask):
+            seen.append(1)
+            out = super().forward(input_ids, attention_mask)
+            if len(seen) == 2:
+                out.logits = out.logits * torch.inf
+            return out
+
+    loop = trainer(toy, Infinite(toy.model(), limit=99), recorder, checkpoint_minutes=1e-9)
+    with refuses("training-loss", "training loss is ", "step 2 of ", "train.lr"):
+        loop.fit(TRAIN, VAL)
+    assert len(recorder.steps) == len(recorder.states) == 1
 
 
 def test_a_loss_that_is_no_number_stops_with_a_remedy(toy):

@@ -3,13 +3,19 @@
 import contextlib
 import errno
 import gc
+import importlib
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,8 +26,8 @@ import raycv
 from raycv import __version__
 from raycv.common import devices
 from raycv.common.devices import Gpu, check_gpu_before_ray, check_own_gpu, inference_device, visible_gpu
-from raycv.common.environment import describe_environment, package_version, seldom_collecting
-from raycv.common.files import read_json, unwritable
+from raycv.common.environment import describe_environment, hidden, package_version, seldom_collecting
+from raycv.common.files import read_json, record_of, unwritable
 from raycv.results.run_folder import read_record
 from raycv.utils import pin_kernels, set_seed
 
@@ -195,3 +201,64 @@ def test_a_full_disk_and_a_damaged_record_have_their_kinds(tmp_path):
     for read in (read_json, read_record):
         with refuses("run-damaged", tmp_path / "record.json"):
             read(tmp_path / "record.json")
+
+
+def test_a_hidden_package_cannot_be_imported_until_the_block_ends():
+    sys.modules.pop("wsgiref", None)
+    with hidden("wsgiref", "json"):
+        assert find_spec("wsgiref") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("wsgiref")
+        assert importlib.import_module("json") is json  # imported before
+    assert importlib.import_module("wsgiref")
+
+
+@dataclass(frozen=True)
+class Inner:
+    count: int
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    name: str | None
+    fold: int | str
+    word: Literal["a", "b"]
+    each: list[list[Inner]] = field(default_factory=list)
+    more: dict[str, str | None] | None = None
+    free: Any = None
+
+
+WHOLE = {"inner": {"count": 1, "share": 1}, "name": None, "fold": "best", "word": "b", "each": [[{"count": 2}], []]}
+
+
+def test_a_record_is_read_from_json_with_the_types_of_its_fields():
+    found = record_of(Outer, WHOLE | {"more": {"x": None}, "free": [1], "unknown": 3})
+    assert found == Outer(Inner(1, 1.0), None, "best", "b", [[Inner(2)], []], {"x": None}, [1])
+    assert type(found.inner.share) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"inner": {}}, "inner.count is missing"),
+        ({"inner": 5}, "inner is '5', which should be an object"),
+        ({"inner": {"count": True}}, "inner.count is 'True', which should be an integer"),
+        ({"inner": {"count": 1.0}}, "inner.count is '1.0', which should be an integer"),
+        ({"inner": {"count": 1, "share": "1"}}, "inner.share is '1', which should be a number"),
+        ({"inner": {"count": 1, "share": False}}, "inner.share is 'False', which should be a number"),
+        ({"name": 5}, "name is '5', which should be a string"),
+        ({"fold": None}, "fold is 'None', which should be an integer"),
+        ({"word": "c"}, "word is 'c', which should be one of a, b"),
+        ({"word": ["a"]}, "word is "),
+        ({"each": [[{"count": 1}], [{"count": "x"}]]}, "each.1.0.count is 'x', which should be an integer"),
+        ({"each": {}}, "each is '{}', which should be an object or a list"),
+        ({"more": {"x": 1}}, "more.x is '1', which should be a string"),
+    ],
+)
+def test_a_value_of_another_type_is_named_by_its_key(change, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        record_of(Outer, WHOLE | change)
+    with pytest.raises(ValueError, match="it is "):
+        record_of(Outer, [])

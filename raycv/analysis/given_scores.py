@@ -8,7 +8,7 @@ import numpy as np
 from raycv.common.table_reader import Row, read_table
 from raycv.errors import FaultsError, UserError, shown
 from raycv.evaluation.study import Study
-from raycv.row_faults import Faults
+from raycv.row_faults import Faults, Kind, NumberedIds, is_rounded, listed
 
 COLUMNS = ("post_id", "criterion_id", "score")
 REMEDY = "write a CSV with the columns post_id, criterion_id and score (0 to 1), and a row for each pair of the run"
@@ -45,8 +45,13 @@ def given_study(path: Path, like: Study) -> Study:
     for owner, ours, theirs in ((like.run, pairs, scores.keys()), (path, scores.keys(), set(pairs))):
         if only := sorted(pair for pair in ours if pair not in theirs):
             where = f"post {shown(only[0][0])}, criterion {shown(only[0][1])}"
+            posts = {post for post, _ in theirs}
+            # A program that took ids for numbers spells them in another way.
+            spelt = [] if only[0][0] in posts else NumberedIds(posts).find(only[0][0])
+            where += f", which the other has as {listed(spelt, 3)}" if spelt else ""
             what = f"{path} and run {like.run} cannot be compared: only {owner} has {where} ({len(only):,} such pairs)."
-            raise UserError(what, kind="data-id", remedies=[REMEDY])
+            kind = Kind.ROUNDED if any(map(is_rounded, spelt)) else Kind.SPELLING
+            raise UserError(what, kind="data-id", remedies=kind.remedies if spelt else [REMEDY])
     return Study(
         str(path), like.labels, np.array([scores[pair] for pair in pairs]), like.fold, like.post, like.criterion,
         like.post_ids, like.criterion_ids,

@@ -35,7 +35,7 @@ def open_run(run: str | Path, runs: Path) -> "Run":
     folder = find_run(runs, str(run))
     if folder is None:
         there = runs_there(runs, Path(run).name)
-        raise UserError(f"There is no run {run} in {runs.absolute()}.", kind="run-missing", remedies=there)
+        raise UserError(f"{runs.absolute()} holds no run {run}.", kind="run-missing", remedies=there)
     return Run(folder)
 
 

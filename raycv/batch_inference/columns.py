@@ -69,6 +69,8 @@ def find_layout(path: Path, spelt: Sequence[str], header: str, *, asked: bool = 
             have += f", separated by {separator} and not by commas"
         have += misspelt([POST_COLUMNS], spelt)
         remedy = "save it with commas" if separator else COLUMNS_REMEDY
+        if separator and "sep=" in separator:
+            remedy += ", without the line `sep=`"
         raise UserError(f"{path} has no column post or text: {have}.", kind="input-file", remedies=[remedy])
     near = unread_columns(spelt, every=not (criteria or asked))
     _refuse_near(path, [miss for miss in near if miss.beside is None], header)

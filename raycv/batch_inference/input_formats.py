@@ -1,4 +1,4 @@
-"""Reads the records of a CSV, JSON lines or Parquet file, and marks the broken ones."""
+"""Reads the records of a CSV, TSV, JSON or Parquet file, and marks the broken ones."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raycv.batch_inference.columns import repeated_known
-from raycv.common.table_reader import folded, read_columns
+from raycv.common.table_reader import JSON_LIMIT, folded, read_columns
 from raycv.common.text_files import Lines, UnreadableError, check_file, csv_records, opened, parsed_json
+from raycv.data.discovery import unread_form
 from raycv.errors import UserError
 from raycv.row_faults import Kind
 
@@ -56,7 +57,7 @@ class PairFile:
 
 
 class CsvFile(PairFile):
-    """Comma-separated, with a header."""
+    """Separated by commas, or by tabs in a .tsv file, with a header."""
 
     def columns(self) -> tuple[str, ...]:
         return read_columns(self.path)
@@ -108,11 +109,37 @@ class JsonLinesFile(PairFile):
                 lines.start_record()
 
 
+class JsonFile(JsonLinesFile):
+    """One JSON list of objects, read whole. The first one with keys names the columns."""
+
+    place = "entry"
+
+    def _objects(self) -> Generator[tuple[int, int, "_Entries", str | None], None, None]:
+        size = self.total
+        if size > JSON_LIMIT:
+            raise UnreadableError("JSON", f"larger than {JSON_LIMIT:,} bytes: write it as JSON lines (.jsonl)")
+        with opened(self.path) as file:
+            try:
+                value = parsed_json("".join(Lines(file)), _Entries)
+            except UnreadableError as error:
+                detail = f"{error.detail} (a file with an object on each line ends in .jsonl)"
+                raise UnreadableError(error.kind, detail, error.place) from None
+        if not isinstance(value, list) or isinstance(value, _Entries):
+            raise UnreadableError("JSON", "not a list of objects, such as pandas.DataFrame.to_json(orient='records')")
+        for number, entry in enumerate(value, 1):
+            entries, fault = _entries_of(entry)
+            self.position = size * number // len(value)
+            yield number, number, entries, fault.detail if fault else None
+
+
 def _json_object(text: str) -> tuple["_Entries", UnreadableError | None]:
     try:
-        value = parsed_json(text, _Entries)
+        return _entries_of(parsed_json(text, _Entries))
     except UnreadableError as fault:
         return _Entries(), fault
+
+
+def _entries_of(value: object) -> tuple["_Entries", UnreadableError | None]:
     if not isinstance(value, _Entries):
         return _Entries(), UnreadableError("JSON", "not a JSON object")
     names = folded(key for key, _ in value)
@@ -191,15 +218,17 @@ def _column_values(column: Any) -> list[object]:
     return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw.to_pylist()]
 
 
-_FILES = {".csv": CsvFile, ".jsonl": JsonLinesFile, ".parquet": ParquetFile}
-FORMATS = tuple(_FILES)
+_FILES = {".csv": CsvFile, ".tsv": CsvFile, ".jsonl": JsonLinesFile, ".json": JsonFile, ".parquet": ParquetFile}
+INPUTS = tuple(_FILES)
 
 
 def pair_file(path: Path) -> PairFile:
     """The reader for `path`. Raises: UserError if its ending is not that of a known format."""
     kind = _FILES.get(path.suffix.casefold())
     if kind is None:
-        remedies = [f"name a file that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"]
+        if fault := unread_form(path):
+            raise unreadable(path, fault)
+        remedies = [f"name a file that ends in {', '.join(INPUTS[:-1])} or {INPUTS[-1]}"]
         raise UserError(f"input={path}: its ending does not tell how to read it.", kind="input-file", remedies=remedies)
     return kind(path)
 
@@ -207,7 +236,7 @@ def pair_file(path: Path) -> PairFile:
 def unreadable(path: Path, error: UnreadableError | OSError) -> UserError:
     """The error to raise for a file that cannot be read."""
     if isinstance(error, OSError):
-        remedies = [f"give the path of a table (CSV, JSONL or Parquet); this is {path.absolute()}"]
+        remedies = [f"give the path of a table (CSV, TSV, JSON, JSONL or Parquet); this is {path.absolute()}"]
         return UserError(f"input={path} cannot be read: {error.strerror}.", kind="input-file", remedies=remedies)
     place = f", {error.place}" if error.place else ""
     return UserError(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from raycv.batch_inference.input_formats import FORMATS
 from raycv.errors import UserError, shown
 
+FORMATS = (".csv", ".jsonl", ".parquet")
+"""The endings of the files that raycv writes scores to."""
 ERRORS_HEADER = b"row,line,reason\n"
 """Marks the list of an earlier run, which may be replaced. Without it the file belongs to another program."""
 

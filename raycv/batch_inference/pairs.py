@@ -7,7 +7,7 @@ from pathlib import Path
 from raycv.batch_inference.columns import CRITERION_COLUMNS, Layout, find_layout, unread_columns
 from raycv.batch_inference.input_formats import Record, pair_file, unreadable
 from raycv.common.table_reader import Missing
-from raycv.common.text_files import FIELD_LIMIT, UnreadableError, is_unicode
+from raycv.common.text_files import FIELD_LIMIT, Spelt, UnreadableError, is_unicode
 from raycv.data.parsing import id_fault, is_blank, is_missing
 from raycv.data.types import Criterion
 from raycv.errors import UserError
@@ -161,7 +161,7 @@ def _text(record: Record, column: str) -> str:
     value = record.values.get(column)
     if value is None:
         raise ValueError(f"the {column} is missing")
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (isinstance(value, Spelt) and column != "criterion_id"):
         raise ValueError(f"the {column} is not a text")
     if not is_unicode(value):
         raise ValueError(f"the {column} is not UTF-8")

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 from raycv import __version__
@@ -54,6 +53,22 @@ def seldom_collecting() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Within the block, a package that asks whether one of `packages` is installed finds that it is not.
+
+    Packages that are imported already stay as they are.
+    """
+    lacking = dict.fromkeys(set(packages) - sys.modules.keys())
+    # The import system takes None for a module that cannot be imported.
+    sys.modules.update(lacking)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in lacking:
+            sys.modules.pop(name, None)
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware and the commit of the code, for `environment.json`. Imports no slow package."""
     return {
@@ -81,6 +96,9 @@ def package_version(name: str) -> str | None:
     """The installed version of a package; None if it is not installed."""
     if name == "raycv":  # A checkout runs without being installed, so it has no metadata.
         return __version__
+    # The client of a scorer records no version, and would pay for this import.
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -8,15 +8,19 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from raycv.errors import ErrorKind, UserError
+from raycv.errors import ErrorKind, UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
+
+R = TypeVar("R")
 
 
 def is_full(error: BaseException) -> bool:
@@ -127,6 +131,53 @@ def read_json(path: Path, kind: ErrorKind = "run-damaged") -> Any:
         raise UserError(f"{path} is damaged: it is not JSON ({error}).", kind=kind) from error
     except RecursionError as error:
         raise UserError(f"{path} is damaged: it is nested too deeply.", kind=kind) from error
+
+
+def record_of(kind: type[R], values: object) -> R:
+    """An instance of the dataclass `kind` from the values of a JSON object; keys that it does not know are ignored.
+
+    pydantic could do this, but a client of a scorer would import it for nothing else, in as much time as all it does.
+
+    Raises:
+        ValueError: A key is missing, or its value does not have the type of the field. The message begins with the key.
+    """
+    record: R = _value_of(kind, values, "")
+    return record
+
+
+def _record_at(kind: Any, values: Mapping[str, Any], key: str) -> Any:
+    given = {}
+    for field in fields(kind):
+        name = f"{key}.{field.name}".lstrip(".")
+        if field.name in values:
+            given[field.name] = _value_of(field.type, values[field.name], name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+    return kind(**given)
+
+
+NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
+"""How an error names the types of JSON."""
+
+
+def _value_of(kind: Any, value: Any, key: str) -> Any:
+    """`value` as `kind`, which may be a dataclass, list, dict, Literal, union, or a type of JSON."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _record_at(kind, value, key)
+    if origin is list and isinstance(value, list):
+        return [_value_of(inner[0], each, f"{key}.{place}") for place, each in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _value_of(inner[1], each, f"{key}.{name}") for name, each in value.items()}
+    if origin in (Union, UnionType):
+        kind = next((each for each in inner if type(value) is each), inner[0])
+        return _value_of(kind, value, key)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any or type(value) is kind or (origin is Literal and value in inner):
+        return value
+    wanted = f"one of {', '.join(map(str, inner))}" if origin is Literal else NAMES.get(kind, "an object or a list")
+    raise ValueError(f"{key or 'it'} is {shown(value)}, which should be {wanted}")
 
 
 def check_writable(folder: Path) -> None:

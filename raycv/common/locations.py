@@ -1,8 +1,14 @@
-"""Resolves locations: files that ship with the package (raycv://...), absolute folders and store addresses."""
+"""Resolves locations: files that ship with the package (raycv://...), absolute folders, store addresses.
 
+Checks the folder of Ray's files too, and knows the addresses within MLflow's page.
+"""
+
+import os
+import re
 from pathlib import Path
 
-from raycv.errors import UserError
+from raycv.common.files import check_writable
+from raycv.errors import UserError, counted
 
 SQLITE = "sqlite:///"
 BUNDLED_SCHEME = "raycv://"
@@ -70,3 +76,56 @@ def absolute_uri(uri: str) -> str:
             )
         return SQLITE + path
     return uri
+
+
+TRAINING_VIEW = "?workflowType=machine_learning"
+"""The end of an address within MLflow's page, for its view of model training. Without it MLflow shows that of GenAI."""
+
+
+def experiment_page(uri: str, experiment_id: str) -> str:
+    """The address of an experiment's runs: at the server `uri`, else where `mlflow ui` serves a local store."""
+    server = re.sub("//[^/]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment_id}/runs{TRAINING_VIEW}"
+
+
+_SOCKET_LIMIT = 107
+"""Bytes in the path of a Unix socket at most, on Linux."""
+
+
+def ray_folder() -> Path:
+    """The folder in which a Ray that starts on this machine keeps its files."""
+    return Path(os.environ.get(_ray_variable(), "/tmp")) / "ray"
+
+
+def _ray_variable() -> str:
+    return "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ or "TMPDIR" not in os.environ else "TMPDIR"
+
+
+def check_ray_folder() -> None:
+    """Checks `ray_folder` if Ray starts on this machine. Ray itself would refuse it late, and not in words.
+
+    Raises:
+        UserError: The folder cannot be written, or its path is too long for the sockets of Ray.
+    """
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return
+    folder = ray_folder()
+    received = f"{_ray_variable()}={folder.parent}"
+    remedy = "name a short folder that you may write to: export RAY_TMPDIR=/tmp/$USER"
+    # Ray names the folder of a session by the time and its process.
+    socket = f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    if (excess := len(os.fsencode(socket)) - _SOCKET_LIMIT) > 0:
+        raise UserError(
+            f"{received} is too long for Ray by {counted(excess, 'byte')}: the sockets below it may have paths of "
+            f"{_SOCKET_LIMIT} bytes.",
+            kind="cluster-unreachable",
+            remedies=[remedy],
+        )
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}), and Ray keeps its files in {folder} ({received}).",
+            kind="disk-unwritable",
+            remedies=[remedy],
+        ) from error

@@ -1,4 +1,4 @@
-"""Reads a table (CSV, or criteria as JSON) strictly, and reports each fault with its line.
+"""Reads a table (CSV, TSV or JSON) strictly, and reports each fault with its line.
 
 Files of pairs (`batch_inference`) use the same lines, CSV records and limits, but a broken record does not end them.
 """
@@ -12,6 +12,7 @@ from raycv.common.text_files import (
     FIELD_LIMIT,
     Lines,
     Report,
+    Spelt,
     UnreadableError,
     check_file,
     csv_records,
@@ -58,7 +59,7 @@ class Table:
 
 
 def read_table(path: Path, faults: Faults) -> Table:
-    """Reads all rows of a CSV file, or all entries of a criteria JSON file. It adds faults and never raises them."""
+    """Reads all rows of a CSV or TSV file, or all entries of a JSON file. It adds faults and never raises them."""
 
     def report(fault: UnreadableError) -> None:
         faults.add(Kind[fault.kind], path, fault.detail, fault.place)
@@ -67,7 +68,10 @@ def read_table(path: Path, faults: Faults) -> Table:
     rows: list[Row] = []
     try:
         if path.suffix.casefold() == ".json":
-            return Table(path, CRITERIA_COLUMNS, _json_rows(path, report), whole=True)
+            names, entries = _json_entries(path)
+            _check_repeats(folded(names), "entry 1", report)
+            rows = _criteria_rows(entries, report) if names == CRITERIA_COLUMNS else _json_rows(names, entries, report)
+            return Table(path, folded(names), rows, whole=True)
         with csv_records(path, report) as (_, records):
             for line, fields, fault in records:
                 if fault:
@@ -78,9 +82,7 @@ def read_table(path: Path, faults: Faults) -> Table:
                     rows.append(Row(f"line {line}", dict(zip(columns, fields, strict=False)), fault is not None))
                     continue
                 columns = folded(fields)
-                for name in repeated(columns):
-                    detail = f"the column {named(name)} occurs {columns.count(name)} times"
-                    report(UnreadableError("DUPLICATE_COLUMN", detail, f"line {line}"))
+                _check_repeats(columns, f"line {line}", report)
     except UnreadableError as stop:
         report(stop)
         return Table(path, columns, rows, whole=False)
@@ -88,13 +90,13 @@ def read_table(path: Path, faults: Faults) -> Table:
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """The column names of a CSV or criteria JSON file as they are spelt; empty for other JSON or an empty file.
+    """The column names of a file as they are spelt; empty for other JSON than a list of objects, or an empty file.
 
     Raises:
         UnreadableError: The first record cannot be read, or the file is not JSON despite its name.
     """
     if path.suffix.casefold() == ".json":
-        return CRITERIA_COLUMNS if _json_entries(path) is not None else ()
+        return _json_entries(path)[0]
     # With a report, a first line without end is not read to its end.
     with csv_records(path, lambda _: None) as (_, records):
         for _, fields, fault in records:
@@ -102,6 +104,12 @@ def read_columns(path: Path) -> tuple[str, ...]:
                 raise fault
             return tuple(fields)
     return ()
+
+
+def _check_repeats(columns: Sequence[str], place: str, report: Report) -> None:
+    for name in repeated(columns):
+        detail = f"the column {named(name)} occurs {columns.count(name)} times"
+        report(UnreadableError("DUPLICATE_COLUMN", detail, place))
 
 
 def folded(names: Iterable[str]) -> tuple[str, ...]:
@@ -119,23 +127,27 @@ def repeated(names: Sequence[str]) -> list[str]:
 CRITERIA_COLUMNS = ("criterion_id", "criterion")
 
 
-def _json_entries(path: Path) -> list[object] | None:
-    """The entries of a criteria JSON file; None if the file is JSON of another kind.
+def _json_entries(path: Path) -> tuple[tuple[str, ...], list[object]]:
+    """The columns and entries of a JSON file: CRITERIA_COLUMNS for criteria, else the keys of its first object.
+
+    Both are empty if the file is JSON of another kind.
 
     Raises:
         UnreadableError: The file is not JSON, is too large or too deep, or has an object with a key twice.
     """
     check_file(path)
     if path.stat().st_size > JSON_LIMIT:
-        raise UnreadableError("JSON", f"larger than {JSON_LIMIT:,} bytes, so no criteria file")
+        raise UnreadableError("JSON", f"larger than {JSON_LIMIT:,} bytes: write it as CSV")
     with opened(path) as file:
         value = parsed_json("".join(Lines(file, _raise)), _without_repeats)
-    if isinstance(value, dict):
-        value = value.get("criteria")
-        return value if isinstance(value, list) else None
+    listed = value.get("criteria") if isinstance(value, dict) else value
+    if not isinstance(listed, list):
+        return (), []
     # A bare list can hold anything, so we take it for criteria only if an entry has an id and a text.
-    is_criteria = isinstance(value, list) and any(None not in _id_and_text(entry) for entry in value)
-    return value if is_criteria else None
+    if listed is not value or any(None not in _id_and_text(entry) for entry in listed):
+        return CRITERIA_COLUMNS, listed
+    first = next((entry for entry in listed if isinstance(entry, dict)), {})
+    return tuple(first), listed if first else []
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -154,22 +166,52 @@ def _raise(fault: UnreadableError) -> None:
     raise fault
 
 
-def _json_rows(path: Path, report: Report) -> list[Row]:
+def _json_rows(names: Sequence[str], entries: Sequence[object], report: Report) -> list[Row]:
+    """The rows of a JSON table, as pandas.DataFrame.to_json(orient="records") writes one."""
     rows = []
-    for number, entry in enumerate(_json_entries(path) or [], 1):
+    for number, entry in enumerate(entries, 1):
+        place = f"entry {number}"
+        known = entry if isinstance(entry, dict) else {}
+        values, fault = {}, None if isinstance(entry, dict) else UnreadableError("JSON", "not an object", place)
+        for name in names if known else ():
+            text = _cell(known.get(name))
+            if text is None:
+                fault = UnreadableError("JSON", f"{named(name)} is neither a text nor a number", place)
+            else:
+                fault = fault or _text_fault(text, name, place)
+                values[name.strip().casefold()] = text
+        if fault:
+            report(fault)
+        rows.append(Row(place, values, fault is not None))
+    return rows
+
+
+def _cell(value: object) -> str | None:
+    """A value of JSON as the cell of a table; None for a list or an object."""
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "true", False: "false"}[value]
+    return value if isinstance(value, str) else None
+
+
+def _text_fault(text: str, name: str, place: str) -> UnreadableError | None:
+    if not is_unicode(text) or "\0" in text:
+        # JSON can escape characters that UTF-8 cannot hold. The tokenizer and the hashes would fail on them.
+        return UnreadableError("ENCODING", "an escape \\uXXXX that is not a character", place)
+    if len(text) > FIELD_LIMIT:
+        return UnreadableError("LONG_FIELD", f"`{name}` has more than {FIELD_LIMIT:,} characters", place)
+    return None
+
+
+def _criteria_rows(entries: Sequence[object], report: Report) -> list[Row]:
+    rows = []
+    for number, entry in enumerate(entries, 1):
         place = f"entry {number}"
         criterion_id, text = _id_and_text(entry)
-        if isinstance(criterion_id, int) and not isinstance(criterion_id, bool):
-            criterion_id = str(criterion_id)
-        broken = not (isinstance(criterion_id, str) and isinstance(text, str))
+        broken = not (isinstance(criterion_id, str) and isinstance(text, str)) or isinstance(text, Spelt)
         if broken:
             report(UnreadableError("JSON", "needs `id` and `text`, both strings", place))
-        elif not is_unicode(f"{criterion_id}{text}") or "\0" in f"{criterion_id}{text}":
-            # JSON can escape characters that UTF-8 cannot hold. The tokenizer and the hashes would fail on them.
-            report(UnreadableError("ENCODING", "an escape \\uXXXX that is not a character", place))
-            broken = True
-        elif len(str(text)) > FIELD_LIMIT:
-            report(UnreadableError("LONG_FIELD", f"`text` has more than {FIELD_LIMIT:,} characters", place))
+        elif fault := _text_fault(f"{criterion_id}", "id", place) or _text_fault(str(text), "text", place):
+            report(fault)
             broken = True
         found = {"criterion_id": criterion_id, "criterion": text}
         rows.append(Row(place, {name: value for name, value in found.items() if isinstance(value, str)}, broken))
@@ -178,5 +220,7 @@ def _json_rows(path: Path, report: Report) -> list[Row]:
 
 def separator_of(columns: Sequence[str]) -> str | None:
     """The separator if it is not a comma: Excel writes semicolons in half of Europe. None for commas."""
+    if columns and columns[0].strip().startswith("sep="):
+        return "the mark of the line `sep=`, which stands before the column names for Excel"
     names = {";": "semicolons", "\t": "tabs", "|": "bars"}
     return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

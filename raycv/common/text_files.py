@@ -38,6 +38,7 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"PK\x03\x04": "a zip archive or Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook of the old kind (.xls)",
     b"\x1f\x8b": "a gzip archive",
     b"PAR1": "a Parquet file",
 }
@@ -201,7 +202,7 @@ Records = Generator[tuple[int, list[str], UnreadableError | None], None, None]
 
 @contextmanager
 def csv_records(path: Path, report: Report | None = None) -> Iterator[tuple[Lines, Records]]:
-    """Opens a CSV file; `report` as in `Lines`.
+    """Opens a CSV file, or a TSV file, whose fields are separated by tabs; `report` as in `Lines`.
 
     Yields:
         The lines, and the records except blank lines. A record is the line on which it starts (from 1), its fields, and
@@ -212,13 +213,13 @@ def csv_records(path: Path, report: Report | None = None) -> Iterator[tuple[Line
     """
     with opened(path) as file, _field_limit():
         lines = Lines(file, report)
-        yield lines, _records(lines)
+        yield lines, _records(lines, "\t" if path.suffix.casefold() == ".tsv" else ",")
 
 
-def _records(lines: Lines) -> Records:
+def _records(lines: Lines, separator: str) -> Records:
     width = 0
     # Without `strict` the reader drops a stray quote, and an unclosed one takes in the rest of the file.
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=separator)
     while True:
         line = lines.start_record()
         try:
@@ -228,7 +229,7 @@ def _records(lines: Lines) -> Records:
         except csv.Error as error:
             yield line, [], _csv_fault(str(error), line)
             lines.back_to_second()
-            reader = csv.reader(lines, strict=True)
+            reader = csv.reader(lines, strict=True, delimiter=separator)
             continue
         width = width or len(fields)
         if lines.fault:
@@ -259,11 +260,21 @@ def _field_limit() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+class Spelt(str):
+    """A number of a JSON file as the file spells it, since an id must not change: 1.50 and 123456789012345678."""
+
+    __slots__ = ()
+
+
 def parsed_json(text: str, pairs_hook: Callable[[list[tuple[str, object]]], object]) -> Any:
-    """The value of `text`; `pairs_hook` makes its objects. Raises: UnreadableError if it is not JSON."""
+    """The value of `text`, with numbers as `Spelt`; `pairs_hook` makes its objects.
+
+    Raises:
+        UnreadableError: It is not JSON.
+    """
     try:
-        return json.loads(text, object_pairs_hook=pairs_hook)
+        return json.loads(text, object_pairs_hook=pairs_hook, parse_int=Spelt, parse_float=Spelt, parse_constant=Spelt)
     except json.JSONDecodeError as error:
         raise UnreadableError("JSON", f"not JSON: {error.msg}", f"line {error.lineno}") from None
     except (RecursionError, ValueError):
-        raise UnreadableError("JSON", "JSON that is nested too deeply, or has a number that is too long") from None
+        raise UnreadableError("JSON", "JSON that is nested too deeply") from None

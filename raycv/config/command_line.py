@@ -1,24 +1,21 @@
-"""Reads the command line: Hydra composes the config, the schema checks it, errors print without tracebacks."""
+"""Reads the command line: raycv or Hydra composes the config, and the schema checks it."""
 
 import contextlib
 import io
-import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from raycv import __version__
-from raycv.common.environment import seldom_collecting
 from raycv.common.locations import bundled
-from raycv.common.secrets import mask_secrets
-from raycv.common.signals import discard
+from raycv.config.plain import plain_values
+from raycv.config.process import run_process, say
 from raycv.config.schema import Section
-from raycv.config.validation import as_yaml, fields, meaning, text_keys, validate, verbatim_keys
-from raycv.errors import UserError, counted, printable, shown
+from raycv.config.validation import as_yaml, fields, hint, meaning, text_keys, validate, verbatim_keys
+from raycv.errors import UserError, counted, shown
 
 S = TypeVar("S", bound=Section)
 
@@ -37,46 +34,15 @@ SILENT_HYDRA = (
 def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
     """Composes `configs/<name>.yaml` with the command line, checks it against `schema` and calls `body`.
 
-    Exit codes:
-
-    - 0: done
-    - 1: the run failed (`RunFailedError`), or an unexpected error
-    - 2: a fault that the user can fix, printed without a traceback
-    - 130: interrupted
-
     Args:
         name: The command, such as `run`.
         schema: The schema of its config.
         body: The work of the command.
     """
-    sys.excepthook = _show_traceback
-    if sys.stderr is None:
-        # The stream is closed. The next file to be opened would get its number, and with it the output of libraries.
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        config = _composed(name, schema)
-        if config is not None:
-            _show_warnings()
-            with seldom_collecting():
-                body(config)
-    except UserError as error:
-        raise _refused(name, error) from None
-    except KeyboardInterrupt:
-        _say(f"\nraycv.{name}: interrupted\n")
-        _leave(130)
+    run_process(name, partial(composed, name, schema), body)
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process at once. After an interrupted start of Ray an orderly exit can crash in Ray's native threads."""
-    logging.shutdown()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        # Nobody may read them any more.
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
-def _composed(name: str, schema: type[S]) -> S | None:
+def composed(name: str, schema: type[S]) -> S | None:
     """Composes and checks the config of the command line.
 
     Returns:
@@ -102,19 +68,22 @@ def _composed(name: str, schema: type[S]) -> S | None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         typed, verbatim = without_verbatim(sys.argv[1:], schema)
-        for_hydra = _for_hydra(typed, schema)
-        overrides = _overrides(for_hydra)
+        forced = for_hydra(typed, schema)
+        overrides = _overrides(forced)
         answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
             return None
+        # argparse does not recognise a key=value behind an option that follows others, so options come first.
+        sys.argv[1:] = [*(part for part in forced if part not in overrides), *SILENT_HYDRA, *overrides]
+        plain = plain_values(name, forced)
+        if plain is not None:
+            return validate(schema, plain | verbatim)
         import hydra
 
-        # argparse does not recognise a key=value behind an option that follows others, so options come first.
-        sys.argv[1:] = [*(part for part in for_hydra if part not in overrides), *SILENT_HYDRA, *overrides]
         with contextlib.redirect_stderr(said):
             hydra.main(config_path=str(bundled("configs")), config_name=name, version_base="1.3")(take)()
-        _say(said.getvalue())
+        say(said.getvalue())
     except UserError:
         raise
     except SystemExit as stop:
@@ -154,7 +123,7 @@ def typed_keys(name: str) -> set[str]:
 
 def keys_set(name: str, schema: type[Section], arguments: Sequence[str]) -> set[str]:
     """The keys that `arguments` of a command set, which did not come from the command line of this process."""
-    return _keys_set(name, _overrides(_for_hydra(list(arguments), schema)))
+    return _keys_set(name, _overrides(for_hydra(list(arguments), schema)))
 
 
 def _keys_set(name: str, overrides: list[str]) -> set[str]:
@@ -181,7 +150,7 @@ def compose_checked(name: str, schema: type[S], arguments: Sequence[str]) -> S:
     """
     given = list(arguments)
     try:
-        overrides = _for_hydra(given, schema)
+        overrides = for_hydra(given, schema)
         if stray := [part for part in overrides if part not in _overrides(overrides)]:
             raise _unread(name, schema, f"{shown(stray[0])} is not key=value", given)
         values = compose(name, overrides)
@@ -242,44 +211,12 @@ def without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[
     return rest, texts
 
 
-def _show_warnings() -> None:
-    """Sends raycv's warnings (retries, fallbacks) to standard error, since Hydra's logging is off."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Masked("%(levelname)s: %(message)s"))
-    logger = logging.getLogger("raycv")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    for name, known in logging.root.manager.loggerDict.items():
-        if name.startswith("raycv") and isinstance(known, logging.Logger):
-            known.disabled = False
+def for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
+    """`arguments` in Hydra's grammar, so that texts need no second quotes and unknown keys reach our schema.
 
-
-class _Masked(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(mask_secrets(super().format(record)))
-
-
-def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints Python's traceback with masked passwords: an unexpected error of a client can hold a whole address."""
-    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
-
-
-def _say(text: str) -> None:
-    """Writes to standard error. A command does not fail because that fails, as on a full disk."""
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        discard(sys.stderr)
-
-
-def _refused(name: str, error: UserError) -> SystemExit:
-    _say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
-    return SystemExit(error.exit_code)
-
-
-def _for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
+    Raises:
+        UserError: A sweep is asked for, or a group is set to a value that is not one of its files.
+    """
     if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
         raise UserError("--multirun is not supported.", kind="config-syntax", remedies=["start a run for each value"])
     groups, texts = _groups(), text_keys(schema)
@@ -320,13 +257,13 @@ def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: 
     if key not in known:
         # A mistyped post= holds a text, which Hydra would parse and repeat in an error. So we quote the value, and our
         # schema refuses the key by its name only.
-        value = _quoted(value)
+        value = quoted(value)
     elif key in texts and value != "null" and value[:1] not in ("'", '"'):
-        value = _quoted(os.path.expanduser(value))
+        value = quoted(os.path.expanduser(value))
     return f"++{key}={value}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """`text` as a quoted value of Hydra's grammar, in which backslashes count only before a quote or at the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
@@ -358,7 +295,11 @@ def _answer(
     options = [part.partition("=")[0] for part in typed]
     if unknown := [part for part in options if re.fullmatch(r"--?[a-z][\w.-]*", part) and part not in HYDRA_OPTIONS]:
         remedies = ["write key=value without dashes, say train.epochs=3", f"python -m raycv.{name} --help"]
-        raise UserError(f"There is no option {', '.join(unknown)}.", kind="config-unknown-key", remedies=remedies)
+        hints = [said for part in unknown if not (said := hint(part.strip("-"), schema)).startswith("the keys here")]
+        meant = f" ({'; '.join(hints)})" if hints else ""
+        raise UserError(
+            f"There is no option {', '.join(unknown)}{meant}.", kind="config-unknown-key", remedies=remedies
+        )
     return None
 
 
@@ -416,6 +357,9 @@ def compose(name: str, overrides: list[str], *, missing_ok: bool = False) -> dic
     Raises:
         UserError: A required value is missing, or a reference cannot be resolved.
     """
+    plain = plain_values(name, overrides, missing_ok=missing_ok)
+    if plain is not None:
+        return plain
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 

@@ -102,6 +102,17 @@ class CvConfig(Section):
     folds: Annotated[int, Field(ge=2)] = Field(description="n_splits of StratifiedGroupKFold (FR-003)")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="random_state of StratifiedGroupKFold")
     max_concurrent: Auto | Positive = Field(description="folds at once, at most; auto: as many as the resources allow")
+    # Recorded configs of earlier versions lack this key, so it has a default.
+    only: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="folds to train now, from 0, such as [0,2]; resume= trains the others; null: all"
+    )
+
+    @field_validator("only")
+    @classmethod
+    def _each_once(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 class TrainConfig(Section):
@@ -125,7 +136,8 @@ class TrainConfig(Section):
         description="shuffled: pairs in random order; post_grouped: posts in random order, the pairs of a post together"
     )
     lr: Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4"
+        description="AdamW's peak learning rate; adapters want 1e-4 to 3e-4; the default is unproven beyond the "
+        "tiny model"
     )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="AdamW's decoupled weight decay")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
@@ -133,7 +145,8 @@ class TrainConfig(Section):
     )
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`"
+        description="learning rate after the warm-up; linear and cosine reach 0 at the end of the last of `epochs`. "
+        "Patience stops most folds long before"
     )
     imbalance: Literal["weighted_loss", "weighted_sampling", "none"] = Field(
         description="answer to class imbalance; the weights come from the training pairs of the fold"
@@ -294,7 +307,7 @@ class CompareConfig(Section):
 
 
 class MistakesDataConfig(Section):
-    dir: Location | None = Field(description="folder with the posts, for text=true; null: where training read them")
+    dir: Location | None = Field(description="folder with the posts; null: where training read them")
     criteria_dir: Location | None = Field(
         description="folder with the criteria; null: beside the posts, or where training read them"
     )
@@ -324,6 +337,51 @@ class ReportConfig(Section):
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
     dir: PathText = Field(description="folder that holds the runs")
     data: ReportDataConfig
+    bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
+    check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
+
+    @field_validator("check")
+    @classmethod
+    def _not_both(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("bundle") is not None:
+            raise ValueError("cannot stand beside bundle=")
+        return value
+
+
+class ReproduceResourcesConfig(Section):
+    gpus_per_fold: Auto | Share | None = Field(description="GPUs of one fold; null: as recorded")
+    cpus_per_fold: Auto | Annotated[float, Field(ge=LEAST_SHARE)] | None = Field(
+        description="CPU cores of one fold; null: as recorded. Another number of threads sums in another order"
+    )
+
+
+class ReproduceConfig(Section):
+    """The config of `python -m raycv.reproduce`."""
+
+    run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
+    folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        description="folds to train again, from 0"
+    )
+    trained: PathText | None = Field(
+        description="a run that has trained these folds again already, which is then compared; null: train them now"
+    )
+    dir: PathText = Field(description="folder that holds the runs")
+    data: MistakesDataConfig
+    base: Annotated[
+        Location | None,
+        Field(description="folder or hub id of the run's base model now; null: where training found it"),
+    ]
+    resources: ReproduceResourcesConfig
+    tracking_uri: StoreAddress | None = Field(
+        description="MLflow store of the new run; null: where the run was tracked"
+    )
+
+    @field_validator("folds")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a fold twice")
+        return value
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -382,8 +440,8 @@ class InferConfig(Section):
     )
     post_file: PathText | None = Field(description="file that holds the post (UTF-8); - is standard input")
     input: PathText | None = Field(
-        description="file of many pairs (.csv, .jsonl, .parquet) with a post or text and a criterion or criterion_id a "
-        "row. Without such a column each post is scored for every criterion, or for criterion="
+        description="file of many pairs (.csv, .tsv, .jsonl, .json, .parquet) with a post or text and a criterion or "
+        "criterion_id a row. Without such a column each post is scored for every criterion, or for criterion="
     )
     output: PathText = Field(
         description="text, or json: one JSON value on standard output and nothing else; with input=, the file to write "

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from raycv.common.secrets import mask_secrets
+from raycv.config.other_names import OTHER_NAMES, WITHOUT_KEY
 from raycv.config.schema import Section
 from raycv.config.values import RECORDED, VERBATIM
 from raycv.errors import ErrorKind, FaultsError, shown
@@ -62,6 +63,11 @@ def _said(field: FieldInfo) -> str:
 def without_requirements(text: str) -> str:
     """`text` without the numbers of requirements in brackets, which only readers of the code need."""
     return re.sub(r" \((FR-\d+(, FR-\d+)*|user story \d+)\)", "", text)
+
+
+def hint(key: str, schema: type[Section]) -> str:
+    """The most likely meaning of `key`, which `schema` does not have, for a message."""
+    return _hint(key, {name: "" for name, _ in fields(schema)})
 
 
 def text_keys(schema: type[Section]) -> set[str]:
@@ -151,8 +157,19 @@ def _key(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
 
 
 def _hint(key: str, known: Mapping[str, str]) -> str:
-    """The likely intended key: a near name in the section, or the same name elsewhere. Else the section's keys."""
+    """The likely intended key: of the same name elsewhere, by another tool's name, or of a near name in the section.
+
+    Else it names the section's keys.
+    """
     parent, _, leaf = key.rpartition(".")
+    name = leaf.casefold().replace("-", "_")
+    # A command without the key, such as raycv.infer, must not offer it.
+    other = OTHER_NAMES.get(name, name.replace("_", ".", 1))
+    if leaf not in {each.rpartition(".")[2] for each in known}:
+        if other in known:
+            return f"did you mean {other}?"
+        if name in OTHER_NAMES or name in WITHOUT_KEY:
+            return f"raycv has no such setting{'' if name in WITHOUT_KEY else ' here'}"
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
     near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]

@@ -70,6 +70,8 @@ def check_store(uri: str, info: ValidationInfo) -> str:
         return SQLITE + check_path(file, info)
     if any(character.isspace() for character in uri):
         raise ValueError("holds white space: write %20 for it (a space in a password too)")
+    if kind in ("http", "https") and "#" in uri:
+        raise ValueError("is the address of a page: name the server alone, http://host:5000 (%23 is a # in a password)")
     named = uri if uri in BARE else kind if "://" in uri else None
     if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
         raise ValueError("is not an MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")

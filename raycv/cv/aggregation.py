@@ -1,4 +1,4 @@
-"""Reduces the folds of a finished run again, from its folder or from MLflow (user story 2)."""
+"""Makes the summary (user story 2) or the page of a finished run again, from its folder, its data set or MLflow."""
 
 import contextlib
 import shlex
@@ -11,10 +11,12 @@ from rich.console import Console
 
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
-from raycv.config.schema import AggregateConfig
+from raycv.config.schema import AggregateConfig, ReportConfig, RunConfig
+from raycv.cv.bundle import check_bundle, check_free, write_bundle
+from raycv.cv.preparation import load_data
 from raycv.errors import UserError
-from raycv.rendering.terminal import say, summary_table
-from raycv.results.find_run import find_run, finished_at, folds_of, runs_there
+from raycv.rendering.terminal import say, summary_table, verdict_lines
+from raycv.results.find_run import find_run, finished_at, folds_of, recorded_config, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record, resume_command
@@ -38,6 +40,7 @@ def aggregate(config: AggregateConfig) -> None:
 
 def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, Any], str]:
     from raycv.tracking.cross_validation import flat_params
+    from raycv.tracking.model import log_best_fold
 
     folds = folds_of(folder.config)
     try:
@@ -54,8 +57,10 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     config_values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     store.log_missing_folds(parent_id, folder, folds, flat_params(config_values))
     store.log_report(parent_id, report, folder)
+    why = log_best_fold(store, parent_id, folder, report)
     store.finish(parent_id, "FINISHED")
-    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}"
+    without = "" if why is None else f"\nWarning: the model of the best fold is not in MLflow: {why}"
+    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}{without}"
 
 
 def _again(folder: RunFolder) -> str:
@@ -87,3 +92,49 @@ def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
             store.download(config.run, folder.evaluation.name, folder.root)
         store.log_report(config.run, report, folder)
     return report, f"MLflow: parent run {config.run} at {store.shown_uri} (artifact report.json)"
+
+
+def make_page(config: ReportConfig) -> None:
+    """Writes the statistics, the page and the other files of a finished run again, and prints the verdict.
+
+    With `bundle` it writes a bundle for reviewers instead, and with `check` it checks one.
+
+    Raises:
+        UserError: No run has that name, a fold is not finished, a file is damaged, or the data set is another one.
+        NotShownError: The numbers of the bundle do not follow from its data.
+    """
+    from raycv.rendering.publish import publish
+
+    if config.check is not None:
+        check_bundle(Path(config.check), Console())
+        return
+    if config.bundle is not None:
+        check_free(Path(config.bundle))
+    runs = Path(config.dir)
+    folder = find_run(runs, config.run)
+    if folder is None:
+        raise UserError(
+            f"{runs.absolute()} holds no run {config.run}.",
+            kind="run-missing",
+            remedies=runs_there(runs, config.run),
+        )
+    console = Console()
+    if config.run == "latest":
+        say(console, f"run=latest is {folder.root.name}")
+    dataset = None
+    if config.data.dir is not None:
+        dataset, _ = load_data(_with_data(recorded_config(folder), config.data.dir))
+    if config.bundle is not None:
+        write_bundle(Path(config.bundle), folder, dataset, console)
+        return
+    with console.status("Computing the statistics"):
+        evaluation = publish(folder, dataset)
+    say(console, verdict_lines(evaluation, folder))
+
+
+def _with_data(config: RunConfig, place: str) -> RunConfig:
+    """The recorded config with the data in another folder. The criteria move along if they lay beside the posts."""
+    data = {"dir": place}
+    if config.data.criteria_dir == config.data.dir:
+        data["criteria_dir"] = place
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})

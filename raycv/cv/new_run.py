@@ -14,7 +14,7 @@ from raycv.config.schema import RunConfig
 from raycv.config.validation import as_yaml
 from raycv.cv.open_run import OpenRun
 from raycv.cv.preparation import Base
-from raycv.cv.resume import sole_process
+from raycv.cv.resume import check_only, sole_process
 from raycv.data.splits import Split, positives_table, splits_record
 from raycv.data.types import Dataset
 from raycv.errors import UserError, together
@@ -105,6 +105,8 @@ class NewRun:
     """A run that does not exist yet. It keeps other processes out of its folder from `open` until `held` ends."""
 
     def __init__(self, config: RunConfig, console: Console, held: contextlib.ExitStack) -> None:
+        """Raises: UserError if `cv.only` names a fold that the run does not have."""
+        check_only(config)
         self.config = config
         self._console = console
         self._held = held
@@ -144,6 +146,6 @@ class NewRun:
             shutil.rmtree(folder.root, ignore_errors=True)
             raise
         self._held.enter_context(sole_process(folder))
-        resume = resume_command(folder)
+        resume = resume_command(folder, config.cv.only)
         say(self._console, f"Run folder: {folder.root}   (if the run is interrupted: {resume})")
         return OpenRun(config, folder, store, parent_id, self._console)

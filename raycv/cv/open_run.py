@@ -50,7 +50,8 @@ class OpenRun:
             if self.make_ready is not None:
                 self.make_ready()
             yield
-            status = "FINISHED"
+            # Without a report, `cv.only` left folds for later.
+            status = "KILLED"
         except KeyboardInterrupt:
             ignore_stops()
             status = "KILLED"
@@ -100,20 +101,32 @@ class OpenRun:
             say(self.console, f"Warning: the page of the run could not be made: {why}\n{later}", "yellow")
             return None
 
-    def log(self, report: dict[str, Any]) -> None:
-        """Logs the summary and the folds that MLflow lacks; only warns if MLflow refuses them."""
+    def log(self, report: dict[str, Any] | None) -> None:
+        """Logs the folds that MLflow lacks, the summary (None if folds are missing), and the best fold as a model.
+
+        If MLflow refuses, it only warns.
+        """
+        from raycv.tracking.model import log_best_fold
+
+        lacking, why = "the summary is not in MLflow", None
         try:
             self.store.log_missing_folds(self.parent_id, self.folder, self.config.cv.folds, self.params)
-            self.store.log_report(self.parent_id, report, self.folder)
+            if report is not None:
+                self.store.log_report(self.parent_id, report, self.folder)
             if self.make_ready is not None:
                 self.store.log_files(self.parent_id, [self.folder.environment])
+            if report is not None:
+                lacking = "the model of the best fold is not in MLflow"
+                why = log_best_fold(self.store, self.parent_id, self.folder, report)
         except UserError as error:
-            later = f"Log it later: {aggregate_command(self.folder)}"
-            say(self.console, f"Warning: the summary is not in MLflow: {error.what}\n{later}", "yellow")
+            why = error.what
+        if why is not None:
+            later = f"Log it later: {aggregate_command(self.folder)}" if report else self._what_is_left()
+            say(self.console, f"Warning: {lacking}: {why}\n{later}", "yellow")
 
     def _what_is_left(self) -> str:
         """Tells what to type after a run that stopped early."""
         if self.folder.report.is_file():
             log = f"Log it into MLflow: {aggregate_command(self.folder)}"
             return f"The run is complete, its report is {self.folder.report}\n{log}"
-        return f"Resume it: {resume_command(self.folder)}"
+        return f"Resume it: {resume_command(self.folder, self.config.cv.only)}"

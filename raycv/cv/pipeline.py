@@ -8,6 +8,7 @@ from rich.console import Console
 
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
+from raycv.common.locations import check_ray_folder
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import NewRun
 from raycv.cv.open_run import OpenRun
@@ -16,9 +17,10 @@ from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.orchestration.fold_task import Prepared
-from raycv.rendering.terminal import announce_data, announce_end, announce_placement, say
+from raycv.rendering.terminal import announce_data, announce_end, announce_placement, say, summary_table
 from raycv.results.fold_result import FoldResult
-from raycv.results.report import summarize
+from raycv.results.report import partial_summary, summarize
+from raycv.results.run_folder import resume_command
 
 if TYPE_CHECKING:
     from raycv.resources.placement import Placement
@@ -48,7 +50,8 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
         typed: the keys that the command line sets; a resumed run compares them.
 
     Returns:
-        The report, with the content of `report.json`.
+        The report, with the content of `report.json`. If `cv.only` leaves folds for later, it has `run`, the finished
+        `folds` and `missing_folds` alone, and no file holds it.
 
     Raises:
         UserError: for anything that the user can correct, before Ray or torch start where that is possible.
@@ -59,36 +62,44 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
     with contextlib.ExitStack() as held:
         resumes = config.resume is not None
         run: Run = ResumedRun(config, typed, console, held) if resumes else NewRun(config, console, held)
-        config = run.config
-        dataset, splits = load_data(config)
-        run.check_data(dataset, splits)
-        check_base_and_gpu(config)
-        announce_data(console, config, dataset, splits)
-        # From here on torch and Ray are imported, which takes seconds.
-        from raycv.orchestration.cluster import node_resources, ray_cluster
-        from raycv.resources.placement import plan
+        return run_to_its_end(run, console)
 
-        base = prepare_base(config)
-        run.check_base(base)
-        prepared = tokenise(config, dataset, splits, base, console)
-        say(console, "Starting Ray ...")
-        with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
-            placement = plan(config, node_resources())
-            announce_placement(console, placement, dashboard)
-            opened = run.open(prepared)
-            with opened.under_way(), contextlib.ExitStack() as logged:
-                results = _train_folds(opened, prepared, placement, logged)
-                # After the folds: a run starts sooner, and they have the cores for themselves.
-                opened.record_pairs(prepared)
-                return _publish(opened, results, logged)
+
+def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
+    """Prepares, trains and publishes `run`. Returns and raises as `cross_validate` does."""
+    config = run.config
+    dataset, splits = load_data(config)
+    run.check_data(dataset, splits)
+    check_ray_folder()
+    check_base_and_gpu(config)
+    announce_data(console, config, dataset, splits)
+    # From here on torch and Ray are imported, which takes seconds.
+    from raycv.orchestration.cluster import node_resources, ray_cluster
+    from raycv.resources.placement import plan
+
+    base = prepare_base(config)
+    run.check_base(base)
+    prepared = tokenise(config, dataset, splits, base, console)
+    say(console, "Starting Ray ...")
+    with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
+        placement = plan(config, node_resources())
+        announce_placement(console, placement, dashboard)
+        opened = run.open(prepared)
+        with opened.under_way(), contextlib.ExitStack() as logged:
+            results = _train_folds(opened, prepared, placement, logged)
+            if len(results) < config.cv.folds:
+                return _leave_the_others(opened, results, logged)
+            # After the folds: a run starts sooner, and they have the cores for themselves.
+            opened.record_pairs(prepared)
+            return _publish(opened, results, logged)
 
 
 def _train_folds(
     run: OpenRun, prepared: Prepared, placement: "Placement", logged: contextlib.ExitStack
 ) -> list[FoldResult]:
-    """Trains all folds that are not finished, with a child run each in MLflow and the live view on.
+    """Trains the folds of `cv.only` that are not finished, with a child run each in MLflow and the live view on.
 
-    The end of `logged` waits until MLflow has them.
+    The end of `logged` waits until MLflow has them. Returns the results of all finished folds.
     """
     from raycv.orchestration.fold_task import FOLD_KEY
     from raycv.orchestration.mlflow_callback import FoldRuns
@@ -96,15 +107,27 @@ def _train_folds(
     from raycv.rendering.terminal import LiveView
 
     config, folder = run.config, run.folder
+    every = range(config.cv.folds)
     finished = folder.finished(config.cv.folds)
-    folds = [split.fold for split in prepared.splits if split.fold not in finished]
+    folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
         task = fold_task(config, folder, prepared, placement)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         with LiveView(folds, config.train.epochs, config.train.effective_batch_size, run.console) as view:
             logged.callback(children.close)
             run_folds(task, folds, placement, children, view)
-    return [FoldResult.read(folder.fold(split.fold).result) for split in prepared.splits]
+    return [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(config.cv.folds)]
+
+
+def _leave_the_others(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack) -> dict[str, Any]:
+    """Prints and logs the finished folds of a run whose others `cv.only` leaves for later. It writes no report."""
+    found = partial_summary(run.folder.root.name, results, run.config.cv.folds, read_json(run.folder.data_stats))
+    run.console.print(summary_table(found))
+    said = f"The run has no report, since it lacks fold {', '.join(map(str, found['missing_folds']))}."
+    say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
+    logged.close()
+    run.log(None)
+    return found
 
 
 def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack) -> dict[str, Any]:

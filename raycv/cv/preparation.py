@@ -67,25 +67,26 @@ def prepare_base(config: RunConfig) -> Base:
     """Fetches the base model once for all folds. Raises: UserError if raycv cannot fetch it, or cannot train it."""
     from raycv.model.adapters import check_model
     from raycv.model.base_model import absolute_name, fetch_base
-    from raycv.model.loading import check_max_length, load_config, load_tokenizer, set_pad_token
+    from raycv.model.loading import check_max_length, load_config, load_tokenizer, prepare_config
 
     # No spinner here: the hub's client shows progress bars of its own.
     files = fetch_base(absolute_name(config.model.name), config.model.revision)
     model_config = load_config(files)
     tokenizer = load_tokenizer(files, model_config)
     check_max_length(model_config, config.prompt.max_length)
+    prepare_config(model_config, tokenizer)
     check_model(model_config, config.model)
-    set_pad_token(tokenizer, model_config)
     return Base(files, tokenizer, model_config, files.describe(tokenizer, model_config))
 
 
 def tokenise(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
-    """Tokenises once for all folds."""
+    """Tokenises once for all folds. Raises: UserError if the base model cannot read the posts or criteria as text."""
     from raycv.data.prompt_encoder import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
+    from raycv.model.loading import rows_of_embedding
 
     criteria = [criterion.text for criterion in dataset.criteria.values()]
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
-        encoder = prompt_encoder(base.tokenizer, config.prompt, criteria)
+        encoder = prompt_encoder(base.tokenizer, config.prompt, criteria, rows_of_embedding(base.config))
         encoded, facts = encode_dataset(encoder, dataset)
     warnings = encoding_warnings(facts)
     for warning in warnings:

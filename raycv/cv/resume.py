@@ -14,7 +14,7 @@ from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
 from raycv.data.splits import Split, splits_record
 from raycv.data.types import Dataset
-from raycv.errors import FaultsError, UserError, counted, together
+from raycv.errors import FaultsError, UserError, counted, first_of, together
 from raycv.model.base_files import comparable
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
 from raycv.results.fold_result import FoldResult
@@ -25,7 +25,7 @@ from raycv.utils import FIRST_NUMERICS, NUMERICS, VERSIONS
 MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
     "train.gradient_checkpointing",  # the gradients are the same
-    "cv.max_concurrent", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
+    "cv.max_concurrent", "cv.only", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
     "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
@@ -43,11 +43,15 @@ class Earlier:
 
     def check(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: FaultsError with all that differs: config, data, splits, versions."""
-        differ = [*self._recorded_config(), *self._data(dataset), *self._splits(dataset, splits), *self._versions()]
-        self._refuse([*self.faults, *differ, *self._numerics()])
+        inputs = [*self.data_faults(dataset), *self.split_faults(dataset, splits)]
+        self._refuse([*self.faults, *self._recorded_config(), *inputs, *self._versions(), *self._numerics()])
 
     def check_base(self, facts: Mapping[str, Any]) -> None:
         """Raises: FaultsError if the base model is another. `facts`: what `environment.json` says of it."""
+        self._refuse(self.base_faults(facts))
+
+    def base_faults(self, facts: Mapping[str, Any]) -> list[str]:
+        """Returns what differs in the base model."""
         then, now = base_of(self.folder), json.loads(json.dumps(facts))
         old, new = _base_files(then), _base_files(now)
         lines = [_then_now("base model, revision", then.get("revision"), now["revision"])]
@@ -55,7 +59,7 @@ class Earlier:
             _then_now(f"base model, {file}", old.get(file), new.get(file))
             for file in comparable(sorted(old | new), old)
         ]
-        self._refuse([line for line in lines if line])
+        return [line for line in lines if line]
 
     def check_attention(self, config: Any) -> None:
         """Raises: FaultsError if finished folds computed attention by a kernel that is wrong for the model.
@@ -73,6 +77,15 @@ class Earlier:
         results = [FoldResult.read(self.folder.fold(fold).result) for fold in folds]
         then = {result.fold: result.worker.get("attention", earlier_attention(config)) for result in results}
         self._refuse([f"attention of fold {fold}: {was} then, {now} now" for fold, was in then.items() if was != now])
+
+    def check_prompts(self, facts: Mapping[str, Any]) -> None:
+        """Raises: FaultsError if the prompts are others. `facts`: what `data_stats.json` says of them.
+
+        Earlier versions read a post that spells `</s>` as that token.
+        """
+        key = "posts_spelling_special_tokens"
+        if facts[key] and key not in read_record(self.folder.data_stats, encoding=dict)["encoding"]:
+            self._refuse([f"{counted(facts[key], 'post')} with special tokens: tokens then, text now"])
 
     def check_states(self) -> None:
         """Raises: UserError if an unfinished fold has a state that cannot be continued here. Imports torch."""
@@ -125,14 +138,16 @@ class Earlier:
         line = _then_now("config.yaml was changed, its sha256", then, now)
         return [f"{line}; MLflow's parent run has the one that was recorded"] if then is not None and line else []
 
-    def _data(self, dataset: Dataset) -> list[str]:
+    def data_faults(self, dataset: Dataset) -> list[str]:
+        """Returns what differs in the counts and hashes of the data."""
         stats = read_record(self.folder.data_stats)
         keys = {"posts": "posts", "pairs": "pairs", "positives": "matched pairs", "criteria": "criteria"}
         keys |= {"data_hash": "hash of posts and labels", "criteria_hash": "hash of the criteria"}
         lines = [_then_now(f"data, {name}", stats.get(key), dataset.stats[key]) for key, name in keys.items()]
         return [line for line in lines if line]
 
-    def _splits(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+    def split_faults(self, dataset: Dataset, splits: list[Split]) -> list[str]:
+        """Returns what differs in the folds."""
         then, now = read_record(self.folder.splits, folds=list), splits_record(dataset, splits, self.config.cv.seed)
         if then == now:
             return []
@@ -160,6 +175,8 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     if commit is not None and given["model"]["revision"] in (commit, values["model"]["revision"]):
         given["model"]["revision"] = commit
     values["model"]["revision"] = commit
+    # It holds for one command, so that a resumed run trains all that is missing.
+    values["cv"]["only"] = None
     for section, name in sorted(key.split(".") for key in typed if "." in key):
         recorded, asked = values[section][name], given[section][name]
         if f"{section}.{name}" in MAY_DIFFER:
@@ -168,7 +185,19 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
     values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
     values["run"]["dir"] = str(folder.root.parent)
-    return Earlier(folder, validate(RunConfig, values), tuple(faults))
+    resumed = validate(RunConfig, values)
+    check_only(resumed)
+    return Earlier(folder, resumed, tuple(faults))
+
+
+def check_only(config: RunConfig) -> None:
+    """Raises: UserError if `cv.only` names a fold that the run does not have."""
+    if beyond := [fold for fold in config.cv.only or () if fold >= config.cv.folds]:
+        raise UserError(
+            f"cv.only={config.cv.only}: the run has no fold {first_of(list(map(str, beyond)), 5)}.",
+            kind="config-value",
+            remedies=[f"name folds from 0 to {config.cv.folds - 1}, as cv.folds is {config.cv.folds}"],
+        )
 
 
 @contextmanager
@@ -229,7 +258,9 @@ def _find(runs: Path, which: str) -> RunFolder:
             )
         return folder
     folders = runs_in(runs)
-    unfinished = [folder for folder in folders if folder.has_begun() and not folder.report.is_file()]
+    # A reproduction of some folds is complete without a report.
+    begun = [folder for folder in folders if folder.has_begun() and not folder.reproduction.is_file()]
+    unfinished = [folder for folder in begun if not folder.report.is_file()]
     if not unfinished:
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
         raise UserError(

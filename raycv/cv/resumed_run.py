@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from raycv.common.environment import describe_environment
-from raycv.common.files import write_json
+from raycv.common.files import read_json, write_json
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
@@ -17,10 +17,10 @@ from raycv.cv.resume import Earlier, earlier_run, sole_process
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
 from raycv.errors import UserError, counted
-from raycv.orchestration.fold_task import Prepared
+from raycv.orchestration.fold_task import RESTARTS, Prepared
 from raycv.rendering.terminal import say
 from raycv.results.fold_result import FoldResult
-from raycv.results.run_folder import read_record
+from raycv.results.run_folder import RunFolder, read_record
 from raycv.tracking.lookup import tracked_run
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ class ResumedRun:
         self._store, self._parent_id = earlier_store(self._earlier, self._typed)
 
     def open(self, prepared: Prepared) -> OpenRun:
-        """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
+        """Raises: UserError if prompts or code differ from the record, or a node does not see the run's folder."""
         from raycv.orchestration.cluster import check_nodes
 
         folder = self._earlier.folder
+        self._earlier.check_prompts(prepared.encoding_facts)
         check_nodes(folder, prepared.base)
         return OpenRun(
             self.config,
@@ -88,12 +89,24 @@ class ResumedRun:
                 shutil.rmtree(files.state, ignore_errors=True)
             for half in files.root.glob(".*"):
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
-        # Ray Train would resume from its own files under the same name; training resumes from ours.
-        shutil.rmtree(folder.ray, ignore_errors=True)
+        clear_ray(folder, finished=len(finished) == folds)
         environment = read_record(folder.environment)
         resumed = [*environment.get("resumed", []), describe_environment()]
         write_json(folder.environment, environment | {"resumed": resumed})
         self._store.reopen(self._parent_id)
+
+
+def clear_ray(folder: RunFolder, *, finished: bool) -> None:
+    """Removes Ray's own files of earlier processes, but for the reasons of restarts if a fold is not `finished`."""
+    board = {}
+    with contextlib.suppress(UserError):
+        board = read_json(folder.board)
+    # Ray Train would resume from its own files under the same name; training resumes from ours.
+    shutil.rmtree(folder.ray, ignore_errors=True)
+    if board.get(RESTARTS) and not finished:
+        # The results of folds name all their restarts. Attempts and nodes count from zero.
+        folder.ray.mkdir()
+        write_json(folder.board, {RESTARTS: board[RESTARTS]})
 
 
 def earlier_store(earlier: Earlier, typed: Collection[str]) -> tuple["CrossValidationStore", str]:

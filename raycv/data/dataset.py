@@ -108,7 +108,7 @@ def _check_grid(posts: Texts, criteria: Texts, labels: Labels, faults: Faults) -
         for key in sorted(criteria.texts.keys() - criteria.codes.values()):
             detail = f"criterion_id {named(key)} is not one of A.1 to A.9, so the annotations cannot name it"
             faults.add(Kind.UNUSED_CRITERION, criteria.path, detail, criteria.places[key])
-    elif labels.whole:
+    elif labels.whole and not faults.has(Kind.ROUNDED):
         used_posts = _used({post_id for post_id, _ in labels.seen}, posts, Kind.UNUSED_POST, labels, faults)
         used_criteria = _used({key for _, key in labels.seen}, criteria, Kind.UNUSED_CRITERION, labels, faults)
         for post_id, criterion_id in product(used_posts, used_criteria):
@@ -127,7 +127,9 @@ def _used(seen: set[str], file: Texts, kind: Kind, labels: Labels, faults: Fault
 
 
 def _check_classes(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], faults: Faults) -> None:
-    if not (posts.whole and criteria.whole and labels.whole) or faults.has(Kind.LABEL, Kind.NO_LABEL, Kind.FIELD_COUNT):
+    if not (posts.whole and criteria.whole and labels.whole) or faults.has(
+        Kind.LABEL, Kind.NO_LABEL, Kind.FIELD_COUNT, Kind.ROUNDED
+    ):
         return
     classes = {pair.label for pair in pairs}
     if not pairs:
@@ -156,7 +158,11 @@ def _dataset(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], s
     if labels.official:
         names = ("rows", "special_case", "aliased", "repeated", "contradictory")
         stats["annotations"] = {name: labels.counts[name] for name in names}
-    return Dataset(texts, kept, pairs, stats, [*sources.warnings, *warnings_about(stats)])
+    claims = [name for path in (posts.path, labels.path) for name in (path.name, path.absolute().parent.name)]
+    claimed = labels.official or any("redsm5" in name.casefold() for name in claims)
+    return Dataset(
+        texts, kept, pairs, stats, [*sources.warnings, *size_warning(stats, claimed), *warnings_about(stats)]
+    )
 
 
 # --- Numbers and hashes ----------------------------------------------------------------------------------------------
@@ -222,9 +228,8 @@ def count(posts: Mapping[str, str], criteria: Mapping[str, Criterion], pairs: li
 
 
 def warnings_about(stats: Mapping[str, Any]) -> list[str]:
-    """Warnings about a usable data set: unexpected counts (FR-012), dropped texts, empty cells, repeated rows."""
+    """Warnings about a usable data set: dropped texts, empty cells, repeated rows."""
     return [
-        *size_warning(stats),
         *_repeat_warning(stats),
         *_drop_warnings(stats["dropped"]),
         *_missing_warnings(stats["missing"]),
@@ -232,16 +237,18 @@ def warnings_about(stats: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def size_warning(stats: Mapping[str, Any]) -> list[str]:
+def size_warning(stats: Mapping[str, Any], claimed: bool) -> list[str]:
+    """A warning about unexpected counts (FR-012) of data that are `claimed` to be ReDSM5, by their form or a name."""
+    if not claimed:
+        return []
     expected = EXPECTED_COUNTS | (EXPECTED_IN_RELEASE if stats["layout"] == "official" else {})
     if all(stats[name] == number for name, number in expected.items()):
         return []
     wanted = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in expected.items())
-    fine = "" if stats["layout"] == "official" else " Fine, if it is not meant to be ReDSM5."
     return [
         f"This is not the whole of ReDSM5, which has {wanted}: here are {stats['posts']:,} posts,"
         f" {stats['criteria']:,} criteria, {stats['pairs']:,} pairs, {stats['positives']:,} positives"
-        f" ({stats['positive_rate']:.2%}), {stats['posts_without_positive']:,} posts without positive.{fine}"
+        f" ({stats['positive_rate']:.2%}), {stats['posts_without_positive']:,} posts without positive."
     ]
 
 

@@ -41,7 +41,12 @@ _NAMED_LIKE = {
     POSTS: "posts.csv or redsm5_posts.csv",
     CRITERIA: "criteria.csv or criteria.json",
 }
-_SUFFIXES = (".csv", ".json")
+_SUFFIXES = (".csv", ".tsv", ".json")
+_UNREAD = {
+    ".xlsx": "an Excel workbook", ".xls": "an Excel workbook", ".ods": "a LibreOffice workbook",
+    ".parquet": "a Parquet file", ".jsonl": "a file of JSON lines", ".gz": "a gzip archive", ".zip": "a zip archive",
+}  # fmt: skip
+"""Endings of files that hold tables in forms that raycv does not read, or not in a data set."""
 _MOST_NAMES = 12
 
 
@@ -82,11 +87,23 @@ class _File:
         return f"{self.path.name} ({_column_list(self.spelt)})"
 
 
+def unread_form(path: Path) -> UnreadableError | None:
+    """The fault of a file that holds a table in a form that raycv does not read; None for any other file."""
+    form = _UNREAD.get(path.suffix.casefold())
+    return UnreadableError("ENCODING", f"{form}, which raycv does not read as a table") if form else None
+
+
 @dataclass(frozen=True)
 class _Folder:
     path: Path
     files: list[_File]
     others: list[str]
+
+    @property
+    def unread(self) -> list[_File]:
+        """The files that may hold a table in a form that raycv does not read."""
+        others = [self.path / name for name in self.others]
+        return [_File(path, problem=problem) for path in others if (problem := unread_form(path))]
 
     def of(self, table: str) -> list[_File]:
         return [file for file in self.files if file.table == table]
@@ -338,7 +355,7 @@ def _pick(folder: _Folder, tables: tuple[str, ...], missing: Kind, faults: Fault
         names = ", ".join(str(file) for file in matches)
         faults.add(Kind.AMBIGUOUS, folder.path, f"{len(matches)} files look like {' or '.join(tables)}: {names}")
         return None
-    suspects = [file for file in folder.files if file.table is None and file.named_like in tables]
+    suspects = [file for file in (*folder.files, *folder.unread) if file.table is None and file.named_like in tables]
     for file in suspects:
         _report_suspect(file, faults)
     if not suspects:
@@ -367,8 +384,9 @@ def _unread(file: _File) -> list[str]:
 def _report_suspect(file: _File, faults: Faults) -> None:
     if file.problem is not None:
         faults.add(Kind[file.problem.kind], file.path, file.problem.detail, file.problem.place)
-    elif file.path.suffix.casefold() == ".json":
-        faults.add(Kind.JSON, file.path, "holds no list of criteria")
+    elif file.path.suffix.casefold() == ".json" and not file.spelt:
+        records = "records: pandas.DataFrame.to_json(orient='records') writes one"
+        faults.add(Kind.JSON, file.path, f"holds no list of {CRITERIA if file.named_like == CRITERIA else records}")
     else:
         table = str(file.named_like)
         lacking = ", ".join(missing_columns(table, file.columns))

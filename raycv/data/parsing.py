@@ -4,12 +4,13 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from raycv.common.table_reader import Missing, Row, Table, read_table
 from raycv.data.discovery import CRITERIA, POSTS, Sources, text_column
 from raycv.data.types import Pair
-from raycv.row_faults import Faults, Kind, named
+from raycv.row_faults import Faults, Kind, NumberedIds, is_rounded, listed, named
 
 SYMPTOMS = {
     "DEPRESSED_MOOD": "A.1",
@@ -131,6 +132,11 @@ class Texts:
     codes: dict[str, str] = field(default_factory=dict)
     """Criteria only: A.1 to A.9 -> the spelling of that id in the file."""
 
+    @cached_property
+    def numbered(self) -> NumberedIds:
+        """The ids that are numbers. All rows were read before the first use."""
+        return NumberedIds(self.places)
+
     def blank(self) -> list[str]:
         """The ids without text, sorted."""
         return sorted(key for key, text in self.texts.items() if is_blank(text))
@@ -213,13 +219,19 @@ def _new_id(row: Row, table: str, found: Texts, faults: Faults) -> str | None:
     if same is not None:
         detail = f"{id_column} {named(key)} is already on {found.places[same]}"
         detail += f", written {named(same)}" if same != key else ""
-        faults.add(Kind.DUPLICATE_ID, found.path, detail, row.place)
+        kind = Kind.ROUNDED if is_rounded(key) else Kind.DUPLICATE_ID
+        faults.add(kind, found.path, detail + _note(key), row.place)
         return None
     found.places[key] = row.place
     found.looks[look] = key
     if code:
         found.codes[code] = key
     return key
+
+
+def _note(*ids: str) -> str:
+    """The end of a message about `ids`, if a spreadsheet rounded one of them."""
+    return "; a spreadsheet rounded it" if any(map(is_rounded, ids)) else ""
 
 
 def id_fault(key: str, *, is_criterion: bool) -> str | None:
@@ -255,7 +267,8 @@ class Labels:
 class _References:
     """Resolves the ids of label rows, and collects the unknown ones: each once, however many rows name it.
 
-    An unknown id resolves to itself, so that the other id of its row does not seem unused.
+    An unknown id resolves to the only id that is the same number, or to itself. So no other id of its row, and no id
+    that is only spelt differently, seems unused.
     """
 
     def __init__(self, posts: Texts | None, criteria: Texts | None) -> None:
@@ -267,19 +280,22 @@ class _References:
         """The post id of `row`, which is collected if it is unknown."""
         key = row.id("post_id")
         if self.posts is not None and key not in self.posts.places:
-            self._note(Kind.NO_POST, key, row, self.posts)
+            return self._unknown_id(Kind.NO_POST, key, row, self.posts)
         return key
 
     def criterion(self, row: Row, name: str) -> str:
         """The id in the criteria file for `name`, which is collected if it is unknown."""
         key = self.criteria.find(name) if self.criteria is not None else None
         if self.criteria is not None and key is None:
-            self._note(Kind.NO_CRITERION, name, row, self.criteria)
+            key = self._unknown_id(Kind.NO_CRITERION, name, row, self.criteria)
+            return key if key in self.criteria.places else criterion_code(name) or name
         return key or criterion_code(name) or name
 
-    def _note(self, kind: Kind, key: str, row: Row, file: Texts) -> None:
+    def _unknown_id(self, kind: Kind, key: str, row: Row, file: Texts) -> str:
         if file.whole and not row.broken:
             self._unknown.setdefault((kind, key), []).append(row.place)
+        alike = file.numbered.find(key)
+        return alike[0] if len(alike) == 1 else key
 
     def report(self, path: Path, faults: Faults) -> None:
         """Adds a fault for each unknown id of `path`."""
@@ -289,7 +305,12 @@ class _References:
             what = "post_id" if kind is Kind.NO_POST else "criterion"
             rows = f" ({len(places):,} rows)" if len(places) > 1 else ""
             value = named(key) if key else "(empty)"
-            faults.add(kind, path, f"{what} {value}{rows} is not in {file.path.name}", places[0])
+            detail = f"{what} {value}{rows} is not in {file.path.name}"
+            if alike := file.numbered.find(key):
+                detail += f", which has {listed(alike, 3)}"
+            note = _note(key, *alike)
+            kind = Kind.ROUNDED if note else Kind.SPELLING if alike else kind
+            faults.add(kind, path, detail + note, places[0])
 
 
 def read_labels(sources: Sources, posts: Texts | None, criteria: Texts | None, faults: Faults) -> Labels | None:
@@ -324,7 +345,8 @@ def _read_groundtruth(file: Table, references: _References, faults: Faults) -> L
         earlier = labels.seen.setdefault((post_id, criterion_id), row.place)
         if earlier != row.place and not row.broken:
             detail = f"post {named(post_id)} x criterion {named(criterion_id)} is already on {earlier}"
-            faults.add(Kind.DUPLICATE_PAIR, file.path, detail, row.place)
+            note = _note(post_id, criterion_id)
+            faults.add(Kind.ROUNDED if note else Kind.DUPLICATE_PAIR, file.path, detail + note, row.place)
         elif label is not None:
             labels.pairs[post_id, criterion_id] = Pair(post_id, criterion_id, label)
     return labels

@@ -1,17 +1,22 @@
 """Encodes prompts as token arrays, and counts shortened posts."""
 
+import copy
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raycv.data.prompt_template import FittedPost, PromptRules, Spans, fit_post, render
 from raycv.data.types import Dataset
-from raycv.errors import UserError
+from raycv.errors import FaultsError, UserError, counted
 
 if TYPE_CHECKING:
     import numpy as np
 
     from raycv.config.schema import PromptConfig
+
+REWRITE = ("write these characters of the text in another way, or leave them out",)
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,75 @@ class EncodedPairs:
         return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
 
 
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """The number of tokens of the uncut `text`, special tokens included."""
-    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+class UnreadableTextError(UserError):
+    """A text whose tokens would not mean that text to the base model."""
 
 
 class PromptEncoder:
-    """Encodes texts with a tokenizer under one set of prompt rules. Training and inference share it."""
+    """Encodes texts with a tokenizer under one set of prompt rules. Training and inference share it.
 
-    def __init__(self, tokenizer: Any, rules: PromptRules) -> None:
+    A text can spell a token of the tokenizer, such as `</s>`. Read as that token it would end the prompt there, or have
+    no embedding. Such a text gets a space behind the token's first character, so it stays text in every family.
+    """
+
+    def __init__(self, tokenizer: Any, rules: PromptRules, rows: int | None = None) -> None:
+        """Finds the tokens that no text may become.
+
+        Args:
+            tokenizer: The tokenizer of the base model.
+            rules: The rules by which a post becomes prompts.
+            rows: How many token ids have an embedding; None if the model sets no limit.
+        """
         self.tokenizer = tokenizer
         self.rules = rules
+        self._rows = rows
+        added = tokenizer.added_tokens_decoder.items()
+        special = {*tokenizer.all_special_tokens, *(str(token) for _, token in added if token.special)}
+        beyond = {str(token) for token_id, token in added if rows is not None and token_id >= rows}
+        marks = sorted((mark for mark in special | beyond if len(mark.strip()) > 1), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+        # Characters that the tokenizer does not know become its unknown token, so we allow that one.
+        self._special = {*tokenizer.convert_tokens_to_ids(sorted(special))} - {tokenizer.unk_token_id}
+        self._own = self._specials(self._ids(render("", "")))
+
+    def with_limit(self, post_limit: int) -> "PromptEncoder":
+        """The same encoder with another limit for the tokens of posts."""
+        other = copy.copy(self)
+        other.rules = replace(self.rules, post_limit=post_limit)
+        return other
+
+    def as_text(self, text: str) -> str:
+        """`text` with a space within each token that it spells."""
+        return self._marks.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def count(self, prompt: str) -> int:
-        """The number of tokens of the uncut `prompt`, special tokens included."""
-        return count_tokens(self.tokenizer, prompt)
+        """The number of tokens of the uncut `prompt`, special tokens included.
+
+        Raises:
+            UnreadableTextError: `prompt` still becomes a special token, or a token without an embedding.
+        """
+        ids = self._ids(prompt)
+        if self._rows is not None and max(ids, default=0) >= self._rows:
+            raise UnreadableTextError(
+                f"the text has token {max(ids)}, and the base model has embeddings for 0 to {self._rows - 1} only",
+                kind="data-text",
+                remedies=[*REWRITE, "choose a base model whose tokenizer belongs to it"],
+            )
+        if self._specials(ids) > self._own:
+            spelt = Counter(i for i in ids if i in self._special) - Counter(self._ids(render("", "")))
+            names = ", ".join(sorted(set(map(str, self.tokenizer.convert_ids_to_tokens(list(spelt))))))
+            raise UnreadableTextError(
+                f"the text spells {names}, which the tokenizer takes for its own special token",
+                kind="data-text",
+                remedies=REWRITE,
+            )
+        return len(ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(self.as_text(text), truncation=False, verbose=False)["input_ids"])
+
+    def _specials(self, ids: Iterable[int]) -> int:
+        return sum(map(self._special.__contains__, ids))
 
     def spans(self, text: str) -> Spans:
         """The pieces that a cut of `text` keeps whole: tokens if the tokenizer has their positions, else characters."""
@@ -77,8 +136,8 @@ class PromptEncoder:
         return [(start, end) for start, end in encoding["offset_mapping"] if end > start]
 
     def fit(self, post: str) -> FittedPost:
-        """Shortens `post` for the prompts. Raises: UserError if no part of it fits."""
-        return fit_post(post, self.rules, self.count, self.spans)
+        """Shortens `post` for the prompts. Raises: UserError if no part of it fits, or it cannot be read as text."""
+        return fit_post(self.as_text(post), self.rules, self.count, self.spans)
 
     def tokens(self, prompts: Sequence[str]) -> tuple["np.ndarray", "np.ndarray"]:
         """Calls the tokenizer exactly as FR-002 does.
@@ -89,7 +148,7 @@ class PromptEncoder:
         import numpy as np
 
         batch = self.tokenizer(
-            list(prompts),
+            [self.as_text(prompt) for prompt in prompts],
             max_length=self.rules.max_length,
             truncation="longest_first",
             padding="max_length",
@@ -99,16 +158,26 @@ class PromptEncoder:
         return np.array(batch["input_ids"], dtype=np.int32), lengths
 
 
-def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[str]) -> PromptEncoder:
-    """Makes an encoder whose post limit leaves room for the longest of `criteria`.
+def prompt_encoder(
+    tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[str], rows: int | None = None
+) -> PromptEncoder:
+    """Makes an encoder whose post limit leaves room for the longest of `criteria`. `rows`: as of `PromptEncoder`.
 
     Raises:
         UserError: A criterion and the question leave no room for a post within `prompt.max_length`, and
-            `prompt.long_post` is not `none`.
+            `prompt.long_post` is not `none`. A criterion cannot be read as text.
     """
-
-    empty = count_tokens(tokenizer, render("", ""))
-    reserved = max(count_tokens(tokenizer, render("", criterion)) for criterion in criteria) - empty
+    rules = PromptRules(prompt.long_post, prompt.max_length, prompt.head_fraction, prompt.stride_fraction, 0)
+    encoder = PromptEncoder(tokenizer, rules, rows)
+    try:
+        empty = encoder.count(render("", ""))
+        reserved = max(encoder.count(render("", criterion)) for criterion in criteria) - empty
+    except UnreadableTextError as error:
+        raise UserError(
+            f"The base model cannot read a criterion with the question: {error.what}.",
+            kind=error.kinds,
+            remedies=error.remedies,
+        ) from error
     post_limit = prompt.max_length - reserved
     if prompt.long_post != "none" and post_limit <= empty:
         raise UserError(
@@ -117,15 +186,32 @@ def prompt_encoder(tokenizer: Any, prompt: "PromptConfig", criteria: Iterable[st
             kind="prompt-length",
             remedies=["raise prompt.max_length", "shorten the criteria", "prompt.long_post=none (cuts on the right)"],
         )
-    rules = PromptRules(prompt.long_post, prompt.max_length, prompt.head_fraction, prompt.stride_fraction, post_limit)
-    return PromptEncoder(tokenizer, rules)
+    return encoder.with_limit(post_limit)
 
 
 def encode_dataset(encoder: PromptEncoder, dataset: Dataset) -> tuple[EncodedPairs, dict[str, Any]]:
-    """All pairs of `dataset` as token arrays, and statistics of shortened posts (counts only, without text)."""
+    """All pairs of `dataset` as token arrays, and statistics of shortened posts (counts only, without text).
+
+    Raises:
+        FaultsError: The base model cannot read some posts as text.
+        UserError: No part of a post fits the prompt.
+    """
     import numpy as np
 
-    fitted = {post_id: encoder.fit(post) for post_id, post in dataset.posts.items()}
+    fitted: dict[str, FittedPost] = {}
+    unreadable: dict[str, UnreadableTextError] = {}
+    for post_id, post in dataset.posts.items():
+        try:
+            fitted[post_id] = encoder.fit(post)
+        except UnreadableTextError as error:
+            unreadable[post_id] = error
+    if unreadable:
+        raise FaultsError(
+            "The base model cannot read some posts",
+            [f"post {post_id!r}: {error.what}" for post_id, error in unreadable.items()],
+            kind="data-text",
+            remedies=list(dict.fromkeys(remedy for error in unreadable.values() for remedy in error.remedies)),
+        )
     number = {post_id: index for index, post_id in enumerate(dataset.posts)}
     prompts, pair_of_row = [], []
     for index, pair in enumerate(dataset.pairs):
@@ -168,6 +254,7 @@ def _statistics(
         "post_limit_tokens": rules.post_limit,
         "prompts": len(lengths),
         "posts_shortened": len(removed),
+        "posts_spelling_special_tokens": sum(encoder.as_text(post) != post for post in dataset.posts.values()),
         "posts_in_windows": sum(len(fit.texts) > 1 for fit in fitted.values()),
         "tokens_removed_mean": sum(removed) / len(removed) if removed else 0.0,
         "tokens_removed_max": max(removed, default=0),
@@ -203,8 +290,13 @@ def encoding_summary(statistics: dict[str, Any], posts: int) -> str:
 
 
 def encoding_warnings(statistics: dict[str, Any]) -> list[str]:
-    """Warnings about prompts that were cut."""
+    """Warnings about prompts that were cut, and about posts that spell tokens."""
     warnings = []
+    if spelling := statistics["posts_spelling_special_tokens"]:
+        warnings.append(
+            f"{counted(spelling, 'post')} spelt special tokens of the base model, such as </s>: a space within each "
+            "keeps it text"
+        )
     if statistics.get("prompts_without_question"):
         warnings.append(
             f"prompt.long_post=none: {statistics['prompts_without_question']} of {statistics['prompts']} prompts lost "

@@ -4,10 +4,9 @@ import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycv.common.signals import discard
-from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.last_answer import remember, warn_if_moved
@@ -15,13 +14,16 @@ from raycv.inference.question_input import JSON
 from raycv.inference.questions import Answer, as_json, as_text
 from raycv.results.find_run import LATEST
 
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
+
 Tell = Callable[[str], None]
 
 
 def give(
     answers: Sequence[Answer],
     criteria: Mapping[str, Criterion],
-    config: InferConfig,
+    config: "InferConfig",
     tell: Tell,
     *,
     single: bool,
@@ -33,13 +35,13 @@ def give(
     remember(Path(config.dir), model)
 
 
-def tell_of_move(config: InferConfig, model: Mapping[str, Any], tell: Tell) -> None:
+def tell_of_move(config: "InferConfig", model: Mapping[str, Any], tell: Tell) -> None:
     """Warns that `latest` is not the run that answered last. A run that the user named needs no warning."""
     if config.run == LATEST:
         warn_if_moved(Path(config.dir), model, tell)
 
 
-def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: InferConfig, *, single: bool) -> None:
+def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: "InferConfig", *, single: bool) -> None:
     """Prints only the answers to standard output. Raises: UserError if standard output does not take them."""
     text = as_json(answers, single=single) if config.output == JSON else as_text(answers, criteria, single=single)
     try:

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from raycv.config.schema import InferConfig, InferenceConfig
+from raycv.common.environment import hidden
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.answer_output import Tell, give
@@ -12,10 +13,13 @@ from raycv.inference.choose import Chosen, warn_of_control
 from raycv.inference.log import log_answered, record_answers
 from raycv.inference.questions import Answerer, Question, asked_for, needs_criteria
 
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig, InferenceConfig
+
 
 def load_answerer(
     chosen: Chosen,
-    config: InferenceConfig,
+    config: "InferenceConfig",
     criteria_dir: str | None,
     tell: Tell,
     *,
@@ -45,14 +49,19 @@ def load_answerer(
     return Answerer(Predictor(chosen.checkpoints, config, tell, base), criteria, chosen.finished)
 
 
-def answer_here(config: InferConfig, question: Question, chosen: Chosen, tell: Tell) -> None:
+def answer_here(config: "InferConfig", question: Question, chosen: Chosen, tell: Tell) -> None:
     """Loads the model of `chosen` in this process, prints the answers to `question`, and logs them to MLflow.
 
     Raises:
         UserError: As `load_answerer`, or standard output does not take the answers.
     """
     started = time.monotonic()
-    answerer = load_answerer(chosen, config.infer, config.criteria_dir, tell, base=config.base, questions=[question])
+    # transformers imports these, and with them pandas, wherever it finds them. No answer needs them, and they take a
+    # fifth of a cold one's time.
+    with hidden("sklearn", "scipy"):
+        answerer = load_answerer(
+            chosen, config.infer, config.criteria_dir, tell, base=config.base, questions=[question]
+        )
     loaded = time.monotonic()
     answers = answerer.answer([question])[0]
     seconds = {"seconds_load": loaded - started, "seconds_answer": time.monotonic() - loaded}

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raycv.common.files import sha256_of
-from raycv.config.schema import InferConfig
 from raycv.errors import UserError
 from raycv.inference.log import named_store
 from raycv.model.checkpoint import DAMAGED, MANIFEST, read_info
@@ -27,6 +26,9 @@ from raycv.results.fold_result import FoldResult
 from raycv.results.report import best_fold
 from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, open_store
+
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
 
 Fold = int | Literal["best", "ensemble"]
 ENSEMBLE: Literal["ensemble"] = "ensemble"
@@ -56,7 +58,7 @@ class Chosen:
 Find = Callable[[], Chosen]
 
 
-def finder(config: InferConfig) -> Find:
+def finder(config: "InferConfig") -> Find:
     """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
     return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
 

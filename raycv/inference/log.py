@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycv import __version__
 from raycv.common.locations import SQLITE
-from raycv.config.schema import InferConfig
 from raycv.errors import UserError, counted
 from raycv.inference.questions import Answer, Question
 from raycv.model.checkpoint import versions
 from raycv.tracking.lookup import LOCAL_URI, check_password
+
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +129,13 @@ class InferenceLog:
 
     def write(self, entry: Record) -> None:
         """Logs `entry` as one MLflow run."""
-        from raycv.tracking.inference_run import log_inference
+        from raycv.tracking.run_store import log_inference
 
         log_inference(self._store, self._experiment, entry.tags, entry.params, entry.metrics)
 
 
 def log_answered(
-    config: InferConfig, tracked: str | None, entry: Record, tell: Callable[[str], None], *, patient: bool = False
+    config: "InferConfig", tracked: str | None, entry: Record, tell: Callable[[str], None], *, patient: bool = False
 ) -> None:
     """Logs `entry` to MLflow, and warns if that fails: the answer stands.
 

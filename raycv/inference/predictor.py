@@ -2,8 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import torch
 
 from raycv.common.devices import CPU_FOR_INFERENCE, inference_device
 from raycv.config.schema import InferenceConfig, Precision
-from raycv.data.prompt_encoder import EncodedPairs, PromptEncoder
+from raycv.data.prompt_encoder import REWRITE, EncodedPairs, PromptEncoder, UnreadableTextError
 from raycv.data.prompt_template import FittedPost, render
 from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, SCORE_DECIMALS, ModelIdentity, Prediction
@@ -20,8 +19,9 @@ from raycv.model.attention import KERNEL, PLAIN, attention_of, earlier_attention
 from raycv.model.base_files import BaseFiles
 from raycv.model.base_model import fetch_trained_base
 from raycv.model.checkpoint import DAMAGED, CheckpointInfo, load_adapter, read_info
+from raycv.model.dora import prepared
 from raycv.model.int8 import check_int8, to_int8
-from raycv.model.loading import load_classifier, load_tokenizer
+from raycv.model.loading import load_classifier, load_config, load_tokenizer, rows_of_embedding
 from raycv.row_faults import listed
 from raycv.training.forward import Layout, RowScorer, in_order
 from raycv.training.memory import MicroBatch
@@ -73,10 +73,11 @@ class Predictor:
         self._dtype = torch.bfloat16 if wide == "bf16" else torch.float32
         files = fetch_trained_base(self.info.base_model, self.info.base_revision, base)
         _check_base(files, self.info, base, tell)
-        tokenizer = load_tokenizer(files)
+        model_config = load_config(files)
+        tokenizer = load_tokenizer(files, model_config)
         if base is not None:
             _check_words(tokenizer, checkpoints[0], base)
-        self.encoder = PromptEncoder(tokenizer, self.info.rules)
+        self.encoder = PromptEncoder(tokenizer, self.info.rules, rows_of_embedding(model_config))
         classifier = load_classifier(
             files,
             tokenizer,
@@ -92,10 +93,14 @@ class Predictor:
         # serves all folds.
         self.model = load_adapter(classifier, *checkpoints)
         self.adapters = list(self.model.peft_config)
+        # Nothing changes the weights any more, so DoRA's norms are computed once, for each fold.
+        self._prepared = ExitStack()
+        self._prepared.enter_context(prepared(self.model, self._dtype))
         self._batch = MicroBatch(config.batch_size, tell, remedies=REMEDIES)
         self._layout: Layout = "shared" if self._may_pack(tell) else "padded"
         if self.computed_in == "int8":
             # We convert after the check of packing, since the steps of int8 would hide whether the logits agree.
+            self._prepared.close()
             self.model, self.adapters = to_int8(self.model), []
 
     @property
@@ -104,7 +109,7 @@ class Predictor:
         return choose_precision("auto", self.info.precision, self.device)
 
     def check_pair(self, post: str, criterion: str) -> None:
-        """Raises: UserError if `criterion` leaves no room for a word of `post` in the prompt."""
+        """Raises: UserError if `criterion` leaves no room for a word of `post`, or the post cannot be read as text."""
         self._fit(post, self._post_limit(criterion))
 
     @torch.inference_mode()
@@ -157,8 +162,11 @@ class Predictor:
     def _post_limit(self, criterion: str) -> int:
         """Tokens that a post may take beside `criterion`: training's limit, or less beside a longer criterion."""
         rules, count = self.encoder.rules, self.encoder.count
-        empty = count(render("", ""))
-        room = rules.max_length - (count(render("", criterion)) - empty)
+        try:
+            empty = count(render("", ""))
+            room = rules.max_length - (count(render("", criterion)) - empty)
+        except UnreadableTextError as error:
+            raise _unreadable("criterion", error) from error
         if rules.long_post != "none" and room <= empty:
             raise UserError(
                 f"The criterion and the question take {rules.max_length - room + empty} of the prompt's "
@@ -172,7 +180,9 @@ class Predictor:
         """`post` in at most `limit` tokens of the prompt. Raises: UserError if nothing of it fits."""
         rules = self.encoder.rules
         try:
-            return PromptEncoder(self.encoder.tokenizer, replace(rules, post_limit=limit)).fit(post)
+            return self.encoder.with_limit(limit).fit(post)
+        except UnreadableTextError as error:
+            raise _unreadable("post", error) from error
         except UserError as error:
             # The encoder's remedies name keys of training, which inference lacks, so we give others.
             short = limit < rules.post_limit
@@ -235,6 +245,10 @@ class Predictor:
         if trouble is not None:
             tell(f"every pair is computed on its own: {trouble}")
         return trouble is None
+
+
+def _unreadable(what: str, error: UnreadableTextError) -> UserError:
+    return UserError(f"The base model cannot read the {what}: {error.what}.", kind=error.kinds, remedies=REWRITE)
 
 
 def _check_base(files: BaseFiles, info: CheckpointInfo, given: str | None, tell: Callable[[str], None]) -> None:

@@ -4,12 +4,15 @@ import contextlib
 import os
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from raycv.common.text_files import FIELD_LIMIT
-from raycv.config.schema import InferConfig
 from raycv.data.parsing import is_blank
 from raycv.errors import UserError
 from raycv.inference.questions import Question
+
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
 
 JSON = "json"
 STDIN = "-"
@@ -17,11 +20,11 @@ POST_BYTES = 4 * FIELD_LIMIT
 """Most bytes of a post: UTF-8 for the longest field of a table. A device may be endless, so we read no further."""
 
 
-def read_question(config: InferConfig) -> Question:
+def read_question(config: "InferConfig") -> Question:
     """Reads the question that the user asks.
 
     Raises:
-        UserError: There is no post, or there are two. The file cannot be read. The format of the output is unknown.
+        UserError: No post is given, or two are. The file cannot be read. The format of the output is unknown.
     """
     if (config.post is None) == (config.post_file is None):
         if config.post is not None:

@@ -1,29 +1,34 @@
 """Chooses the precision of training and the modules that get DoRA, adds a float32 head, freezes everything else."""
 
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from raycv.common.retry import cause_of
 from raycv.config.schema import DoraConfig, ModelConfig
-from raycv.errors import UserError
-from raycv.model.attention import choose_attention
+from raycv.data.types import LABELS
+from raycv.errors import UserError, counted, shown
+from raycv.model.base_files import CONFIG
 from raycv.model.dora import factored_layers, start_at_the_base, use_factored, without_autocast
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 Precision = Literal["bf16", "fp32"]
 
 POOLER = "pooler"
+COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
+"""Endings of buffers that old files hold, although the model computes them."""
 
 
 class Float32Head(nn.Linear):
@@ -63,14 +68,18 @@ def base_dtype(precision: Precision) -> torch.dtype:
 
 
 def check_model(config: Any, model: ModelConfig) -> None:
-    """Checks, without loading weights, that the classifier of a transformers `config` can take DoRA.
+    """Checks, without loading weights, that the classifier of a prepared transformers `config` can take DoRA.
 
     Raises:
         UserError: The classifier has no classification head, or lacks one of the target modules.
     """
-    config = copy.deepcopy(config)
-    # Not the config's own wish, such as flash_attention_2, which may not be installed: raycv chooses the attention.
-    config._attn_implementation = choose_attention(config)[0]
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"transformers has no classifier of texts (AutoModelForSequenceClassification) for {model.name}, whose "
+            f"model_type is {shown(config.model_type)}.",
+            kind="base-unsuitable",
+            remedies=["choose a base model of another family, such as Llama, Qwen3, Gemma 3 or BERT"],
+        )
     try:
         with torch.device("meta"):
             classifier = AutoModelForSequenceClassification.from_config(config)
@@ -80,7 +89,7 @@ def check_model(config: Any, model: ModelConfig) -> None:
             kind="base-unsuitable",
             remedies=["correct the model's config.json", "choose another base model: model.name=<hub id or folder>"],
         ) from error
-    _check_targets(classifier, model, head_modules(classifier))
+    _check_targets(classifier, model, [*head_modules(classifier), *_beside_the_text(classifier)])
 
 
 def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) -> "PeftModel":
@@ -92,7 +101,8 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
         UserError: The model has no classification head, or lacks one of the target modules.
     """
     head = head_modules(model)
-    _check_targets(model, config, head)
+    elsewhere = [*head, *_beside_the_text(model)]
+    _check_targets(model, config, elsewhere)
     float32_head(model)
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -103,8 +113,8 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
         target_modules=config.target_modules,
         modules_to_save=head,
         # `all-linear`, or a name like `dense`, would also match the head's own layers. We exclude these, since they are
-        # trained in full.
-        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in head),
+        # trained in full. Layers for images would get adapters that no gradient reaches.
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in elsewhere),
     )
     if dora.implementation == "factored":
         use_factored(lora)
@@ -117,6 +127,25 @@ def add_dora(model: "PreTrainedModel", config: ModelConfig, dora: DoraConfig) ->
     return adapted
 
 
+def backbone_name(model: nn.Module) -> str | None:
+    """Returns the name of the backbone in a classifier, or None if it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        return prefix
+    # Models that also read images have an empty prefix.
+    names = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    return names[0] if len(names) == 1 else None
+
+
+def _beside_the_text(model: Any) -> list[str]:
+    """Returns the names of the backbone's parts that text does not pass: the tower and projector of images."""
+    if not hasattr(model.config, "text_config"):
+        return []
+    prefix, embedding = backbone_name(model), model.get_input_embeddings()
+    children = model.get_submodule(prefix).named_children()
+    return [f"{prefix}.{name}" for name, child in children if all(part is not embedding for part in child.modules())]
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Returns the names of the modules of the classification head, which are trained and saved in full.
 
@@ -127,17 +156,97 @@ def head_modules(model: nn.Module) -> list[str]:
     Raises:
         UserError: `model` has no head beside its backbone.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    backbone = getattr(model, prefix, None) if prefix else None
-    names = [name for name, child in model.named_children() if child is not backbone and list(child.parameters())]
-    if backbone is None or not names:
+    prefix = backbone_name(model)
+    names = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    if prefix is None or not names:
         raise UserError(
             f"{type(model).__name__} has no classification head beside its backbone, so there is nothing to train.",
             kind="base-unsuitable",
             remedies=["choose a base model whose AutoModelForSequenceClassification has one, as Llama and BERT do"],
         )
-    pooler = getattr(backbone, POOLER, None)
+    pooler = getattr(model.get_submodule(prefix), POOLER, None)
     return names + ([f"{prefix}.{POOLER}"] if isinstance(pooler, nn.Module) and list(pooler.parameters()) else [])
+
+
+def check_loaded(model: Any, found: Mapping[str, Any], name: str) -> set[str]:
+    """Returns the keys that the checkpoint lacks, after checking that they all belong to the head.
+
+    transformers only warns of missing keys, and would train random values.
+
+    Args:
+        model: The classifier that transformers loaded.
+        found: Its report about the keys: `missing_keys`, `mismatched_keys`, `unexpected_keys`.
+        name: The base model's name, for the message.
+
+    Raises:
+        UserError: A key of the backbone is missing or has another shape, or the checkpoint has layers that the model
+            lacks.
+    """
+    head = tuple(f"{part}." for part in head_modules(model))
+    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
+    broken = [key for key in lacking if not key.startswith(head)]
+    if broken:
+        raise UserError(
+            f"The weights of {name} do not fit its {CONFIG}: missing or of another shape: "
+            f"{counted(len(broken), 'tensor')}, the first being {sorted(broken)[0]}.",
+            kind="base-files",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
+    left = _left_out(model, f"{backbone_name(model)}.", found["unexpected_keys"])
+    if left:
+        raise UserError(
+            f"The weights of {name} do not fit its {CONFIG}: the model that it describes has no "
+            f"place for {counted(len(left), 'tensor')} of the weights, the first being {left[0]}.",
+            kind="base-files",
+            remedies=["copy or download the model again", "check that config and weights belong together"],
+        )
+    return set(lacking)
+
+
+def _left_out(model: Any, prefix: str, unexpected: Iterable[str]) -> list[str]:
+    """Returns the `unexpected` keys that belong to layers of the backbone. Without these it is another model.
+
+    The heads of other tasks may be left out, and so may old buffers (`inv_freq`), which are computed.
+
+    Args:
+        model: The classifier.
+        prefix: The beginning of the names of its backbone's tensors.
+        unexpected: The keys of the checkpoint that have no place in `model`.
+    """
+
+    def is_of_a_layer(key: str) -> bool:
+        # The keys of a bare backbone lack the prefix, so we add it.
+        named = key if key.startswith(prefix) else prefix + key
+        return re.sub(r"\.\d+\.", ".#.", named) in kinds or (
+            key.startswith(prefix) and re.search(r"\.\d+\.", key) is not None and not key.endswith(COMPUTED)
+        )
+
+    kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
+    return sorted(key for key in unexpected if is_of_a_layer(key))
+
+
+def renew_head(model: nn.Module, lacking: Collection[str], seed: int) -> None:
+    """Draws the linear layers that the checkpoint lacks, and always the last layer.
+
+    Weights are normal and biases are zero, as in transformers.
+
+    Args:
+        model: A classifier of transformers.
+        lacking: The names of the tensors that the checkpoint lacks.
+        seed: The seed of the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", 0.02)
+    backbone = f"{backbone_name(model)}."
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        in_backbone = name.startswith(backbone)
+        if f"{name}.weight" in lacking or (module.out_features == len(LABELS) and not in_backbone):
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                if module.bias is not None:
+                    module.bias.zero_()
 
 
 def float32_head(model: nn.Module) -> None:
@@ -175,13 +284,13 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _check_targets(model: nn.Module, config: ModelConfig, head: list[str]) -> None:
+def _check_targets(model: nn.Module, config: ModelConfig, elsewhere: list[str]) -> None:
     if config.target_modules == "all-linear":
         return
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{part}.") for part in head)
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{part}.") for part in elsewhere)
     }
     missing = [
         target for target in config.target_modules if not any(f".{name}".endswith(f".{target}") for name in linear)

@@ -1,4 +1,4 @@
-"""Chooses attention and norm of the base model: PyTorch's kernels, checked against the model's own code.
+"""Chooses attention, norm and last layer of the base model: faster code, checked against the model's own.
 
 transformers passes a kernel only the arguments that it takes. Gemma 2 caps its attention scores, and sdpa drops the cap
 silently.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, rotate_half
 
 from raycv.common.devices import is_out_of_memory
 from raycv.common.retry import cause_of
@@ -210,6 +211,65 @@ def fuse_norms(model: nn.Module, *, fused: bool = True) -> None:
     for module in model.modules():
         if type(module) is there:
             module.__class__ = wanted
+
+
+class ReadingLayer(LlamaDecoderLayer):
+    """Llama's last layer. A classifier reads few of its positions, and this layer computes no others.
+
+    Keys and values need every position. Queries and all that follows them need those that are read.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes the layer with the code of transformers, or for some positions.
+
+        Args:
+            hidden_states: Hidden states [B, L, size].
+            args: Passed to transformers.
+            kwargs: `reads` are the positions to compute, int [B, M]; without it transformers computes. The others are
+                those of transformers, with a mask bool [B, 1, L, L].
+
+        Returns:
+            Hidden states [B, M, size].
+        """
+        reads = kwargs.pop("reads", None)
+        if reads is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        attention: Any = self.self_attn
+        place = torch.arange(len(reads), device=reads.device)[:, None], reads
+        cos, sin = (part.expand(len(reads), -1, -1) for part in kwargs["position_embeddings"])
+        normed = self.input_layernorm(hidden_states)
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+        def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+        query = rotated(heads(attention.q_proj(normed[place])), cos[place], sin[place])
+        key = rotated(heads(attention.k_proj(normed)), cos, sin)
+        mask = kwargs["attention_mask"][:, 0][place][:, None]
+        mixed, _ = ALL_ATTENTION_FUNCTIONS[KERNEL](
+            attention, query, key, heads(attention.v_proj(normed)), mask, scaling=attention.scaling
+        )
+        hidden = hidden_states[place] + attention.o_proj(mixed.flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def may_read(self) -> bool:
+        """Returns whether the layer may compute some positions alone: on a CPU, with PyTorch's attention, no dropout.
+
+        Dropout would draw other numbers for fewer positions. On a GPU this was never measured.
+        """
+        here = self.input_layernorm.weight.device.type == "cpu" and attention_of(self.self_attn) == KERNEL
+        drawing = any(isinstance(part, nn.Dropout) and part.p and part.training for part in self.modules())
+        return here and not drawing and not (self.training and self.self_attn.attention_dropout)
+
+
+def read_few(classifier: Any) -> None:
+    """Turns the last layer of a Llama into `ReadingLayer`. Other classifiers stay."""
+    layers = getattr(getattr(classifier, "model", None), "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    if type(last) is LlamaDecoderLayer and type(last.self_attn) is LlamaAttention:
+        last.__class__ = ReadingLayer
 
 
 def attention_window(config: Any) -> int | None:

@@ -26,12 +26,16 @@ _ENTRIES: tuple[tuple[WeightFormat, str, str], ...] = (
 INDEXES = frozenset(index for _, _, index in _ENTRIES)
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's file. If transformers finds it, it loads the base model named in it instead of the weights beside it."""
-RARE = ("bpe.codes", "dict.txt", "*.spm", "prophetnet.tokenizer")
-"""Vocabularies of a few tokenizers. Earlier versions did not record them."""
+RARE = ("bpe.codes", "dict.txt", "*.spm", "prophetnet.tokenizer", "*.tiktoken", "*.jinja")
+"""Vocabularies of a few tokenizers, and templates of chats. Earlier versions did not record them."""
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a config whose weights are quantised, in transformers and MLX."""
+QUANTISED_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+"""Files that the makers of quantised weights wrote before transformers knew them, and their methods."""
 # These are config and tokenizer files: JSON, sentencepiece models, WordPiece and BPE vocabularies. Code matches no
-# pattern, and `is_small_file` excludes adapters.
+# pattern, and `is_small_file` excludes adapters and pickles, which can run code.
 _SMALL = ("*.json", "*.model", "vocab*", "merges*.txt", *RARE)
-_ADAPTER = "adapter_*"
+_ADAPTER, _PICKLE = "adapter_*", "*.pkl"
 _GIT_LFS_POINTER = b"version https://git-lfs"
 WHOLE_BYTES, BLOCK_BYTES, SAMPLE_BYTES = 64 * 2**20, 2 * 2**20, 4096
 """`checksum` hashes a file of up to `WHOLE_BYTES` whole. In a larger file it reads `SAMPLE_BYTES` of each block of
@@ -75,7 +79,7 @@ class BaseFiles:
             "sha256": self.sums(),
             "architectures": list(config.architectures or []),
             "model_type": config.model_type,
-            "vocab_size": config.vocab_size,
+            "vocab_size": getattr(config.get_text_config(), "vocab_size", None),
             "tokenizer": type(tokenizer).__name__,
             "tokenizer_is_fast": bool(tokenizer.is_fast),
             "tokenizer_size": len(tokenizer),
@@ -186,6 +190,43 @@ def weight_files(folder: Path, entry: str) -> list[str]:
     return shards
 
 
+def check_not_quantised(name: str, folder: Path) -> None:
+    """Checks that the weights are not quantised, since DoRA here trains on top of whole numbers of 16 or 32 bits only.
+
+    Args:
+        name: The model's name, for the message.
+        folder: The folder that holds its config. The weights may still be missing.
+
+    Raises:
+        UserError: The config, or a file beside it, says that the weights are quantised.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # transformers reports what is wrong with it.
+        return
+    parts = [part for part in (config, *getattr(config, "values", list)()) if isinstance(part, dict)]
+    for key, how in ((key, part.get(key)) for part in parts for key in QUANTISED):
+        if how:
+            facts = how if isinstance(how, dict) else {}
+            bits = next((f"load_in_{count}bit" for count in (4, 8) if facts.get(f"load_in_{count}bit")), None)
+            method = facts.get("quant_method") or ("bitsandbytes" if bits else facts.get("mode") or "method not named")
+            raise _quantised(name, str(method), f"{key} in {CONFIG}", [f"remove {key} from {folder / CONFIG}"])
+    for file, method in QUANTISED_FILES.items():
+        if (folder / file).is_file():
+            raise _quantised(name, method, f"the file {file}", [f"remove {folder / file}"])
+
+
+def _quantised(name: str, method: str, where: str, undo: list[str]) -> UserError:
+    return UserError(
+        f"The weights of {name} are quantised ({method}), says {where}: raycv trains on bf16, fp16 or fp32 weights.",
+        kind="base-unsuitable",
+        remedies=[
+            "choose the model that these weights were made from, whose name lacks GPTQ, AWQ, FP8, 4bit and the like",
+            *(f"if they are not quantised: {step}" for step in undo),
+        ],
+    )
+
+
 def _without_adapter(folder: Path) -> list[str]:
     """Returns the remedies for a folder that holds an adapter beside a whole model."""
     here, aside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-adapter")))
@@ -197,7 +238,7 @@ def _without_adapter(folder: Path) -> list[str]:
 
 
 def is_small_file(file: str) -> bool:
-    if file in INDEXES or fnmatch(file, _ADAPTER):
+    if file in INDEXES or fnmatch(file, _ADAPTER) or fnmatch(file, _PICKLE):
         return False
     return any(fnmatch(file, pattern) for pattern in _SMALL)
 

@@ -1,23 +1,19 @@
 """Writes and loads a trained fold: a plain PEFT folder (adapter, head, tokenizer), and `raycv.json` for inference."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Literal
 
 from raycv.common.environment import package_version
-from raycv.common.files import read_json, sha256_of, write_json
+from raycv.common.files import read_json, record_of, sha256_of, write_json
 from raycv.common.retry import cause_of
 from raycv.common.table_reader import Missing
-from raycv.config.values import Fraction, NonEmpty
 from raycv.data.prompt_template import TEMPLATE, PromptRules
 from raycv.data.types import LABELS
-from raycv.errors import UserError, counted, shown
+from raycv.errors import UserError, counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,16 +36,6 @@ def versions() -> Mapping[str, str | None]:
     return {name: package_version(name) for name in VERSIONED}
 
 
-def _sound(rules: PromptRules) -> PromptRules:
-    for name in ("max_length", "post_limit"):
-        if not 1 <= getattr(rules, name) <= MOST_TOKENS:
-            raise ValueError(f"{name} must be from 1 to {MOST_TOKENS}")
-    for name in ("head_fraction", "stride_fraction"):
-        if not 0 <= getattr(rules, name) <= 1:
-            raise ValueError(f"{name} must be from 0 to 1")
-    return rules
-
-
 @dataclass(frozen=True)
 class CheckpointInfo:
     """The content of `raycv.json`, which keeps inference the same as training.
@@ -57,16 +43,16 @@ class CheckpointInfo:
     It holds no text of posts or criteria.
     """
 
-    base_model: NonEmpty
+    base_model: str
     base_revision: str | None
-    rules: Annotated[PromptRules, AfterValidator(_sound)]
-    threshold: Fraction
+    rules: PromptRules
+    threshold: float
     criteria: dict[str, str | None]
     """criterion id -> symptom name"""
     criteria_hash: str
     criteria_dir: str
     run: str
-    fold: Annotated[int, Field(ge=0)]
+    fold: int
     epoch: int
     precision: Literal["fp32", "bf16"]
     base_sums: dict[str, str] = field(default_factory=dict)
@@ -134,13 +120,31 @@ def read_info(folder: Path) -> CheckpointInfo:
             remedies=["use the version of raycv that made it: see versions in the file"],
         )
     try:
-        # In strict mode pydantic turns an object into a dataclass only when it reads JSON, so we pass JSON.
-        return TypeAdapter(CheckpointInfo).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in fault["loc"]) or "the file"
-        what = "is missing" if fault["type"] == "missing" else f"is {shown(fault['input'])}: {fault['msg']}"
-        raise UserError(f"{manifest} is damaged: {key} {what}.", kind="checkpoint-damaged", remedies=DAMAGED) from error
+        info = record_of(CheckpointInfo, values)
+        _check_limits(info)
+    except ValueError as error:
+        raise UserError(f"{manifest} is damaged: {error}.", kind="checkpoint-damaged", remedies=DAMAGED) from error
+    return info
+
+
+def _check_limits(info: CheckpointInfo) -> None:
+    """Raises: ValueError: A number lies outside its limits, or the base model has no name."""
+    rules = info.rules
+    if not info.base_model:
+        raise ValueError("base_model is empty")
+    if info.fold < 0:
+        raise ValueError(f"fold is {info.fold}, which should be 0 or more")
+    for name, tokens in (("max_length", rules.max_length), ("post_limit", rules.post_limit)):
+        if not 1 <= tokens <= MOST_TOKENS:
+            raise ValueError(f"rules.{name} is {tokens}, which should be from 1 to {MOST_TOKENS}")
+    shares = {
+        "threshold": info.threshold,
+        "rules.head_fraction": rules.head_fraction,
+        "rules.stride_fraction": rules.stride_fraction,
+    }
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}, which should be from 0 to 1")
 
 
 def _check_sums(folder: Path) -> None:

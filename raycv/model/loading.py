@@ -3,8 +3,7 @@
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycv.common.retry import cause_of
 from raycv.data.types import LABELS
-from raycv.errors import UserError, counted, shown
+from raycv.errors import UserError, shown
 from raycv.model.base_files import CONFIG, BaseFiles
 
 if TYPE_CHECKING:
@@ -25,10 +24,6 @@ POSITIONS_AFTER_PAD = (
     "mpnet", "ibert", "esm",
 )  # fmt: skip
 """Model types whose first position is the pad id + 1. Their 514 positions hold 512 tokens."""
-
-
-COMPUTED = (".inv_freq", ".masked_bias", ".position_ids")
-"""Endings of buffers that old files hold, although the model computes them."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -49,10 +44,41 @@ def load_config(files: BaseFiles) -> Any:
     return config
 
 
+def prepare_config(config: Any, tokenizer: Any) -> str | None:
+    """Sets in `config` all that raycv's classifier needs: labels, pad token, attention.
+
+    The attention is raycv's choice. The config may ask for a kernel that is not installed, such as flash_attention_2.
+
+    Returns:
+        The reason if the attention is not PyTorch's kernel, else None.
+
+    Raises:
+        UserError: The tokenizer has no pad token, or one without an embedding.
+    """
+    from raycv.model.attention import choose_attention
+
+    config.num_labels = len(LABELS)
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: i for i, label in enumerate(LABELS)}
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+    set_pad_token(tokenizer, config)
+    config._attn_implementation, why = choose_attention(config)
+    return why
+
+
+def rows_of_embedding(config: Any) -> int | None:
+    """Returns how many token ids have an embedding, or None if the config does not say (Canine takes any)."""
+    # In a model that also reads images, the text settings are in a part of the config.
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def positions_of(config: Any) -> int | None:
     """Returns the most tokens that the model takes at once, or None if it sets no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or positions < 0:  # XLNet's config has -1.
+        return None
+    if config.model_type in POSITIONS_AFTER_PAD:
         positions -= (config.pad_token_id or 0) + 1
     return positions
 
@@ -104,13 +130,7 @@ def load_tokenizer(files: BaseFiles, config: Any = None) -> Any:
             tokenizer = load(folder, use_fast=False)
             _rename(tokenizer, folder, files)
         logger.warning("the fast tokenizer cannot be loaded, so raycv uses the slow one: %s", error.what)
-    vocab_size = (config or load_config(files)).vocab_size
-    _choose_pad_token(tokenizer, vocab_size)
-    if len(tokenizer) > vocab_size:
-        logger.warning(
-            "%s has no embedding for %s of its tokenizer; a text that spells one of them fails",
-            *(files.name, counted(len(tokenizer) - vocab_size, "token")),
-        )
+    _choose_pad_token(tokenizer, rows_of_embedding(config or load_config(files)))
     return tokenizer
 
 
@@ -143,10 +163,10 @@ def _outside(files: BaseFiles, file: str, key: str, value: str) -> UserError:
     )
 
 
-def _choose_pad_token(tokenizer: Any, vocab_size: int) -> None:
+def _choose_pad_token(tokenizer: Any, rows: int | None) -> None:
     def is_usable(token_id: int | None) -> bool:
         # Some Llama derivatives ship a [PAD] beyond the rows of their embedding, so we check its id.
-        return token_id is not None and token_id < vocab_size
+        return token_id is not None and (rows is None or token_id < rows)
 
     if is_usable(tokenizer.pad_token_id):
         return
@@ -174,14 +194,16 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     Raises:
         UserError: The tokenizer has no pad token, or one without an embedding.
     """
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None or pad_id >= config.vocab_size:
+    pad_id, rows = tokenizer.pad_token_id, rows_of_embedding(config)
+    if pad_id is None or (rows is not None and pad_id >= rows):
         raise UserError(
-            f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {config.vocab_size}.",
+            f"The tokenizer's pad id is {pad_id}; the model needs one below its vocabulary size {rows}.",
             kind="base-unsuitable",
             remedies=["load the tokenizer with raycv.model.loading.load_tokenizer, which chooses one"],
         )
-    config.pad_token_id = pad_id
+    # The head of Gemma 3 reads the id in the part for text.
+    for part in (config, config.get_text_config()):
+        part.pad_token_id = pad_id
 
 
 def load_classifier(
@@ -216,16 +238,13 @@ def load_classifier(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from raycv.model.attention import PLAIN, choose_attention, fuse_norms, with_right_attention
+    from raycv.model.adapters import check_loaded, renew_head
+    from raycv.model.attention import PLAIN, fuse_norms, with_right_attention
 
     config = load_config(files)
-    config.num_labels = len(LABELS)
-    config.id2label = dict(enumerate(LABELS))
-    config.label2id = {label: i for i, label in enumerate(LABELS)}
-    config.use_cache = False
-    set_pad_token(tokenizer, config)
-    chosen, why = choose_attention(config)
-    config._attn_implementation = PLAIN if plain_attention else chosen
+    why = prepare_config(config, tokenizer)
+    if plain_attention:
+        config._attn_implementation = PLAIN
     # transformers draws parts that the checkpoint lacks from the global generator, so we seed it. `torch.manual_seed`
     # would also seed the generators of the GPUs.
     with torch.random.fork_rng(devices=[]), _loading("weights", files) as folder:
@@ -244,85 +263,15 @@ def load_classifier(
         )
         for part in (model, model.config):
             _rename(part, folder, files)
-    lacking = _check_loaded(model, found, files)
-    _renew_head(model, lacking, seed)
+    lacking = check_loaded(model, found, files.name)
+    logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
+    renew_head(model, lacking, seed)
     model, found_wrong = with_right_attention(model.eval(), tokenizer, positions_of(config))
     for reason in filter(None, (why, found_wrong)):
         logger.info("%s: %s", files.name, reason)
         tell(reason)
     fuse_norms(model)
     return model
-
-
-def _check_loaded(model: Any, found: Mapping[str, Any], files: BaseFiles) -> set[str]:
-    """Returns the keys that the checkpoint lacks, after checking that they all belong to the head.
-
-    transformers only warns of missing keys, and would train random values.
-
-    Raises:
-        UserError: A key of the backbone is missing or has another shape, or the checkpoint has layers that the model
-            lacks.
-    """
-    from raycv.model.adapters import head_modules
-
-    head = tuple(f"{name}." for name in head_modules(model))
-    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
-    broken = [key for key in lacking if not key.startswith(head)]
-    if broken:
-        raise UserError(
-            f"The weights of {files.name} do not fit its {CONFIG}: missing or of another shape: "
-            f"{counted(len(broken), 'tensor')}, the first being {sorted(broken)[0]}.",
-            kind="base-files",
-            remedies=["copy or download the model again", "check that config and weights belong together"],
-        )
-    left = _left_out(model, found["unexpected_keys"])
-    if left:
-        raise UserError(
-            f"The weights of {files.name} do not fit its {CONFIG}: the model that it describes has no "
-            f"place for {counted(len(left), 'tensor')} of the weights, the first being {left[0]}.",
-            kind="base-files",
-            remedies=["copy or download the model again", "check that config and weights belong together"],
-        )
-    logger.info("loaded %s (%s); the classification head is new", files.name, files.weight_format)
-    return set(lacking)
-
-
-def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Returns the `unexpected` keys that belong to layers of the backbone. Without these it is another model.
-
-    The heads of other tasks may be left out, and so may old buffers (`inv_freq`), which are computed.
-    """
-    prefix = f"{model.base_model_prefix}."
-
-    def is_of_a_layer(key: str) -> bool:
-        # The keys of a bare backbone lack the prefix, so we add it.
-        named = key if key.startswith(prefix) else prefix + key
-        return re.sub(r"\.\d+\.", ".#.", named) in kinds or (
-            key.startswith(prefix) and re.search(r"\.\d+\.", key) is not None and not key.endswith(COMPUTED)
-        )
-
-    kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
-    return sorted(key for key in unexpected if is_of_a_layer(key))
-
-
-def _renew_head(model: Any, lacking: set[str], seed: int) -> None:
-    """Draws the linear layers that the checkpoint lacks, and always the last layer.
-
-    Weights are normal and biases are zero, as in transformers.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    std = getattr(model.config, "initializer_range", 0.02)
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        in_backbone = name.startswith(f"{model.base_model_prefix}.")
-        if f"{name}.weight" in lacking or (module.out_features == len(LABELS) and not in_backbone):
-            with torch.no_grad():
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
-                if module.bias is not None:
-                    module.bias.zero_()
 
 
 @contextmanager

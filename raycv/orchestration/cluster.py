@@ -22,7 +22,7 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raycv.common.locations import BUNDLED_SCHEME
+from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
 from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
 from raycv.errors import FaultsError, RunFailedError, UserError
@@ -73,6 +73,7 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
 
     `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
     """
+    check_ray_folder()
     _provide_token()
     level = logging.INFO if ray_logs else logging.ERROR
     try:
@@ -199,9 +200,8 @@ def _cluster_to_join() -> str | None:
 
 def _started_here() -> str | None:
     """The address that `ray start` left on this machine; None without one."""
-    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     try:
-        return (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip() or None
+        return (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FOLD_KEY = "fold"
 """The one parameter of a trial."""
 TRIAL_DIED = "the process that drives the fold died"
+NODE_LEAVES = "Ray restarted the fold elsewhere, since its node was to leave"
+RESTARTS = "restarts"
+"""The key of the file of a ProgressBoard that a resumed run keeps."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class FoldTask:
 class ProgressBoard:
     """An actor where workers post how far they are and the driver's live view reads it, never in training's way.
 
-    `kept`: its file. It keeps attempts and left-out nodes for the next process if Ray restarts it.
+    `kept`: its file. It keeps attempts, restarts and left-out nodes for the next process if Ray restarts it.
     """
 
     def __init__(self, kept: str) -> None:
@@ -83,10 +86,12 @@ class ProgressBoard:
         self._events: list[tuple[int, str]] = []
         self._errors: dict[int, tuple[str, ErrorKind, list[str]]] = {}
         self._kept = Path(kept)
-        empty: dict[str, dict[str, Any]] = {"attempts": {}, "left_out": {}}
-        earlier = read_json(self._kept) if self._kept.is_file() else empty
-        self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier["attempts"].items()}
-        self._left_out: dict[str, tuple[str, list[str]]] = earlier["left_out"]
+        earlier: dict[str, dict[str, Any]] = read_json(self._kept) if self._kept.is_file() else {}
+        self._attempts: dict[int, int] = {int(fold): count for fold, count in earlier.get("attempts", {}).items()}
+        self._restarts: dict[int, list[str]] = {int(fold): whys for fold, whys in earlier.get(RESTARTS, {}).items()}
+        self._left_out: dict[str, tuple[str, list[str]]] = earlier.get("left_out", {})
+        self._training: set[int] = set()
+        """folds whose workers have begun, and which were not restarted since"""
 
     def post(self, fold: int, post: dict[str, Any]) -> None:
         self._posts.setdefault(fold, {}).update(post)
@@ -109,6 +114,22 @@ class ProgressBoard:
     def begun(self, fold: int) -> int:
         """How many attempts at a fold have begun."""
         return self._attempts.get(fold, 0)
+
+    def train(self, fold: int) -> None:
+        """Notes that the first worker of a fold begins. Ray Train restarts workers if a node is to leave."""
+        if fold in self._training:
+            self.restart(fold, NODE_LEAVES)
+        self._training.add(fold)
+
+    def restart(self, fold: int, why: str) -> None:
+        """Keeps why a fold is trained again from its last state."""
+        self._training.discard(fold)
+        self._restarts.setdefault(fold, []).append(why)
+        self._keep()
+
+    def restarts(self, fold: int) -> list[str]:
+        """The reasons of `restart` for the fold, those of earlier processes of the run included."""
+        return self._restarts.get(fold, [])
 
     def fail(self, fold: int, message: str, kind: ErrorKind, remedies: list[str]) -> None:
         """Keeps why a fold failed, in case the trial cannot write a file."""
@@ -144,7 +165,8 @@ class ProgressBoard:
     def _keep(self) -> None:
         # If the disk is full, memory still has it.
         with contextlib.suppress(OSError, UserError):
-            write_json(self._kept, {"attempts": self._attempts, "left_out": self._left_out})
+            kept = {"attempts": self._attempts, RESTARTS: self._restarts, "left_out": self._left_out}
+            write_json(self._kept, kept)
 
 
 @dataclass(frozen=True)

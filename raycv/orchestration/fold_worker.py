@@ -84,6 +84,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     if not rank:
         with share.held():
             states.take()
+        ray.get(task.board.train.remote(fold))
     listener = _RayListener(task, fold, rank, states, share)
     listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:

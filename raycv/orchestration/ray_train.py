@@ -127,7 +127,9 @@ def _leave_out(task: FoldTask, fold: int, unfit: NodeError) -> None:
     if unfit.node == ray.get_runtime_context().get_node_id():
         raise unfit
     ray.get(task.board.leave_out.remote(unfit.node, unfit.what, unfit.remedies))
-    task.board.tell.remote(fold, f"{unfit.what} This node is left out from now on.")
+    why = f"{unfit.what} This node is left out from now on."
+    ray.get(task.board.restart.remote(fold, why))
+    task.board.tell.remote(fold, why)
 
 
 def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str]]]) -> None:
@@ -158,6 +160,7 @@ def _tried_again(task: FoldTask, fold: int, died: str, attempt: int, error: Exce
     retries = task.config.resources.retries
     if attempt > retries + 1:
         raise died_too_often(died, retries, attempt - 1) from error
+    ray.get(task.board.restart.remote(fold, died))
     task.board.tell.remote(fold, f"{died}; the fold is tried again from its last state")
 
 
@@ -230,7 +233,8 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
         for file, content in files.items():
             write_bytes(file, content, private=True)
             sums[file.name] = hashlib.sha256(content).hexdigest()
-        write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256)))
+        restarts = ray.get(task.board.restarts.remote(fold))
+        write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256, restarts=restarts)))
     shutil.rmtree(folder.state, ignore_errors=True)
 
 

@@ -72,7 +72,7 @@ def progress_board(folder: RunFolder) -> Any:
     """Starts the board of a run. Returns the actor's handle; Ray restarts the actor if its process dies."""
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
     # On this node: the run may lose any other and continue.
-    return board.options(scheduling_strategy=this_node()).remote(str(folder.ray / "board.json"))
+    return board.options(scheduling_strategy=this_node()).remote(str(folder.board))
 
 
 def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:
@@ -118,9 +118,10 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     if failed:
         lines = [f"Run {task.run} failed: fold {', '.join(map(str, failed))} did not finish, so there is no report."]
         lines += _causes({fold: states.errors.get(fold, otherwise) for fold in failed})
+        resume = resume_command(root, task.config.cv.only)
         remedies = [
             *dict.fromkeys(states.remedies),
-            f"fix the cause, then train the missing folds alone, with the same settings: {resume_command(root)}",
+            f"fix the cause, then train the missing folds alone, with the same settings: {resume}",
             f"what is finished is kept in {root.root}",
         ]
         raise RunFailedError("\n".join(lines), kind=("run-failed", *states.kinds), remedies=remedies)

@@ -11,7 +11,7 @@ from raycv.common.files import write_json, write_text
 from raycv.common.secrets import mask_secrets
 from raycv.data.types import Dataset
 from raycv.evaluation.evaluate import evaluate
-from raycv.rendering.blocks import NOT_RECORDED, Figure, Section, csv_of, latex_of
+from raycv.rendering.blocks import NOT_RECORDED, Figure, csv_of, latex_of
 from raycv.rendering.first_sections import first_sections
 from raycv.rendering.further_sections import further_sections
 from raycv.rendering.model_card import model_card
@@ -22,8 +22,8 @@ from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record
 from raycv.results.study import load_study
 
-_ELSEWHERE = ("tracking.", "run.", "resume")
-"""Keys that change no number and name places of the machine, so the page leaves them out."""
+_ELSEWHERE = ("tracking.", "run.", "resume", "cv.only")
+"""Keys that change no number of a whole run, so the page leaves them out. Most name places of the machine."""
 
 
 def publish(folder: RunFolder, dataset: Dataset | None = None) -> dict[str, Any]:
@@ -39,18 +39,17 @@ def publish(folder: RunFolder, dataset: Dataset | None = None) -> dict[str, Any]
     Raises:
         UserError: A fold is not finished, a file is damaged, or the data set is another one.
     """
-    study = load_study(folder, dataset)
-    evaluation = evaluate(study)
-    facts = facts_of(folder)
-    sections = first_sections(evaluation, facts["warnings"]) + further_sections(evaluation, facts)
+    evaluation = evaluate(load_study(folder, dataset))
+    texts = texts_of(evaluation, facts_of(folder))
     write_json(folder.evaluation, evaluation)
-    for path, text in texts_of(evaluation, facts, sections).items():
+    for path, text in texts.items():
         write_text(folder.root / path, text)
     return evaluation
 
 
-def texts_of(evaluation: Mapping[str, Any], facts: Mapping[str, Any], sections: list[Section]) -> dict[str, str]:
+def texts_of(evaluation: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
     """Returns the content of every file but `evaluation.json`, by its path in the run folder."""
+    sections = first_sections(evaluation, facts["warnings"]) + further_sections(evaluation, facts)
     data = evaluation["data"]
     head = {
         "run": evaluation["run"],
@@ -82,9 +81,28 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     environment = read_record(folder.environment) if folder.environment.is_file() else {}
     stats = read_record(folder.data_stats)
-    settings = {key: value for key, value in _flat(config).items() if not key.startswith(_ELSEWHERE)}
     folds = folds_of(folder.config)
     report = summarize(folder.root.name, [FoldResult.of(folder, fold) for fold in range(folds)], folds, stats)
+    return facts_from(folder.root.name, config, environment, stats, report)
+
+
+def facts_from(
+    run: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the facts about a run, with secrets masked.
+
+    Args:
+        run: The name of the run.
+        config: `config.yaml`.
+        environment: `environment.json`; `python`, `platform`, `processor`, `packages` and `git` are read.
+        stats: `data_stats.json`; the two hashes are read.
+        report: `report.json`; `warnings` and `control` are read.
+    """
+    settings = {key: value for key, value in _flat(config).items() if not key.startswith(_ELSEWHERE)}
     git = environment.get("git") or {}
     names = {"python": "Python", "platform": "platform", "processor": "processor"}
     machine = [[words, str(environment.get(key, NOT_RECORDED))] for key, words in names.items()]
@@ -101,7 +119,7 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
         "warnings": [mask_secrets(warning) for warning in report["warnings"]],
         "control": report["control"],
         # Without the folder of the runs: the page is the same wherever it is made.
-        "report_command": shlex.join(["python", "-m", "raycv.report", f"run={folder.root.name}"]),
+        "report_command": shlex.join(["python", "-m", "raycv.report", f"run={run}"]),
     }
 
 

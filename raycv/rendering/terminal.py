@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raycv import __version__
+from raycv.common.files import read_json
+from raycv.common.locations import experiment_page
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
@@ -104,6 +106,10 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     )
 
 
+COLUMNS = "metric_mean_f1, metric_std_f1, best_fold; of folds best_f1"
+"""The columns of MLflow's table of runs that are worth opening. It shows none of them at first."""
+
+
 def announce_end(
     console: Console,
     config: RunConfig,
@@ -119,12 +125,16 @@ def announce_end(
         say(console, verdict_lines(evaluation, folder))
     uri = mask_secrets(config.tracking.uri)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    page = experiment_page(uri, read_json(folder.tracking).get("experiment_id", "0"))
     say(
         console,
         f"Report:        {folder.report}\n"
         f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        # On a line of its own, where it fits into 80 columns.
+        f"{page}\n"
+        f"Columns:       {COLUMNS}\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
     activate = Path(sys.executable).parent / "activate"
@@ -134,31 +144,36 @@ def announce_end(
 
 
 def summary_table(report: dict[str, Any]) -> Group:
-    """A row per fold of `report`, then mean and deviation. The title tells if the run is a control."""
+    """A row per fold of `report`, then mean and deviation if it has all folds. The title tells if it is a control."""
     control = "CONTROL, labels permuted, not a result: " if report.get("control") else ""
-    title = Text(f"{control}{report['run']}: {len(report['folds'])}-fold cross-validation", "bold")
+    missing = report.get("missing_folds", [])
+    count, folds = len(report["folds"]), len(report["folds"]) + len(missing)
+    part = f"{count} of {folds} folds, not the result of a " if missing else ""
+    title = Text(f"{control}{report['run']}: {part}{folds}-fold cross-validation", "bold")
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("fold", "precision", "recall", "F1", "accuracy", "ROC-AUC", "threshold", "best epoch", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     collapsed = report.get("collapsed_folds", [])
     for fold in report["folds"]:
-        mark = " *" if fold["fold"] == report["best_fold"] else ""
+        mark = " *" if fold["fold"] == report.get("best_fold") else ""
         mark += " !" if fold["fold"] in collapsed else ""
         cells = [f"{fold['metrics'][key]:.3f}" for key in METRICS]
         cells += [f"{fold['threshold']:.2f}", f"{fold['best_epoch']}/{fold['epochs']}", f"{fold['seconds']:.0f}"]
         table.add_row(f"{fold['fold']}{mark}", *cells)
-    table.add_section()
-    for name, row in (("mean", report["mean"]), ("std", report["std"])):
-        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
-    floors = report["floors"]
-    caption = Text(
-        f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
-        f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5.",
-        "dim",
-    )
+    if missing:
+        said = f"Fold {', '.join(map(str, missing))} is missing, so raycv averages nothing."
+    else:
+        table.add_section()
+        for name, row in (("mean", report["mean"]), ("std", report["std"])):
+            table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS), f"{row[THRESHOLD]:.2f}", "", "")
+        floors = report["floors"]
+        said = (
+            f"* best fold by F1. std: ddof=1. Floors: F1 {floors['all_matched_f1']:.3f} (all matched), "
+            f"accuracy {floors['all_unmatched_accuracy']:.3f} (all unmatched), ROC-AUC 0.5."
+        )
     marked = [fold for fold in report["folds"] if fold["fold"] in collapsed]
     warnings = [f"! fold {fold['fold']}: {collapsed_because(fold.get('collapsed') or [])}" for fold in marked]
-    return Group(title, table, caption, *(Text(warning, "yellow") for warning in warnings))
+    return Group(title, table, Text(said, "dim"), *(Text(warning, "yellow") for warning in warnings))
 
 
 class LiveView:

@@ -5,14 +5,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from raycv.common.environment import recorded_moment
-from raycv.config.schema import RunConfig
-from raycv.config.validation import validate
+from raycv.config.plain import SafeLoader
 from raycv.errors import FaultsError, UserError, first_of, shown
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, read_record
+
+if TYPE_CHECKING:
+    from raycv.config.schema import RunConfig
 
 LATEST = "latest"
 MOST_NAMES = 5
@@ -22,14 +25,14 @@ QUICKSTART = "make one: python -m raycv.run experiment=quickstart"
 def find_run(runs: Path, run: str) -> RunFolder | None:
     """Returns the folder of the run named `run`, or None if no run has that name.
 
-    `latest` means the newest run whose folds are all finished. If there is no such run, it means the newest of all.
+    `latest` means the newest run whose folds are all finished. If no run is finished, it means the newest of all.
 
     Args:
         runs: The folder that holds the runs.
         run: A name, the path of a run's folder, or `latest`.
 
     Raises:
-        UserError: `latest` is asked for and there is no run, or a folder cannot be read.
+        UserError: `latest` is asked for and the folder holds no run, or a folder cannot be read.
     """
     with looking_for(run):
         if run != LATEST:
@@ -39,7 +42,7 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         made = runs_in(runs)
         if not made:
             remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-            raise UserError(f"There is no run in {runs.absolute()}.", kind="run-missing", remedies=remedies)
+            raise UserError(f"{runs.absolute()} holds no run.", kind="run-missing", remedies=remedies)
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
 
 
@@ -97,7 +100,7 @@ def folds_of(config_file: Path) -> int:
         UserError: Its config cannot be read, or does not hold the number.
     """
     try:
-        return int(yaml.safe_load(config_file.read_text(encoding="utf-8"))["cv"]["folds"])
+        return int(yaml.load(config_file.read_text(encoding="utf-8"), SafeLoader)["cv"]["folds"])
     except OSError as error:
         raise UserError(
             f"{config_file} cannot be read: {error.strerror}.", kind="run-damaged", remedies=[GOOD_COPY]
@@ -127,12 +130,15 @@ def finished_at(folder: RunFolder) -> str | None:
         return None
 
 
-def recorded_config(folder: RunFolder) -> RunConfig:
+def recorded_config(folder: RunFolder) -> "RunConfig":
     """Returns the config of the run in `folder`.
 
     Raises:
         UserError: The config is damaged, cannot be read, or is from another version of raycv.
     """
+    from raycv.config.schema import RunConfig
+    from raycv.config.validation import validate
+
     remedies = [GOOD_COPY, AFRESH]
     try:
         values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """The result of a finished fold, which its file `result.json` holds."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raycv.common.files import record_of
 from raycv.errors import UserError
 from raycv.model.checkpoint import MANIFEST
 from raycv.results.run_folder import GOOD_COPY, RunFolder, read_record
@@ -41,6 +41,13 @@ class FoldResult:
     reasons"""
     numerics: int = FIRST_NUMERICS
     """the number of the arithmetic that computed it (`raycv.utils.NUMERICS`)"""
+    restarts: list[str] | None = None
+    """the reason of each restart: a process that died, or a node that was left out; None if an earlier version did not
+    record them"""
+
+    def out_of_memory(self) -> int:
+        """Returns how often training ran out of memory and continued with less."""
+        return sum("out of memory" in event for event in self.events)
 
     def collapse(self) -> list[str]:
         """Returns why the classifier counts as collapsed: the recorded reasons, else those that the metrics show."""
@@ -55,16 +62,10 @@ class FoldResult:
         Raises:
             UserError: The file is missing, damaged, or not a fold's result.
         """
-        from pydantic import TypeAdapter, ValidationError
-
-        # Strict mode refuses a text in place of a number. In it, pydantic makes a dataclass only from JSON, so we pass
-        # JSON.
-        values = json.dumps(read_record(path))
         try:
-            result: FoldResult = TypeAdapter(cls).validate_json(values, strict=True)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
-            raise _damaged(f"{path} is not a fold result of this version of raycv: {faults}.") from error
+            result = record_of(cls, read_record(path))
+        except ValueError as error:
+            raise _damaged(f"{path} is not a fold result of this version of raycv: {error}.") from error
         shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
         if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
             what = f"{', '.join(wrong)} must lie in 0..1"

@@ -85,6 +85,27 @@ def summarize(
     }
 
 
+def partial_summary(
+    run: str, results: Sequence[FoldResult], folds: int, data_stats: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the finished folds of a run that lacks some, without mean and deviation.
+
+    Args:
+        run: The name of the run.
+        results: The results of the finished folds.
+        folds: The number of folds that the run was asked for.
+        data_stats: The content of the run's `data_stats.json`.
+    """
+    ordered = sorted((replace(one, collapsed=one.collapse()) for one in results), key=lambda one: one.fold)
+    return {
+        "run": run,
+        "control": bool(data_stats.get("labels_shuffled", False)),
+        "folds": [asdict(one) for one in ordered],
+        "missing_folds": sorted(set(range(folds)) - {one.fold for one in ordered}),
+        "collapsed_folds": [one.fold for one in ordered if one.collapsed],
+    }
+
+
 def best_fold(results: Sequence[FoldResult]) -> int:
     """Returns the fold with the highest F1. Among equal ones the higher ROC-AUC decides, then the lower number."""
     return max(results, key=lambda result: (result.metrics[F1], result.metrics[ROC_AUC], -result.fold)).fold

@@ -2,6 +2,7 @@
 
 import secrets
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ class RunFolder:
         self.model_card = root / "model_card.md"
         self.tables = root / "tables"
         self.figures = root / "figures"
+        self.reproduction = root / "reproduction.json"
+        """Whether this run came to the same as another, whose folds it trained again."""
         self.lock = root / ".lock"
         """Held by the process that runs it; removed when the run is complete."""
         self.share = root / ".share"
         """A nonce of the driver, by which a node knows that it sees this folder; removed when the run is complete."""
         self.ray = root / "ray"
         """Ray's own storage of this run; removed when the run is complete."""
+        self.board = self.ray / "board.json"
+        """Attempts at folds, and why they were restarted."""
 
     def fold(self, fold: int) -> "FoldFolder":
         """Returns the files of fold `fold` (0-based)."""
@@ -89,9 +94,10 @@ def read_record(path: Path, *texts: str, **kinds: Any) -> dict[str, Any]:
     raise UserError(f"{path} is damaged: {fault}.", kind="run-damaged", remedies=[GOOD_COPY])
 
 
-def resume_command(folder: RunFolder) -> str:
-    """Returns the command that resumes the run in `folder`."""
-    return _command("raycv.run", "resume", "run.dir", folder)
+def resume_command(folder: RunFolder, only: Sequence[int] | None = None) -> str:
+    """Returns the command that resumes the run in `folder`; `only`: the folds to train then, None for all."""
+    more = [] if only is None else [f"cv.only={list(only)}".replace(" ", "")]
+    return _command("raycv.run", "resume", "run.dir", folder, more)
 
 
 def aggregate_command(folder: RunFolder) -> str:
@@ -109,9 +115,9 @@ def infer_command(folder: RunFolder) -> str:
     return _command("raycv.infer", "run", "dir", folder)
 
 
-def _command(module: str, name_key: str, place_key: str, folder: RunFolder) -> str:
+def _command(module: str, name_key: str, place_key: str, folder: RunFolder, more: Sequence[str] = ()) -> str:
     elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={folder.root.parent}"]
-    return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere])
+    return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere, *more])
 
 
 class FoldFolder:

@@ -50,6 +50,7 @@ def load_study(folder: RunFolder, dataset: Dataset | None = None) -> Study:
     if dataset is not None:
         check_data(folder, dataset)
     results = [FoldResult.of(folder, fold) for fold in folds]
+    restarts = [result.restarts for result in results]
     tables = [_table(folder.fold(fold).predictions, ["label", "score"]) for fold in folds]
     rows = _joined(tables)
     facts = _facts(folder, rows) if folder.pairs.is_file() else {}
@@ -72,6 +73,7 @@ def load_study(folder: RunFolder, dataset: Dataset | None = None) -> Study:
         hard_negative=facts.get("hard_negative"),
         near_duplicates=_near_duplicates(folder, dataset),
         events=[result.events for result in results],
+        retries=None if None in restarts else [len(whys or ()) for whys in restarts],
     )
 
 

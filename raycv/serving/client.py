@@ -1,15 +1,14 @@
 """Decides whether a scorer can answer as this process would, and asks it. Imports nothing heavy."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
+from raycv.common.files import record_of
 from raycv.common.locations import absolute_folder, absolute_uri
 from raycv.common.secrets import mask_secrets
-from raycv.config.schema import InferConfig
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.choose import Chosen, Find, finder
@@ -28,8 +27,11 @@ from raycv.serving.connection import (
 )
 from raycv.serving.discovery import PATTERN, read_announcement, remove_announcement
 from raycv.serving.fingerprint import files_of, fingerprint, stamps_of
-from raycv.serving.messages import Announcement, Health, Reply, Served, ServedModel
+from raycv.serving.messages import Announcement, Health, Reply, Served, ServedAnswer, ServedModel
 from raycv.tracking.lookup import LOCAL_URI
+
+if TYPE_CHECKING:
+    from raycv.config.schema import InferConfig
 
 AUTO = "auto"
 IN_PROCESS = "none"
@@ -39,7 +41,7 @@ TOO_LARGE = (413, 422)
 Tell = Callable[[str], None]
 
 
-def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find | None = None) -> Reply | None:
+def ask(config: "InferConfig", questions: Sequence[Question], tell: Tell, find: Find | None = None) -> Reply | None:
     """The answers of a scorer, or None if this process must compute them.
 
     Args:
@@ -75,15 +77,15 @@ def ask(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Fi
         ) from error
 
 
-def _ask(connection: Connection, config: InferConfig, questions: Sequence[Question], tell: Tell) -> Reply:
+def _ask(connection: Connection, config: "InferConfig", questions: Sequence[Question], tell: Tell) -> Reply:
     # The answer must have the bytes that this process would give, even if other requests come in, so we ask alone.
     body = {"pairs": [asdict(question) for question in questions], "log": config.tracking.uri != NOT_TRACKED}
     answer = connection.post("/score", body | {"alone": True})
     try:
-        served = Served.model_validate(answer)
-    except ValidationError as error:
+        served = record_of(Served, answer)
+    except ValueError as error:
         raise Unavailable(NO_SCORER) from error
-    if len(served.answers) != len(questions):
+    if len(served.answers) != len(questions) or not all(map(_are_answers, served.answers, answer["answers"])):
         raise Unavailable(NO_SCORER)
     for warning in served.warnings:
         tell(warning)
@@ -91,7 +93,14 @@ def _ask(connection: Connection, config: InferConfig, questions: Sequence[Questi
     return Reply(answer["answers"], {key: Criterion(key, "", symptom) for key, symptom in served.criteria.items()})
 
 
-def _check_model(config: InferConfig, model: ServedModel, find: Find) -> None:
+def _are_answers(served: Sequence[ServedAnswer], received: Sequence[Mapping[str, object]]) -> bool:
+    """Whether these are the answers to a question. Another program's may have further keys, or numbers out of range."""
+    known = {field.name for field in fields(ServedAnswer)}
+    exact = all(answer.keys() == known for answer in received)
+    return exact and bool(served) and all(0 <= each.score <= 1 and 0 <= each.threshold <= 1 for each in served)
+
+
+def _check_model(config: "InferConfig", model: ServedModel, find: Find) -> None:
     """Accepts any model for `run=latest fold=best`, else only the one that `config` names.
 
     Raises:
@@ -121,7 +130,7 @@ def _check_model(config: InferConfig, model: ServedModel, find: Find) -> None:
         )
 
 
-def _is_named(config: InferConfig, model: ServedModel, find: Find) -> bool:
+def _is_named(config: "InferConfig", model: ServedModel, find: Find) -> bool:
     path = Path(config.run)
     # Other folders may hold a run of the same name, so a path to a folder on this machine is not a mere name.
     by_name = path.name == config.run or not path.is_dir()
@@ -133,7 +142,7 @@ def _is_named(config: InferConfig, model: ServedModel, find: Find) -> bool:
     return _is_tracked_as(config, model) or _same_files(find(), model)
 
 
-def _is_tracked_as(config: InferConfig, model: ServedModel) -> bool:
+def _is_tracked_as(config: "InferConfig", model: ServedModel) -> bool:
     """Whether `run` and `fold` name the scorer's model by MLflow's id of its run or fold. Does not import mlflow."""
     if config.run == model.parent_id:
         return config.fold in (model.fold, model.fold_asked)
@@ -144,7 +153,7 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
     return [str(folder) for folder in chosen.checkpoints] == model.checkpoints
 
 
-def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell, find: Find) -> Reply | None:
+def _ask_found(config: "InferConfig", questions: Sequence[Question], tell: Tell, find: Find) -> Reply | None:
     given = Path(config.run).absolute()
     # If `run` is the path of a run or a checkpoint, its scorer may have announced itself in a folder above it.
     folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
@@ -178,7 +187,7 @@ def _ask_found(config: InferConfig, questions: Sequence[Question], tell: Tell, f
     return None
 
 
-def _difference(record: Announcement, health: Health, config: InferConfig, find: Find) -> str | None:
+def _difference(record: Announcement, health: Health, config: "InferConfig", find: Find) -> str | None:
     """Why a scorer would not answer as this process would; None if it would.
 
     Raises:
@@ -212,7 +221,7 @@ def _difference(record: Announcement, health: Health, config: InferConfig, find:
 
 
 def _own_fingerprint(
-    config: InferConfig, model: ServedModel, checkpoints: Sequence[Path], finished: str | None
+    config: "InferConfig", model: ServedModel, checkpoints: Sequence[Path], finished: str | None
 ) -> str | None:
     """The fingerprint of the answers that this process would give; None if it cannot give any.
 

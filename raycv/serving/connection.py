@@ -7,8 +7,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
+from raycv.common.files import record_of
 from raycv.errors import ErrorKind, UserError, known_kind
 from raycv.serving.messages import Health
 
@@ -90,8 +89,8 @@ class Connection:
     def health(self) -> Health:
         """The scorer's description of the model that answers."""
         try:
-            return Health.model_validate(self.get("/health"))
-        except ValidationError as error:
+            return record_of(Health, self.get("/health"))
+        except ValueError as error:
             raise Unavailable(NO_SCORER) from error
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

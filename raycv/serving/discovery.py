@@ -7,15 +7,19 @@ import stat
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from raycv.common.files import write_json
+from raycv.common.files import read_json, record_of, write_json
 from raycv.common.secrets import mask_secrets
-from raycv.config.schema import ServerConfig
 from raycv.errors import UserError
 from raycv.inference.questions import shown_finish
 from raycv.serving.connection import Connection, Unavailable, checked_address, checked_token
 from raycv.serving.messages import Announcement, ServedModel, Setup
+
+if TYPE_CHECKING:
+    from raycv.config.schema import ServerConfig
 
 PATTERN = ".scorer-*.json"
 HEALTH_ATTEMPTS = 20
@@ -33,16 +37,19 @@ def read_announcement(file: Path) -> Announcement | None:
         # A file that others can write could send posts anywhere, so we read only a private file of this user.
         if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
             return None
-        record = Announcement.model_validate_json(file.read_text(encoding="utf-8"))
+        record = record_of(Announcement, read_json(file))
         checked_address(record.url)
         checked_token(record.token)
         if record.host != socket.gethostname():
+            return None
+        # Others than a positive number mean groups of processes.
+        if record.pid < 1:
             return None
         os.kill(record.pid, 0)
     except ProcessLookupError:
         remove_announcement(file)
         return None
-    except (OSError, ValueError, UserError):
+    except (OSError, ValueError, OverflowError, UserError):
         return None
     return record
 
@@ -99,9 +106,9 @@ def announcement(setup: Setup) -> tuple[Announcement, ServedModel]:
     return record, health.model
 
 
-def announce(record: Announcement, model: ServedModel, file: Path, limits: ServerConfig) -> None:
+def announce(record: Announcement, model: ServedModel, file: Path, limits: "ServerConfig") -> None:
     """Writes the discovery file, readable only for its owner, and prints the address and who can reach it."""
-    write_json(file, record.model_dump(), private=True)
+    write_json(file, asdict(record), private=True)
     finish = shown_finish(model.finished)
     say(f"run {model.named}, fold {model.fold}, {finish}, {model.base}, {model.precision}")
     say(f"listening on {record.url}  (POST /score, GET /health; the page: {record.url}/docs)")

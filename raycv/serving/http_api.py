@@ -6,6 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -65,6 +66,7 @@ class Scores(Protocol):
         """The model, the time since its start, and the counts of its work."""
 
 
+@dataclass(frozen=True)
 class Scored(Served):
     """`answers` has a list for each pair: one answer, or one for each of the run's criteria if the pair names none."""
 

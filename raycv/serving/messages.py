@@ -1,22 +1,21 @@
-"""Schemas of the messages between a scorer and its clients, and the setup of a scorer."""
+"""The messages between a scorer and its clients, and the setup of a scorer. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from raycv.config.schema import ServeConfig
-from raycv.config.values import Fraction
 from raycv.data.types import Criterion
 from raycv.inference.choose import Chosen
 from raycv.inference.questions import Answer
+
+if TYPE_CHECKING:
+    from raycv.config.schema import ServeConfig
 
 
 @dataclass(frozen=True)
 class Setup:
     """The setup of a replica. Every path in it is absolute."""
 
-    config: ServeConfig
+    config: "ServeConfig"
     chosen: Chosen
     criteria_dir: str | None
     store: str | None
@@ -31,7 +30,8 @@ class Setup:
     """whether it computes in as many threads as a process of raycv.infer, not in as many as Ray counts cores"""
 
 
-class ServedModel(BaseModel):
+@dataclass(frozen=True)
+class ServedModel:
     """A scorer's description of its model."""
 
     named: str
@@ -57,7 +57,8 @@ class ServedModel(BaseModel):
     """when the run was complete, if that is known"""
 
 
-class Health(BaseModel):
+@dataclass(frozen=True)
+class Health:
     """The part of GET /health that a client needs."""
 
     instance: str
@@ -66,43 +67,45 @@ class Health(BaseModel):
     """SHA-256 over all that decides its answers; None from earlier versions"""
 
 
-class ServedIdentity(BaseModel):
+@dataclass(frozen=True)
+class ServedIdentity:
     """`model` of an answer."""
 
     run: str
     fold: int | str
     base: str
-    finished: Annotated[str | None, Field(description="when the run finished (UTC; null: not recorded)")] = None
+    finished: str | None = None
+    """when the run finished, in UTC; None if that is not recorded"""
 
 
-class ServedAnswer(BaseModel):
+@dataclass(frozen=True)
+class ServedAnswer:
     """An answer. `score` is the probability of matched, which was compared with `threshold`."""
 
-    # The strict schema tells a scorer's answer from another program's.
-    model_config = ConfigDict(extra="forbid", strict=True)
     label: Literal["matched", "unmatched"]
-    score: Fraction
-    threshold: Fraction
+    score: float
+    threshold: float
     criterion_id: str | None
     model: ServedIdentity
     truncated: bool
 
 
-class Served(BaseModel):
-    """The part of POST /score that a client needs."""
+@dataclass(frozen=True)
+class Served:
+    """The part of POST /score that a client needs. `criteria` has the symptom name of each of the run's, by its id."""
 
-    model_config = ConfigDict(strict=True)
-    answers: list[Annotated[list[ServedAnswer], Field(min_length=1)]]
-    criteria: Annotated[dict[str, str | None], Field(description="the run's criteria: id -> symptom name")]
+    answers: list[list[ServedAnswer]]
+    criteria: dict[str, str | None]
     warnings: list[str]
 
 
-class Announcement(BaseModel):
+@dataclass(frozen=True)
+class Announcement:
     """The facts that a scorer writes into a file so that clients find it."""
 
     url: str
     token: str | None
-    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    pid: int
     host: str
     instance: str
     tracking_uri: str | None

@@ -20,7 +20,7 @@ from raycv.errors import UserError
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder, read_record
 from raycv.tracking.description import collapsed, description
-from raycv.tracking.run_store import RunStore
+from raycv.tracking.run_store import HIDDEN, RunStore
 from raycv.training.metrics import METRICS, THRESHOLD, TRAIN_LOSS, VAL_LOSS
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -34,6 +34,8 @@ CHECK_TAG = "raycv.check"
 EPOCH_METRICS = (TRAIN_LOSS, VAL_LOSS, *METRICS, THRESHOLD, "learning_rate")
 """The metrics that are logged per epoch, with the epoch as the step. Tune passes on more, which is not logged."""
 BEST_PREFIX = "best_"
+BEST_FOLD = "best_fold"
+"""A metric and a tag of the parent."""
 CHECKPOINT = "checkpoint"
 
 
@@ -123,7 +125,10 @@ class CrossValidationStore(RunStore):
                 self.log_epoch(run_id, epoch)
         best = {f"{BEST_PREFIX}{key}": value for key, value in result.metrics.items()}
         best |= {f"{BEST_PREFIX}{THRESHOLD}": result.threshold, "best_epoch": result.best_epoch}
-        self.log_summary(run_id, best | {"epochs": result.epochs, "fold_seconds": result.seconds})
+        best |= {"epochs": result.epochs, "fold_seconds": result.seconds, "out_of_memory": result.out_of_memory()}
+        # Earlier versions did not record restarts, which is not the same as none.
+        best |= {} if result.restarts is None else {"restarts": len(result.restarts)}
+        self.log_summary(run_id, best)
         self._mark_collapsed(run_id, result.collapse())
         self.log_files(run_id, [config, folder.result, folder.predictions, folder.epoch_scores])
         if folder.checkpoint.is_dir():
@@ -136,9 +141,9 @@ class CrossValidationStore(RunStore):
             )
 
     def log_missing_folds(self, parent_id: str, folder: RunFolder, folds: int, params: Mapping[str, Any]) -> None:
-        """Logs from the run folder every fold whose child run is not complete, perhaps because the store was away."""
+        """Logs from the run folder every finished fold whose child run is not complete, as after a store was away."""
         complete = {fold for fold, run in self.children(parent_id).items() if run.info.status == "FINISHED"}
-        for fold in sorted(set(range(folds)) - complete):
+        for fold in sorted(set(folder.finished(folds)) - complete):
             run_id = self.start_child(parent_id, fold, params)
             files = folder.fold(fold)
             self.log_fold(run_id, FoldResult.read(files.result), files, folder.config)
@@ -146,7 +151,7 @@ class CrossValidationStore(RunStore):
 
     def log_report(self, parent_id: str, report: Mapping[str, Any], folder: RunFolder) -> None:
         """Logs the parent summary: means, deviations, best fold, and a link to each child (user story 2)."""
-        numbers: dict[str, float] = {"best_fold": report["best_fold"]}
+        numbers: dict[str, float] = {BEST_FOLD: report["best_fold"]}
         for key, value in report["mean"].items():
             numbers[f"metric_mean_{key}"] = value
             numbers[f"metric_std_{key}"] = report["std"][key]
@@ -156,7 +161,9 @@ class CrossValidationStore(RunStore):
             # An earlier version may have logged this fold without its mark or the reasons, so we add them.
             if fold in children and REASONS_TAG not in children[fold].data.tags:
                 self._mark_collapsed(children[fold].info.run_id, reasons)
-        tags = {f"raycv.fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        tags = {f"{HIDDEN}fold_{fold}.run_id": run.info.run_id for fold, run in children.items()}
+        # Beside the metric, which MLflow's table shows as a number with decimals.
+        tags[BEST_FOLD] = str(report["best_fold"])
         if report["finished"]:
             tags[FINISHED_TAG] = report["finished"]
         if report["collapsed_folds"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mlflow.entities import Run
 
+from raycv.common.locations import TRAINING_VIEW
 from raycv.rendering.blocks import for_markdown
 from raycv.training.metrics import METRICS, collapsed_because
 
@@ -35,7 +36,11 @@ def description(
     for fold in report["folds"]:
         number = fold["fold"]
         run = children.get(number)
-        link = f"[{number}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})" if run else number
+        link = (
+            f"[{number}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{TRAINING_VIEW})"
+            if run
+            else number
+        )
         values = [fold["metrics"][key] for key in METRICS] + [fold["threshold"]]
         lines.append(f"| {link} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     return "\n".join(lines)

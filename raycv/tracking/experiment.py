@@ -12,6 +12,7 @@ from raycv.config.schema import TrackingConfig
 from raycv.errors import UserError, together
 from raycv.tracking.store import Store
 from raycv.tracking.store_checks import check_artifacts, check_new_artifacts, new_database, new_store_faults
+from raycv.tracking.store_faults import not_mlflow
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ def check_experiment(store: Store, config: TrackingConfig) -> Experiment | None:
     if found is None:
         if store.database:
             check_new_artifacts(config)
+    elif not found.experiment_id:
+        # MLflow's client makes an experiment without an id of any other JSON.
+        raise not_mlflow(store.shown_uri)
     elif found.lifecycle_stage != "active":
         raise UserError(
             f"The MLflow experiment {config.experiment!r} was deleted.",

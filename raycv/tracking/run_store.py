@@ -12,7 +12,9 @@ from mlflow.exceptions import MlflowException
 
 from raycv.tracking.store import Store
 
-START_TAG = "raycv.start"
+HIDDEN = "mlflow.raycv."
+"""The beginning of tags that only machines read: MLflow's page hides those of `mlflow.`."""
+START_TAG = f"{HIDDEN}start"
 """Marks the call that made a run, so that a retry finds the run if the answer to that call was lost."""
 PARAM_LIMIT, TAG_LIMIT = 6000, 8000
 
@@ -100,3 +102,18 @@ class RunStore(Store):
 def now_ms() -> int:
     """The time as MLflow writes it: Unix time in ms."""
     return int(time.time() * 1000)
+
+
+def log_inference(
+    store: RunStore,
+    experiment_id: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> str:
+    """Logs a finished run: the model and facts of its answers, never a text (user story 3). Returns its id."""
+    run_id = store.start("start a run", experiment_id, "infer", tags)
+    store.log_params(run_id, params)
+    store.log_metrics(run_id, metrics)
+    store.finish(run_id, "FINISHED")
+    return run_id

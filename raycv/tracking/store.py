@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alembic.util import CommandError
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -21,10 +22,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from raycv.common.files import is_full, unwritable
 from raycv.common.locations import SQLITE, absolute_uri
-from raycv.common.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing, without_statement
+from raycv.common.retry import ATTEMPTS, ServiceError, call_with_retries, is_passing
 from raycv.common.secrets import mask_secrets
 from raycv.errors import UserError
-from raycv.tracking.store_checks import LOCK_SECONDS, LOG_IN, NO_ENTRY, check_database, lock_of, place_of
+from raycv.tracking.store_checks import LOCK_SECONDS, check_database, lock_of, place_of
+from raycv.tracking.store_faults import REACHABLE, elsewhere, is_lasting, store_fault
 
 # mlflow sets up its logger on import. Its lines about new tables do not help the user, so we hide them.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -65,10 +67,6 @@ class Store:
             return call()
 
     def call(self, what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        remedies = [
-            "see that the tracking server or database can be reached and written (tracking.uri)",
-            "or track into a local file: tracking.uri=sqlite:///mlflow.db",
-        ]
         until, said = _hanging.get(self.uri, (0.0, None))
         if said is not None and time.monotonic() < until:
             raise UserError(said.what, kind=said.kinds, remedies=said.remedies)
@@ -79,24 +77,17 @@ class Store:
                     partial(call, *args, **kwargs),
                     kind="tracking-unreachable",
                     passing=_may_pass,
-                    remedies=remedies,
+                    remedies=[REACHABLE, elsewhere(self.uri)],
                     attempts=ATTEMPTS if self._seconds is None else 1,
                 )
         except ServiceError as error:
             if "timed out" in str(error.cause):
                 _hanging[self.uri] = time.monotonic() + HANGING_SECONDS, error
             raise
-        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError) as error:
             if is_full(error) and self.database:
                 raise unwritable("What MLflow keeps", place_of(error, self.database), error) from error
-            cause = mask_secrets(without_statement(error))
-            if getattr(error, "error_code", None) in NO_ENTRY:
-                remedies = [LOG_IN, *remedies[1:]]
-            if "out-of-date database schema" in cause:
-                remedies = [f"keep a copy of the database, then: mlflow db upgrade {self.shown_uri}", *remedies[1:]]
-            raise UserError(
-                f"MLflow at {self.shown_uri} could not {what}: {cause}", kind="tracking-unreachable", remedies=remedies
-            ) from error
+            raise store_fault(what, self.shown_uri, error) from error
 
 
 @contextlib.contextmanager
@@ -113,6 +104,6 @@ def _within(seconds: int | None) -> Iterator[None]:
 
 def _may_pass(error: Exception) -> bool:
     """Whether a second attempt may succeed. The HTTP client wraps a lost connection into an MlflowException."""
-    if is_full(error):
+    if is_full(error) or is_lasting(error):
         return False
     return is_passing(error) or (isinstance(error, MlflowException) and "Max retries exceeded" in str(error))

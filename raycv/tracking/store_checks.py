@@ -11,11 +11,6 @@ from raycv.common.locations import SQLITE, absolute_uri
 from raycv.config.schema import TrackingConfig
 from raycv.errors import UserError
 
-NO_ENTRY = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
-LOG_IN = (
-    "log in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), "
-    "or write user:password@ before the host in tracking.uri; the user must have the right to do this"
-)
 LOCK_SECONDS = 60
 """Seconds to wait for another process that makes or migrates the tables of a SQLite file."""
 

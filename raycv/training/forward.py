@@ -10,7 +10,8 @@ import torch
 
 from raycv.common.devices import is_out_of_memory
 from raycv.data.prompt_encoder import EncodedPairs
-from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart
+from raycv.model.attention import KERNEL, attention_of, attention_window, earlier_attention, far_apart, read_few
+from raycv.model.dora import prepared
 from raycv.training.packing import (
     FILL,
     Group,
@@ -75,6 +76,7 @@ class RowScorer:
         self.encoded = encoded
         self.device = device
         self.autocast = autocast
+        read_few(self._classifier())
         self.group_of_row = encoded.group_of_row()
         longest = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
         np.maximum.at(longest, self.group_of_row, encoded.lengths)
@@ -144,6 +146,22 @@ class RowScorer:
         """The attention that versions which recorded none computed with this model."""
         return earlier_attention(self._classifier().config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the activations: autocast's, or that of the weights."""
+        with self.autocast():
+            if torch.is_autocast_enabled(self.device.type):
+                return torch.get_autocast_dtype(self.device.type)
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    def prepared(self) -> AbstractContextManager[Callable[[], None]]:
+        """Returns a block in which DoRA's norms are computed once; see `raycv.model.dora.prepared`.
+
+        Nobody may change the weights within it, or the function that it gives must follow.
+        """
+        return prepared(self.model, self.dtype)
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """Returns the float32 (or float64) logits [n, 2] of the rows of `batch`, in their order."""
         with self.autocast():
@@ -186,19 +204,19 @@ class RowScorer:
         lines = [[Group(each, int(self.encoded.lengths[each].sum())) for each in (rows, rows[:1])]]
         training = self.model.training
         self.model.eval()
-        plain = torch.cat([self.logits(Batch(rows[[i]])) for i in (0, 1, 0)])
-        try:
-            packed = self.logits(Batch.packed(lines))
-        except (RuntimeError, ValueError, TypeError) as error:
-            if is_out_of_memory(error):
-                raise
-            # Jamba and MiniMax fail here, since they have layers other than attention.
-            return f"{name} does not take a mask of its own: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        finally:
-            self.model.train(training)
-        with self.autocast():
-            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
-        worst = far_apart(plain, packed, dtype or next(self.model.parameters()).dtype)
+        with self.prepared():
+            plain = torch.cat([self.logits(Batch(rows[[i]])) for i in (0, 1, 0)])
+            try:
+                packed = self.logits(Batch.packed(lines))
+            except (RuntimeError, ValueError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                # Jamba and MiniMax fail here, since they have layers other than attention.
+                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                return f"{name} does not take a mask of its own: {said}"
+            finally:
+                self.model.train(training)
+        worst = far_apart(plain, packed, self.dtype)
         if worst is None:
             return None
         return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"

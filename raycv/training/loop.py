@@ -110,20 +110,22 @@ class FoldTrainer(Steps):
         """
         self.progress = Progress()
         self._prepare(train_pairs)
-        if state is None:
-            said = self._choose_checkpointing(train_pairs)
-            if said:
-                self.listener.on_event(said)
-        else:
+        if state is not None:
             self._restore(state)
         self._val_labels = self.encoded.labels[val_pairs]
-        self._saved = time.monotonic()
         progress, config = self.progress, self.config
-        while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
-            result, scores = self._epoch(train_pairs, val_pairs)
-            is_best = progress.add(result, scores, self.model)
-            self.listener.on_epoch(result, scores, is_best)
-            self._save()
+        # From here to the end of the block, only the optimizer changes weights.
+        with self.scorer.prepared() as self.refresh:
+            if state is None:
+                said = self._choose_checkpointing(train_pairs)
+                if said:
+                    self.listener.on_event(said)
+            self._saved = time.monotonic()
+            while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
+                result, scores = self._epoch(train_pairs, val_pairs)
+                is_best = progress.add(result, scores, self.model)
+                self.listener.on_epoch(result, scores, is_best)
+                self._save()
         if len(progress.epochs) < config.epochs:
             self._tell(f"stopped early after epoch {len(progress.epochs)}: no better F1 for {config.patience} epochs")
         assert progress.best is not None
@@ -144,10 +146,11 @@ class FoldTrainer(Steps):
         step = EVAL_STEP_PAIRS
         steps = [order[start : start + step] for start in range(0, len(order), step)]
         scores, loss = np.zeros(len(self.encoded.labels)), 0.0
-        for step_loss, rows, logits in self._pass(steps, training=False):
-            probabilities = torch.softmax(logits.double(), dim=-1)[:, 1].numpy()
-            np.maximum.at(scores, self.encoded.pair_of_row[rows], probabilities)
-            loss += step_loss
+        with self.scorer.prepared():
+            for step_loss, rows, logits in self._pass(steps, training=False):
+                probabilities = torch.softmax(logits.double(), dim=-1)[:, 1].numpy()
+                np.maximum.at(scores, self.encoded.pair_of_row[rows], probabilities)
+                loss += step_loss
         return scores[pairs], loss / len(pairs)
 
     def _epoch(self, train_pairs: np.ndarray, val_pairs: np.ndarray) -> tuple[EpochResult, np.ndarray]:
@@ -196,7 +199,12 @@ class FoldTrainer(Steps):
         last = self.progress.step + len(steps)
         for pairs in steps:
             with torch.set_grad_enabled(training):
-                loss, rows, logits = self._step(pairs, training)
+                total, rows, logits = self._step(pairs, training)
+            # A GPU gets the update and the next norms to do before the host waits for the loss. A loss of NaN spoils
+            # the weights in memory, but it ends the training before anything is saved.
+            if training:
+                self.progress.learning_rate = self._update()
+            loss = float(total)
             if not math.isfinite(loss):
                 epoch = len(self.progress.epochs) + 1
                 place = f"epoch {epoch}, step {self.progress.step + 1} of {last}" if training else f"epoch {epoch}"
@@ -205,9 +213,7 @@ class FoldTrainer(Steps):
                     kind="training-loss",
                     remedies=self._other_settings(),
                 )
-            if training:
-                self.progress.learning_rate = self._update()
-            yield loss, rows, logits
+            yield loss, rows, logits.cpu()
 
     def _other_settings(self) -> list[str]:
         """Returns remedies that may keep the loss finite.

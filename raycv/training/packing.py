@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from raycv.model.attention import ReadingLayer
+
 FILL = {"cpu": 0.9, "cuda": 0.0}
 """The least share of a batch's positions that hold tokens, by type of device. On a GPU one more batch costs more than
 padding. The host takes as long to launch a small batch as a large one (`benchmarks.gpu`)."""
@@ -41,6 +43,8 @@ class PackedRows:
     """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
     ends: torch.Tensor
     """int64 [R, 2]: batch index and position of each row's logits, in the order in which the rows came"""
+    most_ends: int
+    """the most rows of a line"""
 
 
 def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: torch.device) -> PackedRows:
@@ -80,6 +84,7 @@ def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: t
         position_ids=torch.from_numpy(positions).to(device),
         mask=_mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device)),
         ends=torch.tensor(ends, device=device),
+        most_ends=max(sum(len(last) for _, _, _, last in line) for line in packed),
     )
 
 
@@ -189,13 +194,23 @@ def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
         classifier: A causal Hugging Face model with the backbone `model` and the head `score`.
         packed: The packed rows.
     """
+    lines, ends = packed.ends.T.contiguous()
+    reads = {}
+    last = classifier.model.layers[-1] if hasattr(classifier.model, "layers") else None
+    if isinstance(last, ReadingLayer) and last.may_read():
+        # A line with fewer rows than another computes its first position for the rest, which nothing reads.
+        number = torch.arange(len(ends), device=ends.device) - torch.searchsorted(lines, lines)
+        reads["reads"] = ends.new_zeros(len(packed.input_ids), packed.most_ends)
+        reads["reads"][lines, number] = ends
+        ends = number
     states = classifier.model(
         input_ids=packed.input_ids,
         attention_mask=packed.mask,
         position_ids=packed.position_ids,
         use_cache=False,
+        **reads,
     ).last_hidden_state
-    return classifier.score(states[packed.ends[:, 0], packed.ends[:, 1]])
+    return classifier.score(states[lines, ends])
 
 
 def can_pack(classifier: Any) -> bool:

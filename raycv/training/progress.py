@@ -122,7 +122,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Sets the parameters that `weights_of` returned."""
     for name, value in trainable_by_name(model):
-        # The optimizer holds these tensors, and DoRA renews its norms by their version, so we copy in place.
+        # The optimizer holds these tensors, so we copy in place.
         value.copy_(weights[name])
 
 

@@ -59,9 +59,10 @@ class Steps:
             False: MicroBatch(config.eval_batch_size, lambda text: tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
+        self.refresh: Callable[[], None] = lambda: None
         self.layout = self._layouts()
 
-    def _step(self, pairs: np.ndarray, training: bool) -> tuple[float, np.ndarray, torch.Tensor]:
+    def _step(self, pairs: np.ndarray, training: bool) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
         """Runs forward (and backward) over all rows of one step, in micro-batches that fit the memory.
 
         The rows are packed or sorted, so that a micro-batch holds little padding. The step's gradient is a sum over its
@@ -74,7 +75,8 @@ class Steps:
         Each of several workers computes its part of the rows. All return the whole step's loss and logits.
 
         Returns:
-            The summed loss, the sorted rows, and their logits.
+            The summed loss, the sorted rows, and their logits. Loss and logits are on the device, so that the host does
+            not wait for them.
         """
         layout = self.layout[training]
         rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
@@ -103,7 +105,7 @@ class Steps:
         total = self.workers.sum(self.micro_batch[training].run(work, reset))
         mine = in_order(rows[part], done) if done else None
         whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
-        return float(total), rows, whole.cpu()
+        return total, rows, whole
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """Returns the sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
@@ -175,6 +177,7 @@ class Steps:
             raise UserError(
                 f"Out of memory in the optimizer's step: {error}", kind="memory-full", remedies=REMEDIES
             ) from error
+        self.refresh()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return learning_rate

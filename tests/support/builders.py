@@ -161,6 +161,37 @@ def tiny_gemma2(path: Path, tokenizer: Any = None, *, cap: float | None = 50.0) 
     return path
 
 
+def tiny_gemma3(path: Path, tokenizer: Any = None) -> Path:
+    """Saves a seeded Gemma 3 that also reads images, whose text settings are in a part of the config, to `path`."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    chosen = tokenizer or bpe_tokenizer(pad="[PAD]")
+    text = {
+        "vocab_size": len(chosen),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        Gemma3ForConditionalGeneration(config).save_pretrained(path)
+    chosen.save_pretrained(path)
+    return path
+
+
 def tiny_bert(path: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
     """Saves a seeded BertForMaskedLM (so without a pooler) and a word-level tokenizer with [PAD] to `path`."""
     from transformers import BertConfig, BertForMaskedLM

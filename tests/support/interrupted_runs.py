@@ -21,7 +21,8 @@ def points(folder):
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {key: without_seconds(part) for key, part in value.items() if key not in ("seconds", "finished")}
+        differ = ("seconds", "finished", "restarts")
+        return {key: without_seconds(part) for key, part in value.items() if key not in differ}
     return [without_seconds(part) for part in value] if isinstance(value, list) else value
 
 

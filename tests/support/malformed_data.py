@@ -117,7 +117,109 @@ P, G, C, A = "posts.csv", "groundtruth.csv", "criteria.csv", "redsm5_annotations
 ONE_POST = b'p1,"Grey days, ' + TEXT + b'"'
 
 
+def instead(old: str, new: str, content: bytes) -> Edit:
+    return lambda files: (files.pop(old), files.update({new: content}))[1]
+
+
+def with_ids(posts: tuple[str, str, str], labels: tuple[str, str, str]) -> Edit:
+    """The ids p1 to p3, in the posts and in the groundtruth."""
+
+    def edit(files: Files) -> None:
+        for name, ids in ((P, posts), (G, labels)):
+            for old, new in zip(POSTS, ids, strict=True):
+                files[name] = files[name].replace(f"\n{old},".encode(), f"\n{new},".encode())
+
+    return edit
+
+
+LONG_IDS = ("123456789012345678", "123456789012345999", "123456789012777777")
+ROUNDED_IDS = ("1.23457E+17",) * 3
+KEPT_IDS = ("123456789012345000", "123456789012345000", "123456789012777000")
+AS_TEXT = "pandas.read_csv(..., dtype=str)"
 MALFORMED: dict[str, tuple[Edit, list[str]]] = {
+    "ids that a spreadsheet rounded in all files": (
+        with_ids(ROUNDED_IDS, ROUNDED_IDS),
+        [
+            "data-id",
+            "posts.csv, line 3: post_id '1.23457E+17' is already on line 2; a spreadsheet rounded it",
+            "18 ids that a spreadsheet rounded",
+            AS_TEXT,
+        ],
+    ),
+    "ids that a spreadsheet rounded in the labels": (
+        with_ids(LONG_IDS, ROUNDED_IDS),
+        [
+            "data-id",
+            ": 1 fault",
+            "groundtruth.csv: 19 ids that a spreadsheet rounded",
+            "line 11: post '1.23457E+17' x criterion 'A.1'",
+            AS_TEXT,
+        ],
+    ),
+    "an id that a spreadsheet rounded in the posts": (
+        with_ids(("1.23457E+17", "p2", "p3"), (LONG_IDS[0], "p2", "p3")),
+        [
+            "data-id",
+            ": 1 fault",
+            "groundtruth.csv, line 2: post_id '123456789012345678' (9 rows) is not in posts.csv, which has "
+            "'1.23457E+17'; a spreadsheet rounded it",
+            AS_TEXT,
+        ],
+    ),
+    "ids of which a spreadsheet kept 15 digits": (
+        with_ids(KEPT_IDS, LONG_IDS),
+        [
+            "data-id",
+            "posts.csv, line 3: post_id '123456789012345000' is already on line 2; a spreadsheet rounded it",
+            AS_TEXT,
+        ],
+    ),
+    "ids that became numbers with a point": (
+        with_ids(("1", "2", "3"), ("1.0", "2.0", "3.0")),
+        [
+            "data-id",
+            ": 3 faults",
+            "groundtruth.csv, line 2: post_id '1.0' (9 rows) is not in posts.csv, which has '1'",
+            AS_TEXT,
+        ],
+    ),
+    "ids that lost their zeros": (
+        with_ids(("007", "008", "009"), ("7", "8", "9")),
+        [
+            "data-id",
+            ": 3 faults",
+            "groundtruth.csv, line 11: post_id '8' (9 rows) is not in posts.csv, which has '008'",
+            "spell each id alike in all files",
+        ],
+    ),
+    "a line for Excel": (
+        lambda files: files.update({P: b"sep=;\n" + files[P].replace(b",", b";")}),
+        ["data-format", "posts.csv, line 1:", "the line `sep=`", "remove a line `sep=`", "write them with commas"],
+    ),
+    "an old Excel workbook under .csv": (
+        lambda files: files.update({G: b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99)}),
+        ["data-format", "groundtruth.csv, line 1: ", "an Excel workbook of the old kind", "Save As", "to_csv"],
+    ),
+    "an Excel workbook": (
+        instead(P, "posts.xlsx", b"PK\x03\x04"),
+        ["data-format", "posts.xlsx: an Excel workbook", "Save As", "to_csv"],
+    ),
+    "a Parquet file": (
+        instead(G, "groundtruth.parquet", b"PAR1"),
+        ["data-format", "groundtruth.parquet: a Parquet file", "to_csv"],
+    ),
+    "JSON of columns": (
+        instead(P, "posts.json", b'{"post_id": {"0": "p1"}}'),
+        ["data-format", "posts.json: ", "to_json(orient='records')"],
+    ),
+    "a JSON table with a column twice": (
+        instead(P, "posts.json", b'[{"post_id": "p1", "post": "x", "Post": "y"}]'),
+        ["data-format, data-id", "posts.json, entry 1: the column 'post' occurs 2 times", "keep one column"],
+    ),
+    "a JSON post that is a list": (
+        instead(P, "posts.json", b'[{"post_id": "p1", "post": "x"}, {"post_id": "p2", "post": []}]'),
+        ["data-format, data-id", "posts.json, entry 2: 'post' "],
+    ),
     "posts missing": (
         removed(P),
         [

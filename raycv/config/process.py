@@ -1,0 +1,96 @@
+"""How the process of a command runs and ends: its warnings, its exit code, errors without tracebacks."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from raycv.common.environment import seldom_collecting
+from raycv.common.secrets import mask_secrets
+from raycv.common.signals import discard
+from raycv.errors import UserError, printable
+
+C = TypeVar("C")
+
+
+def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], None]) -> None:
+    """Reads the config of a command and calls `body` with it.
+
+    Exit codes:
+
+    - 0: done
+    - 1: the run failed (`RunFailedError`), or an unexpected error
+    - 2: a fault that the user can fix, printed without a traceback
+    - 130: interrupted
+
+    Args:
+        name: The command, such as `run`.
+        read: Gives the config; None if the user asked for an answer such as `--help`, which is then printed.
+        body: The work of the command.
+    """
+    sys.excepthook = _show_traceback
+    if sys.stderr is None:
+        # The stream is closed. The next file to be opened would get its number, and with it the output of libraries.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        config = read()
+        if config is not None:
+            _show_warnings()
+            with seldom_collecting():
+                body(config)
+    except UserError as error:
+        raise _refused(name, error) from None
+    except KeyboardInterrupt:
+        say(f"\nraycv.{name}: interrupted\n")
+        _leave(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once. After an interrupted start of Ray an orderly exit can crash in Ray's native threads."""
+    logging.shutdown()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Nobody may read them any more.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _show_warnings() -> None:
+    """Sends raycv's warnings (retries, fallbacks) to standard error, since Hydra's logging is off."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Masked("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("raycv")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.startswith("raycv") and isinstance(known, logging.Logger):
+            known.disabled = False
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(mask_secrets(super().format(record)))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints Python's traceback with masked passwords: an unexpected error of a client can hold a whole address."""
+    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
+def say(text: str) -> None:
+    """Writes to standard error. A command does not fail because that fails, as on a full disk."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+
+
+def _refused(name: str, error: UserError) -> SystemExit:
+    say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
+    return SystemExit(error.exit_code)
