@@ -119,7 +119,7 @@ def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
                 criteria_dir="",
                 criteria_hash="",
                 needs=NodeNeeds.of(RunFolder(Path(folder))),
-                placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers),
+                placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers, at_most=workers),
                 board=progress_board(RunFolder(Path(folder))),
                 worker=partial(sleep, seconds),
             )

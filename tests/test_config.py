@@ -423,7 +423,7 @@ SCHEMAS: dict[str, type[Section]] = {
 }  # fmt: skip
 NO_PATHS = {
     "model.revision", "tracking.experiment", "tracking.uri", "tracking_uri", "post", "criterion", "server",
-    "serve.host", "serve.token", "metric",
+    "serve.host", "serve.token", "metric", "resources.accelerator_type",
 }  # fmt: skip
 """Keys of free text that become no path. (A store has rules of its own.)"""
 MAY_SHIP = {"model.name", "data.dir", "data.criteria_dir", "criteria_dir", "base"}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from raycv.common.files import read_json
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
+from raycv.model.base_model import fetch_base
 from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -227,6 +229,9 @@ def test_nodes_that_join_later_and_lack_the_share_or_differ_train_nothing(tmp_pa
     assert refused.returncode == 2, refused.stdout + refused.stderr
     parts = ("2 faults", without.name, f"the run's folder {runs / 'next'}", f", {other.name}", "put run.dir")
     said_refusal(refused.stderr, "cluster-node", *parts, "pip install -r requirements.lock")
+    # Tokenising takes minutes, so the refusal comes before.
+    assert "Prompts:" in out.read_text()
+    assert "Prompts:" not in refused.stdout
     assert not (runs / "next").exists()
 
 
@@ -253,3 +258,76 @@ def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothi
     assert not run.report.exists()
     assert run.finished(2) == []
     assert list(run.fold(0).state.glob("0*")), "what to resume from is kept"
+
+
+SEEN_SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+"""Ray notices a node that dies within a second or two."""
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_node_that_is_lost_as_it_is_asked_is_skipped(tmp_path, caplog):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from raycv.orchestration.cluster import check_nodes, node_resources
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": SEEN_SOON})
+    try:
+        made.add_node(num_cpus=1, object_store_memory=100_000_000)
+        lost = made.add_node(num_cpus=2, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        ray.init(address=made.address, log_to_driver=False)
+        made.remove_node(lost, allow_graceful=False)
+        assert sorted(node.get("CPU", 0) for node in node_resources()) == [0, 1, 2], "Ray knows nothing of it yet"
+        check_nodes(RunFolder(tmp_path), fetch_base(str(ROOT / "models" / "tiny_llama"), None))
+        # Those that are left are planned for.
+        assert sorted(node.get("CPU", 0) for node in node_resources()) == [0, 1]
+    finally:
+        ray.shutdown()
+        made.shutdown()
+    assert re.search(r"node \S+ \(\S+\) is lost, and is skipped", caplog.text)
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_waits_for_and_ends_when_nothing_comes(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        asked = ("resources.autoscaling=true", "resources.gpus_per_fold=auto", "resources.wait_minutes=0.05")
+        ended = raycv("run", *TINY, *asked, "run.name=waits", cwd=tmp_path, **cluster, HOME=str(tmp_path))
+    finally:
+        made.shutdown()
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Cluster: 1 node (0 CPUs, 0 GPUs); may grow by nodes that raycv does not know" in ended.stdout
+    waits = "the folds wait for 1 GPU and 1 CPU core: no node has them (nodes: 0 CPUs, 0 GPUs)"
+    assert f"{waits}; the autoscaler starts one" in ended.stdout
+    assert f"Run waits failed: {waits}" in ended.stderr
+    assert "resume=waits" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_a_later_node_trains_a_further_fold_at_once(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        made.add_node(num_cpus=1, object_store_memory=100_000_000)
+        made.wait_for_nodes()
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        out = tmp_path / "out"
+        epochs = ("train.epochs=50", "train.patience=50")
+        overrides = ("experiment=quickstart", "resources.gpus_per_fold=0", "cv.folds=2", *epochs)
+        with background(tmp_path, *overrides, "run.name=grown", **cluster) as process:
+            wait_until(lambda: "fold 0: epoch 1" in out.read_text(), process, out, 200)
+            assert "Up to 1 fold at once" in out.read_text()
+            assert "fold 1: starting" not in out.read_text()
+            made.add_node(num_cpus=1, object_store_memory=100_000_000)
+            wait_until(lambda: "fold 1: starting" in out.read_text(), process, out, 200)
+            assert "the cluster changed: up to 2 folds at once from now on" in out.read_text()
+            assert "fold 0: done" not in out.read_text()
+    finally:
+        made.shutdown()

@@ -246,4 +246,6 @@ def test_a_lost_node_and_one_that_is_to_be_taken_away_cost_no_fold(tmp_path, who
     assert "worker 0 of the fold died, or its node; the fold is tried again" in said(tmp_path)
     assert said(tmp_path).count("is tried again") == 1
     assert sorted(len(read_json(run.fold(fold).result)["restarts"]) for fold in range(2)) == [0, 2]
+    # Ray prints pages about a node that dies.
+    assert "(raylet" not in said(tmp_path)
     assert_like_unbroken(tmp_path, whole)

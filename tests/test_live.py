@@ -1,13 +1,20 @@
 """The live view: plain lines that say each thing once, and a table that fits a terminal."""
 
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView, duration, say
+from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView, duration, look_into_mlflow, say, watched
+from raycv.resources.placement import Placement
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -215,3 +222,77 @@ def test_uneven_micro_batch_shows_the_steps_that_it_takes() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_first_steps_tell_once_how_long_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    placement = Placement(gpus=1, cpus=1, workers=1, concurrent=2, at_most=2)
+    view = LiveView(range(4), 10, 32, Console(file=file), placement)
+    for steps in range(1, 9):
+        for fold in range(2):
+            view.update(fold, step(1, steps, 360))
+        now += 10
+    said = [line for line in file.getvalue().splitlines() if "pace" in line]
+    # 360 steps of 10 s in each of 10 epochs are 10 hours a fold.
+    assert len(said) == 1
+    assert said[0].endswith(
+        "at the pace of the first 5 steps the training takes about 20.0 hours, 40.0 GPU-hours at most, "
+        "without validation"
+    )
+
+
+def test_a_fold_that_resumes_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    view = LiveView(range(1), 10, 32, Console(file=file), Placement(1, 1, 1, 1, 1))
+    for steps in range(1, 9):
+        view.update(0, step(2, steps, 360))
+        now += 10
+    assert "pace" not in file.getvalue()
+
+
+# --- What watches the table ------------------------------------------------------------------------------------------
+
+
+def terminal(columns: int, **environment: str) -> bool:
+    """Whether a terminal of so many columns is watched."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * bool(columns), columns, 0, 0))
+    with os.fdopen(slave, "w") as file:
+        answer = watched(Console(file=file, _environ={"TERM": "xterm", **environment}))
+    os.close(master)
+    return answer
+
+
+def test_a_terminal_is_watched() -> None:
+    assert terminal(80)
+
+
+def test_a_terminal_without_a_size_is_not_watched() -> None:
+    """That of a command over ssh, from a process without one."""
+    assert not terminal(0)
+
+
+def test_the_table_can_be_turned_off() -> None:
+    assert not terminal(80, TTY_INTERACTIVE="0")
+    assert not terminal(80, TERM="dumb")
+
+
+def test_a_file_is_not_watched(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as file:
+        assert not watched(Console(file=file))
+
+
+# --- The command that opens MLflow -----------------------------------------------------------------------------------
+
+
+def test_the_command_that_opens_mlflow_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert look_into_mlflow("sqlite:///mlflow.db") == f"mlflow ui --backend-store-uri 'sqlite:///{folder}/mlflow.db'"
+    assert look_into_mlflow("sqlite:////data/m.db") == "mlflow ui --backend-store-uri sqlite:////data/m.db"
+    assert look_into_mlflow("https://me:word@host:5000") == "https://***@host:5000"

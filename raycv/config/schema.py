@@ -219,6 +219,13 @@ class ResourcesConfig(Section):
         "nodes that may be left out"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
+    # Recorded configs may be older than these two keys, so they have defaults.
+    wait_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=60, description="how long the folds wait while no node can hold one, before the run ends"
+    )
+    accelerator_type: NonEmpty | None = Field(
+        default=None, description="the GPU of every fold, as Ray names it, such as L40S or H100; null: any"
+    )
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
 
 

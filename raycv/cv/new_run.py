@@ -104,6 +104,9 @@ def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> No
 class NewRun:
     """A run that does not exist yet. It keeps other processes out of its folder from `open` until `held` ends."""
 
+    _folder: RunFolder
+    _is_open = False
+
     def __init__(self, config: RunConfig, console: Console, held: contextlib.ExitStack) -> None:
         """Raises: UserError if `cv.only` names a fold that the run does not have."""
         check_only(config)
@@ -128,24 +131,31 @@ class NewRun:
 
         check_store(self.config.tracking)
 
-    def open(self, prepared: Prepared) -> OpenRun:
-        """Makes the run's folder and its MLflow parent; removes the folder again if a step fails."""
+    def check_nodes(self, base: Base) -> None:
+        """Makes the run's folder, and asks all nodes for it. If the run is never opened, its folder is removed."""
         from raycv.orchestration.cluster import check_nodes
+
+        self._folder = new_run_folder(self.config)
+        self._held.callback(self._remove_unless_opened)
+        check_nodes(self._folder, base.files)
+
+    def open(self, prepared: Prepared) -> OpenRun:
+        """Fills the run's folder, and makes its MLflow parent."""
         from raycv.tracking.cross_validation import CrossValidationStore
         from raycv.tracking.experiment import open_experiment
 
-        folder = new_run_folder(self.config)
+        folder = self._folder
         config = self.config.model_copy(update={"run": self.config.run.model_copy(update={"name": folder.root.name})})
-        try:
-            write_inputs(folder, config, prepared)
-            check_nodes(folder, prepared.base)
-            store = CrossValidationStore(config.tracking.uri)
-            parent_id = store.start_family(folder, config, open_experiment(store, config.tracking))
-        except BaseException:
-            # Nothing is computed yet. Without the folder the name is free again.
-            shutil.rmtree(folder.root, ignore_errors=True)
-            raise
+        write_inputs(folder, config, prepared)
+        store = CrossValidationStore(config.tracking.uri)
+        parent_id = store.start_family(folder, config, open_experiment(store, config.tracking))
+        self._is_open = True
         self._held.enter_context(sole_process(folder))
         resume = resume_command(folder, config.cv.only)
         say(self._console, f"Run folder: {folder.root}   (if the run is interrupted: {resume})")
         return OpenRun(config, folder, store, parent_id, self._console)
+
+    def _remove_unless_opened(self) -> None:
+        """Nothing is computed yet. Without the folder the name is free again."""
+        if not self._is_open:
+            shutil.rmtree(self._folder.root, ignore_errors=True)

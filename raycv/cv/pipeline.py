@@ -12,7 +12,7 @@ from raycv.common.locations import check_ray_folder
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import NewRun
 from raycv.cv.open_run import OpenRun
-from raycv.cv.preparation import Base, check_base_and_gpu, load_data, prepare_base, tokenise
+from raycv.cv.preparation import Base, check_base_and_gpu, load_data, make_encoder, prepare_base, tokenise
 from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
@@ -36,6 +36,9 @@ class Run(Protocol):
 
     def check_base(self, base: Base) -> None:
         """Raises: UserError if the run cannot use the base model, or its MLflow store."""
+
+    def check_nodes(self, base: Base) -> None:
+        """Raises: UserError if a node does not see the run's folder, or differs. A new run makes that folder first."""
 
     def open(self, prepared: Prepared) -> OpenRun:
         """Opens the run's folder and MLflow parent. After that its folds may start."""
@@ -74,16 +77,22 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
     check_base_and_gpu(config)
     announce_data(console, config, dataset, splits)
     # From here on torch and Ray are imported, which takes seconds.
-    from raycv.orchestration.cluster import node_resources, ray_cluster
-    from raycv.resources.placement import plan
+    from raycv.orchestration.cluster import joins_cluster, ray_cluster
 
     base = prepare_base(config)
     run.check_base(base)
-    prepared = tokenise(config, dataset, splits, base, console)
+    encoder = make_encoder(config, dataset, base)
+    # Tokenising may refuse posts, so it comes before a Ray of this machine. It takes minutes, so the nodes of a cluster
+    # are asked before it.
+    prepared = None if joins_cluster() else tokenise(encoder, dataset, splits, base, console)
     say(console, "Starting Ray ...")
     with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
-        placement = plan(config, node_resources())
-        announce_placement(console, placement, dashboard)
+        placement = _plan(config, console, dashboard)
+        run.check_nodes(base)
+        if prepared is None:
+            prepared = tokenise(encoder, dataset, splits, base, console)
+            # A node may have been lost or have joined meanwhile.
+            placement = _plan(config, console, dashboard, placement)
         opened = run.open(prepared)
         with opened.under_way(), contextlib.ExitStack() as logged:
             results = _train_folds(opened, prepared, placement, logged)
@@ -92,6 +101,25 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
             # After the folds: a run starts sooner, and they have the cores for themselves.
             opened.record_pairs(prepared)
             return _publish(opened, results, logged)
+
+
+def _plan(
+    config: RunConfig, console: Console, dashboard: str | None, announced: "Placement | None" = None
+) -> "Placement":
+    """Plans the folds on the nodes that are there now, and prints the plan unless it is the one that was `announced`.
+
+    Raises: UserError if no node could ever hold a fold.
+    """
+    from raycv.orchestration.cluster import node_resources
+    from raycv.resources.placement import CLUSTER_FILE, accelerators, cluster_line, node_types, plan
+
+    nodes = node_resources()
+    types = node_types(CLUSTER_FILE.expanduser()) if config.resources.autoscaling else []
+    placement = plan(config, nodes, types)
+    if placement != announced:
+        could = [*nodes, *(kind.resources for kind in types or [])]
+        announce_placement(console, placement, dashboard, cluster_line(nodes, types), accelerators(could))
+    return placement
 
 
 def _train_folds(
@@ -113,7 +141,8 @@ def _train_folds(
     if folds:
         task = fold_task(config, folder, prepared, placement)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
-        with LiveView(folds, config.train.epochs, config.train.effective_batch_size, run.console) as view:
+        epochs, batch = config.train.epochs, config.train.effective_batch_size
+        with LiveView(folds, epochs, batch, run.console, placement) as view:
             logged.callback(children.close)
             run_folds(task, folds, placement, children, view)
     return [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(config.cv.folds)]

@@ -17,6 +17,7 @@ from raycv.orchestration.fold_task import Prepared
 from raycv.rendering.terminal import say
 
 if TYPE_CHECKING:
+    from raycv.data.prompt_encoder import PromptEncoder
     from raycv.model.base_files import BaseFiles
 
 
@@ -79,14 +80,20 @@ def prepare_base(config: RunConfig) -> Base:
     return Base(files, tokenizer, model_config, files.describe(tokenizer, model_config))
 
 
-def tokenise(config: RunConfig, dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
-    """Tokenises once for all folds. Raises: UserError if the base model cannot read the posts or criteria as text."""
-    from raycv.data.prompt_encoder import encode_dataset, encoding_summary, encoding_warnings, prompt_encoder
+def make_encoder(config: RunConfig, dataset: Dataset, base: Base) -> "PromptEncoder":
+    """The encoder of all prompts. Raises: UserError if the criteria leave no room for a post."""
+    from raycv.data.prompt_encoder import prompt_encoder
     from raycv.model.loading import rows_of_embedding
 
     criteria = [criterion.text for criterion in dataset.criteria.values()]
+    return prompt_encoder(base.tokenizer, config.prompt, criteria, rows_of_embedding(base.config))
+
+
+def tokenise(encoder: "PromptEncoder", dataset: Dataset, splits: list[Split], base: Base, console: Console) -> Prepared:
+    """Tokenises once for all folds. Raises: UserError if the base model cannot read the posts or criteria as text."""
+    from raycv.data.prompt_encoder import encode_dataset, encoding_summary, encoding_warnings
+
     with console.status(f"Tokenising {len(dataset.pairs):,} prompts"):
-        encoder = prompt_encoder(base.tokenizer, config.prompt, criteria, rows_of_embedding(base.config))
         encoded, facts = encode_dataset(encoder, dataset)
     warnings = encoding_warnings(facts)
     for warning in warnings:

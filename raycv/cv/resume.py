@@ -26,7 +26,8 @@ MAY_DIFFER = {
     "data.dir", "data.criteria_dir",  # their content is compared
     "train.gradient_checkpointing",  # the gradients are the same
     "cv.max_concurrent", "cv.only", "resources.gpus_per_fold", "resources.cpus_per_fold", "resources.autoscaling",
-    "resources.retries", "resources.ray_logs", "tracking.uri", "tracking.artifacts", "run.dir",
+    "resources.retries", "resources.ray_logs", "resources.wait_minutes", "resources.accelerator_type",
+    "tracking.uri", "tracking.artifacts", "run.dir",
 }  # fmt: skip
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
 

@@ -54,16 +54,18 @@ class ResumedRun:
         self._earlier.check_states()
         self._store, self._parent_id = earlier_store(self._earlier, self._typed)
 
-    def open(self, prepared: Prepared) -> OpenRun:
-        """Raises: UserError if prompts or code differ from the record, or a node does not see the run's folder."""
+    def check_nodes(self, base: Base) -> None:
+        """Raises: UserError if a node does not see the run's folder, or has other code than the driver."""
         from raycv.orchestration.cluster import check_nodes
 
-        folder = self._earlier.folder
+        check_nodes(self._earlier.folder, base.files)
+
+    def open(self, prepared: Prepared) -> OpenRun:
+        """Opens the run where it stopped. Raises: UserError if prompts differ from the record."""
         self._earlier.check_prompts(prepared.encoding_facts)
-        check_nodes(folder, prepared.base)
         return OpenRun(
             self.config,
-            folder,
+            self._earlier.folder,
             self._store,
             self._parent_id,
             self._console,

@@ -17,10 +17,13 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_STATE_REFRESH_PERIOD", "1e9")
 # Ray Train looks at its workers that often, and a report waits for the look: 2 s are felt in short epochs.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-# Workers wait for a node as long as it takes: a week instead of a minute, after which the attempt would fail.
+# raycv limits how long folds wait for a node. Ray Train would fail an attempt after a minute, so it gets a week.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "604800")
 # A fold is half a dozen processes that mostly wait: Ray's warning of many processes for few cores does not help.
-# The fold reports the death of its process; Ray's own line may come when the run is over.
+# The fold reports the death of its process or node. Ray's own line may come when the run is over, and for a node it
+# brings pages of Ray's state.
 os.environ.setdefault(
-    "RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node|A worker died or was killed while"
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "worker processes have been started on node|A worker died or was killed while"
+    "|Raylet is terminated|has been marked dead because the detector",
 )

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 GONE_SECONDS = 30.0
 """A head of the cluster that does not answer for so long is gone. After 60 seconds Ray ends the process."""
+ANSWER_SECONDS = 120.0
+"""All nodes answer within so long; a storage that hangs would be waited for without end."""
 JOIN_REMEDIES = (
     "see that the cluster is up: ray status",
     "start one on this machine: ray start --head",
@@ -62,9 +64,15 @@ def own_node_name() -> str:
     return node_name(ray.util.get_node_ip_address(), socket.gethostname())
 
 
-def node_resources() -> list[dict[str, float]]:
-    """The resources of each node that is alive, as Ray names them."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def node_resources(left_out: Collection[str] = ()) -> list[dict[str, float]]:
+    """The resources of each node that is alive, as Ray names them, without the nodes `left_out` (their ids)."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
+
+
+def own_resources() -> dict[str, float]:
+    """The resources of this process's node."""
+    here = ray.get_runtime_context().get_node_id()
+    return next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
 
 
 @contextmanager
@@ -171,6 +179,12 @@ def _provide_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def joins_cluster() -> bool:
+    """Whether `ray_cluster` will look for a cluster that is there already, instead of starting a Ray of its own."""
+    asked = os.environ.get("RAY_ADDRESS")
+    return bool(_started_here()) if asked in (None, "", "auto") else asked != "local"
+
+
 def _cluster_to_join() -> str | None:
     """The address of RAY_ADDRESS, or of the cluster that was started on this machine; None if there is neither.
 
@@ -214,7 +228,7 @@ def this_node() -> NodeAffinitySchedulingStrategy:
 def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
     """Asks all other nodes whether they see the run's folder and a local base model, and have the driver's code.
 
-    A node that joins later is asked when a worker starts there.
+    A node that is lost meanwhile is skipped. A node that joins later is asked when a worker starts there.
     Raises: FaultsError with all faults of all nodes.
     """
     here = ray.get_runtime_context().get_node_id()
@@ -228,10 +242,14 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
     faults, remedies = [], []
-    for name, answer in asked.values():
+    deadline = time.monotonic() + ANSWER_SECONDS
+    for node, (name, answer) in asked.items():
         try:
-            found = ray.get(answer)
+            found = ray.get(answer, timeout=max(deadline - time.monotonic(), 0))
         except ray.exceptions.RayError as error:
+            if _is_lost(node, error):
+                logger.warning("%s is lost, and is skipped", name)
+                continue
             faults.append(f"{name} cannot be asked: {cause_of(error)}")
             remedies.append("see that the node is up, with the driver's versions of Python and Ray: ray status")
             continue
@@ -241,6 +259,18 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
     if faults:
         title = "The cluster's nodes do not have what the folds need"
         raise FaultsError(title, faults, kind="cluster-node", remedies=list(dict.fromkeys(remedies)))
+
+
+def _is_lost(node: str, error: ray.exceptions.RayError) -> bool:
+    """Whether `node` (its id) is gone, so that it could not answer. Ray may find that out after the `error`."""
+    # Code that raised on the node, or still runs there, needs a node that is up.
+    wait = 0.0 if isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError) else GONE_SECONDS
+    deadline = time.monotonic() + wait
+    while is_up := any(each["NodeID"] == node and each["Alive"] for each in ray.nodes()):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.5)
+    return not is_up
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import ray.train
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import unwritable
-from raycv.orchestration.cluster import share_of
+from raycv.orchestration.cluster import own_resources, share_of
 from raycv.orchestration.fold_task import FoldTask, SharedArrays
 from raycv.resources.nodes import Share
 from raycv.resources.placement import Placement
@@ -177,7 +177,7 @@ def _memory_share(placement: Placement, device: Any) -> float:
     """The share of a device that one worker may use: its part of a GPU, or an equal part of the machine's memory."""
     if device.type == "cuda":
         return min(1.0, placement.gpus / placement.workers)
-    return 1 / (placement.concurrent * placement.workers)
+    return 1 / placement.workers_on(own_resources())
 
 
 def _fold_result(

@@ -17,11 +17,10 @@ from raycv.common.environment import seldom_collecting
 from raycv.common.files import array_bytes, is_full, unwritable, write_bytes, write_json
 from raycv.common.secrets import mask_secrets
 from raycv.errors import RunFailedError, UserError, counted
-from raycv.orchestration.cluster import own_node_name, share_of
+from raycv.orchestration.cluster import node_resources, own_node_name, share_of
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
-from raycv.resources.placement import places
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
 from raycv.training.metrics import EPOCH_KEY
@@ -138,11 +137,11 @@ def _check_nodes_left(task: FoldTask, left_out: Mapping[str, tuple[str, list[str
     A cluster that grows can always give one more: there it is raised when more than `resources.retries` are left out.
     """
     given = task.placement
-    others = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
+    others = node_resources(left_out)
     if task.config.resources.autoscaling:
         over = len(left_out) > task.config.resources.retries
     else:
-        over = bool(left_out) and places(others, given.gpus, given.cpus, given.workers) == 0
+        over = bool(left_out) and given.places(others) == 0
     if over:
         remedies = [remedy for _, each in left_out.values() for remedy in each]
         raise RunFailedError(

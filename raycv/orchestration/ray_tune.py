@@ -5,6 +5,7 @@ import pickle
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 import ray.exceptions
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.search import BasicVariantGenerator
 
 from raycv.common.files import read_json, unwritable
 from raycv.common.locations import absolute_folder
 from raycv.config.schema import RunConfig
-from raycv.errors import ErrorKind, RunFailedError, UserError, known_kind, last_line
-from raycv.orchestration.cluster import this_node, watched_cluster
+from raycv.errors import ErrorKind, RunFailedError, UserError, counted, known_kind, last_line
+from raycv.orchestration.cluster import node_resources, this_node, watched_cluster
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
 from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView
 from raycv.resources.nodes import NodeNeeds, node_name
-from raycv.resources.placement import Placement
+from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, node_types
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 HEAD_NODE = "node:__internal_head__"
 POLL_SECONDS = 0.25
+LOOK_SECONDS = 5.0
+"""Between two looks for nodes that joined or were lost."""
 MARKS = 2**24
 """So many numbers of bytes mark the folds of a run: two runs of a cluster seldom have the same."""
 STOPPED = "it was stopped before it ended"
@@ -82,13 +86,14 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     """
     root = RunFolder(Path(task.root))
     states = FoldStates(view, root, task)
+    nodes = NodeWatch(task, placement, view)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
     trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
         trainable,
         param_space={FOLD_KEY: tune.grid_search(folds)},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=placement.concurrent,
+            search_alg=nodes.to_start,
             # A trial's process, once it has imported Ray Train and torch, serves the next fold too.
             reuse_actors=True,
             trial_name_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
@@ -98,14 +103,14 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
             name="tune",
             storage_path=str(root.ray),
             # In this order: `states` decides whether a fold is finished, then `runs` logs the same to MLflow.
-            callbacks=[states, runs],
+            callbacks=[states, runs, nodes],
             # A trial raises only if its process dies. A fold that fails writes its error to a file.
             failure_config=tune.FailureConfig(max_failures=task.config.resources.retries),
             verbose=0,
         ),
     )
     otherwise = STOPPED
-    with watched_cluster(root), _followed(task.board, view):
+    with watched_cluster(root), _followed(task.board, view, nodes):
         try:
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -134,6 +139,57 @@ def _causes(errors: dict[int, str]) -> list[str]:
     for fold, error in errors.items():
         folds_of.setdefault(error, []).append(fold)
     return [f"fold {', '.join(map(str, folds))}: {error}" for error, folds in folds_of.items()]
+
+
+class NodeWatch(tune.Callback):
+    """Starts as many folds at once as the nodes hold now, and tells what the folds wait for, up to a time limit."""
+
+    def __init__(self, task: FoldTask, placement: Placement, view: LiveView) -> None:
+        self.task = task
+        self.placement = placement
+        self.view = view
+        self.to_start = BasicVariantGenerator(max_concurrent=placement.concurrent)
+        """Tune's own list of trials"""
+        self.types = node_types(CLUSTER_FILE.expanduser())
+        self._next = time.monotonic() + LOOK_SECONDS
+        self._waits_since: float | None = None
+        self._refusal: RunFailedError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks; a terminal cannot be
+
+    def look(self) -> None:
+        """Looks at the nodes if it is time. A thread calls it: a cluster that is gone would let it wait."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LOOK_SECONDS
+        asked = self.task.config.resources
+        nodes = node_resources(ray.get(self.task.board.left_out.remote()))
+        waits = awaited(self.placement, nodes, self.types, asked.autoscaling)
+        if waits is None:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
+            self.view.tell(None, f"{waits}. raycv waits {asked.wait_minutes:g} minutes at most")
+        elif now - self._waits_since > asked.wait_minutes * 60:
+            self._refusal = RunFailedError(
+                f"Run {self.task.run} failed: {waits}. raycv waited {asked.wait_minutes:g} minutes.",
+                kind="cluster-resources",
+                remedies=[
+                    "see what the cluster does: ray status",
+                    "ask for less: resources.gpus_per_fold=0, resources.cpus_per_fold=1",
+                    f"wait for longer, in minutes: {resume_command(RunFolder(Path(self.task.root)))} "
+                    "resources.wait_minutes=600",
+                ],
+            )
+        if not asked.autoscaling and (at_once := self.placement.at_once(nodes)) != self.to_start.max_concurrent:
+            self.view.tell(None, f"the cluster changed: up to {counted(at_once, 'fold')} at once from now on")
+            self.to_start.max_concurrent = at_once
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
 
 class FoldStates(TrialProgressCallback):
@@ -243,8 +299,8 @@ def _trained_at(result: Path) -> str:
 
 
 @contextmanager
-def _followed(board: Any, view: LiveView) -> Iterator[None]:
-    """Carries the workers' posts from `board` to `view` while the block runs."""
+def _followed(board: Any, view: LiveView, nodes: NodeWatch) -> Iterator[None]:
+    """Carries the workers' posts from `board` to `view` while the block runs, and watches the nodes."""
     over = threading.Event()
     best: dict[int, float] = {}
 
@@ -263,6 +319,7 @@ def _followed(board: Any, view: LiveView) -> Iterator[None]:
             # Ray may be restarting the board.
             with contextlib.suppress(ray.exceptions.RayError):
                 carry()
+                nodes.look()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -39,6 +39,7 @@ def fold_trainer(task: FoldTask, fold: int, folder: Path, left_out: Iterable[str
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # annotated with that of Train V1
             num_workers=given.workers,
             use_gpu=given.gpus > 0,
+            accelerator_type=given.accelerator,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
             label_selector={"ray.io/node-id": f"!in({others})"} if others else None,
         ),

@@ -1,9 +1,11 @@
 """Prints for the commands: lines, the start of a run, the live view of its folds, the table at its end."""
 
+import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from rich.text import Text
 
 from raycv import __version__
 from raycv.common.files import read_json
-from raycv.common.locations import experiment_page
+from raycv.common.locations import absolute_uri, experiment_page
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
@@ -35,6 +37,8 @@ LIVE_COLUMNS = (
 )  # fmt: skip
 """Names and minimum widths of the live view; together they fit 80 columns."""
 WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
+ESTIMATE_STEPS, ESTIMATE_SECONDS = 5, 30.0
+"""So many steps in so long a time tell how long a run takes. A shorter run needs no estimate."""
 MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
 """The states that a plain console prints, and the words for them."""
 
@@ -79,8 +83,17 @@ def announce_data(console: Console, config: RunConfig, dataset: Dataset, splits:
         console.print(table)
 
 
-def announce_placement(console: Console, placement: "Placement", dashboard: str | None) -> None:
+def announce_placement(
+    console: Console, placement: "Placement", dashboard: str | None, cluster: str, kinds: Sequence[str]
+) -> None:
+    """`cluster`: what a cluster has, and what it may grow to. `kinds`: its kinds of GPU."""
+    if not placement.alone:
+        say(console, f"Cluster: {cluster}")
+    if placement.gpus and not placement.accelerator and len(kinds) > 1:
+        same = f"resources.accelerator_type={kinds[0]} gives every fold the same"
+        say(console, f"Warning: the nodes have different GPUs ({', '.join(kinds)}): {same}", "yellow")
     gpus = f" and {counted(placement.gpus, 'GPU')}" if placement.gpus else ", no GPU"
+    gpus += f" ({placement.accelerator})" if placement.accelerator else ""
     gpus += f", for {placement.workers} workers together" if placement.workers > 1 else ""
     where = f" Ray dashboard while it runs: http://{dashboard}" if dashboard else ""
     at_once = f"Up to {counted(placement.concurrent, 'fold')} at once, each with {counted(placement.cpus, 'CPU core')}"
@@ -124,7 +137,7 @@ def announce_end(
     if evaluation is not None:
         say(console, verdict_lines(evaluation, folder))
     uri = mask_secrets(config.tracking.uri)
-    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    look = look_into_mlflow(uri)
     page = experiment_page(uri, read_json(folder.tracking).get("experiment_id", "0"))
     say(
         console,
@@ -141,6 +154,12 @@ def announce_end(
     if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
         here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         say(console, f"Before you type these, once per shell: source {here}")
+
+
+def look_into_mlflow(uri: str) -> str:
+    """The address of a server, or the command that opens a database, from any folder of this machine."""
+    uri = absolute_uri(mask_secrets(uri))
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def summary_table(report: dict[str, Any]) -> Group:
@@ -176,21 +195,45 @@ def summary_table(report: dict[str, Any]) -> Group:
     return Group(title, table, Text(said, "dim"), *(Text(warning, "yellow") for warning in warnings))
 
 
+def watched(console: Console) -> bool:
+    """Whether somebody can watch a table that is drawn again and again: a log would grow by a megabyte in minutes.
+
+    `ray submit` gives each command a terminal, even if its own output goes to a file. Such a terminal has the size 0.
+    TTY_INTERACTIVE=0 turns the table off, which `cluster.yaml` sets.
+    """
+    try:
+        has_size = os.get_terminal_size(console.file.fileno()).columns > 0
+    except (OSError, ValueError):
+        # The output is not a file of the system, so its maker decides.
+        has_size = True
+    return console.is_interactive and has_size
+
+
 class LiveView:
     """Shows state, epoch, step, batch, loss, validation F1 and time left of every fold.
 
-    Another thread may call `update` and `tell`. A `console` on a terminal shows a live table, any other prints lines.
+    Another thread may call `update` and `tell`. A `console` that is `watched` shows a live table; any other
+    prints lines.
     """
 
-    def __init__(self, folds: Iterable[int], epochs: int, effective_batch: int, console: Console) -> None:
+    def __init__(
+        self,
+        folds: Iterable[int],
+        epochs: int,
+        effective_batch: int,
+        console: Console,
+        placement: "Placement | None" = None,
+    ) -> None:
+        """`placement`: for an estimate after the first steps; None for no estimate."""
         self.epochs = epochs
+        self._to_estimate = placement
         self.effective_batch = effective_batch
         self.console = console
         self._started = time.monotonic()
         self._folds: dict[int, dict[str, Any]] = {fold: {"state": WAITING} for fold in folds}
         self._printed: dict[int, tuple[str, int]] = {}
         self._live = (
-            Live(console=console, refresh_per_second=4, get_renderable=self.render) if console.is_terminal else None
+            Live(console=console, refresh_per_second=4, get_renderable=self.render) if watched(console) else None
         )
 
     def __enter__(self) -> "LiveView":
@@ -213,8 +256,25 @@ class LiveView:
             state["began"] = time.monotonic()
         if "epoch" in post and "began" in state:
             state.setdefault("stepping", time.monotonic())
+        if self._to_estimate is not None and post.get("state") == "training":
+            self._estimate(self._to_estimate, state)
         if self._live is None:
             self._print(fold, state)
+
+    def _estimate(self, placement: "Placement", state: dict[str, Any]) -> None:
+        """Prints how long the run takes, once, after the first steps of the fold that is the first to measure them."""
+        now = time.monotonic()
+        since, first = state.setdefault("measured", (now, state["step"]))
+        steps = state["step"] - first
+        # A fold that resumes begins later, and the first steps are slow.
+        if state["epoch"] > 1 or steps < ESTIMATE_STEPS or now - since < ESTIMATE_SECONDS:
+            return
+        self._to_estimate = None
+        fold_seconds = (now - since) / steps * state["steps"] * self.epochs
+        takes = placement.estimate(len(self._folds), fold_seconds)
+        self.tell(
+            None, f"at the pace of the first {steps} steps the training takes {takes} at most, without validation"
+        )
 
     def tell(self, fold: int | None, text: str) -> None:
         """Prints an event, which stays on the screen."""

@@ -2,9 +2,42 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from raycv.config.schema import RunConfig
-from raycv.errors import UserError
+from raycv.errors import UserError, counted
+
+ACCELERATOR = "accelerator_type:"
+"""The beginning of the resource by which Ray names a node's GPU."""
+CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
+"""The cluster file as `ray up` leaves it on the head."""
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """A kind of node that the autoscaler may start."""
+
+    name: str
+    resources: Mapping[str, float]
+    most: int
+    """nodes of this kind at most"""
+
+
+def node_types(file: Path) -> list[NodeType] | None:
+    """The kinds of node of a cluster file, without the head's; None without a file, or if it lacks their resources."""
+    try:
+        cluster = yaml.safe_load(file.read_text(encoding="utf-8"))
+        most = cluster["max_workers"]
+        found = [
+            NodeType(name, kind["resources"], min(most, kind.get("max_workers", most)))
+            for name, kind in cluster["available_node_types"].items()
+            if name != cluster["head_node_type"]
+        ]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    return found if all(kind.resources for kind in found) else None
 
 
 @dataclass(frozen=True)
@@ -16,8 +49,32 @@ class Placement:
     cpus: float
     workers: int
     concurrent: int
+    """folds at once on the nodes that the plan was made for"""
+    at_most: int
+    """folds at once on a larger cluster"""
     alone: bool = False
     """whether the cluster is one machine and stays one machine"""
+    accelerator: str | None = None
+    """the GPU that each fold gets, as Ray names it; None for any"""
+
+    def places(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many folds `nodes` hold at once."""
+        return places(with_accelerator(nodes, self.accelerator), self.gpus, self.cpus, self.workers)
+
+    def at_once(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many folds run at once on `nodes`; at least 1, which waits for a node."""
+        return max(1, min(self.at_most, self.places(nodes)))
+
+    def estimate(self, folds: int, fold_seconds: float) -> str:
+        """Tells how long `folds` take if each takes `fold_seconds`, and how many hours of GPUs that is."""
+        waves = -(-folds // self.concurrent)
+        gpus = f", {folds * fold_seconds * self.gpus / 3600:.1f} GPU-hours" if self.gpus else ""
+        return f"about {waves * fold_seconds / 3600:.1f} hours{gpus}"
+
+    def workers_on(self, node: Mapping[str, float]) -> int:
+        """The most workers that share the memory of `node`. It may be larger than those that the plan was made for."""
+        fit = _workers_that_fit(node, self.gpus / self.workers, self.cpus / self.workers)
+        return max(self.concurrent * self.workers, min(fit, self.at_most * self.workers))
 
 
 def places(nodes: Sequence[Mapping[str, float]], gpus: float, cpus: float, workers: int) -> int:
@@ -30,48 +87,104 @@ def _workers_that_fit(node: Mapping[str, float], gpus: float, cpus: float) -> in
     return int(min(node.get("CPU", 0) / cpus, by_gpu) + 1e-9)
 
 
-def plan(config: RunConfig, nodes: list[dict[str, float]]) -> Placement:
-    """Plans the resources of a fold on the cluster as it is now.
+def with_accelerator(nodes: Sequence[Mapping[str, float]], accelerator: str | None) -> list[Mapping[str, float]]:
+    """Those of `nodes` that have the GPU `accelerator`; all of them for None."""
+    return [node for node in nodes if accelerator is None or ACCELERATOR + accelerator in node]
+
+
+def accelerators(nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """The kinds of GPU of `nodes`, as Ray names them."""
+    names = {name for node in nodes if node.get("GPU", 0) for name in node if name.startswith(ACCELERATOR)}
+    return sorted(name.removeprefix(ACCELERATOR) for name in names)
+
+
+def plan(config: RunConfig, nodes: Sequence[Mapping[str, float]], types: Sequence[NodeType] | None = None) -> Placement:
+    """Plans the resources of a fold on the cluster as it is now, and as it may grow.
 
     Args:
         config: The run's config, for its `resources` and `cv`.
         nodes: The resources of each node, as Ray names them.
+        types: The kinds of node that may come with `resources.autoscaling`; None if they are not known.
 
     Raises:
-        UserError: No node could ever hold a fold, and the cluster does not grow (`resources.autoscaling`).
+        UserError: No node could ever hold a fold.
     """
     asked = config.resources
     at_most = config.cv.folds if config.cv.max_concurrent == "auto" else min(config.cv.max_concurrent, config.cv.folds)
     workers = asked.workers_per_fold
-    has_gpus = asked.autoscaling or any(node.get("GPU", 0) for node in nodes)
+    unknown = asked.autoscaling and types is None
+    later = [kind for kind in types or [] if asked.autoscaling for _ in range(min(kind.most, at_most * workers))]
+    could = [*nodes, *(kind.resources for kind in later)]
+    has_gpus = unknown or any(node.get("GPU", 0) for node in could)
     gpus = float(has_gpus * workers) if asked.gpus_per_fold == "auto" else asked.gpus_per_fold
+    accelerator = asked.accelerator_type if gpus else None
+    could = with_accelerator(could, accelerator)
     if asked.cpus_per_fold == "auto":
-        cpus = workers * _even_share(nodes, gpus / workers, at_most * workers)
+        cpus = workers * _most_cores(could, gpus, workers, at_most)
     else:
         cpus = asked.cpus_per_fold
-    if asked.autoscaling:
-        return Placement(gpus, cpus, workers, at_most)
-    fit = places(nodes, gpus, cpus, workers)
+    fit = at_most if unknown else places(could, gpus, cpus, workers)
+    placement = Placement(
+        gpus,
+        cpus,
+        workers,
+        min(fit, at_most),
+        at_most,
+        alone=len(nodes) == 1 and not asked.autoscaling,
+        accelerator=accelerator,
+    )
     if fit == 0:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        grows = f"; node types: {_types(later)}" if asked.autoscaling else ""
         shared = f" for {workers} workers" if workers > 1 else ""
+        kind = f" ({accelerator})" if accelerator else ""
         raise UserError(
-            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{shared}, and no node has them (nodes: {have}).",
+            f"A fold asks for {cpus:g} CPUs and {gpus:g} GPUs{kind}{shared}, and no node has them "
+            f"(nodes: {_shown(nodes)}{grows}).",
             kind="cluster-resources",
             remedies=[
                 "lower resources.cpus_per_fold or resources.gpus_per_fold (fractions are fine)",
-                "on a cluster that grows on demand: resources.autoscaling=true",
+                "give the cluster file a node type that has them"
+                if asked.autoscaling
+                else "on a cluster that grows on demand: resources.autoscaling=true",
             ],
         )
-    return Placement(gpus, cpus, workers, min(fit, at_most), alone=len(nodes) == 1)
+    return placement
 
 
-def _even_share(nodes: list[dict[str, float]], gpus: float, at_most: int) -> float:
-    """Whole cores of each worker if `at_most` workers run at once; at least 1. `gpus` is a worker's."""
-    if gpus:
-        shares = [
-            node.get("CPU", 0) // min(node["GPU"] / gpus, at_most) for node in nodes if node.get("GPU", 0) >= gpus
-        ]
-        return max(1.0, min(shares, default=1.0))
-    cores = [node.get("CPU", 0.0) for node in nodes]
-    return max(1.0, min(sum(cores) // at_most, max(cores, default=1.0)))
+def cluster_line(nodes: Sequence[Mapping[str, float]], types: Sequence[NodeType] | None) -> str:
+    """Describes the nodes of the cluster, and those that it may grow by (None: not known)."""
+    grows = "by nodes that raycv does not know" if types is None else f"by up to {_types(types)}"
+    return f"{counted(len(nodes), 'node')} ({_shown(nodes)})" + ("" if types == [] else f"; may grow {grows}")
+
+
+def awaited(
+    placement: Placement, nodes: Sequence[Mapping[str, float]], types: Sequence[NodeType] | None, grows: bool
+) -> str | None:
+    """Names what the folds wait for; None if `nodes` hold a fold."""
+    if placement.places(nodes):
+        return None
+    gpus = f"{counted(placement.gpus, 'GPU')}{f' ({placement.accelerator})' if placement.accelerator else ''} and "
+    needs = f"{gpus if placement.gpus else ''}{counted(placement.cpus, 'CPU core')}"
+    fitting = [kind.name for kind in types or [] if placement.places([kind.resources] * placement.workers)]
+    comes = f"; the autoscaler starts {' or '.join(fitting) or 'one, if it has such a node type'}" if grows else ""
+    return f"the folds wait for {needs}: no node has them (nodes: {_shown(nodes)}){comes}"
+
+
+def _shown(nodes: Sequence[Mapping[str, float]]) -> str:
+    return "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+
+
+def _types(types: Sequence[NodeType]) -> str:
+    texts = [f"{kind.most} x {kind.name}: {_shown([kind.resources])}" for kind in types]
+    return "; ".join(dict.fromkeys(texts)) or "none"
+
+
+def _most_cores(nodes: Sequence[Mapping[str, float]], gpus: float, workers: int, at_most: int) -> float:
+    """The most whole cores for each worker with which as many folds run at once as with one core; at least 1.
+
+    `gpus` is a fold's. Nodes may be unequal: 64 and 2 cores hold five folds of 12 cores, but four of 13.
+    """
+    wanted = min(at_most, places(nodes, gpus, workers, workers))
+    most = int(max((node.get("CPU", 0.0) for node in nodes), default=1.0))
+    shares = range(most if wanted else 1, 1, -1)
+    return next((float(share) for share in shares if places(nodes, gpus, workers * share, workers) >= wanted), 1.0)
