@@ -902,3 +902,4 @@ def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
     assert (config.run, config.fold, config.criterion, config.post) == ("a", 2, "A.4", "${x} null, 'a'")
     assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
     assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None
+    assert plain_question(["post=a", "criterion"]) is None

@@ -44,6 +44,7 @@ from support.malformed_data import (
 )
 from support.refusals import said_refusal
 
+from raycv.common.table_reader import read_columns
 from raycv.common.text_files import FIELD_LIMIT
 from raycv.data.dataset import (
     EXPECTED_COUNTS,
@@ -55,6 +56,7 @@ from raycv.data.dataset import (
 )
 from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
 from raycv.data.types import Dataset, Pair
+from raycv.errors import FaultsError
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_HASHES = {"data_hash": "88a295bf110007c5", "criteria_hash": "2d7308a2f991d163"}
@@ -903,3 +905,31 @@ def test_numbers_of_a_json_table_are_ids_as_they_are_spelt(tmp_path: Path) -> No
     files = {"posts.json": f"[{posts}]".encode(), "labels.json": json.dumps(grid).encode(), C: specification()[C]}
     folder = write(tmp_path, files)
     assert list(load_dataset(folder, folder).posts) == sorted(ids)
+
+
+def test_a_key_of_json_that_holds_prose_is_not_printed(tmp_path: Path) -> None:
+    files = specification()
+    files.pop("posts.csv")
+    entry = {"post_id": "p1", "post": "a", "I feel empty today": "x" * (FIELD_LIMIT + 1)}
+    files["posts.json"] = json.dumps([entry]).encode()
+    with pytest.raises(FaultsError) as caught:
+        load(tmp_path, files)
+    assert "posts.json, entry 1: a value of 18 characters has more than" in str(caught.value)
+    assert "empty" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names", [("post_id", "criterion_id", "label", "text"), ("post_id", "id", "label", "criterion")]
+)
+def test_a_json_table_with_a_post_id_is_no_list_of_criteria(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([dict.fromkeys(names, "x")]))
+    assert read_columns(tmp_path / "t.json") == names
+
+
+def test_a_tsv_with_commas_is_named_as_one(tmp_path: Path) -> None:
+    files = specification()
+    files["posts.tsv"] = files.pop("posts.csv")
+    with pytest.raises(FaultsError) as caught:
+        load(tmp_path, files)
+    assert "separated by commas, in a file whose ending promises tabs" in str(caught.value)
+    assert caught.value.kind == "data-format"

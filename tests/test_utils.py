@@ -248,6 +248,7 @@ def test_a_record_is_read_from_json_with_the_types_of_its_fields():
         ({"inner": {"count": 1.0}}, "inner.count is '1.0', which should be an integer"),
         ({"inner": {"count": 1, "share": "1"}}, "inner.share is '1', which should be a number"),
         ({"inner": {"count": 1, "share": False}}, "inner.share is 'False', which should be a number"),
+        ({"inner": {"count": 1, "share": 10**400}}, "inner.share is "),
         ({"name": 5}, "name is '5', which should be a string"),
         ({"fold": None}, "fold is 'None', which should be an integer"),
         ({"word": "c"}, "word is 'c', which should be one of a, b"),
