@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from support.refusals import refuses
 from support.studies import folder_of, richest
 
 from raycv.common.files import array_bytes, read_json, write_json
@@ -19,7 +20,7 @@ from raycv.config.schema import ReportConfig
 from raycv.config.validation import validate
 from raycv.cv.aggregation import make_page
 from raycv.cv.bundle import check_bundle, read_bundle
-from raycv.errors import FaultsError, NotShownError, UserError
+from raycv.errors import FaultsError, NotShownError
 from raycv.evaluation.evaluate import evaluate
 from raycv.results.study import load_study
 
@@ -204,10 +205,9 @@ def test_tampering_is_seen(bundle, tmp_path, case):
     path = rewritten(bundle, tmp_path / "review.zip", **{name: change})
     before = read_bundle(bundle).get(name)
     assert read_bundle(path).get(name) != before, "the test changed nothing"
-    with pytest.raises(NotShownError) as caught:
+    with refuses("bundle-differs", said, error=NotShownError) as caught:
         check_bundle(path, Console(file=io.StringIO()))
-    assert said in str(caught.value)
-    assert (caught.value.exit_code, caught.value.kind) == (1, "bundle-differs")
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("content", [b"no zip", None, b""])
@@ -219,20 +219,20 @@ def test_another_file_is_no_bundle_and_stays(run, tmp_path, content):
     else:
         path.write_bytes(content)
     before = path.read_bytes()
-    with pytest.raises(UserError, match="is not a bundle of raycv"):
+    with refuses("input-file", path, "raycv.report run=<name> bundle=<file>"):
         make_page(asked(f"check={path}"))
-    with pytest.raises(UserError, match="so it is not replaced") as caught:
+    with refuses("output-exists", f"bundle={path}: ", "bundle=<file>"):
         make_page(asked(f"run={run.root}", f"bundle={path}"))
-    assert (caught.value.kind, path.read_bytes()) == ("output-exists", before)
+    assert path.read_bytes() == before
 
 
 def test_damaged_data_and_impossible_keys_are_refused(bundle, tmp_path):
     path = rewritten(bundle, tmp_path / "review.zip", **{"predictions.csv": lambda _: b"fold,post\n1,2\n"})
-    with pytest.raises(UserError, match="The data of the bundle are damaged"):
+    with refuses("input-file", "data of the bundle", "KeyError"):
         make_page(asked(f"check={path}"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with refuses("input-file", f"{tmp_path / 'none.zip'} cannot be read", "No such file"):
         make_page(asked(f"check={tmp_path / 'none.zip'}"))
-    with pytest.raises(UserError, match=r"the folder .* does not exist"):
+    with refuses("disk-unwritable", f"bundle={tmp_path / 'none' / 'a.zip'}: ", f"{tmp_path / 'none'} does not exist"):
         make_page(asked(f"bundle={tmp_path / 'none' / 'a.zip'}"))
-    with pytest.raises(FaultsError, match="cannot stand beside bundle="):
+    with refuses("config-value", "check: ", "bundle=", "received 'a.zip'", error=FaultsError):
         asked("check=a.zip", "bundle=b.zip")
