@@ -42,7 +42,7 @@ from support.malformed_data import (
     table,
     write,
 )
-from support.refusals import said_refusal
+from support.refusals import refuses, said_refusal
 
 from raycv.common.table_reader import read_columns
 from raycv.common.text_files import FIELD_LIMIT
@@ -56,7 +56,6 @@ from raycv.data.dataset import (
 )
 from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
 from raycv.data.types import Dataset, Pair
-from raycv.errors import FaultsError
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_HASHES = {"data_hash": "88a295bf110007c5", "criteria_hash": "2d7308a2f991d163"}
@@ -912,9 +911,9 @@ def test_a_key_of_json_that_holds_prose_is_not_printed(tmp_path: Path) -> None:
     files.pop("posts.csv")
     entry = {"post_id": "p1", "post": "a", "I feel empty today": "x" * (FIELD_LIMIT + 1)}
     files["posts.json"] = json.dumps([entry]).encode()
-    with pytest.raises(FaultsError) as caught:
+    prose, kinds = "posts.json, entry 1: a value of 18 characters ", "data-format, data-id, data-split"
+    with refuses(kinds, prose, f"{FIELD_LIMIT:,}") as caught:
         load(tmp_path, files)
-    assert "posts.json, entry 1: a value of 18 characters has more than" in str(caught.value)
     assert "empty" not in str(caught.value)
 
 
@@ -929,7 +928,5 @@ def test_a_json_table_with_a_post_id_is_no_list_of_criteria(tmp_path: Path, name
 def test_a_tsv_with_commas_is_named_as_one(tmp_path: Path) -> None:
     files = specification()
     files["posts.tsv"] = files.pop("posts.csv")
-    with pytest.raises(FaultsError) as caught:
+    with refuses("data-format", "posts.tsv, line 1: ", "separated by commas", "tabs"):
         load(tmp_path, files)
-    assert "separated by commas, in a file whose ending promises tabs" in str(caught.value)
-    assert caught.value.kind == "data-format"
