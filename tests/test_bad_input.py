@@ -1015,6 +1015,7 @@ def test_a_folder_for_ray_with_a_path_too_long_for_its_sockets_is_refused(
     check_ray_folder()
 
 
+@pytest.mark.ray
 def test_ray_itself_refuses_a_folder_that_is_one_byte_too_long() -> None:
     # The number of the process is part of the path.
     code = (

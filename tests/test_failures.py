@@ -257,7 +257,6 @@ def test_ctrl_c_and_a_schedulers_end_stop_all_and_mark_the_runs_killed(tmp_path,
     assert set(statuses(tmp_path).values()) == {"KILLED"}
 
 
-@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_schedulers_end_for_all_processes_is_no_cluster_that_is_gone(tmp_path):

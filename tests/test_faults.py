@@ -138,7 +138,6 @@ def test_a_cluster_that_is_gone_ends_the_run_with_what_to_type(tmp_path, whole, 
     assert_like_unbroken(tmp_path, whole)
 
 
-@pytest.mark.core
 def test_processes_that_die_as_the_workers_start_cost_retries_and_no_place(tmp_path):
     """The trial as soon as its worker is there, then the next worker as it is set up, then the controller of a third.
 
