@@ -63,7 +63,12 @@ class Kind(Enum):
         "rows with a wrong number of fields",
         f"{_CSV}: text that holds commas or line breaks needs quotes",
     )
-    JSON = "data-format", "faults of the JSON", 'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}'
+    JSON = (
+        "data-format",
+        "faults of the JSON",
+        'give the criteria as {"criteria": [{"id": "A.1", "text": "..."}]}, and another table as'
+        " pandas.DataFrame.to_json(orient='records') writes it",
+    )
     COLUMN = "data-format", "columns that are missing", "name the columns in the first line as the message says"
     SEPARATOR = (
         "data-format",

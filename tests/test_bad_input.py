@@ -464,7 +464,7 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no model": (
         ["model.name=/nowhere"],
-        ["base-files", "no folder /nowhere"],
+        ["base-files", "The folder /nowhere"],
     ),
     "a folder that is not a model": (
         ["model.name={data}"],

@@ -298,7 +298,7 @@ def _answer(
         hints = [said for part in unknown if not (said := hint(part.strip("-"), schema)).startswith("the keys here")]
         meant = f" ({'; '.join(hints)})" if hints else ""
         raise UserError(
-            f"There is no option {', '.join(unknown)}{meant}.", kind="config-unknown-key", remedies=remedies
+            f"raycv.{name} has no option {', '.join(unknown)}{meant}.", kind="config-unknown-key", remedies=remedies
         )
     return None
 

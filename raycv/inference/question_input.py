@@ -35,7 +35,7 @@ def read_question(config: "InferConfig") -> Question:
             )
         remedies = ['give the text: post="..."', "or a file that holds it: post_file=post.txt (- is standard input)"]
         remedies += ["for many: input=pairs.csv output=scores.csv", "all keys: python -m raycv.infer --help"]
-        raise UserError("There is nothing to answer: no post is given.", kind="input-empty", remedies=remedies)
+        raise UserError("No post is given, so raycv has nothing to answer.", kind="input-empty", remedies=remedies)
     if config.output not in ("text", JSON):
         raise UserError(f"output={config.output}: must be text or json.", kind="config-value", remedies=["output=json"])
     return Question(config.post if config.post is not None else _read_post(str(config.post_file)), config.criterion)

@@ -104,7 +104,7 @@ def inspect_folder(name: str, folder: Path, revision: str | None) -> BaseFiles:
     folder = folder.absolute()
     if not os.path.isdir(folder):
         raise UserError(
-            f"There is no folder {folder}, which is to hold the base model.",
+            f"The folder {folder}, which is to hold the base model, does not exist.",
             kind="base-files",
             remedies=["correct the path"],
         )
