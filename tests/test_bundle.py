@@ -217,6 +217,7 @@ TAMPERED = {
         "run.json: it differs",
     ),
     "a comment": ("config.yaml", lambda text: text + b"# x\n", "config.yaml: it differs"),
+    "figures without an end": ("report.html", lambda _: b"<svg" * 2**20, "report.html: its figures are not"),
     "a key that is there twice": (
         "evaluation.json",
         lambda text: text.replace(b"{\n", b'{\n  "run": "better",\n', 1),
@@ -305,6 +306,9 @@ DAMAGED = {
     "packages that are a list": ("environment.json", lambda text: text.replace(b'"packages": {', b'"packages": [{', 1)),
     "half a letter": ("environment.json", lambda text: text.replace(b'"3.11"', b'"\\ud800"')),
     "a setting that the schema lacks": ("config.yaml", lambda text: text + b"zebra:\n  zebra: 1\n"),
+    "aliases of aliases": ("config.yaml", lambda _: b"cv: &a {}\ndora:\n  <<: [*a, *a]\n"),
+    "a long text": ("run.json", lambda text: json_changed(text, lambda run: run["warnings"].append(":/a:" * 2**17))),
+    "a long id of a criterion": ("predictions.csv", first_row("criterion_id", ":/a:" * 2**14)),
     "a password": ("config.yaml", lambda text: text.replace(b"a local folder", b"http://zebra:zebra@host")),
     "settings in settings": ("config.yaml", lambda text: text.replace(b"r: 8", b"r: {zebra: 1}")),
     "a file that is gone": ("config.yaml", None),

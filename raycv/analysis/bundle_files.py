@@ -28,6 +28,8 @@ MOST_BYTES = 2**28
 """The most that a bundle may hold, packed and unpacked."""
 MOST_OF_A_FILE = 2**26
 MOST_OF_A_RECORD = 2**20
+MOST_OF_A_TEXT = 4000
+"""Characters of a text in a record, or of the id of a criterion."""
 RECORDS = ("run.json", "config.yaml", "environment.json")
 NAMES = re.compile(
     r"run\.json|config\.yaml|environment\.json|predictions\.csv|near_duplicates\.csv|epoch_scores/fold_\d{1,4}\.npy|"
@@ -147,8 +149,9 @@ def made_again(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
     records = {}
     for name in RECORDS:
         with damaged(name):
-            records[name] = yaml.safe_load(files[name]) if name.endswith(".yaml") else json.loads(files[name])
+            records[name] = _settings(files[name]) if name == "config.yaml" else json.loads(files[name])
             _check_record(name, records[name])
+            _check_texts(records[name])
     with damaged("predictions.csv, near_duplicates.csv or epoch_scores"):
         study = _study(files, records["run.json"])
     records["run.json"]["history"] = history_of(study)
@@ -156,6 +159,24 @@ def made_again(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
         written = inputs_text(study, *(records[name] for name in RECORDS))
         made = written | results_of(study, *(records[name] for name in RECORDS))
     return made, records["run.json"]["versions"], study
+
+
+def _settings(content: bytes) -> Any:
+    # A few aliases of aliases unpack to more than the memory holds.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+        raise ValueError("an alias")
+    return yaml.safe_load(content)
+
+
+def _check_texts(value: Any) -> None:
+    """Raises: ValueError if a text is so long that the search for secrets in it could take hours."""
+    if isinstance(value, str) and len(value) > MOST_OF_A_TEXT:
+        raise ValueError("a long text")
+    if isinstance(value, Mapping | list):
+        for one in value:
+            _check_texts(one)
+    if isinstance(value, Mapping):
+        _check_texts(list(value.values()))
 
 
 def _check_record(name: str, value: Any) -> None:
@@ -301,6 +322,7 @@ def _study(files: Mapping[str, bytes], run: Mapping[str, Any]) -> "Study":
         raise ValueError("a fold or a label is impossible")
     if not all(re.fullmatch("p[0-9a-f]{20}", post) for post in posts):
         raise ValueError("a post has another kind of name")
+    _check_texts([*criteria, *column])
     pairs = None
     if "near_duplicates.csv" in files:
         pairs = [(row["post_a"], row["post_b"]) for row in rows_of("near_duplicates.csv")]
