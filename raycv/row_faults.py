@@ -68,8 +68,8 @@ class Kind(Enum):
     SEPARATOR = (
         "data-format",
         "tables that are separated by something else than commas",
-        "write them with commas: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as separator;"
-        " remove a line `sep=`",
+        "write them with commas into a .csv: pandas.DataFrame.to_csv, or a spreadsheet's CSV export with the comma as"
+        " separator; remove a line `sep=`",
     )
     DUPLICATE_COLUMN = "data-format", "columns that occur twice", "keep one column of each name"
     ID = "data-id", "ids that cannot be used", "give every row a short id; criterion ids also name files: no / or \\"

@@ -31,13 +31,14 @@ from support.malformed_data import (
     specification,
     write,
 )
+from support.refusals import refuses, said_refusal
 
 from raycv import aggregate, compare, infer, mistakes, report, reproduce, run, serve, synthesize
 from raycv.batch_inference.output_place import check_output
 from raycv.common.locations import check_ray_folder
 from raycv.data.dataset import load_dataset
 from raycv.data.synthetic import write_dataset
-from raycv.errors import FaultsError, UserError
+from raycv.errors import FaultsError
 from raycv.inference.choose import choose
 from raycv.results.find_run import find_run, folds_of, recorded_config
 from raycv.results.run_folder import RunFolder
@@ -103,93 +104,90 @@ def criterion_named(new: str) -> Edit:
 
 
 MORE_DATA: dict[str, tuple[Edit, list[str]]] = {
-    "UTF-16 without a mark": (recoded(P, "utf-16-le"), ["posts.csv, line 1: not UTF-8 text but UTF-16",
-        "Kind: data-format"]),
-    "big-endian UTF-16 without a mark": (recoded(G, "utf-16-be"), ["groundtruth.csv, line 1: not UTF-8 text but",
-        "Kind: data-format"]),
-    "UTF-32": (recoded(C, "utf-32"), ["criteria.csv, line 1: not UTF-8 text", "Kind: data-format"]),
+    "UTF-16 without a mark": (recoded(P, "utf-16-le"), ["data-format", "posts.csv, line 1: ", "UTF-16"]),
+    "big-endian UTF-16 without a mark": (
+        recoded(G, "utf-16-be"),
+        ["data-format", "groundtruth.csv, line 1: not UTF-8"],
+    ),
+    "UTF-32": (recoded(C, "utf-32"), ["data-format", "criteria.csv, line 1: not UTF-8"]),
     "gzip": (
         lambda files: files.update({P: b"\x1f\x8b\x08\x00" + bytes(40)}),
-        ["posts.csv, line 1: not UTF-8 text but a gzip archive", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: ", "gzip"],
     ),
     "Parquet": (
         lambda files: files.update({G: b"PAR1" + bytes(40)}),
-        ["groundtruth.csv, line 1: not UTF-8 text but a Parquet file", "Kind: data-format"],
+        ["data-format", "groundtruth.csv, line 1: ", "Parquet"],
     ),
-    "Windows-1252 quotes": (replaced(P, b"Grey", b"\x93Grey\x94"), ["posts.csv, line 2: the byte 0x93 is not UTF-8",
-        "Kind: data-format"]),
-    "UTF-8 longer than it may be": (replaced(P, b"Grey", b"Gr\xc0\xafey"), ["posts.csv, line 2: the byte 0xc0",
-        "Kind: data-format"]),
-    "half a surrogate pair": (replaced(P, b"Grey", b"Gr\xed\xa0\x80ey"), ["posts.csv, line 2: the byte 0xed",
-        "Kind: data-format"]),
+    "Windows-1252 quotes": (replaced(P, b"Grey", b"\x93Grey\x94"), ["data-format", "posts.csv, line 2: the byte 0x93"]),
+    "UTF-8 longer than it may be": (
+        replaced(P, b"Grey", b"Gr\xc0\xafey"),
+        ["data-format", "posts.csv, line 2: the byte 0xc0"],
+    ),
+    "half a surrogate pair": (
+        replaced(P, b"Grey", b"Gr\xed\xa0\x80ey"),
+        ["data-format", "posts.csv, line 2: the byte 0xed"],
+    ),
     "columns that are misspelt": (
         replaced(G, b"criterion_id,label", b"criterion,lable"),
         [
+            "data-format",
             "line 1: `criterion_id`, `label` missing",
-            "perhaps 'criterion' is the criterion_id; perhaps 'lable' is the label", "Kind: data-format",
+            "perhaps 'criterion' is the criterion_id; perhaps 'lable' is the label",
         ],
     ),
     "a byte order mark twice": (
         lambda files: files.update({P: b"\xef\xbb\xbf" * 2 + files[P]}),
-        ["posts.csv, line 1: `post_id` missing", "name the columns", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: `post_id` missing"],
     ),
     "a byte order mark within the header": (
         replaced(P, b"post_id,post", b"post_id,\xef\xbb\xbfpost"),
-        ["posts.csv, line 1: `post` (or `text`) missing", "a value of 5 characters", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: `post` (or `text`) missing", "a value of 5 characters"],
     ),
-    "tabs": (every(P, b",", b"\t"), ["posts.csv, line 1:", "separated by tabs", "write them with commas",
-        "Kind: data-format"]),
-    "bars": (every(G, b",", b"|"), ["groundtruth.csv, line 1:", "separated by bars", "write them with commas",
-        "Kind: data-format"]),
-    "NaN as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,NaN"), ["line 15: label is empty: it holds NaN", "judge it",
-        "Kind: data-label"]),
-    "a negative label": (replaced(G, b"p2,A.5,no", b"p2,A.5,-1"), ["line 15: label '-1' is unknown", "yes or no",
-        "Kind: data-label"]),
-    "a fraction as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,0.5"), ["line 15: label '0.5' is unknown",
-        "Kind: data-label"]),
-    "infinity as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,1e999"), ["line 15: label '1e999' is unknown",
-        "Kind: data-label"]),
+    "tabs": (every(P, b",", b"\t"), ["data-format", "posts.csv, line 1:", "separated by tabs"]),
+    "bars": (every(G, b",", b"|"), ["data-format", "groundtruth.csv, line 1:", "separated by bars"]),
+    "NaN as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,NaN"), ["data-label", "line 15: label is empty: it holds NaN"]),
+    "a negative label": (replaced(G, b"p2,A.5,no", b"p2,A.5,-1"), ["data-label", "line 15: label '-1' "]),
+    "a fraction as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,0.5"), ["data-label", "line 15: label '0.5' "]),
+    "infinity as label": (replaced(G, b"p2,A.5,no", b"p2,A.5,1e999"), ["data-label", "line 15: label '1e999' "]),
     "duplicate column of labels": (
         every(G, b",label\n", b",label,Label\n"),
-        ["groundtruth.csv, line 1: the column 'label' occurs 2 times", "keep one column", "Kind: data-format"],
+        ["data-format", "groundtruth.csv, line 1: the column 'label' occurs 2 times"],
     ),
-    "NUL in an id": (replaced(G, b"p2,A.5,no", b"p2,A.\x005,no"), ["groundtruth.csv, line 15: a NUL character",
-        "Kind: data-format, data-id"]),
+    "NUL in an id": (
+        replaced(G, b"p2,A.5,no", b"p2,A.\x005,no"),
+        ["data-format, data-id", "groundtruth.csv, line 15: a NUL character"],
+    ),
     "NUL in the header": (
         replaced(C, b"criterion_id,", b"criterion\0_id,"),
-        ["criteria.csv, line 1: `criterion_id` missing", "13 characters", "Kind: data-format"],
+        ["data-format", "criteria.csv, line 1: `criterion_id` missing", "13 characters"],
     ),
-    "an id that looks like another": (criterion_named("A\u20248"), ["already on line 9", "written 'A.8'",
-        "Kind: data-id"]),
+    "an id that looks like another": (criterion_named("A\u20248"), ["data-id", "already on line 9", "written 'A.8'"]),
     "a JSON key twice": (
         lambda files: files.update({"criteria.json": b'[{"id": "A.1", "id": "A.2", "text": "x"}]', C: b""}),
-        ["criteria.json: an object that has a key twice", "Kind: data-format"],
+        ["data-format", "criteria.json: an object that has a key twice"],
     ),
-    "absolute criterion id": (criterion_named("/etc/x"), ["line 10: criterion_id '/etc/x' is or holds a path",
-        "Kind: data-id"]),
-    "climbing criterion id": (criterion_named("../../x"), ["line 10: criterion_id '../../x' is or holds a path",
-        "Kind: data-id"]),
-    "criterion id of Windows": (criterion_named("..\\x"), ["criteria.csv, line 10: criterion_id", "no / or \\",
-        "Kind: data-id"]),
-    "criterion id that is a dot": (criterion_named("."), ["line 10: criterion_id '.' is or holds a path",
-        "Kind: data-id"]),
-    "escape sequence in an id": (criterion_named("A\x1b[2J"), ["line 10: criterion_id holds a line break or another",
-        "Kind: data-id"]),
-    "rows that are all broken": (every(G, b",no\n", b"\n"), ["24 rows with a wrong number of fields", "needs quotes",
-        "Kind: data-format"]),
+    "absolute criterion id": (criterion_named("/etc/x"), ["data-id", "line 10: criterion_id '/etc/x' "]),
+    "climbing criterion id": (criterion_named("../../x"), ["data-id", "line 10: criterion_id '../../x' "]),
+    "criterion id of Windows": (
+        criterion_named("..\\x"),
+        ["data-id", "criteria.csv, line 10: criterion_id", "no / or \\"],
+    ),
+    "criterion id that is a dot": (criterion_named("."), ["data-id", "line 10: criterion_id '.' "]),
+    "escape sequence in an id": (criterion_named("A\x1b[2J"), ["data-id", "line 10: criterion_id holds a line break"]),
+    "rows that are all broken": (every(G, b",no\n", b"\n"), ["data-format", "24 rows"]),
     "a header in quotes that never close": (
         replaced(P, b"post_id,", b'"post_id,'),
-        ["posts.csv, line 1: a quoted field", "quotes where it must", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: a quoted field"],
     ),
     "HTML of a login page": (
         lambda files: files.update({P: b"<!DOCTYPE html>\n<html><body>log in</body></html>\n"}),
-        ["posts.csv, line 1:", "name the columns", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: `post_id`"],
     ),
     "a git-lfs pointer": (
         lambda files: files.update({P: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"}),
-        ["posts.csv, line 1:", "name the columns", "Kind: data-format"],
+        ["data-format", "posts.csv, line 1: `post_id`"],
     ),
-}  # fmt: skip
+}
 
 DATA = [
     *[(name, specification, case) for name, case in (MALFORMED | MORE_DATA).items()],
@@ -201,13 +199,11 @@ DATA = [
 def test_a_malformed_data_set_is_refused(
     tmp_path: Path, refused: Callable[..., str], made: Callable[[], Files], case: tuple[Edit, list[str]]
 ) -> None:
-    edit, fragments = case
+    edit, expected = case
     files = made()
     edit(files)
     data = write(tmp_path / "data", files)
-    said = refused("run", *using(data))
-    for fragment in fragments:
-        assert fragment in said, said
+    said_refusal(refused("run", *using(data)), *expected)
 
 
 def using(data: Path, *more: str) -> list[str]:
@@ -262,63 +258,61 @@ def sparse(name: str, head: bytes) -> Spoil:
 PLACES: dict[str, tuple[Spoil, list[str]]] = {
     "a link to itself": (
         link(P, P),
-        ["posts.csv: a symbolic link that cannot be followed", "symbolic link", "Kind: data-file"],
+        ["data-file", "posts.csv: a symbolic link"],
     ),
     "links in a circle": (
         both(link(P, "b.csv"), link("b.csv", P)),
-        ["posts.csv: a symbolic link that cannot be followed", "Kind: data-file"],
+        ["data-file", "posts.csv: a symbolic link"],
     ),
     "a link to nothing": (
         link(G, "nothing.csv"),
-        ["groundtruth.csv: a symbolic link that cannot be followed", "Kind: data-file"],
+        ["data-file", "groundtruth.csv: a symbolic link"],
     ),
-    "a folder for a file": (folder(C), ["criteria.csv: a folder where a file is expected", "Kind: data-file"]),
+    "a folder for a file": (folder(C), ["data-file", "criteria.csv: a folder"]),
     "a device for a file": (
         link(P, "/dev/zero"),
-        ["posts.csv: no regular file (a pipe, socket or device)", "Kind: data-file"],
+        ["data-file", "posts.csv: no regular file"],
     ),
     "a file that fails while it is read": (
         link(P, "/proc/self/mem"),
-        ["posts.csv: Input/output error", "Kind: data-file"],
+        ["data-file", "posts.csv: Input/output error"],
     ),
     "a pipe for a file": (
         both(lambda data: (data / P).unlink(), lambda data: os.mkfifo(data / P)),
-        ["posts.csv: no regular file (a pipe, socket or device)", "Kind: data-file"],
+        ["data-file", "posts.csv: no regular file"],
     ),
-    "a folder that links to itself": (moved("data"), ["data: looked for the folder", "Kind: data-file"]),
+    "a folder that links to itself": (moved("data"), ["data-file", "/data: ", "Too many levels of symbolic links"]),
     "a folder that links to nothing": (
         moved("nowhere"),
-        ["data: looked for the folder", "a symbolic link that cannot", "Kind: data-file"],
+        ["data-file", "/data: ", "a symbolic link"],
     ),
     "a folder of another name": (
         lambda data: data.rename(data.with_name("dota")),
-        ["did you mean ", "/dota?", "Kind: data-file"],
+        ["data-file", "did you mean ", "/dota?"],
     ),
     "a folder that is not there": (
         lambda data: data.rename(data.with_name("elsewhere")),
-        ["holds: elsewhere", "Kind: data-file"],
+        ["data-file", "holds: elsewhere"],
     ),
     "an empty folder": (
         lambda data: [path.unlink() for path in data.iterdir()],
-        ["no table `posts`", "Kind: data-file"],
+        ["data-file", "no table `posts`"],
     ),
     "a gigabyte in one field": (
         sparse(P, b'post_id,post\np1,"x'),
-        ["posts.csv, line 2", "1,000,000 characters", "Kind: data-format"],
+        ["data-format", "posts.csv, line 2", "1,000,000 characters"],
     ),
-    "a gigabyte of nothing": (sparse(G, b""), ["groundtruth.csv, line 1: not UTF-8 text", "Kind: data-format"]),
+    "a gigabyte of nothing": (sparse(G, b""), ["data-format", "groundtruth.csv, line 1: not UTF-8"]),
 }
 
 
 @pytest.mark.parametrize("case", PLACES)
 @pytest.mark.long
 def test_files_and_folders_that_are_none_are_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
-    spoil, fragments = PLACES[case]
+    spoil, expected = PLACES[case]
     data = write(tmp_path / "data", specification())
     spoil(data)
-    said = refused("run", *using(data))
-    for fragment in fragments:
-        assert fragment in said, said
+    said_refusal(refused("run", *using(data)), *expected)
 
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
@@ -328,254 +322,251 @@ TEXT_KEYS = ("model.name=5", "run.dir=false", "train.gradient_checkpointing=2")
 TYPED = [(override, said) for override, said in MALFORMED_CONFIG if override not in TEXT_KEYS]
 
 MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
-    "unknown key": (["train.learning_rat=1"], ["train.learning_rat: unknown key", "Kind: config-unknown-key"]),
+    "unknown key": (["train.learning_rat=1"], ["config-unknown-key", "train.learning_rat: unknown key"]),
     "near key": (
         ["train.epoch=3"],
-        ["train.epoch: unknown key; did you mean train.epochs?", "Kind: config-unknown-key"],
+        ["config-unknown-key", "train.epoch: unknown key; did you mean train.epochs?"],
     ),
     "key of another section": (
         ["cv.epochs=3"],
-        ["cv.epochs: unknown key; did you mean train.epochs?", "Kind: config-unknown-key"],
+        ["config-unknown-key", "cv.epochs: unknown key; did you mean train.epochs?"],
     ),
     "unknown section": (
         ["trian.lr=1e-4"],
-        ["trian.lr: unknown key; did you mean train.lr?", "Kind: config-unknown-key"],
+        ["config-unknown-key", "trian.lr: unknown key; did you mean train.lr?"],
     ),
     "key below a value": (
         ["train.lr.value=1"],
-        ["train.lr: should be a valid number; received {'value': '1'}", "Kind: config-value"],
+        ["config-value", "train.lr: ", "received {'value': '1'}"],
     ),
     "a value for a section": (
         ["run=abc"],
-        ["run: should be a valid dictionary", "received 'abc'", "Kind: config-value"],
+        ["config-value", "run: ", "received 'abc'"],
     ),
-    "a value for a group": (["cv=3"], ["cv=3", "is a group of keys", "cv=default", "Kind: config-value"]),
+    "a value for a group": (["cv=3"], ["config-value", "cv=3", "cv=default"]),
     "a section taken away": (
         ["~tracking.uri"],
-        ["tracking.uri: field required; received nothing", "Kind: config-value"],
+        ["config-value", "tracking.uri: ", "received nothing"],
     ),
     "code of models": (
         ["model.trust_remote_code=true"],
-        ["model.trust_remote_code: unknown key", "Kind: config-unknown-key"],
+        ["config-unknown-key", "model.trust_remote_code: unknown key"],
     ),
     "keys that exclude each other": (
         ["train.batching=post_grouped", "train.imbalance=weighted_sampling"],
-        ["train.imbalance: draws pairs one by one, which train.batching=post_grouped cannot", "Kind: config-value"],
+        ["config-value", "train.imbalance: ", "train.batching=post_grouped"],
     ),
     "PEFT's layer and our dropout": (
         ["dora.implementation=peft", "dora.dropout=lora_path"],
-        ["dora.implementation: needs dora.dropout=peft", "Kind: config-value"],
+        ["config-value", "dora.implementation: ", "dora.dropout=peft"],
     ),
     "batches that do not divide": (
         ["train.batch_size=5", "train.effective_batch_size=32"],
         [
-            "train.effective_batch_size: must be a multiple of train.batch_size, which is 5 (it may be: "
-            "1, 2, 4, 8, 16, 32); received 32",
-            "Kind: config-value",
+            "config-value",
+            "train.effective_batch_size: ",
+            "train.batch_size, which is 5 (it may be: 1, 2, 4, 8, 16, 32)",
+            "received 32",
         ],
     ),
     "a store that is forgotten": (
         ["tracking.uri=sqlite:///:memory:"],
-        ["tracking.uri: keeps nothing in memory", "Kind: config-value"],
+        ["config-value", "tracking.uri: ", "received 'sqlite:///:memory:'"],
     ),
     "a store that MLflow does not know": (
         ["tracking.uri=nonsense://ann:hunter2222@host"],
-        [
-            "tracking.uri: is not an MLflow store: name a database",
-            "received 'nonsense://***@host'",
-            "Kind: config-value",
-        ],
+        ["config-value", "tracking.uri: ", "received 'nonsense://***@host'"],
     ),
     "a password with a space": (
         ["tracking.uri=http://ann:my hunter2222@host"],
-        ["tracking.uri: holds white space: write %20", "received 'http://***@host'", "Kind: config-value"],
+        ["config-value", "tracking.uri: ", "%20", "received 'http://***@host'"],
     ),
     "half an address": (
         ["tracking.uri=http://[::1"],
-        ["tracking.uri: is not an address (Invalid IPv6 URL)", "Kind: config-value"],
+        ["config-value", "tracking.uri: ", "Invalid IPv6 URL"],
     ),
-    "epochs for ever": (["train.epochs=99999999999999999999"], ["train.epochs: ", "Kind: config-value"]),
-    "a rank beyond all models": (["dora.r=1000000000"], ["dora.r: ", "Kind: config-value"]),
-    "retries for ever": (["resources.retries=1000000000"], ["resources.retries: ", "Kind: config-value"]),
+    "epochs for ever": (
+        ["train.epochs=99999999999999999999"],
+        ["config-value", "train.epochs: ", "received 99999999999999999999"],
+    ),
+    "a rank beyond all models": (["dora.r=1000000000"], ["config-value", "dora.r: ", "received 1000000000"]),
+    "retries for ever": (
+        ["resources.retries=1000000000"],
+        ["config-value", "resources.retries: ", "received 1000000000"],
+    ),
     "more folds than posts": (
         ["cv.folds=4"],
-        ["cv.folds=4 but there are only 3 posts", "lower cv.folds", "Kind: data-split"],
+        ["data-split", "cv.folds=4 ", "only 3 posts", "lower cv.folds"],
     ),
     "a fold without a match": (
         ["cv.folds=3"],
-        ["fold 0: its validation part (9 pairs) has no matched pair", "Kind: data-split"],
+        ["data-split", "fold 0: its validation part (9 pairs)"],
     ),
-    "a million folds": (["cv.folds=1000000"], ["cv.folds=1000000 but there are only 3 posts", "Kind: data-split"]),
+    "a million folds": (["cv.folds=1000000"], ["data-split", "cv.folds=1000000 ", "only 3 posts"]),
     "empty texts refused": (
         ["data.empty=refuse", "data.dir={empty}"],
-        ["posts.csv, line 2: post 'p1' has no text", "Kind: data-text"],
+        ["data-text", "posts.csv, line 2: post 'p1' has no text"],
     ),
     "a file for the data folder": (
         ["data.dir={data}/posts.csv"],
-        ["a file; give the folder that holds it", "Kind: data-file"],
+        ["data-file", "posts.csv: "],
     ),
     "a name for a folder that is too long": (
         ["data.dir=" + "x" * 300],
-        ["data.dir: is too long for a path", "Kind: config-value"],
+        ["config-value", "data.dir: is too long"],
     ),
     "a folder of artifacts that cannot be": (
         ["tracking.artifacts=" + "x" * 300],
-        ["tracking.artifacts: is too long", "Kind: config-value"],
+        ["config-value", "tracking.artifacts: is too long"],
     ),
     "buckets for folders": (
         ["run.dir=s3://bucket/runs", "tracking.artifacts=gs://b/a", "data.dir=hdfs:/x", "model.name=s3://b/m"],
-        [
-            "4 faults",
-            "run.dir: must be a path, and this is an address: mount",
-            "received 's3://bucket/runs'",
-            "Kind: config-value",
-        ],
+        ["config-value", "4 faults", "run.dir: must be a path", "received 's3://bucket/runs'"],
     ),
-    "a run that cannot be": (["resume=" + "x" * 300], ["resume: is too long for a path", "Kind: config-value"]),
+    "a run that cannot be": (["resume=" + "x" * 300], ["config-value", "resume: is too long"]),
     "a run with a control character": (
         ["resume=a\x01b"],
-        [r"resume=a\x01b: there is no such run", "Kind: run-missing"],
+        ["run-missing", r"resume=a\x01b: there is no such run"],
     ),
     "a store of no kind": (
         ["tracking.uri=bad://x"],
-        ["tracking.uri: is not an MLflow store", "received 'bad://x'", "Kind: config-value"],
+        ["config-value", "tracking.uri: ", "received 'bad://x'"],
     ),
     "a name that is too long in bytes": (
         ["data.criteria_dir=" + "\u00e9" * 128],
-        ["data.criteria_dir: is too long", "Kind: config-value"],
+        ["config-value", "data.criteria_dir: is too long"],
     ),
-    "criteria elsewhere": (["data.criteria_dir=nowhere"], ["nowhere", "data.criteria_dir", "Kind: data-file"]),
+    "criteria elsewhere": (["data.criteria_dir=nowhere"], ["data-file", "nowhere", "data.criteria_dir"]),
     "climbing name": (
         ["run.name=../../etc"],
-        ["run.name: string should match pattern", "received '../../etc'", "Kind: config-value"],
+        ["config-value", "run.name: ", "received '../../etc'"],
     ),
     "absolute name": (
         ["run.name=/tmp/x"],
-        ["run.name: string should match pattern", "received '/tmp/x'", "Kind: config-value"],
+        ["config-value", "run.name: ", "received '/tmp/x'"],
     ),
-    "name that is a dot": (["run.name=.."], ["run.name: string should match", "received '..'", "Kind: config-value"]),
+    "name that is a dot": (["run.name=.."], ["config-value", "run.name: ", "received '..'"]),
     "name with a line break": (
         ["run.name=a\n"],
-        ["run.name: string should match pattern", r"received 'a\n'", "Kind: config-value"],
+        ["config-value", "run.name: ", r"received 'a\n'"],
     ),
     "name that is too long": (
         ["run.name=" + "x" * 101],
-        ["run.name: string should match", "101 characters", "Kind: config-value"],
+        ["config-value", "run.name: ", "101 characters"],
     ),
     "no folder of runs": (
         ["run.dir=/proc/x"],
-        ["run.dir=/proc/x: raycv cannot write to /proc ", "Kind: disk-unwritable, tracking-store"],
+        ["disk-unwritable, tracking-store", "run.dir=/proc/x: raycv cannot write to /proc "],
     ),
-    "file of runs": (["run.dir={data}/posts.csv"], ["raycv cannot write to ", "Kind: disk-unwritable, tracking-store"]),
+    "file of runs": (
+        ["run.dir={data}/posts.csv"],
+        ["disk-unwritable, tracking-store", "run.dir=", "/posts.csv (", "run.dir=<folder>"],
+    ),
     "no model": (
         ["model.name=/nowhere"],
-        ["There is no folder /nowhere, which is to hold the base", "Kind: base-files"],
+        ["base-files", "no folder /nowhere"],
     ),
     "a folder that is not a model": (
         ["model.name={data}"],
-        ["is not a model: it has no config.json", "Kind: base-files"],
+        ["base-files", "/data ", "no config.json"],
     ),
     "no id of a model": (
         ["model.name=a/b/c"],
-        ["model.name='a/b/c' is neither a folder", "an id on the hub", "Kind: base-files"],
+        ["base-files", "model.name='a/b/c' "],
     ),
     "a climbing id of a model": (
         ["model.name=org/.."],
-        ["model.name='org/..' is neither a folder", "Kind: base-files"],
+        ["base-files", "model.name='org/..' "],
     ),
     "a model that does not ship": (
         ["model.name=raycv://models/x"],
-        ["raycv's own 'models/x' is missing", "Kind: package-damaged"],
+        ["package-damaged", "'models/x'"],
     ),
-    "a revision of a folder": (["model.revision=v2"], ["model.revision=v2 means nothing", "Kind: config-value"]),
+    "a revision of a folder": (["model.revision=v2"], ["config-value", "model.revision=v2 ", "model.revision=null"]),
     "an environment variable that is not set": (
         ["data.dir=${oc.env:NOT_SET_AT_ALL}"],
-        ["NOT_SET_AT_ALL", "Kind: config-value"],
+        ["config-value", "NOT_SET_AT_ALL"],
     ),
-    "a reference to nothing": (["train.lr=${train.rate}"], ["cannot be resolved", "train.rate", "Kind: config-value"]),
+    "a reference to nothing": (["train.lr=${train.rate}"], ["config-value", "train.rate"]),
     "references in a circle": (
         ["train.lr=${train.weight_decay}", "train.weight_decay=${train.lr}"],
-        ["train.lr", "Kind: config-value"],
+        ["config-value", "full_key: train.lr", "--cfg job"],
     ),
     "a list without its end": (
         ["model.target_modules=[a"],
-        ["[a", "--help shows what it takes", "Kind: config-syntax"],
+        ["config-syntax", "[a", "--help"],
     ),
-    "a word": (["nonsense"], ["nonsense", "--help shows what it takes", "Kind: config-syntax"]),
-    "no key": (["=5"], ["=5", "--help shows what it takes", "Kind: config-syntax"]),
+    "a word": (["nonsense"], ["config-syntax", "nonsense", "--help"]),
+    "no key": (["=5"], ["config-syntax", "=5", "--help"]),
     "an option of Hydra's without its kind": (
         ["--info=nonsense"],
-        ["--info", "invalid choice", "nonsense", "Kind: config-syntax"],
+        ["config-syntax", "--info", "nonsense"],
     ),
     "an option that there is not": (
         ["--folds=3"],
-        ["There is no option --folds", "write key=value without dashes", "Kind: config-unknown-key"],
+        ["config-unknown-key", "--folds"],
     ),
-    "a sweep": (["cv.folds=2,3", "--multirun"], ["--multirun is not supported", "Kind: config-syntax"]),
-    "several values": (["cv.folds=2,3"], ["cv.folds=2,3", "--help shows what it takes", "Kind: config-syntax"]),
-    "a number without end": (["cv.folds=" + "9" * 5000], ["--help shows what it takes", "Kind: config-syntax"]),
+    "a sweep": (["cv.folds=2,3", "--multirun"], ["config-syntax", "--multirun"]),
+    "several values": (["cv.folds=2,3"], ["config-syntax", "cv.folds=2,3", "--help"]),
+    "a number without end": (["cv.folds=" + "9" * 5000], ["config-syntax", "5000 digits", "--help"]),
     "no experiment": (
         ["experiment=nope"],
-        ["'nope' is not one of its files", "experiment=quickstart", "Kind: config-value"],
+        ["config-value", "'nope'", "experiment=quickstart"],
     ),
 }
 
 FILES: dict[str, tuple[str | bytes, list[str]]] = {
-    "tabs": ("train:\n\tlr: 1\n", ["found character '\\t' that cannot start", "own.yaml", "line 3, column 1",
-        "Kind: config-syntax"]),
-    "no YAML": ("train: [1\n", ["own.yaml", "Kind: config-syntax"]),
-    "Latin-1": ("data:\n  dir: caf\u00e9\n".encode("latin-1"), ["utf-8", "Kind: config-syntax"]),
-    "a list": ("- a\n- b\n", ["own", "Kind: config-syntax"]),
-    "a text": ("just words\n", ["own", "Kind: config-value, config-unknown-key"]),
-    "NUL": (b"data:\n  dir: a\0b\n", ["own.yaml", "Kind: config-syntax"]),
-    "an escaped NUL": ('data:\n  dir: "a\\0b"\n', ["data.dir: must not hold a NUL character; received 'a\\x00b'",
-        "Kind: config-value"]),
-    "an object of Python": ("train:\n  lr: !!python/object/apply:os.getcwd []\n", ["python/object/apply:os.getcwd",
-        "Kind: config-syntax"]),
-    "numbers as text": ('train:\n  epochs: "3"\n', ["train.epochs: should be a valid integer; received '3'",
-        "Kind: config-value"]),
-    "not a number": ("train:\n  lr: .nan\n", ["train.lr: should be a finite number; received nan",
-        "Kind: config-value"]),
-    "a date": ("train:\n  epochs: 2025-11-12\n", ["train.epochs: should be a valid integer", "Kind: config-value"]),
-    "a switch": ("train:\n  schedule: on\n", ["train.schedule: should be", "received True", "Kind: config-value"]),
-    "a key twice": ("train:\n  lr: 1e-4\n  lr: 1e-5\n", ["duplicate key lr", "Kind: config-syntax"]),
-    "a dotted key": ("train.lr: 1e-4\n", ["train.lr: unknown key with a dot in its name", "Kind: config-unknown-key"]),
-    "aliases without end": (
-        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n", ["d: unknown key", "a: unknown key",
-            "Kind: config-unknown-key"]
+    "tabs": ("train:\n\tlr: 1\n", ["config-syntax", "character '\\t'", "own.yaml", "line 3, column 1"]),
+    "no YAML": ("train: [1\n", ["config-syntax", "own.yaml"]),
+    "Latin-1": ("data:\n  dir: caf\u00e9\n".encode("latin-1"), ["config-syntax", "utf-8", "--config-name=own"]),
+    "a list": ("- a\n- b\n", ["config-syntax", "'own'", "--config-name=own"]),
+    "a text": ("just words\n", ["config-value, config-unknown-key", "own"]),
+    "NUL": (b"data:\n  dir: a\0b\n", ["config-syntax", "own.yaml"]),
+    "an escaped NUL": ('data:\n  dir: "a\\0b"\n', ["config-value", "data.dir: ", "received 'a\\x00b'"]),
+    "an object of Python": (
+        "train:\n  lr: !!python/object/apply:os.getcwd []\n",
+        ["config-syntax", "python/object/apply:os.getcwd"],
     ),
-}  # fmt: skip
+    "numbers as text": ('train:\n  epochs: "3"\n', ["config-value", "train.epochs: ", "received '3'"]),
+    "not a number": ("train:\n  lr: .nan\n", ["config-value", "train.lr: ", "received nan"]),
+    "a date": ("train:\n  epochs: 2025-11-12\n", ["config-value", "train.epochs: ", "received "]),
+    "a switch": ("train:\n  schedule: on\n", ["config-value", "train.schedule: ", "received True"]),
+    "a key twice": ("train:\n  lr: 1e-4\n  lr: 1e-5\n", ["config-syntax", "duplicate key lr"]),
+    "a dotted key": ("train.lr: 1e-4\n", ["config-unknown-key", "train.lr: unknown key with a dot in its name"]),
+    "aliases without end": (
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n",
+        ["config-unknown-key", "d: unknown key", "a: unknown key"],
+    ),
+}
 
 
 @pytest.mark.parametrize(("override", "said"), TYPED, ids=[override for override, _ in TYPED])
 def test_a_malformed_value_is_refused(refused: Callable[..., str], override: str, said: str) -> None:
-    message = refused("run", "experiment=quickstart", BACKSTOP, override)
+    message = f"{refused('run', 'experiment=quickstart', BACKSTOP, override)} ".replace("\n", " ")
+    assert message.endswith("Kind: config-value  ")
     assert f"- {override.split('=')[0]}: " in message
-    assert said in f"{message} ".replace("\n", " ")
+    assert said in message
 
 
 @pytest.mark.parametrize("case", MORE_CONFIG)
 def test_a_malformed_command_line_is_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
-    overrides, fragments = MORE_CONFIG[case]
+    overrides, expected = MORE_CONFIG[case]
     data = write(tmp_path / "data", specification())
     empty = write(tmp_path / "empty", specification({"p1": "", "p2": "a", "p3": "b"}))
     said = refused(
         "run", *using(data, *(one.replace("{data}", f"{data}").replace("{empty}", f"{empty}") for one in overrides))
     )
-    for fragment in fragments:
-        assert fragment in said, said
+    said_refusal(said, *expected)
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_malformed_file_of_ones_own_is_refused(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
-    content, fragments = FILES[case]
+    content, expected = FILES[case]
     own = tmp_path / "configs"
     own.mkdir()
     content = content.encode() if isinstance(content, str) else content
     (own / "own.yaml").write_bytes(b"defaults: [run, _self_]\n" * (content[:1] not in (b"-", b"j")) + content)
-    said = refused("run", f"--config-dir={own}", "--config-name=own", BACKSTOP)
-    for fragment in fragments:
-        assert fragment in said, said
+    said_refusal(refused("run", f"--config-dir={own}", "--config-name=own", BACKSTOP), *expected)
 
 
 URI = "http://ann:s3cret-heron@host"
@@ -622,196 +613,195 @@ def test_not_even_a_traceback_repeats_a_password() -> None:
 LONG = "x" * 256
 
 OTHERS: dict[str, tuple[str, list[str], list[str]]] = {
-    "no post": ("infer", [], ["no post is given", "post_file=post.txt", "Kind: input-empty"]),
-    "two posts": ("infer", ["post=a", "post_file=b"], ["post and post_file are both given", "Kind: config-value"]),
+    "no post": ("infer", [], ["input-empty", 'post="..."', "post_file=post.txt"]),
+    "two posts": ("infer", ["post=a", "post_file=b"], ["config-value", "post and post_file"]),
     "a post without quotes": (
         "infer",
         ["post=I", "feel", "bad"],
-        ["2 words on the command line belong to no", "Kind: config-syntax"],
+        ["config-syntax", "2 words"],
     ),
     "a file that is not there": (
         "infer",
         ["post_file=no.txt"],
-        ["post_file=no.txt cannot be read: No such file", "Kind: input-file"],
+        ["input-file", "post_file=no.txt ", "No such file"],
     ),
-    "a folder of posts": ("infer", ["post_file=."], ["post_file=. cannot be read: Is a directory", "Kind: input-file"]),
+    "a folder of posts": ("infer", ["post_file=."], ["input-file", "post_file=. ", "Is a directory"]),
     "a post without end": (
         "infer",
         ["post_file=/dev/zero"],
-        ["more than 4,000,000 bytes", "input=pairs.csv", "Kind: input-file"],
+        ["input-file", "more than 4,000,000 bytes", "input=pairs.csv"],
     ),
-    "a fold below none": ("infer", ["post=a", "fold=-1"], ["fold: ", "received -1", "Kind: config-value"]),
-    "a fold by name": ("infer", ["post=a", "fold=first"], ["fold: ", "received 'first'", "Kind: config-value"]),
+    "a fold below none": ("infer", ["post=a", "fold=-1"], ["config-value", "fold: ", "received -1"]),
+    "a fold by name": ("infer", ["post=a", "fold=first"], ["config-value", "fold: ", "received 'first'"]),
     "an output of no kind": (
         "infer",
         ["post=a", "output=xml"],
-        ["output=xml: must be text or json", "Kind: config-value"],
+        ["config-value", "output=xml: ", "output=json"],
     ),
     "rows without a number": (
         "infer",
         ["post=a", "infer.batch_size=0"],
-        ["infer.batch_size: ", "received 0 ", "Kind: config-value"],
+        ["config-value", "infer.batch_size: ", "received 0 "],
     ),
     "no run": (
         "infer",
         ["post=a", "run=nothing"],
-        ["run=nothing is neither a run in", "experiment=quickstart", "Kind: run-missing, tracking-store"],
+        ["run-missing, tracking-store", "run=nothing ", "mlflow.db", "experiment=quickstart"],
     ),
     "a run that climbs": (
         "infer",
         ["post=a", "run=../../etc"],
-        ["run=../../etc: there is no such folder", "Kind: run-missing"],
+        ["run-missing", "run=../../etc: "],
     ),
-    "not one run": ("infer", ["post=a"], ["holds no run", "experiment=quickstart", "Kind: run-missing"]),
-    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["holds no run", "Kind: run-missing"]),
+    "not one run": ("infer", ["post=a"], ["run-missing", "holds no run", "experiment=quickstart"]),
+    "a table without end": ("infer", ["input=/dev/zero", "output=s.csv"], ["run-missing", "holds no run"]),
     "a table and a post": (
         "infer",
         ["input=a.csv", "post=b", "output=s.csv"],
-        ["input and post are both given", "Kind: config-value"],
+        ["config-value", "input and post"],
     ),
     "scores of no kind": (
         "infer",
         ["input=a.csv", "output=s.xlsx"],
-        ["output=s.xlsx", "ends in a format", "Kind: config-value"],
+        ["config-value", "output=s.xlsx"],
     ),
     "scores over a device": (
         "infer",
         ["input=a.csv", "output=/dev/null.csv/x.csv"],
-        ["holds no run", "Kind: run-missing"],
+        ["run-missing", "holds no run"],
     ),
-    "a dash and a post": ("infer", ["-", "post=a"], ["post and post_file are both given", "Kind: config-value"]),
-    "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["engine: ", "received 'gpu'", "Kind: config-value"]),
+    "a dash and a post": ("infer", ["-", "post=a"], ["config-value", "post and post_file"]),
+    "an engine of no kind": ("infer", ["post=a", "engine=gpu"], ["config-value", "engine: ", "received 'gpu'"]),
     "a run with too long a name": (
         "infer",
         ["post=a", f"run={LONG}"],
-        ["run: is too long for a path", "Kind: config-value"],
+        ["config-value", "run: is too long"],
     ),
     "runs in too long a folder": (
         "infer",
         ["post=a", f"dir={LONG}"],
-        ["dir: is too long for a path", "Kind: config-value"],
+        ["config-value", "dir: is too long"],
     ),
     "scores in a bucket": (
         "infer",
         ["input=s3://b/in.csv", "output=s3://b/out.csv", "dir=s3://b/runs"],
-        [
-            "3 faults",
-            "output: must be a path, and this is an address",
-            "received 's3://b/in.csv'",
-            "Kind: config-value",
-        ],
+        ["config-value", "3 faults", "output: must be a path", "received 's3://b/in.csv'"],
     ),
     "a bucket to serve from": (
         "serve",
         ["run=s3://b/runs/mine", "base=s3://b"],
-        ["2 faults", "run: must be a path", "Kind: config-value"],
+        ["config-value", "2 faults", "run: must be a path"],
     ),
     "a summary in a bucket": (
         "aggregate",
         ["dir=s3://b"],
-        ["dir: must be a path, and this is an address", "Kind: config-value"],
+        ["config-value", "dir: must be a path"],
     ),
     "a set for a bucket": (
         "synthesize",
         ["out=s3:/b"],
-        ["out: must be a path, and this is an address", "Kind: config-value"],
+        ["config-value", "out: must be a path"],
     ),
     "GPUs and none": (
         "serve",
         ["infer.device=cpu", "serve.gpus_per_replica=1"],
-        [
-            "infer.device=cpu computes on no GPU, and serve.gpus_per_replica=1 asks",
-            "leave one of the two out",
-            "Kind: config-value",
-        ],
+        ["config-value", "infer.device=cpu ", "serve.gpus_per_replica=1 "],
     ),
     "scores with too long a name": (
         "infer",
         ["input=a.csv", f"output={LONG}.csv"],
-        ["output: is too long for", "Kind: config-value"],
+        ["config-value", "output: is too long"],
     ),
     "scores whose parts have too long a name": (
         "infer",
         ["input=a.csv", f"output={LONG[:250]}.csv"],
-        ["output=a value of 254 characters cannot be written: File name too long", "Kind: disk-unwritable"],
+        ["disk-unwritable", "output=a value of 254 characters ", "File name too long"],
     ),
-    "no run to serve": ("serve", [], ["holds no run", "experiment=quickstart", "Kind: run-missing"]),
-    "a port that is none": ("serve", ["serve.port=70000"], ["serve.port: ", "received 70000", "Kind: config-value"]),
+    "no run to serve": ("serve", [], ["run-missing", "holds no run", "experiment=quickstart"]),
+    "a port that is none": ("serve", ["serve.port=70000"], ["config-value", "serve.port: ", "received 70000"]),
     "a run to serve with too long a name": (
         "serve",
         [f"run={LONG}"],
-        ["run: is too long for a path", "Kind: config-value"],
+        ["config-value", "run: is too long"],
     ),
     "crumbs of a core": (
         "serve",
         ["serve.cpus_per_replica=1e-300"],
-        ["serve.cpus_per_replica: ", "received 1e-300", "Kind: config-value"],
+        ["config-value", "serve.cpus_per_replica: ", "received 1e-300"],
     ),
     "a summary of too long a name": (
         "aggregate",
         [f"run={LONG}"],
-        ["run: is too long for a path", "Kind: config-value"],
+        ["config-value", "run: is too long"],
     ),
     "the summary of no run": (
         "aggregate",
         ["run=nothing"],
-        ["mlflow.db does not exist", "give its place", "Kind: run-missing, tracking-store"],
+        ["run-missing, tracking-store", "mlflow.db", "sqlite:////folder/mlflow.db"],
     ),
     "a summary with an unknown key": (
         "aggregate",
         ["rum=3"],
-        ["rum: unknown key; did you mean run?", "Kind: config-unknown-key"],
+        ["config-unknown-key", "rum: unknown key; did you mean run?"],
     ),
-    "nothing to compare": ("compare", [], ["runs: must be given", "runs=<value>"]),
-    "one run to compare": ("compare", ["runs=[a]"], ["runs: ", "at least 2 items"]),
-    "runs in a bucket": ("compare", ["runs=[a,s3:/b]"], ["runs", "must be a path, and this is an address"]),
-    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["holds no run a", "experiment=quickstart"]),
-    "another requirement": ("compare", ["runs=[a,b]", "require=worse"], ["require: ", "received 'worse'"]),
-    "the mistakes of no run": ("mistakes", ["run=nothing"], ["holds no run nothing", "experiment=quickstart"]),
-    "no mistakes": ("mistakes", ["most=0"], ["most: ", "received 0 "]),
-    "text of no word": ("mistakes", ["text=maybe"], ["text: ", "received 'maybe'"]),
-    "nowhere to write": ("synthesize", [], ["out: must be given", "out=<value>", "Kind: config-value"]),
-    "no posts": ("synthesize", ["out=x", "posts=0"], ["posts: ", "received 0 ", "Kind: config-value"]),
+    "nothing to compare": ("compare", [], ["config-value", "runs: ", "runs=<value>"]),
+    "one run to compare": ("compare", ["runs=[a]"], ["config-value", "runs: ", "received ['a']"]),
+    "runs in a bucket": ("compare", ["runs=[a,s3:/b]"], ["config-value", "runs", "must be a path"]),
+    "a comparison of no runs": ("compare", ["runs=[a,b]"], ["run-missing", "holds no run a", "experiment=quickstart"]),
+    "another requirement": (
+        "compare",
+        ["runs=[a,b]", "require=worse"],
+        ["config-value", "require: ", "received 'worse'"],
+    ),
+    "the mistakes of no run": (
+        "mistakes",
+        ["run=nothing"],
+        ["run-missing", "holds no run nothing", "experiment=quickstart"],
+    ),
+    "no mistakes": ("mistakes", ["most=0"], ["config-value", "most: ", "received 0 "]),
+    "text of no word": ("mistakes", ["text=maybe"], ["config-value", "text: ", "received 'maybe'"]),
+    "nowhere to write": ("synthesize", [], ["config-value", "out: must be given", "out=<value>"]),
+    "no posts": ("synthesize", ["out=x", "posts=0"], ["config-value", "posts: ", "received 0 "]),
     "a profile of no kind": (
         "synthesize",
         ["out=x", "profile=long"],
-        ["profile: ", "received 'long'", "Kind: config-value"],
+        ["config-value", "profile: ", "received 'long'"],
     ),
     "words below none": (
         "synthesize",
         ["out=x", "words_mean=-3"],
-        ["words_mean: ", "received -3", "Kind: config-value"],
+        ["config-value", "words_mean: ", "received -3"],
     ),
     "words that are no number": (
         "synthesize",
         ["out=x", "words_mean=nan"],
-        ["words_mean: ", "received nan", "Kind: config-value"],
+        ["config-value", "words_mean: ", "received nan"],
     ),
-    "a page of too long a name": ("report", [f"run={LONG}"], ["run: is too long for a path", "Kind: config-value"]),
+    "a page of too long a name": ("report", [f"run={LONG}"], ["config-value", "run: is too long"]),
     "the page of no run": (
         "report",
         ["run=nothing"],
-        ["holds no run nothing", "experiment=quickstart", "Kind: run-missing"],
+        ["run-missing", "holds no run nothing", "experiment=quickstart"],
     ),
     "a page with an unknown key": (
         "report",
         ["data.dri=x"],
-        ["data.dri: unknown key; did you mean data.dir?", "Kind: config-unknown-key"],
+        ["config-unknown-key", "data.dri: unknown key; did you mean data.dir?"],
     ),
     "a folder that cannot be made": (
         "synthesize",
         ["out=/proc/x", "posts=3"],
-        ["The data set cannot be written to /proc/x: No such file or directory", "Kind: disk-unwritable"],
+        ["disk-unwritable", "/proc/x: No such file or directory"],
     ),
     "a folder with too long a name": (
         "synthesize",
         [f"out={LONG}"],
-        ["out: is too long for a path", "Kind: config-value"],
+        ["config-value", "out: is too long"],
     ),
     "a folder too deep": (
         "synthesize",
         ["out=" + "x/" * 256],
-        ["out: is too long for a path", "255 slashes", "Kind: config-value"],
+        ["config-value", "out: is too long", "255 slashes"],
     ),
 }
 
@@ -844,21 +834,21 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
     load_dataset(written, written)
     (written / P).chmod(0)
     with anybody():
-        with pytest.raises(UserError, match=r"posts.csv: Permission denied"):
+        with refuses("data-file", "written/posts.csv: Permission denied"):
             load_dataset(written, written)
-        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+        with refuses("run-damaged", "runs/mine/config.yaml ", "Permission denied"):
             recorded_config(RunFolder(run))
-        with pytest.raises(UserError, match=r"runs/mine/config.yaml cannot be read: Permission denied"):
+        with refuses("run-damaged", "runs/mine/config.yaml ", "Permission denied"):
             folds_of(config)
-        with pytest.raises(UserError, match=r"cannot be written to data: Permission denied"):
+        with refuses("disk-unwritable", "to data: Permission denied"):
             write_dataset(data, posts=3, seed=1)
-        with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        with refuses("disk-unwritable", "output='data/scores.csv' ", "Permission denied"):
             check_output(data / "scores.csv")
     run.chmod(0)
-    with pytest.raises(UserError, match=r"run=\S* .*cannot be looked for: .*File name too long"):
+    with refuses("run-missing", "run=a value of 4094 characters ", "File name too long"):
         find_run(Path("runs"), "x/" * 2047)
     for ask in (find_run, lambda runs, run: choose(run, "best", runs, None)):
-        with anybody(), pytest.raises(UserError, match=r"run=\S*mine\S* cannot be looked for: .*Permission denied"):
+        with anybody(), refuses("run-missing", "run='mine' ", "runs/mine", "Permission denied"):
             ask(Path("runs"), "mine")
     data.chmod(0o755)
     run.chmod(0o755)
@@ -867,10 +857,8 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.long
 def test_the_other_commands_refuse_too(refused: Callable[..., str], case: str) -> None:
-    command, arguments, fragments = OTHERS[case]
-    said = refused(command, *arguments)
-    for fragment in fragments:
-        assert fragment in f"{said} ".replace("\n", " "), said
+    command, arguments, expected = OTHERS[case]
+    said_refusal(refused(command, *arguments), *expected)
 
 
 def test_there_are_many_of_them() -> None:
@@ -914,31 +902,26 @@ def test_a_process_refuses_a_gigabyte_of_words_in_seconds_and_little_memory(tmp_
     finally:
         # pytest keeps the folders of its last runs.
         (data / P).unlink()
-    assert place in said
-    assert "1,000,000 characters" in said
+    said_refusal(said, "data-format", place, "1,000,000 characters")
 
 
 @pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["a gigabyte in one field", "links in a circle", "a file that fails while it is read"])
 def test_a_process_refuses_files_in_seconds_and_little_memory(tmp_path: Path, case: str) -> None:
-    spoil, fragments = PLACES[case]
+    spoil, expected = PLACES[case]
     data = write(tmp_path / "data", specification())
     spoil(data)
-    said = as_process(tmp_path, "run", *using(data))
-    for fragment in fragments:
-        assert fragment in said
+    said_refusal(as_process(tmp_path, "run", *using(data)), *expected)
 
 
 @pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["near key", "more folds than posts", "a number without end", "no model"])
 def test_a_process_refuses_configs_in_seconds(tmp_path: Path, case: str) -> None:
-    overrides, fragments = MORE_CONFIG[case]
+    overrides, expected = MORE_CONFIG[case]
     data = write(tmp_path / "data", specification())
-    said = as_process(tmp_path, "run", *using(data, *overrides))
-    for fragment in fragments:
-        assert fragment in said
+    said_refusal(as_process(tmp_path, "run", *using(data, *overrides)), *expected)
 
 
 def as_process(tmp_path: Path, command: str, *arguments: str) -> str:
@@ -1027,13 +1010,12 @@ def test_a_folder_for_ray_with_a_path_too_long_for_its_sockets_is_refused(
     folder = "/tmp/".ljust(longest + 1, "x")
     monkeypatch.setenv(variable, folder)
     said = refused("run", "experiment=quickstart")
-    assert f"{variable}={folder} is too long for Ray by 1 byte" in said
-    assert "export RAY_TMPDIR=" in said
-    assert "Kind: cluster-unreachable" in said
+    said_refusal(said, "cluster-unreachable", f"{variable}={folder} ", "by 1 byte", "export RAY_TMPDIR=")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     check_ray_folder()
 
 
+@pytest.mark.ray
 def test_ray_itself_refuses_a_folder_that_is_one_byte_too_long() -> None:
     # The number of the process is part of the path.
     code = (
@@ -1054,7 +1036,4 @@ def test_a_folder_for_ray_that_cannot_be_written_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setenv("RAY_TMPDIR", "/proc/scratch")
     said = refused("run", "experiment=quickstart")
-    assert "/proc cannot be written" in said
-    assert "RAY_TMPDIR=/proc/scratch" in said
-    assert "export RAY_TMPDIR=" in said
-    assert "Kind: disk-unwritable" in said
+    said_refusal(said, "disk-unwritable", "/proc cannot be written", "RAY_TMPDIR=/proc/scratch", "export RAY_TMPDIR=")

@@ -1,5 +1,6 @@
 """Each check fires on a run that has its fault, and stays quiet on one that has not. Floors and slices by hand."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 from support.studies import richest, simulated, study_of
 
+from raycv.config.schema import RunConfig
+from raycv.config.validation import fields
 from raycv.evaluation.checks import CHECKS
 from raycv.evaluation.evaluate import evaluate
 from raycv.evaluation.floors_and_slices import criterion_prior
@@ -174,3 +177,10 @@ def test_the_page_lists_every_check():
         pytest.skip("the docs are in the checkout, not in the wheel")
     rows = [f"| {check.code} | {check.title} | {check.severity} |" for check in CHECKS]
     assert "\n".join(rows) in page.read_text(encoding="utf-8")
+
+
+def test_the_keys_that_a_check_names_exist() -> None:
+    known = {key for key, _ in fields(RunConfig)}
+    named = {key for check in CHECKS for key in re.findall(r"\b(?:cv|data|dora|model|prompt|train)\.\w+", check.remedy)}
+    assert named
+    assert named <= known

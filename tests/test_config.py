@@ -22,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.malformed_config import MALFORMED
+from support.refusals import refuses, said_refusal
 
 import raycv
 from raycv.config.command_line import compose, compose_checked, for_hydra, quoted, without_verbatim
@@ -147,7 +148,7 @@ def test_every_key_that_ships_has_a_meaning() -> None:
 def test_the_other_commands_compose() -> None:
     assert validate(AggregateConfig, compose("aggregate", [])).run == "latest"
     assert validate(SynthesizeConfig, compose("synthesize", ["out=x"])).posts == 1484
-    with pytest.raises(UserError, match="out"):
+    with refuses("config-value", "out: ", "out=<value>"):
         compose("synthesize", [])
 
 
@@ -168,7 +169,7 @@ def test_environment_sets_what_differs_between_machines(monkeypatch: pytest.Monk
 
 def test_the_stores_of_mlflows_plugins_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = compose("run", ["tracking.uri=my-store://host"])
-    with pytest.raises(FaultsError, match="is not an MLflow store"):
+    with refuses("config-value", "tracking.uri: ", "my-store://host", error=FaultsError):
         validate(RunConfig, values)
     plugin = tmp_path / "my_store-1.0.dist-info"
     plugin.mkdir()
@@ -188,7 +189,7 @@ def test_addresses_of_stores_that_can_be(uri: str) -> None:
 @pytest.mark.parametrize("value", ["perhaps", "1", "[", "${x}"])
 def test_environment_that_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("RAYCV_AUTOSCALING", value)
-    with pytest.raises(UserError, match=r"resources\.autoscaling"):
+    with refuses("config-value", "resources.autoscaling"):
         validate(RunConfig, compose("run", []))
 
 
@@ -311,7 +312,7 @@ def test_unknown_key_names_the_near_one_or_the_section_of_the_same_name() -> Non
 )
 def test_a_key_of_another_command_names_the_one_here(schema: type[Section], override: str, said: str) -> None:
     name = {RunConfig: "run", InferConfig: "infer"}[schema]
-    with pytest.raises(FaultsError) as caught:
+    with refuses("config-unknown-key", said, error=FaultsError) as caught:
         validate(schema, compose(name, [f"+{override}"]))
     assert caught.value.faults[0].startswith(said)
     assert len(caught.value.faults) == 1
@@ -381,14 +382,15 @@ def test_every_key_of_an_unknown_section_is_named() -> None:
 
 def test_effective_batch_must_hold_whole_micro_batches() -> None:
     (fault,) = faults_of(values_under("train.batch_size=5"))
-    assert fault.startswith("train.effective_batch_size: must be a multiple of train.batch_size, which is 5 ")
-    assert "(it may be: 1, 2, 4, 8, 16, 32); " in fault
+    assert fault.startswith("train.effective_batch_size: ")
+    assert "train.batch_size, which is 5 (it may be: 1, 2, 4, 8, 16, 32); " in fault
     assert "received 32" in fault
 
 
 def test_a_worker_gets_what_ray_can_count() -> None:
     (fault,) = faults_of(values_under("resources.cpus_per_fold=0.5", "resources.workers_per_fold=51"))
-    assert fault.startswith("resources.workers_per_fold: leaves each worker less than 0.01 of resources.cpus_per_fold")
+    assert fault.startswith("resources.workers_per_fold: ")
+    assert "0.01 of resources.cpus_per_fold" in fault
 
 
 def test_long_value_is_not_shown() -> None:
@@ -399,7 +401,7 @@ def test_long_value_is_not_shown() -> None:
 
 def test_the_value_cannot_forge_the_message() -> None:
     (fault,) = faults_of(values_under("resources.gpus_per_fold='a; received b'"))
-    assert fault.startswith("resources.gpus_per_fold: should be 'auto', or should be a valid number; received 'a; rec")
+    assert fault.startswith("resources.gpus_per_fold: should be 'auto'")
     assert "received 'a; received b' (" in fault
 
 
@@ -407,7 +409,7 @@ def test_key_with_a_dot_as_yaml_reads_it_hides_no_other_fault_and_is_not_its_own
     """In a YAML file `train.lr: 3` is one key with a dot in it, and not the `lr` of `train`."""
     faults = faults_of({**values_under("train.lr=banana"), "train.lr": 3})
     assert len(faults) == 2
-    assert any(fault.startswith("train.lr: should be a valid number; received 'banana'") for fault in faults)
+    assert any(fault.startswith("train.lr: ") and "received 'banana'" in fault for fault in faults)
     (unknown,) = (fault for fault in faults if "unknown key" in fault)
     assert "did you mean train.lr?" not in unknown
 
@@ -470,20 +472,16 @@ def test_an_address_is_refused_where_a_path_is_meant(command: str, key: str) -> 
     """A folder called `s3:` would be made here."""
     schema = SCHEMAS[command]
     for address in (*ADDRESSES, *([] if key in MAY_SHIP else ["raycv://data/sample"])):
-        with pytest.raises(FaultsError) as caught:
+        with refuses("config-value", f"{key}: must be a path", f"received {shown(address)}") as caught:
             validate(schema, with_value(command, key, address))
-        (fault,) = caught.value.faults
-        assert fault.startswith(
-            f"{key}: must be a path, and this is an address: mount that storage and name its folder"
-        )
-        assert f"received {shown(address)}" in fault
+        assert len(caught.value.faults) == 1
     for path in (*PATHS, *(["raycv://models/tiny_llama"] if key in MAY_SHIP else [])):
         validate(schema, with_value(command, key, path))
 
 
 def test_a_database_has_no_address_for_a_file() -> None:
     (fault,) = faults_of(values_under("tracking.uri='sqlite:///s3://bucket/mlflow.db'"))
-    assert fault.startswith("tracking.uri: must be a path, and this is an address")
+    assert fault.startswith("tracking.uri: must be a path")
 
 
 FIRST_KEYS = {
@@ -655,34 +653,36 @@ def test_what_needs_no_model_takes_under_a_second_and_a_half(tmp_path: Path, arg
 
 def test_refusal_names_all_faults(tmp_path: Path) -> None:
     said = refused(tmp_path, "train.lr=banana", "cv.folds=1", "train.epoch=3", "+dora.q=1", "~cv.seed")
-    assert "raycv.run: The configuration cannot be used: 5 faults" in said
-    assert "train.lr: should be a valid number; received 'banana'" in said
-    assert "cv.folds: should be greater than or equal to 2; received 1" in said
-    assert "train.epoch: unknown key; did you mean train.epochs?" in said
-    assert "dora.q: unknown key" in said
-    assert "cv.seed: field required; received nothing" in said
+    faults = re.findall(r"- (\S+): .*?(received [\w']+|unknown key; .*)", said)
+    assert dict(faults) == {
+        "train.lr": "received 'banana'",
+        "cv.folds": "received 1",
+        "cv.seed": "received nothing",
+        "train.epoch": "unknown key; did you mean train.epochs?",
+        "dora.q": "unknown key; the keys here are: r, alpha, lora_dropout, dropout, implementation",
+    }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "kind", "parts"),
     [
-        (["train=5"], ["train=5", "group of keys", "train=default", "train.lr=1e-4"]),
-        (["experiment=nope"], ["experiment=nope", "'nope' is not one of its files", "experiment=quickstart"]),
-        (["train.lr=[1"], ["[1", "--help shows what it takes"]),
-        (["train.lr=1e-4", "nonsense"], ["nonsense", "--help shows what it takes"]),
-        (["data.dir=${oc.env:RAYCV_NOT_SET}"], ["cannot be resolved", "data.dir", "RAYCV_NOT_SET"]),
+        (["train=5"], "config-value", ["train=5", "train=default", "train.lr=1e-4"]),
+        (["experiment=nope"], "config-value", ["experiment=nope", "'nope'", "experiment=quickstart"]),
+        (["train.lr=[1"], "config-syntax", ["[1", "python -m raycv.run --help"]),
+        (["train.lr=1e-4", "nonsense"], "config-syntax", ["nonsense", "python -m raycv.run --help"]),
+        (["data.dir=${oc.env:RAYCV_NOT_SET}"], "config-value", ["data.dir", "RAYCV_NOT_SET", "--cfg job"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
-def test_command_line_that_cannot_be_composed(tmp_path: Path, arguments: list[str], says: list[str]) -> None:
-    said = refused(tmp_path, *arguments)
-    for part in says:
-        assert part in said
+def test_command_line_that_cannot_be_composed(
+    tmp_path: Path, arguments: list[str], kind: str, parts: list[str]
+) -> None:
+    said_refusal(refused(tmp_path, *arguments), kind, *parts)
 
 
 @pytest.mark.parametrize("argument", ["=5", f"train.epochs={'9' * 5000}"], ids=["=5", "huge"])
 def test_what_hydra_itself_stumbles_over_gives_no_traceback(tmp_path: Path, argument: str) -> None:
-    assert "--help shows what it takes" in refused(tmp_path, argument)
+    said_refusal(refused(tmp_path, argument), "config-syntax", "received: ", "python -m raycv.run --help")
 
 
 def test_refused_sweep_writes_nothing(tmp_path: Path) -> None:
@@ -756,13 +756,13 @@ def test_a_home_folder_and_an_interpolation_are_resolved(tmp_path: Path) -> None
 
 def test_the_config_that_is_shown_is_checked(tmp_path: Path) -> None:
     said = refused(tmp_path, "--cfg", "job", "train.epoch=3", "train.lr=5")
-    assert "train.epoch: unknown key; did you mean train.epochs?" in said
-    assert "train.lr: should be less than 1" in said
+    faults = ("train.epoch: unknown key; did you mean train.epochs?", "train.lr: ", "received 5")
+    said_refusal(said, "config-value, config-unknown-key", *faults)
 
 
 def test_a_sweep_is_refused_whatever_its_way_in(tmp_path: Path) -> None:
     for way in ("--multirun", "-m", "hydra.mode=MULTIRUN"):
-        assert "not supported" in refused(tmp_path, way, "train.lr=1e-3,1e-4")
+        said_refusal(refused(tmp_path, way, "train.lr=1e-3,1e-4"), "config-syntax", "--multirun")
 
 
 def test_the_default_of_a_group_can_be_given(tmp_path: Path) -> None:
@@ -770,7 +770,7 @@ def test_the_default_of_a_group_can_be_given(tmp_path: Path) -> None:
 
 
 def test_an_option_that_there_is_not_names_the_way_to_say_it(tmp_path: Path) -> None:
-    assert "say train.epochs=3" in refused(tmp_path, "--epochs", "3")
+    said_refusal(refused(tmp_path, "--epochs", "3"), "config-unknown-key", "--epochs", "train.epochs=3")
 
 
 # --- Without Hydra and pydantic --------------------------------------------------------------------------------------
@@ -902,3 +902,4 @@ def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
     assert (config.run, config.fold, config.criterion, config.post) == ("a", 2, "A.4", "${x} null, 'a'")
     assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
     assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None
+    assert plain_question(["post=a", "criterion"]) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.refusals import refuses
 
 from raycv.errors import KINDS, ErrorKind, FaultsError, RunFailedError, UserError, known_kind, last_line, together
 from raycv.resources.nodes import NodeError
@@ -46,6 +47,34 @@ def test_a_kind_that_a_test_only_makes_an_error_with_is_not_asserted() -> None:
     made = ast.parse('UserError("x", kind="run-busy")\nassert caught.value.kind == "run-failed"')
     assert list(texts(made, given=False)) == ["x", "run-failed"]
     assert list(texts(made, given=True)) == ["x", "run-busy", "run-failed"]
+
+
+def held_by_prose(code: str, errors: set[str]) -> list[int]:
+    """The lines of `code` where pytest.raises expects one of `errors` by the words of its message."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.args]
+    raises = [call for call in calls if ast.unparse(call.func) == "pytest.raises"]
+    found = [call for call in raises if {ast.unparse(part) for part in ast.walk(call.args[0])} & errors]
+    return [call.lineno for call in found if any(keyword.arg == "match" for keyword in call.keywords)]
+
+
+def test_tests_expect_a_refusal_by_its_kind() -> None:
+    """As support.refusals does: the wording may change."""
+    nodes = [node for path in (ROOT / "raycv").rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    errors = {node.name for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Error")}
+    assert {"UserError", "FaultsError", "NodeError"} <= errors
+    assert held_by_prose("with pytest.raises((OSError, UserError), match='x'): pass", errors) == [1]
+    assert held_by_prose("with pytest.raises(OSError, match='x'): pass", errors) == []
+    paths = (ROOT / "tests").rglob("*.py")
+    assert [path.name for path in paths if held_by_prose(path.read_text(encoding="utf-8"), errors)] == []
+
+
+@pytest.mark.parametrize(("kind", "part"), [("run-busy", "run=a"), ("run-missing", "run=b")])
+def test_refuses_sees_another_kind_and_a_part_that_is_not_there(kind: str, part: str) -> None:
+    error = UserError("No run.", kind="run-missing", remedies=["run=a"])
+    with refuses("run-missing", "run=a"):
+        raise error
+    with pytest.raises(AssertionError), refuses(kind, part):
+        raise error
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from support.refusals import refuses
 from support.toy import Recorder, Toy, toy_base, train_config
 from support.toy_training import TRAIN, VAL, Tight, state
 
 from raycv.common.devices import is_out_of_memory
-from raycv.errors import UserError
 from raycv.model.adapters import trainable
 from raycv.training import memory
 from raycv.training.loop import FoldTrainer
@@ -153,7 +153,7 @@ def test_out_of_memory_turns_checkpointing_on_before_it_halves_the_batch(toy, af
 def test_a_model_that_cannot_checkpoint(toy):
     model = toy.model()
     model.get_base_model().supports_gradient_checkpointing = False
-    with pytest.raises(UserError, match="does not know gradient checkpointing"):
+    with refuses("base-unsuitable", "train.gradient_checkpointing=on: ", "train.gradient_checkpointing=off"):
         fitted(toy, "on", model=model)
     assert not fitted(toy, "auto", 1e-9, model=model)[0].checkpointing.on
 

@@ -21,6 +21,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 from support.mlflow_runs import config, kill, server  # noqa: F401
+from support.refusals import refuses
 from support.trained_runs import CANARY, make_run
 
 import raycv
@@ -128,7 +129,7 @@ def test_the_base_and_the_criteria_may_have_moved(logged, monkeypatch, tmp_path)
     base = Path(read_json(logged.folder.fold(1).checkpoint / "raycv.json")["base_model"])
     base.rename(elsewhere)
     try:
-        with pytest.raises(UserError, match="cannot get the checkpoint's base model"):
+        with refuses("base-files", base, "base=<folder or hub id>"):
             mlflow.pyfunc.load_model(str(logged.files))
         expected = mlflow.pyfunc.load_model(str(logged.files), model_config={"base": str(elsewhere)}).predict(PAIRS)
         settings = {"base": str(elsewhere), "precision": "fp32"}

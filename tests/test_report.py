@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from support.refusals import refuses
 
 from raycv.common.files import write_json
 from raycv.errors import RunFailedError
@@ -88,14 +89,10 @@ def test_report_is_json(tmp_path: Any) -> None:
     ("present", "missing"), [([0, 1, 3, 4], "2"), ([1, 2], "0, 3, 4"), ([], "0, 1, 2, 3, 4"), ([0, 1, 2, 3], "4")]
 )
 def test_missing_fold_is_refused(present: list[int], missing: str) -> None:
-    with pytest.raises(RunFailedError) as caught:
+    parts = (f"{5 - len(present)} of 5 folds", f"(fold {missing})", "python -m raycv.run resume=the run ")
+    with refuses("run-failed", "Run the run: ", *parts) as caught:
         summarize("the run", [RESULTS[fold] for fold in present], 5)
-    assert caught.value.what == (
-        f"Run the run: {5 - len(present)} of 5 folds are not finished (fold {missing}), "
-        "and nothing is averaged over fewer folds than asked for."
-    )
     assert caught.value.exit_code == 1
-    assert caught.value.remedies[0].startswith("finish it: python -m raycv.run resume=the run ")
 
 
 @pytest.mark.parametrize("more", [RESULTS[0], result(5)], ids=["twice", "beyond"])

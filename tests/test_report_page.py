@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from support.refusals import refuses
 from support.studies import folder_of, richest, study_of
 
 from raycv.config.schema import ReportConfig
 from raycv.cv.aggregation import make_page
 from raycv.cv.open_run import OpenRun
-from raycv.errors import UserError
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import publish
 from raycv.rendering.terminal import summary_table, verdict_lines
@@ -309,7 +309,7 @@ def test_the_command_makes_the_page_again_and_prints_the_verdict(run, tmp_path, 
     make_page(ReportConfig(run="latest", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
     assert made_files(folder) == made_files(run)
     assert capsys.readouterr().out.startswith("run=latest is mine\nHonest F1:")
-    with pytest.raises(UserError, match="did you mean mine"):
+    with refuses("run-missing", f"{tmp_path} holds no run mime", "did you mean mine"):
         make_page(ReportConfig(run="mime", dir=str(tmp_path), data={"dir": None}, bundle=None, check=None))
 
 

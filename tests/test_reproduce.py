@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.commands import ROOT, raycv
 from support.mlflow_runs import fold_result
+from support.refusals import refuses
 
 from raycv.common.files import array_bytes, read_json, write_json, write_text
 from raycv.config.command_line import compose
@@ -16,7 +17,7 @@ from raycv.config.validation import as_yaml, validate
 from raycv.cv.preparation import load_data
 from raycv.cv.reproduce import BIT_FOR_BIT, DIFFERENT, WITHIN, compare_folds, reproduce
 from raycv.data.splits import splits_record
-from raycv.errors import NotShownError, UserError
+from raycv.errors import NotShownError
 from raycv.results.run_folder import RunFolder
 
 ENVIRONMENT = {
@@ -150,31 +151,45 @@ def test_the_command_compares_a_run_that_is_trained_already(original, tmp_path, 
     assert "Versions, hardware, source and settings are those of the original." in said
     assert read_json(again.reproduction)["result"] == WITHIN
     write_json(again.fold(0).result, read_json(again.fold(0).result) | {"metrics": fold_result(1).metrics})
-    with pytest.raises(NotShownError, match=r"not reproduced: the F1 of fold 0 moved by 0\.005 or more") as caught:
+    with refuses("not-reproduced", "Run mine ", "F1 of fold 0 moved by 0.005", error=NotShownError) as caught:
         reproduce(asked(tmp_path, "trained=again"))
-    assert (caught.value.exit_code, caught.value.kind) == (1, "not-reproduced")
+    assert caught.value.exit_code == 1
     assert read_json(again.reproduction)["result"] == DIFFERENT
+
+
+@pytest.mark.parametrize(("trained", "said"), [("mine", "it is the run itself"), ("again", "train.lr: 0.002, 0.001")])
+def test_a_run_that_is_no_reproduction_is_refused_and_left_as_it_is(original, tmp_path, trained, said):
+    again = write(tmp_path / "runs", "again", overrides=["train.lr=1e-3"])
+    with refuses("runs-differ", f"Run {trained} ", said, "trained="):
+        reproduce(asked(tmp_path, f"trained={trained}"))
+    assert not again.reproduction.exists()
+    assert not original.reproduction.exists()
+
+
+def test_a_fold_that_the_finished_run_lacks_is_answered_with_those_it_has(tmp_path):
+    write(tmp_path / "runs", "mine")
+    with refuses("run-missing", "no finished fold 7", "folds=[0]"):
+        reproduce(asked(tmp_path, "folds=[7]"))
 
 
 def test_other_pairs_are_not_the_same_fold(original, tmp_path):
     again = write(tmp_path / "runs", "again")
     table = again.fold(0).predictions
     table.write_text(table.read_text().replace("p3,", "p4,"))
-    with pytest.raises(UserError, match="Fold 0 of the two runs holds other pairs") as caught:
+    with refuses("runs-differ", "Fold 0 ", "trained=<name>"):
         reproduce(asked(tmp_path, "trained=again"))
-    assert caught.value.kind == "runs-differ"
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["folds=[1]"], "Run mine has no finished fold 1(.|\n)*resume=mine"),
-        (["run=none"], "There is no run none"),
-        (["trained=none"], "There is no run none"),
+        (["folds=[1]"], ["Run mine has no finished fold 1", "folds=[0]", "resume=mine"]),
+        (["run=none"], ["runs holds no run none", "dir=<folder>"]),
+        (["trained=none"], ["runs holds no run none", "dir=<folder>"]),
     ],
 )
 def test_what_is_not_there_is_refused(original, tmp_path, words, said):
-    with pytest.raises(UserError, match=said):
+    with refuses("run-missing", *said):
         reproduce(asked(tmp_path, *words))
 
 
@@ -184,12 +199,12 @@ def test_other_data_or_folds_are_refused_before_anything_is_made(original, tmp_p
     start, _, label = lines[-1].rpartition(",")
     lines[-1] = f"{start},{'no' if label == 'yes' else 'yes'}"
     (data / "groundtruth.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"cannot be reproduced(.|\n)*hash of posts and labels(.|\n)*data\.dir="):
+    with refuses("resume-differs", "Run mine ", "hash of posts and labels", "data.dir=<folder>"):
         reproduce(asked(tmp_path, f"data.dir={data}"))
     splits = read_json(original.splits)
     splits["folds"].reverse()
     write_json(original.splits, splits)
-    with pytest.raises(UserError, match="splits: "):
+    with refuses("resume-differs", "Run mine ", "splits: "):
         reproduce(asked(tmp_path))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 

@@ -33,6 +33,7 @@ from support.interrupted_runs import (
     wait_for,
     without_seconds,
 )
+from support.refusals import refuses, said_refusal
 from support.toy import Recorder, Toy, toy_base, train_config
 from support.toy_training import TRAIN, VAL, Greedy, Tight
 
@@ -254,7 +255,7 @@ def test_the_scores_of_every_epoch_are_kept_unless_an_earlier_version_did_not_sa
 def test_another_precision_is_refused(toy, tmp_path):
     """A fold that began on a GPU in bf16 does not go on in fp32."""
     case, state, _ = half_a_fold(toy, tmp_path)
-    with pytest.raises(UserError, match="was trained in bf16, and would resume in fp32 here"):
+    with refuses("resume-differs", "in bf16", "in fp32"):
         fit(toy, case, Saver(), replace(state, facts=state.facts | {"precision": "bf16"}))
 
 
@@ -262,13 +263,13 @@ def test_another_attention_is_refused(toy, tmp_path):
     """A fold that began where the kernel was right, or before its attention was recorded, mixes no two functions."""
     case, state, expected = half_a_fold(toy, tmp_path)
     assert state.facts["attention"] == "sdpa"
-    with pytest.raises(UserError, match="was trained with eager attention, and would be computed with sdpa here"):
+    with refuses("resume-differs", "trained with eager attention", "with sdpa"):
         fit(toy, case, Saver(), replace(state, facts=state.facts | {"attention": "eager"}))
     earlier = replace(state, facts={name: fact for name, fact in state.facts.items() if name != "attention"})
     same(fit(toy, case, Saver(), earlier), expected)
     plain = FoldTrainer(toy.model(), toy.encoded, train_config(packing=False), "fp32", Saver())
     plain.model.get_base_model().set_attn_implementation("eager")
-    with pytest.raises(UserError, match="was trained with sdpa attention, and would be computed with eager here"):
+    with refuses("resume-differs", "trained with sdpa attention", "with eager"):
         plain.fit(TRAIN, VAL, earlier)
 
 
@@ -388,12 +389,12 @@ def test_a_process_that_lives_on_when_another_has_gone_on_writes_no_more(tmp_pat
     old, new = taken(tmp_path), taken(tmp_path)
     new.save(state_of(1))
     for late in (old.check_writer, lambda: old.save(state_of(2))):
-        with pytest.raises(RunFailedError, match="Another process trains the fold"):
+        with refuses("run-busy", tmp_path, error=RunFailedError):
             late()
     assert str(StateFolder(tmp_path).newest(pytest.fail)) == "epoch 1"
     new.save(state_of(2))
     shutil.rmtree(tmp_path)
-    with pytest.raises(RunFailedError, match="or has finished it"):
+    with refuses("run-busy", tmp_path, error=RunFailedError):
         old.save(state_of(3))
     assert not tmp_path.exists()
 
@@ -463,7 +464,7 @@ def test_state_files_are_the_users_alone_and_hold_no_pickle(toy, tmp_path):
 def test_a_full_disk_is_told_and_leaves_the_earlier_state(tmp_path):
     """A real one is in the fault matrix; here the folder is a file's."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written to(.|\n)*resume the run"):
+    with refuses("disk-unwritable", tmp_path / "file", "resume the run"):
         StateFolder(tmp_path / "file" / "state").take()
 
 
@@ -520,11 +521,15 @@ def refused(run, *overrides, **environment):
 def test_another_config_is_refused_with_the_difference(left):
     said = refused(left, "resume=latest", *SMALL, "train.lr=2e-4", "model=mentallama")
     # The default itself, since it was typed; and what a group sets.
-    assert "train.lr: the run has 0.002, the command line 0.0002" in said
-    assert "model.name: the run has raycv://models/tiny_llama, the command line klyang/MentaLLaMA-chat-7B" in said
-    assert "2 faults" in said
-    assert "python -m raycv.run resume=mine" in said
-    assert "start afresh under a new name, with the settings that you want: python -m raycv.run run.name=<new>" in said
+    said_refusal(
+        said,
+        "resume-differs",
+        "train.lr: the run has 0.002, the command line 0.0002",
+        "model.name: the run has raycv://models/tiny_llama, the command line klyang/MentaLLaMA-chat-7B",
+        "2 faults",
+        "python -m raycv.run resume=mine",
+        "python -m raycv.run run.name=<new>",
+    )
 
 
 @pytest.mark.long
@@ -532,7 +537,7 @@ def test_the_same_config_and_where_it_runs_are_no_difference(left):
     """Refused only for the store that this run never had."""
     same = [*SMALL, "resume=mine", "run.name=mine", "train.gradient_checkpointing=off"]
     said = refused(left, *same, "cv.max_concurrent=1", "resources.ray_logs=true")
-    assert "nowhere.db does not exist" in said
+    said_refusal(said, "tracking-store", "nowhere.db")
 
 
 def test_a_run_of_before_the_key_keeps_nan_as_text(left):
@@ -571,6 +576,7 @@ def test_other_data_is_refused_with_the_difference(left, table):
     file.write_text("\n".join(lines) + "\n")
     said = refused(left, "resume=mine")
     what = "hash of the criteria" if table == "criteria.csv" else "hash of posts and labels"
+    said_refusal(said, "resume-differs", f"data, {what}: ")
     assert re.search(rf"data, {what}: \w+\S* then, \w+\S* now", said), said
     assert "more" not in said.split("What to do")[0]
 
@@ -586,10 +592,8 @@ def test_other_splits_and_versions_are_refused_with_the_difference(left):
     environment["packages"] |= {"torch": "2.6.0", "peft": "0.0.9", "mlflow": "3.0"}
     write_json(left.environment, environment)
     said = refused(left, "resume=latest")
-    assert "splits: 2 folds of 2 hold other pairs than in splits.json" in said
-    assert f"torch: 2.6.0 then, {torch_now} now" in said
-    assert "peft: 0.0.9 then, " in said
-    assert "3 faults" in said
+    faults = ("splits: 2 folds of 2", "splits.json", f"torch: 2.6.0 then, {torch_now} now", "peft: 0.0.9 then, ")
+    said_refusal(said, "resume-differs", "3 faults", *faults)
 
 
 def test_an_edited_config_is_refused(left):
@@ -597,12 +601,8 @@ def test_an_edited_config_is_refused(left):
     recorded = sha256_of(left.config)
     left.config.write_text(left.config.read_text().replace("epochs: 3", "epochs: 77"))
     earlier = earlier_run(validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"])), ())
-    with pytest.raises(UserError) as caught:
+    with refuses("resume-differs", "1 fault", "config.yaml", f"sha256: {recorded[:28]}", "MLflow's parent run"):
         earlier.check(*load_data(earlier.config))
-    assert caught.value.kind == "resume-differs"
-    assert f"config.yaml was changed, its sha256: {recorded[:28]}" in str(caught.value)
-    assert "MLflow's parent run has the one that was recorded" in str(caught.value)
-    assert "1 fault" in str(caught.value)
 
 
 def test_a_hub_model_with_a_new_commit_goes_on_from_the_one_that_it_had(left, hub):
@@ -704,13 +704,16 @@ def test_a_state_of_another_version_is_refused_in_words_and_not_passed_over(left
     manifest = left.fold(1).state / "000002-000000000" / MANIFEST
     now = read_json(manifest)[key]
     changed(manifest, **{key: now + 1})
-    words = rf"000002-000000000 was written by another version of raycv: its {name} is {now + 1}, and this .* has {now}"
+    parts = (
+        manifest.parent,
+        f"its {name} is {now + 1}",
+        f"has {now}",
+        "the raycv that began the run",
+        "run.name=<new>",
+    )
     for look in (lambda: StateFolder(left.fold(1).state).newest(pytest.fail), go_on(left).check_states):
-        with pytest.raises(UserError, match=words) as caught:
+        with refuses("package-version", *parts):
             look()
-        assert caught.value.kind == "package-version"
-        assert "resume with the raycv that began the run" in str(caught.value)
-        assert "run.name=<new>" in str(caught.value)
 
 
 @pytest.mark.long
@@ -718,7 +721,7 @@ def test_the_command_refuses_a_state_of_another_version_before_ray_starts(left):
     taken(left.fold(1).state).save(state_of(1))
     changed(left.fold(1).state / "000001-000000000" / MANIFEST, format=2)
     said = refused(left, "resume=mine")
-    assert "was written by another version of raycv: its format is 2, and this version has 1" in said
+    said_refusal(said, "package-version", "000001-000000000", "its format is 2", "has 1")
     # What it would be refused for otherwise.
     assert "nowhere.db" not in said
 
@@ -755,7 +758,7 @@ def test_another_base_of_the_same_size_is_refused(left, tmp_path, changed):
     (fault,) = caught.value.faults
     assert re.fullmatch(rf"base model, {changed}: {len(content)} bytes, .* then, {len(content)} bytes, .* now", fault)
     (folder / "generation_config.json").unlink()
-    with pytest.raises(FaultsError, match=r"base model, generation_config.json: \d+ bytes, .* then, null now"):
+    with refuses("resume-differs", "base model, generation_config.json: ", "null now", error=FaultsError):
         go_on(left).check_base(facts())
 
 
@@ -775,12 +778,12 @@ def test_a_rare_vocabulary_that_an_earlier_version_did_not_record_is_no_other_ba
     go_on(left).check_base(facts())
     recorded(facts())
     (folder / "bpe.codes").write_text("of another")
-    with pytest.raises(FaultsError, match=r"base model, bpe\.codes: \d+ bytes, .* then, \d+ bytes, .* now"):
+    with refuses("resume-differs", "base model, bpe.codes: ", "bytes", error=FaultsError):
         go_on(left).check_base(facts())
     # Any other new file may change the tokens.
     (folder / "bpe.codes").write_text("of PhoBERT")
     (folder / "added_tokens.json").write_text("{}")
-    with pytest.raises(FaultsError, match=r"base model, added_tokens\.json: null then"):
+    with refuses("resume-differs", "base model, added_tokens.json: null then", error=FaultsError):
         go_on(left).check_base(facts())
 
 
@@ -863,34 +866,32 @@ def test_another_commit_alone_is_a_warning(left):
 
 @pytest.mark.long
 def test_what_cannot_go_on_is_said(left):
-    def said(which):
+    def check(which, kind, *parts):
         values = compose("run", [f"resume={which}", f"run.dir={left.root.parent}"])
-        with pytest.raises(UserError) as caught:
+        with refuses(kind, *parts):
             earlier_run(validate(RunConfig, values), ())
-        return str(caught.value)
 
-    assert "there is no such run" in said("other")
+    check("other", "run-missing", "resume=other: ", f"in {left.root.parent}")
     for fold in range(2):
         write_json(left.fold(fold).result, {})
     write_json(left.report, {})
-    assert "the run is finished" in said("mine")
-    assert "there is no unfinished run" in said("latest")
+    check("mine", "run-exists", "resume=mine: ", left.report, "raycv.aggregate run=mine")
+    check("latest", "run-missing", "resume=latest: ", f"in {left.root.parent} (1 run", "run.dir=<folder>")
     left.report.unlink()
     record = left.tracking.read_text()
     left.tracking.unlink()
     for which in ("mine", "latest"):
-        assert "tracking.json cannot be read" in said(which)
-        assert "what the run's folder has is logged there: tracking.uri=" in said(which)
+        check(which, "run-damaged", left.tracking, "No such file", "tracking.uri=")
     left.tracking.write_text(record)
     left.config.write_text("cv: [")
-    assert re.search(r"config.yaml is damaged(.|\n)*put a good copy in its place", said("mine"))
+    check("mine", "run-damaged", f"{left.config} is damaged", "put a good copy in its place")
     left.config.unlink()
-    assert "runs/mine/config.yaml is missing" in said("mine")
+    check("mine", "run-damaged", f"resume=mine: {left.config} is missing")
     left.config.write_text("")
     left.tracking.unlink()
     for fold in range(2):
         shutil.rmtree(left.fold(fold).root)
-    assert "nothing to resume" in said("mine")
+    check("mine", "run-missing", "resume=mine: ", f"rm -r {left.root}", "run.name=<new>")
 
 
 def test_cv_only_holds_for_one_command(left):
@@ -900,26 +901,22 @@ def test_cv_only_holds_for_one_command(left):
     assert go_on(left).config.cv.only is None
     asked = go_on(left, "cv.only=[1]")
     assert (asked.config.cv.only, asked.faults) == ([1], ())
-    with pytest.raises(
-        UserError, match=r"cv.only=\[1, 2\]: the run has no fold 2.(.|\n)*name folds from 0 to 1"
-    ) as caught:
+    with refuses("config-value", "cv.only=[1, 2]: the run has no fold 2.", "from 0 to 1"):
         go_on(left, "cv.only=[1,2]")
-    assert caught.value.kind == "config-value"
     assert shlex.split(resume_command(left, [0, 1]))[-1] == "cv.only=[0,1]"
 
 
 def test_a_new_run_without_the_fold_that_cv_only_names_is_refused_before_anything_else(tmp_path, capsys):
     config = validate(RunConfig, compose("run", [*SMALL, "cv.only=[0,5]", f"run.dir={tmp_path / 'runs'}"]))
-    with pytest.raises(UserError, match="the run has no fold 5"):
+    with refuses("config-value", "cv.only=[0, 5]: the run has no fold 5."):
         cross_validate(config)
     assert (list(tmp_path.iterdir()), capsys.readouterr()) == ([], ("", ""))
 
 
 def test_a_run_that_another_process_has_is_refused_before_anything_else(left, capsys):
     config = validate(RunConfig, compose("run", ["resume=mine", f"run.dir={left.root.parent}"]))
-    with FileLock(left.lock), pytest.raises(UserError, match="Run mine is under way: another process holds") as caught:
+    with FileLock(left.lock), refuses("run-busy", "Run mine", left.lock, "python -m raycv.run resume=mine"):
         cross_validate(config)
-    assert caught.value.kind == "run-busy"
     assert capsys.readouterr() == ("", "")
 
 
@@ -964,10 +961,8 @@ def test_a_damaged_file_of_the_run_is_named(left, name, content):
 def test_a_run_that_another_process_has_ended_does_not_go_on(left):
     """Two resume it; the second holds the lock when the first is done."""
     write_json(left.report, {})
-    with pytest.raises(UserError) as caught, sole_process(left):
+    with refuses("run-exists", left.report, f"raycv.aggregate run={left.root.name}"), sole_process(left):
         raise AssertionError("it went on")
-    assert caught.value.kind == "run-exists"
-    assert f"raycv.aggregate run={left.root.name}" in str(caught.value)
     left.report.unlink()
     with sole_process(left):
         pass
@@ -1094,7 +1089,7 @@ def test_prompts_that_an_earlier_version_read_as_special_tokens_are_refused(left
     go_on(left).check_prompts({key: 2})
     write_json(left.data_stats, stats | {"encoding": {}})
     go_on(left).check_prompts({key: 0})
-    with pytest.raises(FaultsError, match="2 posts with special tokens: tokens then, text now"):
+    with refuses("resume-differs", "Run mine ", "2 posts with special tokens", error=FaultsError):
         go_on(left).check_prompts({key: 2})
 
 
@@ -1105,7 +1100,7 @@ def test_finished_folds_of_a_kernel_that_dropped_the_cap_are_not_mixed_with_othe
     capped, plain = Gemma2Config(attn_logit_softcapping=50.0), LlamaConfig()
     go_on(left).check_attention(capped)
     write_json(left.fold(0).result, result_of(0))
-    with pytest.raises(FaultsError, match="attention of fold 0: sdpa then, eager now"):
+    with refuses("resume-differs", "attention of fold 0: sdpa then, eager now", error=FaultsError):
         go_on(left).check_attention(capped)
     go_on(left).check_attention(plain)
     write_json(left.fold(0).result, result_of(0, worker={"attention": "eager"}))

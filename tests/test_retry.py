@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from support.refusals import refuses
 
 from raycv.common.retry import ServiceError, call_with_retries, cause_of, is_passing, status_of
 from raycv.common.secrets import mask_secrets
@@ -74,11 +75,10 @@ def test_two_failures_then_an_answer(caplog):
 
 def test_three_failures_end_in_one_clear_error(caplog):
     flaky = Flaky(*[TimeoutError(f"slow {i}") for i in range(9)])
-    with pytest.raises(ServiceError) as caught:
+    parts = ("the call", "3 times", "TimeoutError: slow 2", "1. plug it in", "2. wait")
+    with refuses("hub-unreachable", *parts, error=ServiceError) as caught:
         call(flaky)
     assert flaky.calls == 3
-    assert caught.value.what == "the call failed 3 times. The last cause: TimeoutError: slow 2"
-    assert (caught.value.kind, caught.value.remedies) == ("hub-unreachable", ["plug it in", "wait"])
     assert isinstance(caught.value, UserError)
     assert caught.value.cause is caught.value.__cause__
     assert len(caplog.records) == 3
@@ -86,7 +86,7 @@ def test_three_failures_end_in_one_clear_error(caplog):
 
 def test_the_number_of_attempts_can_be_set():
     flaky = Flaky(*[TimeoutError() for _ in range(9)])
-    with pytest.raises(ServiceError, match="failed 5 times"):
+    with refuses("hub-unreachable", "the call", "5 times", error=ServiceError):
         call(flaky, attempts=5)
     assert flaky.calls == 5
 
@@ -115,7 +115,7 @@ def test_what_cannot_pass_leaves_unchanged_at_once(error, caplog):
 
 def test_a_user_error_is_never_repeated_whatever_the_predicate_says():
     flaky = Flaky(UserError("no", kind="run-failed"))
-    with pytest.raises(UserError):
+    with refuses("run-failed", "no"):
         call(flaky, passing=lambda _: True)
     assert flaky.calls == 1
 
@@ -269,10 +269,9 @@ def test_secrets_are_masked(text, masked):
 def test_no_secret_reaches_log_or_message(caplog):
     url = "http://ann:s3cret@tracking:5000"
     flaky = Flaky(*[ConnectionError(f"no route to {url}/api") for _ in range(3)])
-    with pytest.raises(ServiceError) as caught:
+    with refuses("hub-unreachable", "http://***@tracking:5000/api", error=ServiceError) as caught:
         call_with_retries(f"opening {url}", flaky, kind="hub-unreachable", remedies=["x"], base_seconds=QUICK)
     assert "s3cret" not in str(caught.value) + caplog.text
-    assert "no route to http://***@tracking:5000/api" in str(caught.value)
 
 
 def test_a_cause_is_one_short_line():

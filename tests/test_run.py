@@ -397,7 +397,7 @@ def test_what_the_user_reads(done, run):
     assert f"Page:          {run / 'report.html'}" in lines
     assert re.search(r"^Honest F1: +0\.\d{3} \(", result.stdout, re.MULTILINE)
     database = re.escape(f"sqlite:///{run.parents[1] / 'mlflow.db'}")
-    assert re.search(rf"^MLflow: +mlflow ui --backend-store-uri {database} ", result.stdout, re.MULTILINE)
+    assert re.search(rf"^MLflow: +mlflow ui --backend-store-uri {database}$", result.stdout, re.MULTILINE)
     assert "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning" in result.stdout
     assert re.search(r"^Columns: .*metric_mean_f1.*best_fold.*best_f1", result.stdout, re.MULTILINE)
     assert "Ray dashboard while it runs: http://127.0.0.1:" in result.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.builders import no_gpu
 from support.commands import heed_sigint, processes_with
+from support.refusals import refuses
 from support.toy import Toy, toy_base
 from support.trained_runs import CANARY, FINISHED, SERVER, save_toy
 
@@ -21,7 +22,6 @@ from raycv.common.secrets import mask_secrets
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig, ServerConfig
 from raycv.config.validation import validate
-from raycv.errors import UserError
 from raycv.inference.choose import Chosen
 from raycv.serve import run_server
 from raycv.serving.connection import Connection
@@ -369,7 +369,8 @@ def test_how_long_a_batch_waits_for_more(waiting, seconds):
 def test_a_replica_that_no_node_can_hold_is_refused(given):
     from raycv.orchestration.ray_serve import replica_resources
 
-    with pytest.raises(UserError, match=r"no node has them \(8 CPUs, 1 GPUs at most"):
+    asked = "9 CPUs" if "cpus_per_replica" in given else "2 GPUs"
+    with refuses("cluster-resources", asked, "(8 CPUs, 1 GPUs", "serve.gpus_per_replica"):
         replica_resources(ServerConfig(**SERVER | given), [{"CPU": 8.0, "GPU": 1.0}])
 
 
@@ -378,7 +379,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_ray_starts(tmp_path, unus
     import ray
 
     given = [f"run={save_toy(tmp_path)}", f"dir={tmp_path}", "serve.port=0", "tracking.uri=none"]
-    with pytest.raises(UserError, match=r"cannot use the NVIDIA GPU(.|\n)*infer.device=cpu"):
+    with refuses("gpu-unusable", "NVIDIA GPU of", "infer.device=cpu"):
         run_server(validate(ServeConfig, compose("serve", given)))
     assert not ray.is_initialized()
 
@@ -410,15 +411,17 @@ def test_where_it_may_listen(monkeypatch):
     settled = listening(ServerConfig(**SERVER), None)
     assert settled.port > 0
     for host in ("0.0.0.0", "::", "192.0.2.1", "my-host"):
-        with pytest.raises(UserError, match="no token") as caught:
+        with refuses("config-value", f"serve.host={host}: ", "RAYCV_TOKEN", "serve.host=127.0.0.1") as caught:
             listening(ServerConfig(**SERVER | {"host": host}), None)
         # What is printed has its passwords masked; a command to type must not look like one.
         assert mask_secrets(str(caught.value)) == str(caught.value)
-    with pytest.raises(UserError, match="16 or more"):
+    with refuses("config-value", "RAYCV_TOKEN", "16 or more"):
         listening(ServerConfig(**SERVER), "short")
     assert listening(ServerConfig(**SERVER | {"host": "0.0.0.0"}), TOKEN).token == TOKEN
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen"):
-        listening(ServerConfig(**SERVER | {"port": taken.getsockname()[1]}), None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with refuses("config-value", f"serve.port={port}: ", "in use", "serve.port=0"):
+            listening(ServerConfig(**SERVER | {"port": port}), None)
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "example.org")] == [True, True, True, False]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raycv.analysis.given_scores import given_study
 from raycv.analysis.run import Run, open_run
 from raycv.analysis.spreadsheet import check_free, csv_text, write_output
-from raycv.errors import UserError
+from raycv.errors import UserError, shown
 from raycv.evaluation.bootstrap import DRAWS, SEED
 from raycv.evaluation.comparison import compare
 from raycv.evaluation.measures import METRICS
@@ -58,8 +58,9 @@ def compare_all(
     }
     files = [place for place in range(len(runs)) if place not in opened]
     if files and not opened:
-        remedies = ["name a run too: labels and folds come from it"]
-        raise UserError("Only files of scores are given.", kind="config-value", remedies=remedies)
+        remedies = ["name a run too, from which labels and folds come: runs=[<run>,<file>]"]
+        given = ", ".join(shown(one) for one in runs)
+        raise UserError(f"Only files of scores are given: {given}.", kind="config-value", remedies=remedies)
     studies = {place: one.study for place, one in opened.items()}
     first = next(iter(opened.values()), None)
     if first is not None:

@@ -67,8 +67,11 @@ def read_state(path: Path, restart: str) -> Progress:
     Raises:
         UserError: It is damaged, or a later version wrote it.
     """
-    values = read_json(path, "output-differs")
     remedies = [f"to start again, {restart}"]
+    try:
+        values = read_json(path, "output-differs")
+    except UserError as error:
+        raise UserError(error.what, kind=error.kinds, remedies=["name another output", *remedies]) from error
     if not isinstance(values, dict) or values.pop(SUM, None) != sum_of_state(values):
         raise UserError(f"{path} is damaged.", kind="output-differs", remedies=remedies)
     # States of earlier versions say no format.
@@ -101,17 +104,17 @@ def check_continues(found: Progress, ours: Progress, output: Path, restart: str)
         raise UserError(what, kind="output-differs", remedies=remedies)
 
 
-def check_computed(before: Progress, chunk: ScoredChunk, restart: str) -> None:
+def check_computed(before: Progress, chunk: ScoredChunk, output: Path, restart: str) -> None:
     """Raises: UserError if `chunk` was computed in another precision or with another attention than `before`."""
     if before.precision not in (None, chunk.precision):
-        what = f"The scores so far were computed in {before.precision}, these would be in {chunk.precision}."
+        what = f"The scores in {output} were computed in {before.precision}, these would be in {chunk.precision}."
         raise UserError(
             what, kind="output-differs", remedies=[f"infer.precision={before.precision}", "name another output"]
         )
     then = before.attention or chunk.earlier_attention
     if before.records and then != chunk.attention:
         raise UserError(
-            f"The scores so far were computed with {then} attention, these would be with {chunk.attention}.",
+            f"The scores in {output} were computed with {then} attention, these would be with {chunk.attention}.",
             kind="output-differs",
             remedies=[
                 "continue with the version of raycv and on the kind of device that began the file",

@@ -114,7 +114,7 @@ class ScoreFile:
         with writing(self.output):
             self._begin()
         before = self.progress
-        check_computed(before, chunk, self._restart)
+        check_computed(before, chunk, self.output, self._restart)
         rows = [
             (one.row, *one.ids, one.criterion_id, one.label, one.score, chunk.threshold, self._fold, one.truncated)
             for one in chunk.scores
@@ -157,7 +157,7 @@ class ScoreFile:
         if not self.progress.pairs:
             why = f"all of its rows are bad, see {self.errors}" if self.progress.bad else "it has no rows"
             raise UserError(
-                f"Nothing could be scored: {why}.",
+                f"Nothing could be scored for {self.output}: {why}.",
                 kind="input-empty",
                 remedies=["fix the input, and run the command again"],
             )

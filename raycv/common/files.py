@@ -1,5 +1,6 @@
 """Reads and writes files whole or not at all: JSON, text, checksums, full disks."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -173,7 +174,8 @@ def _value_of(kind: Any, value: Any, key: str) -> Any:
         kind = next((each for each in inner if type(value) is each), inner[0])
         return _value_of(kind, value, key)
     if kind is float and type(value) is int:
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if kind is Any or type(value) is kind or (origin is Literal and value in inner):
         return value
     wanted = f"one of {', '.join(map(str, inner))}" if origin is Literal else NAMES.get(kind, "an object or a list")

@@ -143,10 +143,11 @@ def _json_entries(path: Path) -> tuple[tuple[str, ...], list[object]]:
     listed = value.get("criteria") if isinstance(value, dict) else value
     if not isinstance(listed, list):
         return (), []
-    # A bare list can hold anything, so we take it for criteria only if an entry has an id and a text.
-    if listed is not value or any(None not in _id_and_text(entry) for entry in listed):
-        return CRITERIA_COLUMNS, listed
     first = next((entry for entry in listed if isinstance(entry, dict)), {})
+    # A bare list can hold anything, so we take it for criteria only if an entry has an id and a text, and no post.
+    is_table = listed is value and "post_id" in folded(first)
+    if not is_table and (listed is not value or any(None not in _id_and_text(entry) for entry in listed)):
+        return CRITERIA_COLUMNS, listed
     return tuple(first), listed if first else []
 
 
@@ -198,7 +199,7 @@ def _text_fault(text: str, name: str, place: str) -> UnreadableError | None:
         # JSON can escape characters that UTF-8 cannot hold. The tokenizer and the hashes would fail on them.
         return UnreadableError("ENCODING", "an escape \\uXXXX that is not a character", place)
     if len(text) > FIELD_LIMIT:
-        return UnreadableError("LONG_FIELD", f"`{name}` has more than {FIELD_LIMIT:,} characters", place)
+        return UnreadableError("LONG_FIELD", f"{named(name)} has more than {FIELD_LIMIT:,} characters", place)
     return None
 
 
@@ -218,9 +219,14 @@ def _criteria_rows(entries: Sequence[object], report: Report) -> list[Row]:
     return rows
 
 
-def separator_of(columns: Sequence[str]) -> str | None:
-    """The separator if it is not a comma: Excel writes semicolons in half of Europe. None for commas."""
+def separator_of(columns: Sequence[str], *, tabs: bool = False) -> str | None:
+    """The separator if it is another than expected: Excel writes semicolons in half of Europe. None for the expected.
+
+    Args:
+        columns: The first line, split where a separator was expected.
+        tabs: Whether tabs were expected, as in a `.tsv`, and not commas.
+    """
     if columns and columns[0].strip().startswith("sep="):
         return "the mark of the line `sep=`, which stands before the column names for Excel"
-    names = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    names = {";": "semicolons", "\t": "tabs", "|": "bars"} | ({",": "commas"} if tabs else {})
     return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)

@@ -187,8 +187,10 @@ def plain_question(arguments: Sequence[str]) -> "InferConfig | None":
     """
     texts, overrides = {}, []
     for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in VERBATIM and "=" in argument:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            return None
+        if key in VERBATIM:
             texts[key] = value
         elif value == "null" or re.fullmatch(FORMS.get(key, ""), value, re.ASCII) is None:
             return None

@@ -104,7 +104,7 @@ class CvConfig(Section):
     max_concurrent: Auto | Positive = Field(description="folds at once, at most; auto: as many as the resources allow")
     # Recorded configs of earlier versions lack this key, so it has a default.
     only: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
-        default=None, description="folds to train now, from 0, such as [0,2]; resume= trains the others; null: all"
+        default=None, description="folds to train now, counted from 0; resume= trains the others; null: all"
     )
 
     @field_validator("only")

@@ -104,6 +104,7 @@ def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> No
 class NewRun:
     """A run that does not exist yet. It keeps other processes out of its folder from `open` until `held` ends."""
 
+    wants_all_folds = True
     _folder: RunFolder
     _is_open = False
 

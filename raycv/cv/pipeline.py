@@ -30,6 +30,8 @@ class Run(Protocol):
     """A new run or a resumed one. The pipeline calls its methods in this order, each once."""
 
     config: RunConfig
+    wants_all_folds: bool
+    """Whether folds that `cv.only` leaves out are missing. A reproduction needs no others."""
 
     def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: UserError if the run cannot use the data, or its folder. Imports neither torch nor Ray."""
@@ -97,7 +99,7 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
         with opened.under_way(), contextlib.ExitStack() as logged:
             results = _train_folds(opened, prepared, placement, logged)
             if len(results) < config.cv.folds:
-                return _leave_the_others(opened, results, logged)
+                return _leave_the_others(opened, results, logged, tell=run.wants_all_folds)
             # After the folds: a run starts sooner, and they have the cores for themselves.
             opened.record_pairs(prepared)
             return _publish(opened, results, logged)
@@ -148,12 +150,18 @@ def _train_folds(
     return [FoldResult.read(folder.fold(fold).result) for fold in folder.finished(config.cv.folds)]
 
 
-def _leave_the_others(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack) -> dict[str, Any]:
-    """Prints and logs the finished folds of a run whose others `cv.only` leaves for later. It writes no report."""
+def _leave_the_others(
+    run: OpenRun, results: list[FoldResult], logged: contextlib.ExitStack, *, tell: bool
+) -> dict[str, Any]:
+    """Logs the finished folds of a run whose others `cv.only` leaves for later. It writes no report.
+
+    `tell`: whether to print them, and how to train the others.
+    """
     found = partial_summary(run.folder.root.name, results, run.config.cv.folds, read_json(run.folder.data_stats))
-    run.console.print(summary_table(found))
-    said = f"The run has no report, since it lacks fold {', '.join(map(str, found['missing_folds']))}."
-    say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
+    if tell:
+        run.console.print(summary_table(found))
+        said = f"The run has no report, since it lacks fold {', '.join(map(str, found['missing_folds']))}."
+        say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
     logged.close()
     run.log(None)
     return found

@@ -24,7 +24,7 @@ from raycv.data.types import Dataset
 from raycv.errors import FaultsError, NotShownError, UserError
 from raycv.orchestration.fold_task import Prepared
 from raycv.rendering.terminal import say
-from raycv.results.find_run import LATEST, find_run, recorded_config, runs_there
+from raycv.results.find_run import LATEST, find_run, folds_of, recorded_config, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.tracking.lookup import check_password, recorded_uri, tracked_run
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 NOT_RECORDED = "not recorded"
 TOLERANCE = 0.005
 """The change of a fold's F1 that SC-003 allows."""
+INPUTS = ("input", "setting")
+"""The kinds of differences that make a run another experiment."""
 BIT_FOR_BIT, WITHIN, DIFFERENT = "bit for bit", "within tolerance", "different"
 _NO_NUMBER = ("seconds", "micro_batch")
 """Values of an epoch that do not count as results."""
@@ -60,6 +62,8 @@ def reproduce(config: ReproduceConfig) -> None:
     else:
         again = _trained_again(original, config, console)
     found = compare_folds(original, again, config.folds)
+    if config.trained is not None:
+        _check_is_reproduction(original, again, found)
     write_json(again.reproduction, found)
     console.print(reproduction_table(found))
     say(console, f"Written: {again.reproduction}")
@@ -71,10 +75,24 @@ def reproduce(config: ReproduceConfig) -> None:
         raise NotShownError(what, kind="not-reproduced")
 
 
+def _check_is_reproduction(original: RunFolder, again: RunFolder, found: Mapping[str, Any]) -> None:
+    """Raises: UserError if `again` is the original itself, or trained on other data or with other settings."""
+    changed = [f"{one['name']}: {one['then']}, {one['now']}" for one in found["differences"] if one["kind"] in INPUTS]
+    if again.root.resolve() == original.root.resolve():
+        changed = ["it is the run itself"]
+    if changed:
+        raise FaultsError(
+            f"Run {again.root.name} does not reproduce {original.root.name}",
+            changed,
+            kind="runs-differ",
+            remedies=[f"leave out trained=, and raycv trains the folds: run={original.root.name}"],
+        )
+
+
 def _found(name: str, runs: Path, console: Console) -> RunFolder:
     folder = find_run(runs, name)
     if folder is None:
-        what = f"There is no run {name} in {runs.absolute()}."
+        what = f"{runs.absolute()} holds no run {name}."
         raise UserError(what, kind="run-missing", remedies=runs_there(runs, name))
     if name == LATEST:
         say(console, f"run=latest is {folder.root.name}")
@@ -87,13 +105,22 @@ def _result(folder: RunFolder, fold: int) -> FoldResult:
         raise UserError(
             f"Run {folder.root.name} has no finished fold {fold}.",
             kind="run-missing",
-            remedies=["name finished folds: folds=[0]", f"or finish the run: {resume_command(folder)}"],
+            remedies=_remedies_of_missing_fold(folder),
         )
     return FoldResult.of(folder, fold)
 
 
+def _remedies_of_missing_fold(folder: RunFolder) -> list[str]:
+    folds = folds_of(folder.config)
+    finished = folder.finished(folds)
+    named = [f"name finished folds: folds=[{','.join(map(str, finished))}]"] if finished else []
+    return [*named, *([] if len(finished) == folds else [f"or finish the run: {resume_command(folder)}"])]
+
+
 class Reproduction(NewRun):
     """A new run of folds that another run trained, on the same data, folds and base model."""
+
+    wants_all_folds = False
 
     def __init__(self, config: RunConfig, original: RunFolder, console: Console, held: contextlib.ExitStack) -> None:
         super().__init__(config, console, held)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class ResumedRun:
     """The run that `config.resume` names. It keeps other processes out of its folder until `held` ends."""
 
+    wants_all_folds = True
+
     def __init__(self, config: RunConfig, typed: Collection[str], console: Console, held: contextlib.ExitStack) -> None:
         """`typed`: keys that the command line sets. Raises: UserError if there is no such run, or it is finished."""
         self._earlier = earlier_run(config, typed)

@@ -391,8 +391,10 @@ def _report_suspect(file: _File, faults: Faults) -> None:
         table = str(file.named_like)
         lacking = ", ".join(missing_columns(table, file.columns))
         meant = misspelt(COLUMNS[table], file.spelt)
-        found, separator = _column_list(file.spelt), separator_of(file.columns)
+        is_tsv = file.path.suffix.casefold() == ".tsv"
+        found, separator = _column_list(file.spelt), separator_of(file.columns, tabs=is_tsv)
         if separator:
-            faults.add(Kind.SEPARATOR, file.path, f"{found}, separated by {separator} ({table} table)", "line 1")
+            found += f", separated by {separator}" + (", in a file whose ending promises tabs" if is_tsv else "")
+            faults.add(Kind.SEPARATOR, file.path, f"{found} ({table} table)", "line 1")
         else:
             faults.add(Kind.COLUMN, file.path, f"{lacking} missing ({table} table); {found}{meant}", "line 1")

@@ -215,7 +215,7 @@ CHECKS: Sequence[Check] = (
     Check(
         "RCV003", "a fold collapsed", SERIOUS,
         "A collapsed fold tells nothing about its pairs, and it spoils every mean.",
-        "Change train.learning_rate, train.imbalance or cv.seed, and train again.", _collapse,
+        "Change train.lr, train.imbalance or cv.seed, and train again.", _collapse,
     ),
     Check(
         "RCV004", "F1 at a floor", SERIOUS,

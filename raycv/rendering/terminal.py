@@ -144,7 +144,8 @@ def announce_end(
         f"Report:        {folder.report}\n"
         f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
-        f"MLflow:        {look}   (experiment {config.tracking.experiment}, run {report['run']}, {parent_id})\n"
+        f"MLflow:        {look}\n"
+        f"In it:         experiment {config.tracking.experiment}, run {report['run']}, run id {parent_id}\n"
         # On a line of its own, where it fits into 80 columns.
         f"{page}\n"
         f"Columns:       {COLUMNS}\n"

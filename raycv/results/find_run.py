@@ -102,10 +102,14 @@ def folds_of(config_file: Path) -> int:
     try:
         return int(yaml.load(config_file.read_text(encoding="utf-8"), SafeLoader)["cv"]["folds"])
     except OSError as error:
-        raise UserError(f"{config_file} cannot be read: {error.strerror}.", kind="run-damaged") from error
+        raise UserError(
+            f"{config_file} cannot be read: {error.strerror}.", kind="run-damaged", remedies=[GOOD_COPY]
+        ) from error
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(
-            f"{config_file} is damaged: it does not say how many folds were asked for.", kind="run-damaged"
+            f"{config_file} is damaged: it does not say how many folds were asked for.",
+            kind="run-damaged",
+            remedies=[GOOD_COPY],
         ) from error
 
 

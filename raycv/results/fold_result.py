@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycv.common.files import read_json, record_of
+from raycv.common.files import record_of
 from raycv.errors import UserError
 from raycv.model.checkpoint import MANIFEST
-from raycv.results.run_folder import RunFolder
+from raycv.results.run_folder import GOOD_COPY, RunFolder, read_record
 from raycv.training.metrics import METRICS, collapse_reasons
 from raycv.utils import FIRST_NUMERICS
 
@@ -63,15 +63,13 @@ class FoldResult:
             UserError: The file is missing, damaged, or not a fold's result.
         """
         try:
-            result = record_of(cls, read_json(path))
+            result = record_of(cls, read_record(path))
         except ValueError as error:
-            raise UserError(
-                f"{path} is not a fold result of this version of raycv: {error}.", kind="run-damaged"
-            ) from error
+            raise _damaged(f"{path} is not a fold result of this version of raycv: {error}.") from error
         shares = {name: result.metrics.get(name, math.nan) for name in METRICS} | {"threshold": result.threshold}
         if wrong := [name for name, value in shares.items() if not 0 <= value <= 1]:
             what = f"{', '.join(wrong)} must lie in 0..1"
-            raise UserError(f"{path} is not a fold result of this version of raycv: {what}.", kind="run-damaged")
+            raise _damaged(f"{path} is not a fold result of this version of raycv: {what}.")
         return result
 
     @classmethod
@@ -84,15 +82,19 @@ class FoldResult:
         files = folder.fold(fold)
         result = cls.read(files.result)
         if result.fold != fold:
-            raise UserError(f"{files.result} is that of fold {result.fold}.", kind="run-damaged")
+            raise _damaged(f"{files.result} is that of fold {result.fold}.")
         try:
             there = files.sums()
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}.", kind="run-damaged") from error
+            raise _damaged(f"{error.filename} cannot be read: {error.strerror}.") from error
         # Results of earlier versions have no checksums, so we only check that two of the files exist.
         for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/{MANIFEST}"):
             if name not in there:
-                raise UserError(f"{files.root / name} is missing.", kind="run-damaged")
+                raise _damaged(f"{files.root / name} is missing.")
             if there[name] != result.sha256.get(name, there[name]):
-                raise UserError(f"{files.root / name} is damaged: it does not have its checksum.", kind="run-damaged")
+                raise _damaged(f"{files.root / name} is damaged: it does not have its checksum.")
         return result
+
+
+def _damaged(what: str) -> UserError:
+    return UserError(what, kind="run-damaged", remedies=[GOOD_COPY])
