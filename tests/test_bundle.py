@@ -1,9 +1,11 @@
 """A bundle for reviewers: all of it can be computed again, and nothing in it names a post, a person or a place."""
 
+import contextlib
 import csv
 import io
 import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -12,16 +14,18 @@ import pytest
 import yaml
 from rich.console import Console
 from support.refusals import refuses
-from support.studies import folder_of, richest
+from support.studies import folder_of, richest, simulated
 
+from raycv.analysis.bundle_files import inputs_text, read_bundle
 from raycv.common.files import array_bytes, read_json, write_json
 from raycv.config.command_line import compose
 from raycv.config.schema import ReportConfig
 from raycv.config.validation import validate
 from raycv.cv.aggregation import make_page
-from raycv.cv.bundle import check_bundle, read_bundle
-from raycv.errors import FaultsError, NotShownError
+from raycv.cv.bundle import check_bundle, inputs_of
+from raycv.errors import FaultsError, NotShownError, UserError
 from raycv.evaluation.evaluate import evaluate
+from raycv.results.run_folder import RunFolder
 from raycv.results.study import load_study
 
 CANARY = "zebra-canary-7731"
@@ -92,7 +96,7 @@ def test_nothing_in_it_names_a_post_a_person_or_a_place(bundle):
     for name, content in files.items():
         for secret in (CANARY, POST, "alice", "/home/", "hunter2", "myhost", "postgresql", "/tmp/"):
             assert secret.encode() not in content, (name, secret)
-    assert yaml.safe_load(files["config.yaml"])["model"]["name"] == "llama"
+    assert yaml.safe_load(files["config.yaml"])["model"]["name"] == "a local folder"
     assert "2 warnings about data and prompts" in files["report.md"].decode()
 
 
@@ -176,6 +180,12 @@ def cell_changed(content):
     return ("\n".join(lines) + "\n").encode()
 
 
+def json_changed(text, change):
+    value = json.loads(text)
+    change(value)
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 TAMPERED = {
     "a last bit of a prediction": ("predictions.csv", scores_changed, "the scores of fold 0 are not those of an epoch"),
     "a label": ("predictions.csv", label_changed, "evaluation.json: "),
@@ -187,14 +197,38 @@ TAMPERED = {
         "report.html: it differs",
     ),
     "a figure": ("figures/roc.svg", lambda svg: svg.replace(b'<path d="M ', b'<path d="M 1', 1), "a figure differs"),
-    "a setting": ("config.yaml", lambda text: text.replace(b"0.002", b"0.001"), "tables/config.csv"),
+    "a setting": ("config.yaml", lambda text: text.replace(b"0.002", b"0.001"), "tables/config"),
     "the scores of an epoch": (
         "epoch_scores/fold_1.npy",
         lambda content: array_bytes(np.load(io.BytesIO(content)) ** 2),
         "the scores of fold 1 are not those of an epoch",
     ),
     "a file that is gone": ("splits.csv", None, "splits.csv: it is missing"),
-    "a file more": ("extra.txt", lambda _: b"x", "extra.txt: it does not belong"),
+    "a table more": ("tables/extra.csv", lambda _: b"x", "tables/extra.csv: it does not belong"),
+    "the scores of a fold more": ("epoch_scores/fold_7.npy", lambda _: b"x", "fold_7.npy: it does not belong"),
+    "a cell more": (
+        "predictions.csv",
+        lambda text: text.replace(b"\n0,", b",secret\n0,", 1),
+        "predictions.csv: it differs",
+    ),
+    "bytes behind the scores": ("epoch_scores/fold_1.npy", lambda content: content + b"x", "fold_1.npy: it differs"),
+    "metrics of an epoch": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["history"][0].append({"f1": 0.99})),
+        "run.json: it differs",
+    ),
+    "a comment": ("config.yaml", lambda text: text + b"# x\n", "config.yaml: it differs"),
+    "figures without an end": ("report.html", lambda _: b"<svg" * 2**20, "report.html: its figures are not"),
+    "a key that is there twice": (
+        "evaluation.json",
+        lambda text: text.replace(b"{\n", b'{\n  "run": "better",\n', 1),
+        "evaluation.json: it differs",
+    ),
+    "a fraction for a count": (
+        "evaluation.json",
+        lambda text: text.replace(b'"folds": 5', b'"folds": 5.0', 1),
+        "5.0, and 5 follows from the data",
+    ),
 }
 
 
@@ -226,10 +260,208 @@ def test_another_file_is_no_bundle_and_stays(run, tmp_path, content):
     assert path.read_bytes() == before
 
 
-def test_damaged_data_and_impossible_keys_are_refused(bundle, tmp_path):
-    path = rewritten(bundle, tmp_path / "review.zip", **{"predictions.csv": lambda _: b"fold,post\n1,2\n"})
-    with refuses("input-file", "data of the bundle", "KeyError"):
-        make_page(asked(f"check={path}"))
+def first_row(name, value):
+    """Changes a cell of the first row of predictions.csv."""
+
+    def change(content):
+        rows = list(csv.reader(io.StringIO(content.decode())))
+        rows[1][rows[0].index(name)] = value
+        return "".join(",".join(row) + "\n" for row in rows).encode()
+
+    return change
+
+
+DAMAGED = {
+    "a label of another value": ("predictions.csv", first_row("label", "2")),
+    "a huge label": ("predictions.csv", first_row("label", "9" * 30)),
+    "a huge fold": ("predictions.csv", first_row("fold", "30000000")),
+    "a fold below 0": ("predictions.csv", first_row("fold", "-1")),
+    "a score that is no number": ("predictions.csv", first_row("score", "zebra")),
+    "a score above 1": ("predictions.csv", first_row("score", "1.5")),
+    "a name with text": ("predictions.csv", first_row("post", "zebra")),
+    "a cell beyond the limit of csv": ("predictions.csv", first_row("post", "z" * 200_000)),
+    "other columns": ("predictions.csv", lambda _: b"fold,post\n1,2\n"),
+    "no rows": ("predictions.csv", lambda _: b""),
+    "no UTF-8": ("predictions.csv", lambda _: b"\xff"),
+    "a near-duplicate that is not there": ("near_duplicates.csv", lambda _: b"post_a,post_b\nzebra,zebra\n"),
+    "no array": ("epoch_scores/fold_1.npy", lambda _: b"x"),
+    "an array in a ZIP file": ("epoch_scores/fold_1.npy", lambda _: b"PK\x03\x04"),
+    "an array of numbers of 32 bits": (
+        "epoch_scores/fold_1.npy",
+        lambda content: array_bytes(np.load(io.BytesIO(content)).astype(np.float32)),
+    ),
+    "deep lists": ("environment.json", lambda _: b"[" * 200_000),
+    "deep lists in YAML": ("config.yaml", lambda _: b"[" * 20_000),
+    "another key of the run": ("run.json", lambda text: json_changed(text, lambda run: run.update(note="zebra"))),
+    "a version more": ("run.json", lambda text: json_changed(text, lambda run: run["versions"].update(zebra="1"))),
+    "versions that are a list": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run.update(versions=["zebra"])),
+    ),
+    "too many events": (
+        "run.json",
+        lambda text: text.replace(b'"out_of_memory": [\n    0', b'"out_of_memory": [\n    9999999'),
+    ),
+    "another key of the environment": ("environment.json", lambda text: text.replace(b"{", b'{"zebra": 1,', 1)),
+    "packages that are a list": ("environment.json", lambda text: text.replace(b'"packages": {', b'"packages": [{', 1)),
+    "half a letter": ("environment.json", lambda text: text.replace(b'"3.11"', b'"\\ud800"')),
+    "a setting that the schema lacks": ("config.yaml", lambda text: text + b"zebra:\n  zebra: 1\n"),
+    "aliases of aliases": ("config.yaml", lambda _: b"cv: &a {}\ndora:\n  <<: [*a, *a]\n"),
+    "a long text": ("run.json", lambda text: json_changed(text, lambda run: run["warnings"].append(":/a:" * 2**17))),
+    "a long id of a criterion": ("predictions.csv", first_row("criterion_id", ":/a:" * 2**14)),
+    "a password": ("config.yaml", lambda text: text.replace(b"a local folder", b"http://zebra:zebra@host")),
+    "settings in settings": ("config.yaml", lambda text: text.replace(b"r: 8", b"r: {zebra: 1}")),
+    "a file that is gone": ("config.yaml", None),
+    "statistics that are not JSON": ("evaluation.json", lambda _: b"zebra"),
+    "a page that is not UTF-8": ("report.html", lambda _: b"\xffzebra"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_named_and_not_quoted(bundle, tmp_path, case):
+    name, change = DAMAGED[case]
+    path = rewritten(bundle, tmp_path / "review.zip", **{name: change})
+    assert read_bundle(path).get(name) != read_bundle(bundle).get(name), "the test changed nothing"
+    with refuses("input-file", "ask the authors for the bundle again") as caught:
+        check_bundle(path, Console(file=io.StringIO()))
+    assert caught.value.exit_code == 2
+    assert "zebra" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", range(20))
+def test_a_flipped_byte_is_refused_or_changes_no_file(bundle, tmp_path, at):
+    content = bytearray(bundle.read_bytes())
+    content[len(content) * at // 20 + 11] ^= 0x55
+    path = tmp_path / "review.zip"
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        assert read_bundle(path) == read_bundle(bundle)
+
+
+def test_bytes_that_do_not_unpack_are_named(bundle, tmp_path):
+    with zipfile.ZipFile(bundle) as archive:
+        entry = archive.getinfo("predictions.csv")
+    content = bytearray(bundle.read_bytes())
+    at = entry.header_offset + 30 + len(entry.filename)
+    content[at : at + 40] = b"\xff" * 40
+    path = tmp_path / "review.zip"
+    path.write_bytes(content)
+    with refuses("input-file", "damaged: predictions.csv (error)"):
+        read_bundle(path)
+
+
+def archived(path, entries, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "method", "said"),
+    [
+        ([("run.json", b" " * 2**21)], zipfile.ZIP_DEFLATED, "run.json is larger than 1,048,576 bytes"),
+        ([("run.json", b"{}"), ("a/../b", b"")], zipfile.ZIP_DEFLATED, "it holds 'a/../b'"),
+        ([("run.json", b"{}"), ("report.html", b"")], zipfile.ZIP_LZMA, "packed in another way"),
+        ([("run.json", b"{}"), ("report.html", b"")], zipfile.ZIP_BZIP2, "packed in another way"),
+        ([("run.json", b'{"format": 2}')], zipfile.ZIP_DEFLATED, "its format is '2'"),
+        ([("report.md", b"")], zipfile.ZIP_DEFLATED, "lacks run.json"),
+    ],
+)
+def test_what_cannot_be_a_bundle_is_not_unpacked(tmp_path, entries, method, said):
+    path = archived(tmp_path / "review.zip", entries, method)
+    with refuses("input-file", f"{path} is not a bundle", said):
+        read_bundle(path)
+
+
+def test_a_bomb_is_refused_by_its_size(tmp_path):
+    zeros = bytes(2**26)
+    path = archived(tmp_path / "one.zip", [("run.json", b"{}"), ("report.html", zeros + b"0")])
+    with refuses("input-file", "report.html is larger than 67,108,864 bytes"):
+        read_bundle(path)
+    # A size that is a lie: no more than that is unpacked, and its checksum differs.
+    content = path.read_bytes()
+    path.write_bytes(content.replace((2**26 + 1).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    with refuses("input-file", "damaged: report.html (BadZipFile)"):
+        read_bundle(path)
+    with refuses("input-file", f"{tmp_path} is not a bundle of raycv: it is not a file"):
+        read_bundle(tmp_path)
+
+
+def other_matplotlib(text):
+    return json_changed(text, lambda run: run["versions"].update(matplotlib="1.0"))
+
+
+def test_figures_of_another_matplotlib_are_not_compared_but_draw_only(bundle, tmp_path):
+    def shifted(content):
+        return content.replace(b"</desc>", b"1</desc>", 1)
+
+    def said(change, *names):
+        path = rewritten(
+            bundle, tmp_path / "review.zip", **{"run.json": other_matplotlib}, **dict.fromkeys(names, change)
+        )
+        output = io.StringIO()
+        check_bundle(path, Console(file=output, width=200))
+        return output.getvalue()
+
+    # The first figure of the page is the one that the page shows first.
+    first = re.search(r'<svg[^>]*aria-labelledby="([\w-]+)-title', read_bundle(bundle)["report.html"].decode())[1]
+    first = first.replace("-", "_")
+    names = ("report.html", f"figures/{first}.svg")
+    assert "Figures were not compared: matplotlib 1.0 drew them." in said(shifted, *names)
+    with refuses("bundle-differs", "report.html: its figures", error=NotShownError):
+        said(shifted, names[1])
+    for hostile in (
+        b"<script>1</script></svg>",
+        b"<foreignObject/></svg>",
+        b'<g onload="1"/></svg>',
+        b'<use href="http://host/a.svg#a"/></svg>',
+        b'<g style="fill: url(http://host)"/></svg>',
+        b"<!-- --></svg>",
+    ):
+        with refuses("bundle-differs", f"{first}.svg: it holds more", error=NotShownError):
+            said(lambda content, hostile=hostile: content.replace(b"</svg>", hostile, 1), *names)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "kept"),
+    [
+        ("/home/alice/llama", None, "a local folder"),
+        ("alice/llama", None, "a local folder"),
+        ("llama", None, "a local folder"),
+        ("C:\\Users\\alice\\llama", None, "a local folder"),
+        ("file:///home/alice/llama", None, "a local folder"),
+        ("raycv://models/tiny_llama", None, "raycv://models/tiny_llama"),
+        ("meta-llama/Llama-3.1-8B", "0e9e39f", "meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_only_a_name_of_the_hub_stays(run, tmp_path, name, revision, kept):
+    folder = RunFolder(tmp_path / "mine")
+    shutil.copytree(run.root, folder.root)
+    config = yaml.safe_load(folder.config.read_text())
+    config["model"] = {"name": name, "target_modules": ["token=alices"]}
+    config["cv"]["note"] = config["note"] = {"by": "alice"}
+    folder.config.write_text(yaml.safe_dump(config))
+    environment = read_json(folder.environment)
+    write_json(folder.environment, environment | {"base_model": {"name": name, "revision": revision}})
+    files = inputs_text(*inputs_of(folder))
+    assert yaml.safe_load(files["config.yaml"])["model"] == {"name": kept, "target_modules": ["token=***"]}
+    assert not [name for name, content in files.items() if b"alice" in content]
+
+
+def test_a_run_without_scores_of_epochs_keeps_their_f1(tmp_path):
+    folder = folder_of(replace(simulated(posts=20), run="plain"), tmp_path)
+    for fold in range(5):
+        file = folder.fold(fold).result
+        epoch = {"epoch": 1, "f1": 0.5, "roc_auc": 0.6, "seconds": 3.0, "train_loss": 0.1}
+        write_json(file, read_json(file) | {"history": [epoch, epoch]})
+    path = tmp_path / "review.zip"
+    make_page(asked(f"run={folder.root}", f"bundle={path}"))
+    assert json.loads(read_bundle(path)["run.json"])["history"] == [[{"f1": 0.5, "roc_auc": 0.6}] * 2] * 5
+    make_page(asked(f"check={path}"))
+
+
+def test_impossible_keys_are_refused(tmp_path):
     with refuses("input-file", f"{tmp_path / 'none.zip'} cannot be read", "No such file"):
         make_page(asked(f"check={tmp_path / 'none.zip'}"))
     with refuses("disk-unwritable", f"bundle={tmp_path / 'none' / 'a.zip'}: ", f"{tmp_path / 'none'} does not exist"):
