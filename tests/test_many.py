@@ -1039,7 +1039,7 @@ def test_what_is_refused_before_anything_is_scored_leaves_nothing_behind(checkpo
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.iterdir())
     for output in (tmp_path / "new" / "folder" / f"out.{ending}", tmp_path / "there" / f"out.{ending}"):
-        with refuses("base-files", "no folder /nonexistent", "base=<folder"):
+        with refuses("base-files", "folder /nonexistent", "base=<folder"):
             score(checkpoint, source, output, "base=/nonexistent", "criterion=C0")
         with monkeypatch.context() as patch:
             patch.setattr("raycv.batch_inference.score_file.Recipe.load", refused)

@@ -151,7 +151,6 @@ class NodeWatch(tune.Callback):
         self.to_start = BasicVariantGenerator(max_concurrent=placement.concurrent)
         """Tune's own list of trials"""
         self.types = node_types(CLUSTER_FILE.expanduser())
-        self._next = time.monotonic() + LOOK_SECONDS
         self._waits_since: float | None = None
         self._refusal: RunFailedError | None = None
 
@@ -159,11 +158,8 @@ class NodeWatch(tune.Callback):
         return {}  # Tune pickles its callbacks; a terminal cannot be
 
     def look(self) -> None:
-        """Looks at the nodes if it is time. A thread calls it: a cluster that is gone would let it wait."""
+        """Looks at the nodes. A thread calls it again and again: a cluster that is gone would let it wait."""
         now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + LOOK_SECONDS
         asked = self.task.config.resources
         nodes = node_resources(ray.get(self.task.board.left_out.remote()))
         waits = awaited(self.placement, nodes, self.types, asked.autoscaling)
@@ -319,14 +315,21 @@ def _followed(board: Any, view: LiveView, nodes: NodeWatch) -> Iterator[None]:
             # Ray may be restarting the board.
             with contextlib.suppress(ray.exceptions.RayError):
                 carry()
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS):
+            with contextlib.suppress(ray.exceptions.RayError):
                 nodes.look()
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
+    following, looking = threading.Thread(target=follow, daemon=True), threading.Thread(target=look, daemon=True)
+    following.start()
+    looking.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(timeout=10)
+        following.join(timeout=10)
+        # A look takes a moment, or for ever if the cluster is gone. A signal that stops the run cannot wait for that.
+        looking.join(timeout=1)
         with contextlib.suppress(ray.exceptions.RayError):
             carry()  # the last posts
