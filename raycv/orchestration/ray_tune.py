@@ -324,12 +324,18 @@ def _followed(board: Any, view: LiveView, nodes: NodeWatch) -> Iterator[None]:
     following, looking = threading.Thread(target=follow, daemon=True), threading.Thread(target=look, daemon=True)
     following.start()
     looking.start()
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
         over.set()
-        following.join(timeout=10)
-        # A look takes a moment, or for ever if the cluster is gone. A signal that stops the run cannot wait for that.
+        # A look or a post takes a moment, or for ever if the cluster is gone. A signal that stops the run may have
+        # ended the cluster too, and cannot wait for that.
         looking.join(timeout=1)
-        with contextlib.suppress(ray.exceptions.RayError):
-            carry()  # the last posts
+        following.join(timeout=1 if interrupted else 10)
+        if not interrupted:
+            with contextlib.suppress(ray.exceptions.RayError):
+                carry()  # the last posts
