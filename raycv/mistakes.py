@@ -13,14 +13,15 @@ def mistakes(config: MistakesConfig) -> None:
     """Writes the mistakes of a run. Raises: UserError if the run or its data cannot be read, or nothing be written."""
     from raycv.analysis.mistakes import COLUMNS, TEXTS, counts_of
     from raycv.analysis.printed import mistakes_table
-    from raycv.analysis.run import open_run, said_latest
+    from raycv.analysis.run import open_run
     from raycv.analysis.spreadsheet import check_free, csv_text, write_output
+    from raycv.results.find_run import said_latest
 
     output = Path(config.output)
     check_free(output, ",".join(COLUMNS))
     run = open_run(config.run, Path(config.dir))
     console = Console()
-    if line := said_latest(config.run, run):
+    if line := said_latest(config.run, run.folder):
         say(console, line)
     rows = run.mistake_rows(config.most, config.text, config.data.dir, config.data.criteria_dir)
     console.print(mistakes_table(run.name, counts_of(run.study)))

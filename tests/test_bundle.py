@@ -276,7 +276,7 @@ DAMAGED = {
     "a huge label": ("predictions.csv", first_row("label", "9" * 30)),
     "a huge fold": ("predictions.csv", first_row("fold", "30000000")),
     "a fold below 0": ("predictions.csv", first_row("fold", "-1")),
-    "a score that is no number": ("predictions.csv", first_row("score", "zebra")),
+    "a score that is a word": ("predictions.csv", first_row("score", "zebra")),
     "a score above 1": ("predictions.csv", first_row("score", "1.5")),
     "a name with text": ("predictions.csv", first_row("post", "zebra")),
     "a cell beyond the limit of csv": ("predictions.csv", first_row("post", "z" * 200_000)),

@@ -4,10 +4,8 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import yaml
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from rich.console import Console
-from support.mlflow_runs import config, kill, server  # noqa: F401
+from support.mlflow_runs import config, free_port, kill, server, wait_for_health  # noqa: F401
 from support.refusals import refuses
 from support.trained_runs import CANARY, make_run
 
@@ -218,9 +216,7 @@ def asked(port, body, kind="application/json"):
 @pytest.fixture
 def scoring(logged, tmp_path):
     """`mlflow models serve` as typed: its port, and the file of all that it prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # As after `source .venv/bin/activate`: MLflow calls uvicorn by its name.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["mlflow", "models", "serve", "--env-manager", "local"]
@@ -229,13 +225,7 @@ def scoring(logged, tmp_path):
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "serve.log").read_text()
-                time.sleep(0.5)
+        wait_for_health(port, process, tmp_path / "serve.log")
         yield port, tmp_path / "serve.log"
     finally:
         os.killpg(process.pid, signal.SIGTERM)

@@ -272,7 +272,7 @@ def test_the_model_card_is_one_that_the_hub_reads(run):
     evaluation = json.loads(run.evaluation.read_text())
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["f1"] == evaluation["verdict"]["f1"]["value"]
-    assert card.data.library_name == "peft"
+    assert card.data.to_dict()["library_name"] == "peft"
     assert "[to fill in]" in card.text.replace("\\", "")
 
 

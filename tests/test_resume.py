@@ -871,12 +871,18 @@ def test_what_cannot_go_on_is_said(left):
         with refuses(kind, *parts):
             earlier_run(validate(RunConfig, values), ())
 
-    check("other", "run-missing", "resume=other: ", f"in {left.root.parent}")
+    check("other", "run-missing", "resume=other: ", f"{left.root.parent} holds")
     for fold in range(2):
         write_json(left.fold(fold).result, {})
     write_json(left.report, {})
     check("mine", "run-exists", "resume=mine: ", left.report, "raycv.aggregate run=mine")
-    check("latest", "run-missing", "resume=latest: ", f"in {left.root.parent} (1 run", "run.dir=<folder>")
+    check(
+        "latest",
+        "run-missing",
+        "resume=latest: ",
+        f"{left.root.parent} holds no unfinished run (1 run",
+        "run.dir=<folder>",
+    )
     left.report.unlink()
     record = left.tracking.read_text()
     left.tracking.unlink()

@@ -18,7 +18,7 @@ from raycv.evaluation.evaluate import evaluate
 from raycv.evaluation.measures import LABEL_METRICS, METRICS
 from raycv.evaluation.operating_points import CROSS_FOLD, RULES
 from raycv.evaluation.study import Study
-from raycv.results.find_run import LATEST, find_run, recorded_config, runs_there
+from raycv.results.find_run import existing_run, recorded_config
 from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.results.study import check_data, load_study
 from raycv.training.metrics import METRICS as REPORTED
@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 def open_run(run: str | Path, runs: Path) -> "Run":
     """Finds a run by its name, its folder, or as `latest` in the folder `runs`. Raises: UserError."""
-    folder = find_run(runs, str(run))
-    if folder is None:
-        there = runs_there(runs, Path(run).name)
-        raise UserError(f"{runs.absolute()} holds no run {run}.", kind="run-missing", remedies=there)
-    return Run(folder)
+    return Run(existing_run(runs, str(run)))
 
 
 class Run:
@@ -262,11 +258,6 @@ class Run:
         from raycv.analysis.scorer import Scorer
 
         return Scorer(self.folder, fold, device=device, precision=precision, criteria_dir=criteria_dir, base=base)
-
-
-def said_latest(run: str, found: Run) -> str | None:
-    """Returns a line that names the run that `latest` stands for; None for a name."""
-    return f"run=latest is {found.name}" if run == LATEST else None
 
 
 def _metric(name: str, averages: dict[str, Any]) -> dict[str, Any]:

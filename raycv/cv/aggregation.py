@@ -16,7 +16,15 @@ from raycv.cv.bundle import check_bundle, check_free, write_bundle
 from raycv.cv.preparation import load_data
 from raycv.errors import UserError
 from raycv.rendering.terminal import say, summary_table, verdict_lines
-from raycv.results.find_run import find_run, finished_at, folds_of, recorded_config, runs_there
+from raycv.results.find_run import (
+    existing_run,
+    find_run,
+    finished_at,
+    folds_of,
+    recorded_config,
+    runs_there,
+    said_latest,
+)
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record, resume_command
@@ -31,8 +39,8 @@ def aggregate(config: AggregateConfig) -> None:
     """
     folder = find_run(Path(config.dir), config.run)
     console = Console()
-    if folder and config.run == "latest":
-        say(console, f"run=latest is {folder.root.name}")
+    if folder and (line := said_latest(config.run, folder)):
+        say(console, line)
     report, where = _from_folder(folder, config) if folder else _from_mlflow(config)
     console.print(summary_table(report))
     say(console, where)
@@ -111,16 +119,10 @@ def make_page(config: ReportConfig) -> None:
     if config.bundle is not None:
         check_free(Path(config.bundle))
     runs = Path(config.dir)
-    folder = find_run(runs, config.run)
-    if folder is None:
-        raise UserError(
-            f"{runs.absolute()} holds no run {config.run}.",
-            kind="run-missing",
-            remedies=runs_there(runs, config.run),
-        )
+    folder = existing_run(runs, config.run)
     console = Console()
-    if config.run == "latest":
-        say(console, f"run=latest is {folder.root.name}")
+    if line := said_latest(config.run, folder):
+        say(console, line)
     dataset = None
     if config.data.dir is not None:
         dataset, _ = load_data(_with_data(recorded_config(folder), config.data.dir))

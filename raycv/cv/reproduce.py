@@ -24,7 +24,7 @@ from raycv.data.types import Dataset
 from raycv.errors import FaultsError, NotShownError, UserError
 from raycv.orchestration.fold_task import Prepared
 from raycv.rendering.terminal import say
-from raycv.results.find_run import LATEST, find_run, folds_of, recorded_config, runs_there
+from raycv.results.find_run import existing_run, folds_of, recorded_config, said_latest
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, read_record, resume_command
 from raycv.tracking.lookup import check_password, recorded_uri, tracked_run
@@ -90,12 +90,9 @@ def _check_is_reproduction(original: RunFolder, again: RunFolder, found: Mapping
 
 
 def _found(name: str, runs: Path, console: Console) -> RunFolder:
-    folder = find_run(runs, name)
-    if folder is None:
-        what = f"{runs.absolute()} holds no run {name}."
-        raise UserError(what, kind="run-missing", remedies=runs_there(runs, name))
-    if name == LATEST:
-        say(console, f"run=latest is {folder.root.name}")
+    folder = existing_run(runs, name)
+    if line := said_latest(name, folder):
+        say(console, line)
     return folder
 
 

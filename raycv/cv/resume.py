@@ -249,7 +249,7 @@ def _find(runs: Path, which: str) -> RunFolder:
                 remedies=[GOOD_COPY],
             )
         if folder is None:
-            what = f"resume={which}: there is no such run in {runs.absolute()}."
+            what = f"resume={which}: {runs.absolute()} holds no such run."
             raise UserError(what, kind="run-missing", remedies=runs_there(runs, which, "run.dir"))
         _refuse_finished(folder)
         if not folder.has_begun():
@@ -265,7 +265,7 @@ def _find(runs: Path, which: str) -> RunFolder:
     if not unfinished:
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
         raise UserError(
-            f"resume=latest: there is no unfinished run in {runs.absolute()} ({complete} there finished).",
+            f"resume=latest: {runs.absolute()} holds no unfinished run ({complete} there finished).",
             kind="run-missing",
             remedies=["name the folder that holds it: run.dir=<folder>", "start one: python -m raycv.run"],
         )

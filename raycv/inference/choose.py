@@ -90,7 +90,7 @@ def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen
         )
     if path.name != run:
         raise UserError(
-            f"run={run}: there is no such folder.", kind="run-missing", remedies=runs_there(runs, path.name)
+            f"run={run}: the folder does not exist.", kind="run-missing", remedies=runs_there(runs, path.name)
         )
     return _from_mlflow(run, fold, runs, tracking_uri or LOCAL_URI)
 

@@ -46,6 +46,20 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
 
 
+def existing_run(runs: Path, run: str) -> RunFolder:
+    """Returns the folder of the run named `run`, as `find_run` does. Raises: UserError if no run has that name."""
+    folder = find_run(runs, run)
+    if folder is None:
+        there = runs_there(runs, Path(run).name)
+        raise UserError(f"{runs.absolute()} holds no run {run}.", kind="run-missing", remedies=there)
+    return folder
+
+
+def said_latest(run: str, folder: RunFolder) -> str | None:
+    """Returns which run `latest` is; None if the user named the run."""
+    return f"run=latest is {folder.root.name}" if run == LATEST else None
+
+
 @contextmanager
 def looking_for(run: str) -> Iterator[None]:
     """Explains why the search for `run` failed.

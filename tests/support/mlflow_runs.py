@@ -60,6 +60,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def wait_for_health(port, process, log):
+    """Waits until the server of `process`, which writes `log`, answers at /health."""
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def serving(folder, port):
     """A real MLflow server on `port` of the loopback, its store in `folder`; yields its process when it answers."""
@@ -71,13 +82,7 @@ def serving(folder, port):
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.5)
+        wait_for_health(port, process, folder / "server.log")
         yield process
     finally:
         kill(process)
