@@ -1,4 +1,4 @@
-"""Reads a table (CSV, TSV or JSON) strictly, and reports each fault with its line.
+"""Reads a table (CSV, TSV, JSON) strictly, each fault with its line; decides which cells are blank or missing.
 
 Files of pairs (`batch_inference`) use the same lines, CSV records and limits, but a broken record does not end them.
 """

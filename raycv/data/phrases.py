@@ -1,4 +1,4 @@
-"""Makes the sentences of synthetic posts from the phrase book `phrases.txt`."""
+"""Decides what a synthetic post says: evidence, hard negatives and filler, from the phrase book `phrases.txt`."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Decides what a synthetic post holds: evidence, hard negatives, filler. No person wrote or is in these posts.
+"""Makes a synthetic data set: number, symptoms and lengths of its posts, and the files. No person wrote these posts.
 
 A post is a shuffled row of sentences: evidence, hard negatives and neutral filler. Evidence is there for each positive
 criterion. Hard negatives are about criteria that the post does not meet: negated, about somebody else, or past. Every
