@@ -1,4 +1,4 @@
-"""Criterion, Pair and Dataset: the validated data set that every later room works on. Codes and symptom names of criteria."""
+"""Criterion, Pair and Dataset: the validated data set of every later room. Codes and symptom names of criteria."""
 
 import re
 from dataclasses import dataclass, field
