@@ -18,6 +18,7 @@ from support.commands import ROOT, background, raycv, wait_until
 from support.refusals import refuses, said_refusal
 
 from raycv.common.files import read_json
+from raycv.common.locations import ray_folder
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
@@ -121,7 +122,7 @@ class Machine:
     def __init__(self, head, address, hidden=None, replaced=None, **environment):
         """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
-        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in (ray_folder(), hidden) if folder]
         if replaced:
             apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (
