@@ -28,7 +28,7 @@ from raycv.results.run_folder import RunFolder
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head without cores, as in cluster.yaml, and two nodes of 8 cores and 2 GPUs, and one of 4 cores."""
     import ray
