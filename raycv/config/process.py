@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import NoReturn, TypeVar
 
 from raycv.common.environment import seldom_collecting
@@ -17,7 +17,12 @@ from raycv.errors import UserError, printable
 C = TypeVar("C")
 
 
-def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], None]) -> None:
+def run_process(
+    name: str,
+    read: Callable[[], C | None],
+    body: Callable[[C], None],
+    own_names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Reads the config of a command and calls `body` with it.
 
     Exit codes:
@@ -31,6 +36,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
         name: The command, such as `run`.
         read: Gives the config; None if the user asked for an answer such as `--help`, which is then printed.
         body: The work of the command.
+        own_names: Keys as remedies name them, and the names that this command has for them.
     """
     sys.excepthook = _show_traceback
     if sys.stderr is None:
@@ -43,7 +49,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
             with seldom_collecting():
                 body(config)
     except UserError as error:
-        raise _refused(name, error) from None
+        raise _refused(name, error, own_names) from None
     except KeyboardInterrupt:
         say(f"\nraycv.{name}: interrupted\n")
         _leave(130)
@@ -91,6 +97,9 @@ def say(text: str) -> None:
         discard(sys.stderr)
 
 
-def _refused(name: str, error: UserError) -> SystemExit:
-    say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
+def _refused(name: str, error: UserError, own_names: Mapping[str, str]) -> SystemExit:
+    text = str(error)
+    for key, own in own_names.items():
+        text = text.replace(key, own)
+    say(printable(mask_secrets(f"\nraycv.{name}: {text}\n")))
     return SystemExit(error.exit_code)
