@@ -1,8 +1,8 @@
 """`python -m raycv.serve run=...`: a resident scorer, which `raycv.infer` finds automatically."""
 
 from raycv.common.locations import runs_folder
-from raycv.common.signals import ignore_stops
 from raycv.config.command_line import run_command
+from raycv.config.process import ignore_stops
 from raycv.config.schema import ServeConfig
 from raycv.serving.discovery import announce, announcement, discovery_file, say
 from raycv.serving.settings import setup_of

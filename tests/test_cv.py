@@ -19,7 +19,7 @@ from support.object_storage import RUNS, storage  # noqa: F401
 from support.refusals import refuses, said_refusal
 
 from raycv.common.files import read_json
-from raycv.common.locations import WORK, runs_folder
+from raycv.common.locations import WORK, ray_folder, runs_folder
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
@@ -31,7 +31,7 @@ from raycv.results.run_folder import RunFolder
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head without cores, as in cluster.yaml, and two nodes of 8 cores and 2 GPUs, and one of 4 cores."""
     import ray
@@ -125,7 +125,7 @@ class Machine:
     def __init__(self, head, address, hidden=None, replaced=None, **environment):
         """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
-        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in (ray_folder(), hidden) if folder]
         if replaced:
             apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (

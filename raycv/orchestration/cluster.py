@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
-from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
+from raycv.config.process import STOP_SIGNALS, stop_like_ctrl_c
 from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.orchestration.fold_task import FoldTask
 from raycv.resources import survey
