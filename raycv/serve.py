@@ -1,7 +1,6 @@
 """`python -m raycv.serve run=...`: a resident scorer, which `raycv.infer` finds automatically."""
 
-from pathlib import Path
-
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import run_command
 from raycv.config.process import ignore_stops
 from raycv.config.schema import ServeConfig
@@ -22,7 +21,7 @@ def run_server(config: ServeConfig) -> None:
     from raycv.orchestration.ray_serve import running
 
     limits = setup.config.serve
-    file = discovery_file(Path(config.dir), limits.port)
+    file = discovery_file(runs_folder(config.dir), limits.port)
     say(f"loading run {setup.chosen.run}, fold {setup.chosen.fold}")
     try:
         with running(setup):

@@ -19,6 +19,7 @@ from raycv.config.values import (
     NonEmpty,
     PathText,
     Positive,
+    RunsPlace,
     Share,
     StoreAddress,
 )
@@ -249,7 +250,9 @@ class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
     )
-    dir: PathText = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs; on several nodes, storage that every node sees, or s3://bucket/folder"
+    )
 
     @field_validator("name")
     @classmethod
@@ -288,7 +291,7 @@ class AggregateConfig(Section):
     run: PathText = Field(
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db. A store that "
         "lacks the run gets it from the run folder"
@@ -306,7 +309,7 @@ class CompareConfig(Section):
     require: Literal["better"] | None = Field(
         description="better: exit with 1 unless every other run is shown to be better than the baseline"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="beginning of the files to write: <output>.json, .csv and .svg")
 
     @field_validator("runs", mode="before")
@@ -330,7 +333,7 @@ class MistakesConfig(Section):
     most: Positive = Field(description="mistakes of each criterion to write, at most")
     text: bool = Field(description="write posts and criteria beside the ids")
     data: MistakesDataConfig
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="CSV file to write")
 
 
@@ -345,7 +348,7 @@ class ReportConfig(Section):
     """The config of `python -m raycv.report`."""
 
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: ReportDataConfig
     bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
     check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
@@ -375,7 +378,7 @@ class ReproduceConfig(Section):
     trained: PathText | None = Field(
         description="a run that has trained these folds again already, which is then compared; null: train them now"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: MistakesDataConfig
     base: Annotated[
         Location | None,
@@ -465,8 +468,9 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(
-        description="folder that holds the runs; it remembers which one answered last (.last_answer.json)"
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; it remembers which one answered last "
+        "(.last_answer.json)"
     )
     criteria_dir: OtherCriteria
     base: OtherBase
@@ -517,7 +521,9 @@ class ServeConfig(Section):
 
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; raycv.infer finds the scorer there"
+    )
     criteria_dir: OtherCriteria
     base: OtherBase
     infer: InferenceConfig

@@ -153,7 +153,7 @@ def _train_folds(
     finished = folder.finished(config.cv.folds)
     folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
-        task = fold_task(config, folder, prepared, placement)
+        task = fold_task(config, folder, prepared, placement, resumed=run.make_ready is not None)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         epochs, batch = config.train.epochs, config.train.effective_batch_size
         with LiveView(folds, epochs, batch, run.console, placement) as view:
@@ -176,6 +176,7 @@ def _leave_the_others(
         say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
     logged.close()
     run.log(None)
+    run.publish()
     return found
 
 
@@ -189,4 +190,5 @@ def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitSta
     announce_end(run.console, config, folder, report, run.parent_id, evaluation)
     logged.close()
     run.log(report)
+    run.publish()
     return report

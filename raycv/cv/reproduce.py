@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raycv.common.files import sha256_of, write_json
+from raycv.common.locations import place_of, runs_folder
 from raycv.config.schema import ReproduceConfig, RunConfig
 from raycv.config.validation import validate
 from raycv.cv.new_run import NewRun
@@ -27,6 +28,7 @@ from raycv.rendering.terminal import say
 from raycv.results.find_run import existing_run, folds_of, recorded_config, said_latest
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, read_record, resume_command
+from raycv.results.storage import publish_records
 from raycv.tracking.lookup import check_password, recorded_uri, tracked_run
 from raycv.training.metrics import F1
 
@@ -54,19 +56,20 @@ def reproduce(config: ReproduceConfig) -> None:
         NotShownError: The folds came to something else.
     """
     console = Console()
-    original = _found(config.run, Path(config.dir), console)
+    original = _found(config.run, runs_folder(config.dir), console)
     for fold in config.folds:
         _result(original, fold)
     if config.trained is not None:
-        again = _found(config.trained, Path(config.dir), console)
+        again = _found(config.trained, runs_folder(config.dir), console)
     else:
         again = _trained_again(original, config, console)
     found = compare_folds(original, again, config.folds)
     if config.trained is not None:
         _check_is_reproduction(original, again, found)
     write_json(again.reproduction, found)
+    publish_records(again)
     console.print(reproduction_table(found))
-    say(console, f"Written: {again.reproduction}")
+    say(console, f"Written: {place_of(again.reproduction)}")
     if config.trained is None:
         _log(again, found, console)
     if found["result"] == DIFFERENT:
@@ -166,7 +169,7 @@ def _planned(original: RunFolder, config: ReproduceConfig) -> RunConfig:
     names = (f"{original.root.name[:80]}-reproduced{number}" for number in ("", *map("-{}".format, range(2, 1000))))
     values["run"] = {
         "name": next(name for name in names if not (original.root.parent / name).exists()),
-        "dir": str(original.root.parent),
+        "dir": place_of(original.root.parent),
     }
     values["cv"]["only"] = sorted(config.folds)
     # A branch, or null, may mean another commit by now: the recorded commit counts.

@@ -13,12 +13,15 @@ import ray.train
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import unwritable
+from raycv.errors import UserError
 from raycv.orchestration.cluster import own_resources, share_of
 from raycv.orchestration.fold_task import FoldGauges, FoldTask, SharedArrays
-from raycv.resources.nodes import Share
+from raycv.resources.nodes import NodeError, Share
 from raycv.resources.placement import Placement
+from raycv.resources.publisher import StatePublisher, bring_states, hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.results.storage import UNREACHABLE, checkpoint_part
 from raycv.training.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
 from raycv.utils import NUMERICS
 
@@ -66,6 +69,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
     share = share_of(task)
+    _check_storage(task, fold, share)
     share.check_base(base.path, task.base_sums, base.sums())
     tokenizer = load_tokenizer(base)
     device = get_device()
@@ -92,6 +96,13 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
+    published = task.published
+    publisher = None
+    if published is not None:
+        if arguments["begun"]:
+            bring_states(published, fold, alone=task.placement.workers == 1, tell=listener.on_event)
+        if not rank:
+            publisher = listener.publisher = StatePublisher(published, fold, listener.on_event)
     memory = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
     state = states.newest(listener.on_event)
@@ -112,6 +123,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             states.check_writer()
             save_fold_checkpoint(folder, adapted, tokenizer, info)
             sums = folder.checkpoint_sums()
+        if published is not None and publisher is not None:
+            publisher.stop()
+            elsewhere = share.node != arguments["node"]
+            part = checkpoint_part(fold)
+            hand_over(published, part, listener.on_event, needed=elsewhere, where=share.name)
+            if elsewhere:
+                # The storage has all of it now.
+                shutil.rmtree(folder.root, ignore_errors=True)
     else:
         sums = {}
     worker = {
@@ -133,6 +152,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "epoch_scores": outcome.epoch_scores,
         "node": share.node,
     }
+
+
+def _check_storage(task: FoldTask, fold: int, share: Share) -> None:
+    """Raises: NodeError if the object storage of the run, if it has one, refuses what this node asks."""
+    if task.published is None:
+        return
+    try:
+        task.published.bucket.check()
+    except UserError as error:
+        if error.kind != UNREACHABLE:
+            raise NodeError(f"{share.name}: {error.what}", share.node, remedies=error.remedies) from error
+        task.board.tell.remote(fold, f"{error.what} Training begins all the same.")
 
 
 def _checkpoint_info(
@@ -254,6 +285,8 @@ class _RayListener:
         self.rank = rank
         self.states = states
         self.share = share
+        self.publisher: StatePublisher | None = None
+        """the first worker has one if the run is in an object storage"""
         self._posted = 0.0
 
     def resumes(self, state: "TrainState") -> None:
@@ -295,7 +328,9 @@ class _RayListener:
         # The first worker saves the states of all workers.
         if not self.rank:
             with self.share.held():
-                self.states.save(state)
+                saved = self.states.save(state)
+            if self.publisher is not None:
+                self.publisher.offer(saved.name)
 
     def on_event(self, text: str) -> None:
         self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)

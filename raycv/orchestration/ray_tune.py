@@ -32,6 +32,7 @@ from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, busy, no
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import checkpoint_part, fold_part
 from raycv.training.metrics import F1
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ MARKS = 2**24
 STOPPED = "it was stopped before it ended"
 
 
-def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
+def fold_task(
+    config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement, *, resumed: bool = False
+) -> FoldTask:
     """Makes the task of trials and workers. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
     texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
@@ -71,6 +74,8 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         # Node types of a cluster that grows may name no memory, and would then never be started. Ray Train's own
         # process frees places there.
         mark=0 if config.resources.autoscaling else 1 + secrets.randbelow(MARKS),
+        home=ray.get_runtime_context().get_node_id(),
+        resumed=resumed,
     )
 
 
@@ -252,6 +257,7 @@ class FoldStates(TrialProgressCallback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
         result = self.root.fold(fold).result
+        self._bring(fold)
         # A trial on another node writes a result or an error. The driver may see either late.
         settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
         said = None if result.is_file() else self._said(fold)
@@ -264,6 +270,7 @@ class FoldStates(TrialProgressCallback):
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
         free_place(self.task, fold)
+        self._bring(fold)
         if self.finished(fold):
             return
         if fold in self.errors:
@@ -276,6 +283,14 @@ class FoldStates(TrialProgressCallback):
             self._failed(fold, died.what, died.kind, died.remedies)
         else:
             self._failed(fold, last_line(error))
+
+    def _bring(self, fold: int) -> None:
+        """Fetches a fold whose trial ran on another node than the driver, if the run is in an object storage."""
+        published = self.task.published
+        if published is not None and not self.root.fold(fold).result.is_file() and self._said(fold) is None:
+            with contextlib.suppress(UserError):
+                published.fetch(checkpoint_part(fold))
+                published.fetch(fold_part(fold))
 
     def _said(self, fold: int) -> tuple[str, ErrorKind, Sequence[str]] | None:
         """Why the fold failed, of what kind that is, and what to do, if its trial wrote or posted it."""

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import yaml
 
 from raycv.common.environment import recorded_moment
+from raycv.common.locations import address_of, place_of
 from raycv.config.plain import SafeLoader
 from raycv.errors import FaultsError, UserError, first_of, shown
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, read_record
+from raycv.results.storage import fetched_run, published_runs
 
 if TYPE_CHECKING:
     from raycv.config.schema import RunConfig
@@ -26,24 +28,45 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
     """Returns the folder of the run named `run`, or None if no run has that name.
 
     `latest` means the newest run whose folds are all finished. If no run is finished, it means the newest of all.
+    A run in an object storage is fetched first, without its checkpoints.
 
     Args:
-        runs: The folder that holds the runs.
+        runs: The folder that holds the runs, or that of local copies of an object storage (`runs_folder`).
         run: A name, the path of a run's folder, or `latest`.
 
     Raises:
-        UserError: `latest` is asked for and the folder holds no run, or a folder cannot be read.
+        UserError: `latest` is asked for and the folder holds no run, a folder cannot be read, or the object storage
+            does not answer or refuses.
     """
     with looking_for(run):
+        if address_of(runs.absolute()) and (run == LATEST or Path(run).name == run):
+            return _latest_published(runs) if run == LATEST else fetched_run(runs, run)
         if run != LATEST:
             # The shell completes the path of a run's folder, so we accept it like a name.
             named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
             return next((RunFolder(folder.absolute()) for folder in named), None)
         made = runs_in(runs)
         if not made:
-            remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-            raise UserError(f"{runs.absolute()} holds no run.", kind="run-missing", remedies=remedies)
+            raise _no_run(runs)
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
+
+
+def _no_run(runs: Path) -> UserError:
+    remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
+    return UserError(f"{place_of(runs.absolute())} holds no run.", kind="run-missing", remedies=remedies)
+
+
+def _latest_published(runs: Path) -> RunFolder | None:
+    """The run that `latest` means in an object storage. It fetches the records of few runs, the newest first."""
+    there = published_runs(runs)
+    for name in reversed(there):
+        # A run is finished when it has its report, or all of its folds, which the fetched records tell.
+        folder = fetched_run(runs, name)
+        if folder is not None and is_finished(folder):
+            return folder
+    if not there:
+        raise _no_run(runs)
+    return fetched_run(runs, list(there)[-1])
 
 
 def existing_run(runs: Path, run: str) -> RunFolder:
@@ -51,7 +74,7 @@ def existing_run(runs: Path, run: str) -> RunFolder:
     folder = find_run(runs, run)
     if folder is None:
         there = runs_there(runs, Path(run).name)
-        raise UserError(f"{runs.absolute()} holds no run {run}.", kind="run-missing", remedies=there)
+        raise UserError(f"{place_of(runs.absolute())} holds no run {run}.", kind="run-missing", remedies=there)
     return folder
 
 
@@ -88,7 +111,10 @@ def runs_in(runs: Path) -> list[RunFolder]:
 
 def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
     """Returns remedies if the folder `runs`, which `folder_key` sets, has no run named `meant`."""
-    names = [folder.root.name for folder in reversed(runs_in(runs))]
+    if place_of(runs.absolute()) != str(runs.absolute()):
+        names = list(reversed(published_runs(runs)))
+    else:
+        names = [folder.root.name for folder in reversed(runs_in(runs))]
     if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
         there = f"did you mean {near[0]}?"
     elif names:
