@@ -266,7 +266,7 @@ def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothi
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_machines_without_shared_storage_train_through_a_bucket(tmp_path, machines, storage):
+def test_machines_without_shared_storage_train_through_a_bucket(tmp_path, storage, machines):
     """The machine that trains is lost. Another resumes from the published state, and the driver fetches its folds."""
     made, start = machines
     cache = tmp_path / "cache"

@@ -122,7 +122,8 @@ def _trained_again(original: RunFolder, config: ReproduceConfig, console: Consol
     with contextlib.ExitStack() as held:
         run_to_its_end(Reproduction(planned, original, console, held), console)
     assert planned.run.name is not None
-    return RunFolder(original.root.parent / planned.run.name)
+    # A run in an object storage was published, and is fetched.
+    return existing_run(original.root.parent, planned.run.name)
 
 
 def _planned(original: RunFolder, config: ReproduceConfig) -> RunConfig:

@@ -263,6 +263,9 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
     faults, remedies = [], []
+    if address:
+        # The processes of this node may have another environment than the driver.
+        faults, remedies = _storage_faults(here, own_node_name(), address)
     deadline = time.monotonic() + ANSWER_SECONDS
     for node, (name, answer) in asked.items():
         try:
