@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from raycv.common.signals import ignore_stops
 from raycv.config.command_line import run_command
+from raycv.config.process import ignore_stops
 from raycv.config.schema import ServeConfig
 from raycv.serving.discovery import announce, announcement, discovery_file, say
 from raycv.serving.settings import setup_of

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.commands import users_environment
 
 pytest.importorskip("benchmarks", reason="the benchmarks are in the checkout, not in the wheel")
 
@@ -261,7 +262,8 @@ def small_process(name, folder, *more):
     """The JSON of a small run in a process of its own, as it starts Ray."""
     out = folder / f"{name}.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--small", "--repeats", "1", "--out", str(out), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    environment = users_environment()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert str(folder) not in out.read_text(encoding="utf-8")
     result = json.loads(out.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from support.commands import ROOT, background, raycv, wait_until
 from support.refusals import refuses, said_refusal
 
 from raycv.common.files import read_json
+from raycv.common.locations import ray_folder
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
@@ -27,7 +28,7 @@ from raycv.results.run_folder import RunFolder
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head without cores, as in cluster.yaml, and two nodes of 8 cores and 2 GPUs, and one of 4 cores."""
     import ray
@@ -121,7 +122,7 @@ class Machine:
     def __init__(self, head, address, hidden=None, replaced=None, **environment):
         """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
-        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in (ray_folder(), hidden) if folder]
         if replaced:
             apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (
@@ -307,6 +308,31 @@ def test_a_run_says_what_it_waits_for_and_ends_when_nothing_comes(tmp_path):
     assert f"Run waits failed: {waits}" in ended.stderr
     assert "resume=waits" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_a_run_says_what_its_folds_wait_for_while_others_use_the_nodes(tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        ray.init(address=made.address, log_to_driver=False)
+        others = placement_group([{"CPU": 1}])
+        ray.get(others.ready())
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        out = tmp_path / "out"
+        overrides = ("experiment=quickstart", "resources.gpus_per_fold=0", "cv.folds=2", "cv.only=[0]")
+        with background(tmp_path, *overrides, "run.name=busy", **cluster) as process:
+            waits = "fold 0: waits for 1 CPU core: the only CPU core is in use"
+            wait_until(lambda: waits in out.read_text(), process, out, 200)
+            remove_placement_group(others)
+            assert process.wait(timeout=300) == 0, out.read_text()
+    finally:
+        ray.shutdown()
+        made.shutdown()
+    assert out.read_text().count("waits for") == 1
 
 
 @pytest.mark.slow

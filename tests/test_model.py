@@ -406,6 +406,11 @@ def test_a_family_without_a_classifier_is_refused_by_its_name(tmp_path):
     assert len(str(caught.value)) < 400
 
 
+def test_a_family_that_takes_whole_chunks_only_is_refused_by_its_name():
+    with refuses("base-unsuitable", "model_type is 'reformer'", "model.name="):
+        check_model(transformers.ReformerConfig(), config("all-linear"))
+
+
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert, tiny_gemma3])
 def test_a_config_that_asks_for_a_kernel_that_is_not_installed_is_taken(tmp_path, build, key):

@@ -39,7 +39,9 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         schema: The schema of its config.
         body: The work of the command.
     """
-    run_process(name, partial(composed, name, schema), body)
+    # Rooms that serve several commands name keys as `raycv.run` does.
+    own_names = {"tracking.uri": "tracking_uri"} if "tracking_uri" in schema.model_fields else {}
+    run_process(name, partial(composed, name, schema), body, own_names)
 
 
 def composed(name: str, schema: type[S]) -> S | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raycv.common.signals import ignore_stops
+from raycv.config.process import ignore_stops
 from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError
 from raycv.rendering.terminal import say

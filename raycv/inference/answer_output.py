@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycv.common.signals import discard
+from raycv.config.process import discard
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.last_answer import remember, warn_if_moved

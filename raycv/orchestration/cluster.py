@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
-from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
+from raycv.config.process import STOP_SIGNALS, stop_like_ctrl_c
 from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.orchestration.fold_task import FoldTask
 from raycv.resources import survey
@@ -76,10 +77,15 @@ def own_resources() -> dict[str, float]:
 
 
 @contextmanager
-def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[str | None]:
+def ray_cluster(
+    *, ray_logs: bool, dashboard: bool | None = None, metadata: dict[str, str] | None = None
+) -> Iterator[str | None]:
     """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address.
 
-    `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
+    Args:
+        ray_logs: Whether to show Ray's own log lines.
+        dashboard: Whether a Ray that is started has a dashboard (nine processes); None is Ray's default: it has.
+        metadata: Facts about this process for the dashboard's list of jobs.
     """
     check_ray_folder()
     _provide_token()
@@ -87,7 +93,13 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     try:
         address = _cluster_to_join()
         with interruptible():
-            context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+            context = ray.init(
+                address,
+                log_to_driver=ray_logs,
+                logging_level=level,
+                include_dashboard=dashboard,
+                job_config=JobConfig(metadata=metadata),
+            )
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
