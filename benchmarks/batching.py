@@ -24,6 +24,7 @@ import argparse
 import math
 import multiprocessing
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -87,8 +88,6 @@ def trained(
     encoded: EncodedPairs, train: np.ndarray, test: np.ndarray, way: str, seed: int, epochs: int
 ) -> dict[str, Any]:
     """One training."""
-    import time
-
     import torch
 
     from benchmarks.fold import StepLosses
@@ -196,7 +195,7 @@ def opened(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
         "base": BASE,
         "margin": MARGIN,
     }
-    return Result("batching", options, **settings), settings
+    return Result("batching", options, **settings | {"repeats": 1}), settings
 
 
 def _end_with_parent() -> None:
