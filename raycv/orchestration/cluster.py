@@ -262,7 +262,8 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
-    faults, remedies = [], []
+    faults: list[str] = []
+    remedies: list[str] = []
     if address:
         # The processes of this node may have another environment than the driver.
         faults, remedies = _storage_faults(here, own_node_name(), address)
