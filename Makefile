@@ -8,7 +8,7 @@ AUDIT := .venv/.audit
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 RAYS := -n 2 --dist loadfile
 
-.PHONY: install quickstart example test test-slow test-faults test-all test-versions check docs format lock audit licenses
+.PHONY: install quickstart example test test-slow test-faults test-cluster test-all test-versions check docs format lock audit licenses
 
 install: $(INSTALLED)
 
@@ -41,6 +41,10 @@ test-slow: install
 # The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install
 	$(BIN)/python -m pytest -m faults
+
+# The cluster launcher on machines made of network namespaces, each with an ssh server. It needs root, and openssh-server.
+test-cluster: install
+	$(BIN)/python -m pytest tests/test_machines.py
 
 # Every test there is, and the docs: well over an hour on two cores.
 test-all: test docs

@@ -494,7 +494,7 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a list without its end": (
         ["model.target_modules=[a"],
-        ["config-syntax", "[a", "--help"],
+        ["config-syntax", "model.target_modules", "[a", "model.target_modules=[a]"],
     ),
     "a word": (["nonsense"], ["config-syntax", "nonsense", "--help"]),
     "no key": (["=5"], ["config-syntax", "=5", "--help"]),
@@ -507,8 +507,8 @@ MORE_CONFIG: dict[str, tuple[list[str], list[str]]] = {
         ["config-unknown-key", "--folds"],
     ),
     "a sweep": (["cv.folds=2,3", "--multirun"], ["config-syntax", "--multirun"]),
-    "several values": (["cv.folds=2,3"], ["config-syntax", "cv.folds=2,3", "--help"]),
-    "a number without end": (["cv.folds=" + "9" * 5000], ["config-syntax", "5000 digits", "--help"]),
+    "several values": (["cv.folds=2,3"], ["config-value", "cv.folds: ", "'2,3'", "cv.folds=2"]),
+    "a number without end": (["cv.folds=" + "9" * 5000], ["config-syntax", "cv.folds", "5000 characters", "--help"]),
     "no experiment": (
         ["experiment=nope"],
         ["config-value", "'nope'", "experiment=quickstart"],

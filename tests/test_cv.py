@@ -345,6 +345,31 @@ def test_a_run_says_what_it_waits_for_and_ends_when_nothing_comes(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_says_what_its_folds_wait_for_while_others_use_the_nodes(tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        ray.init(address=made.address, log_to_driver=False)
+        others = placement_group([{"CPU": 1}])
+        ray.get(others.ready())
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        out = tmp_path / "out"
+        overrides = ("experiment=quickstart", "resources.gpus_per_fold=0", "cv.folds=2", "cv.only=[0]")
+        with background(tmp_path, *overrides, "run.name=busy", **cluster) as process:
+            waits = "fold 0: waits for 1 CPU core: the only CPU core is in use"
+            wait_until(lambda: waits in out.read_text(), process, out, 200)
+            remove_placement_group(others)
+            assert process.wait(timeout=300) == 0, out.read_text()
+    finally:
+        ray.shutdown()
+        made.shutdown()
+    assert out.read_text().count("waits for") == 1
+
+
+@pytest.mark.slow
 def test_a_later_node_trains_a_further_fold_at_once(tmp_path):
     from ray.cluster_utils import Cluster
 

@@ -16,7 +16,7 @@ from scripts.doc_commands import shown
 NOT_RUN = {
     r"^(make|source|pip|mlflow ui|curl|RAYCV_TOKEN)": "installs, tests, or a server that stays",
     r"^ray |raycv/run\.py": "a cluster",
-    r"raycv\.run (?!.*(experiment=quickstart|--help|--cfg|resume=<name>))": "the base with 7 billion parameters",
+    r"raycv\.run (?!.*(experiment=quickstart|--help|--cfg))": "the base with 7 billion parameters, or a run to resume",
     r"raycv\.run$": "the base with 7 billion parameters",
     r"redsm5": "the data of ReDSM5",
     r"raycv\.serve(?! --help)": "a server that stays",

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import NoReturn, TextIO, TypeVar
 
 from raycv.common.environment import seldom_collecting
@@ -21,7 +21,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that stop a run: from Ctrl-C, from a scheduler at the end of the time, from a closed terminal."""
 
 
-def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], None]) -> None:
+def run_process(
+    name: str,
+    read: Callable[[], C | None],
+    body: Callable[[C], None],
+    own_names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Reads the config of a command and calls `body` with it.
 
     Exit codes:
@@ -35,6 +40,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
         name: The command, such as `run`.
         read: Gives the config; None if the user asked for an answer such as `--help`, which is then printed.
         body: The work of the command.
+        own_names: Keys as remedies name them, and the names that this command has for them.
     """
     sys.excepthook = _show_traceback
     if sys.stderr is None:
@@ -47,7 +53,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
             with seldom_collecting():
                 body(config)
     except UserError as error:
-        raise _refused(name, error) from None
+        raise _refused(name, error, own_names) from None
     except KeyboardInterrupt:
         say(f"\nraycv.{name}: interrupted\n")
         _leave(130)
@@ -119,6 +125,9 @@ def ignore_stops() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _refused(name: str, error: UserError) -> SystemExit:
-    say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
+def _refused(name: str, error: UserError, own_names: Mapping[str, str]) -> SystemExit:
+    text = str(error)
+    for key, own in own_names.items():
+        text = text.replace(key, own)
+    say(printable(mask_secrets(f"\nraycv.{name}: {text}\n")))
     return SystemExit(error.exit_code)

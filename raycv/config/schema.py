@@ -220,12 +220,15 @@ class ResourcesConfig(Section):
         "nodes that may be left out"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
-    # Recorded configs may be older than these two keys, so they have defaults.
+    # Recorded configs may be older than these three keys, so they have defaults.
     wait_minutes: Annotated[float, Field(gt=0)] = Field(
         default=60, description="how long the folds wait while no node can hold one, before the run ends"
     )
     accelerator_type: NonEmpty | None = Field(
         default=None, description="the GPU of every fold, as Ray names it, such as L40S or H100; null: any"
+    )
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="price of an hour of one GPU, for the estimate of the run's cost; null: no estimate"
     )
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
 

@@ -86,7 +86,7 @@ def check_store(uri: str, info: ValidationInfo) -> str:
         raise ValueError("holds white space: write %20 for it (a space in a password too)")
     if kind in ("http", "https") and "#" in uri:
         raise ValueError("is the address of a page: name the server alone, http://host:5000 (%23 is a # in a password)")
-    named = uri if uri in BARE else kind if "://" in uri else None
+    named = uri if uri == "databricks" else kind if "://" in uri else None
     if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
         raise ValueError("is not an MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
     return uri
@@ -95,10 +95,9 @@ def check_store(uri: str, info: ValidationInfo) -> str:
 DATABASES = ("mssql", "mysql", "postgresql")
 PLUGINS = "mlflow.tracking_store"
 """The group of entry points under which plugins add further stores."""
-BARE = ("databricks", "databricks-uc")
-"""Stores whose name is a whole address."""
-STORES = (*DATABASES, "http", "https", *BARE, "uc")
-"""Schemes for which MLflow has a store, without sqlite, which has its own check. MLflow no longer supports folders."""
+STORES = (*DATABASES, "http", "https", "databricks")
+"""Schemes for which MLflow has a store, without sqlite, which has its own check. MLflow no longer supports folders, and
+the stores of Unity Catalog hold models alone."""
 
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 PathText = Annotated[NonEmpty, AfterValidator(check_path)]

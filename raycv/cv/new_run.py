@@ -126,6 +126,7 @@ def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> No
         "seeds": {"cv": config.cv.seed, "train": config.train.seed},
         "base_model": prepared.base_facts,
         "config_sha256": sha256_of(folder.config),
+        "started": folder.config.stat().st_mtime,
     }
     write_json(folder.environment, describe_environment() | recorded)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
@@ -84,10 +85,15 @@ def own_resources() -> dict[str, float]:
 
 
 @contextmanager
-def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[str | None]:
+def ray_cluster(
+    *, ray_logs: bool, dashboard: bool | None = None, metadata: dict[str, str] | None = None
+) -> Iterator[str | None]:
     """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address.
 
-    `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
+    Args:
+        ray_logs: Whether to show Ray's own log lines.
+        dashboard: Whether a Ray that is started has a dashboard (nine processes); None is Ray's default: it has.
+        metadata: Facts about this process for the dashboard's list of jobs.
     """
     check_ray_folder()
     _provide_token()
@@ -95,7 +101,13 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     try:
         address = _cluster_to_join()
         with interruptible():
-            context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+            context = ray.init(
+                address,
+                log_to_driver=ray_logs,
+                logging_level=level,
+                include_dashboard=dashboard,
+                job_config=JobConfig(metadata=metadata),
+            )
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
@@ -250,7 +262,8 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
-    faults, remedies = [], []
+    faults: list[str] = []
+    remedies: list[str] = []
     if address:
         # The processes of this node may have another environment than the driver.
         faults, remedies = _storage_faults(here, own_node_name(), address)

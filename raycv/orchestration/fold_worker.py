@@ -15,7 +15,7 @@ from raycv.common.environment import seldom_collecting
 from raycv.common.files import unwritable
 from raycv.errors import UserError
 from raycv.orchestration.cluster import own_resources, share_of
-from raycv.orchestration.fold_task import FoldTask, SharedArrays
+from raycv.orchestration.fold_task import FoldGauges, FoldTask, SharedArrays
 from raycv.resources.nodes import NodeError, Share
 from raycv.resources.placement import Placement
 from raycv.resources.publisher import StatePublisher, bring_states, hand_over
@@ -89,7 +89,10 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         with share.held():
             states.take()
         ray.get(task.board.train.remote(fold))
-    listener = _RayListener(task, fold, rank, states, share)
+    tokens = float(shared.encoded.lengths[shared.encoded.rows_of(split.train_indices)].sum())
+    per_step = tokens / len(split.train_indices) * config.train.effective_batch_size
+    gauges = FoldGauges(task.run, fold, config.train.epochs, per_step)
+    listener = _RayListener(task, fold, rank, states, share, gauges)
     listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
@@ -274,9 +277,12 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 class _RayListener:
     """Passes on what the loop reports: epochs to Ray Train, steps to the progress board, states to their folder."""
 
-    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share) -> None:
+    def __init__(
+        self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share, gauges: FoldGauges
+    ) -> None:
         self.task = task
         self.fold = fold
+        self.gauges = gauges
         self.rank = rank
         self.states = states
         self.share = share
@@ -306,11 +312,16 @@ class _RayListener:
             "micro_batch": micro_batch,
         }
         self.task.board.post.remote(self.fold, post)
+        import torch
+
+        memory = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else None
+        self.gauges.step(epoch, step, steps, loss, memory)
 
     def on_epoch(self, result: "EpochResult", scores: "np.ndarray", is_best: bool) -> None:
         metrics = epoch_metrics(result)
         if not self.rank:
             self.task.board.post.remote(self.fold, {"history": metrics})
+            self.gauges.epoch(result.epoch, result.metrics[F1], result.seconds)
         # Ray Train waits until each worker reports, and hands on the first one's metrics.
         ray.train.report(metrics)
 

@@ -64,7 +64,8 @@ def _fit(task: FoldTask, fold: int) -> None:
     if attempt > 1:
         free_place(task, fold)
         _tried_again(task, fold, TRIAL_DIED, attempt)
-    folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
+    # Ray's dashboard names the fold by the last two parts.
+    folder = RunFolder(Path(task.root)).ray / task.run / f"fold_{fold}"
     tried = attempt > 1
     while True:
         # Ray Train would make the run's folder where this node does not see it.

@@ -47,8 +47,8 @@ def fold_trainer(
             label_selector={"ray.io/node-id": f"!in({others})"} if others else None,
         ),
         run_config=RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+            name=f"{folder.parent.name}/{folder.name}",
+            storage_path=str(folder.parent.parent),
             # Ray Train would count no attempt, and repeat errors of the training too.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
         ),

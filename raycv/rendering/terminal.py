@@ -109,12 +109,15 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     floor = next(row["metrics"]["f1"] for row in floors["table"] if row["name"] == floors["best"])
     f1_of = {row["criterion"]: row["metrics"]["f1"]["value"] for row in evaluation["criteria"]}
     weakest = ", ".join(f"{name} {shown(f1_of[name], 'threshold')}" for name in verdict["weakest"])
+    titles = {check["code"]: check["title"] for check in evaluation["checks"]}
+    # A line for each check, under the first: together they would exceed the width of a terminal.
+    checks = f"\n{' ' * 15}".join(f"{code} {titles[code]}" for code in verdict["checks"])
     honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
     return (
         f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
         f"Best floor:    {best} ({label(verdict['floor'])})\n"
         f"Weakest F1:    {weakest or 'undefined'}\n"
-        f"Checks:        {', '.join(verdict['checks']) or 'none found anything'}\n"
+        f"Checks:        {checks or 'none found anything'}\n"
         f"Page:          {place_of(folder.page)}"
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from raycv.common.environment import recorded_moment
+from raycv.common.files import write_json
 from raycv.common.locations import address_of, place_of
 from raycv.config.plain import SafeLoader
 from raycv.errors import FaultsError, UserError, first_of, shown
@@ -104,9 +105,21 @@ def looking_for(run: str) -> Iterator[None]:
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
-    """Returns all runs in the folder `runs`, the newest last."""
-    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
-    return [RunFolder(path.parent) for path in made]
+    """Returns all runs in the folder `runs`, the newest last, by the time of their start."""
+    made = [RunFolder(path.parent) for path in runs.absolute().glob("*/config.yaml")]
+    return sorted(made, key=lambda folder: (started_at(folder), folder.root))
+
+
+def started_at(folder: RunFolder) -> float:
+    """When the run in `folder` started, in seconds since 1970.
+
+    The run records it, so a copy is as old as its run. Earlier versions did not: then it is the time of `config.yaml`.
+    """
+    try:
+        started = read_record(folder.environment).get("started")
+    except (UserError, OSError):
+        started = None
+    return float(started) if isinstance(started, int | float) else folder.config.stat().st_mtime
 
 
 def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
@@ -126,11 +139,12 @@ def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
 
 def make_newest(folder: RunFolder) -> None:
     """Makes `latest` mean the run in `folder`, even if the clock was set back since another run was made."""
-    others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
-    newest = max((path.stat().st_mtime for path in others), default=0.0)
-    if folder.config.stat().st_mtime <= newest:
+    newest = max((started_at(other) for other in runs_in(folder.root.parent) if other.root != folder.root), default=0.0)
+    if started_at(folder) <= newest:
         # Some file systems count only whole seconds, or every second one, so we add two.
         os.utime(folder.config, (newest + 2, newest + 2))
+        if folder.environment.is_file():
+            write_json(folder.environment, read_record(folder.environment) | {"started": newest + 2})
 
 
 def folds_of(config_file: Path) -> int:
