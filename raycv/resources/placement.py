@@ -69,7 +69,9 @@ class Placement:
         """Tells how long `folds` take if each takes `fold_seconds`, and how many hours of GPUs that is."""
         waves = -(-folds // self.concurrent)
         gpus = f", {folds * fold_seconds * self.gpus / 3600:.1f} GPU-hours" if self.gpus else ""
-        return f"about {waves * fold_seconds / 3600:.1f} hours{gpus}"
+        seconds = waves * fold_seconds
+        hours = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else counted(max(1, round(seconds / 60)), "minute")
+        return f"about {hours}{gpus}"
 
     def workers_on(self, node: Mapping[str, float]) -> int:
         """The most workers that share the memory of `node`. It may be larger than those that the plan was made for."""
