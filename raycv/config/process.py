@@ -1,24 +1,28 @@
-"""How the process of a command runs and ends: its warnings, its exit code, errors without tracebacks."""
+"""How the process of a command runs and ends: warnings, exit code, errors without tracebacks, Ctrl-C and SIGTERM."""
 
 import contextlib
 import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from rich.cells import cell_len
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.secrets import mask_secrets
-from raycv.common.signals import discard
 from raycv.errors import UserError, printable
 
 C = TypeVar("C")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that stop a run: from Ctrl-C, from a scheduler at the end of the time, from a closed terminal."""
 
 
 def run_process(
@@ -124,6 +128,30 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
+
+
+def discard(stream: TextIO | None) -> None:
+    """Sends a standard stream that cannot be written to /dev/null, since Python writes its buffer once more at exit."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+
+
+def stop_like_ctrl_c() -> None:
+    """Makes STOP_SIGNALS raise KeyboardInterrupt, except ignored ones (nohup). Acts in the main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+
+
+def ignore_stops() -> None:
+    """Ignores STOP_SIGNALS from now on. Acts in the main thread only.
+
+    After the first Ctrl-C raycv marks the runs and ends Ray's processes, which a second one would interrupt.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _refused(name: str, error: UserError, own_names: Mapping[str, str]) -> SystemExit:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from raycv.common.locations import BUNDLED_SCHEME, SQLITE
+from raycv.common.locations import BUNDLED_SCHEME, OBJECT_STORAGE, SQLITE
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -55,6 +55,20 @@ def check_location(text: str, info: ValidationInfo) -> str:
     return text if text.startswith(BUNDLED_SCHEME) else check_path(text, info)
 
 
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|\Z))[\w.=@+-]+)*/?", re.ASCII)
+
+
+def check_runs_place(text: str, info: ValidationInfo) -> str:
+    if not text.startswith(OBJECT_STORAGE):
+        return check_path(text, info)
+    if _BUCKET.fullmatch(text) is None and info.context != RECORDED:
+        raise ValueError(
+            "is not an address of an object storage: write s3://bucket/folder, with letters, digits and . _ - = @ + in "
+            "the folder's name"
+        )
+    return text
+
+
 def check_store(uri: str, info: ValidationInfo) -> str:
     try:
         scheme = urlsplit(uri).scheme
@@ -88,6 +102,8 @@ the stores of Unity Catalog hold models alone."""
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 PathText = Annotated[NonEmpty, AfterValidator(check_path)]
 """The path of a file or folder, or a name in a folder. Every key that becomes a path has this type."""
+RunsPlace = Annotated[NonEmpty, AfterValidator(check_runs_place)]
+"""The folder that holds the runs: a path, or an address in an object storage (s3://...)."""
 Location = Annotated[NonEmpty, AfterValidator(check_location)]
 """The same for a file that may also ship with raycv (raycv://...), or be an id on the hub."""
 StoreAddress = Annotated[NonEmpty, AfterValidator(check_store)]

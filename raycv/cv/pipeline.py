@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from raycv import __version__
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
 from raycv.common.locations import check_ray_folder
@@ -96,7 +97,8 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
     say(console, "Starting Ray ...")
     with contextlib.ExitStack() as joined:
         with console.status("Waiting for Ray and its nodes"):
-            dashboard = joined.enter_context(ray_cluster(ray_logs=config.resources.ray_logs))
+            asked = ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config))
+            dashboard = joined.enter_context(asked)
             placement = _plan(config, console, dashboard)
             run.check_nodes(base)
         if prepared is None:
@@ -132,12 +134,23 @@ def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
     base = prepare_base(config)
     prepared = tokenise(make_encoder(config, dataset, base), dataset, splits, base, console)
     say(console, "Starting Ray ...")
-    with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
+    with ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config)) as dashboard:
         placement = _plan(config, console, dashboard)
         with console.status("Loading the base model, and training its heaviest step"):
             found = measure(config, prepared, placement)
     announce_check(console, config, placement, found)
     return found
+
+
+def _of_job(config: RunConfig) -> dict[str, str]:
+    """Facts about the run for the list of jobs in Ray's dashboard."""
+    return {
+        "raycv": __version__,
+        "run": config.resume or config.run.name or "named by the time of its start",
+        "model": config.model.name,
+        "folds": str(config.cv.folds),
+        "experiment": config.tracking.experiment,
+    }
 
 
 def _plan(
@@ -176,7 +189,7 @@ def _train_folds(
     finished = folder.finished(config.cv.folds)
     folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
-        task = fold_task(config, folder, prepared, placement)
+        task = fold_task(config, folder, prepared, placement, resumed=run.make_ready is not None)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         epochs, batch = config.train.epochs, config.train.effective_batch_size
         with LiveView(folds, epochs, batch, run.console, placement) as view:
@@ -199,6 +212,7 @@ def _leave_the_others(
         say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
     logged.close()
     run.log(None)
+    run.publish()
     return found
 
 
@@ -213,4 +227,5 @@ def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitSta
     with run.console.status("Waiting for MLflow to have all of it"):
         logged.close()
         run.log(report)
+    run.publish()
     return report

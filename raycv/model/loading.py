@@ -229,7 +229,8 @@ def check_weights(files: BaseFiles, config: Any) -> None:
             if file.endswith(".safetensors"):
                 with safe_open(os.path.join(folder, file), framework="pt") as opened:
                     shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-        model, found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
+        made: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model, found = made.from_pretrained(
             None,
             config=copy.deepcopy(config),
             state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
