@@ -998,6 +998,20 @@ def test_weights_that_do_not_fit_are_refused_before_ray_from_their_headers(tmp_p
         prepared(path)
 
 
+@pytest.mark.parametrize("version", ["4.999.0", "4.40.0", None, "4.x"])
+@pytest.mark.parametrize("part", ["model", "pre_tokenizer"])
+def test_a_tokenizer_of_a_newer_library_is_refused_with_the_version_to_install(tmp_path, part, version):
+    """The library raises a bare Exception: data did not match any variant of untagged enum."""
+    path = tiny_llama(tmp_path)
+    written = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(written | {part: {"type": "OfTheFuture"}}))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"transformers_version": version}))
+    with refuses("base-files", f"The tokenizer of {path}", "untagged enum") as caught:
+        prepared(path)
+    assert ("transformers 4.999.0 wrote" in str(caught.value)) == (version == "4.999.0")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_headers_of_any_family_are_taken_for_what_they_are(tmp_path, architecture):
     """A language model lacks the head, and names its tensors with another prefix."""

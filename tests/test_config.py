@@ -970,3 +970,9 @@ def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
     assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
     assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None
     assert plain_question(["post=a", "criterion"]) is None
+
+
+def test_a_comma_in_a_number_is_not_answered_with_an_option_that_raycv_refuses() -> None:
+    with refuses("config-syntax", "train.lr=1,5e-4", "comma", "train.lr=1.5e-4") as caught:
+        compose_checked("run", RunConfig, ["train.lr=1,5e-4"])
+    assert "multirun" not in str(caught.value)

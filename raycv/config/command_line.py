@@ -131,6 +131,10 @@ def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> 
         "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
         f"python -m raycv.{name} --help shows what it takes",
     ]
+    if str(why).startswith("Ambiguous value"):
+        # Hydra advises --multirun, which raycv refuses.
+        why = f"{str(why).splitlines()[0]}, since it has a comma"
+        remedies.insert(0, "write a number with a point: train.lr=1.5e-4")
     what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
     if verbatim_keys(schema):
         # A text may follow a mistyped key, and the reason quotes it too. We must not repeat it, so we name only keys.

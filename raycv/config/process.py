@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +12,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import NoReturn, TextIO, TypeVar
+
+from rich.cells import cell_len
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.secrets import mask_secrets
@@ -92,9 +96,34 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
+_WORD = re.compile(r"""([ \t]*)((?:(?<![^\s=:])(?:'[^'\n]*'|"[^"\n]*")|\S)+)""")
+
+
+def unbroken(text: str, width: int) -> str:
+    """Fills rows with spaces, so that a terminal of `width` columns breaks no word, address or quoted path.
+
+    No line break is added, so a command that takes two rows can still be copied as one line. Only a word that is longer
+    than a row is broken, and it begins a row.
+    """
+
+    def row(line: str) -> str:
+        parts, column = [], 0
+        for gap, word in _WORD.findall(line):
+            size = cell_len(word)
+            if column and column + len(gap) + size > width:
+                gap = " " * max(width - column, 1)
+            column = (column + len(gap) + size - 1) % width + 1
+            parts += [gap, word]
+        return "".join(parts)
+
+    return "\n".join(row(line) for line in text.split("\n"))
+
+
 def say(text: str) -> None:
     """Writes to standard error. A command does not fail because that fails, as on a full disk."""
     try:
+        if sys.stderr.isatty():
+            text = unbroken(text, shutil.get_terminal_size().columns)
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:

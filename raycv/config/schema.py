@@ -278,6 +278,13 @@ class RunConfig(Section):
     resume: PathText | None = Field(
         description="resume an unfinished run in run.dir (its name, or latest); its other settings stay"
     )
+    # A run does not record it.
+    check: bool = Field(
+        default=False,
+        exclude=True,
+        description="measure memory and seconds a step where the folds would run, print what the run would take, and "
+        "write nothing",
+    )
 
     def without_secrets(self) -> "RunConfig":
         """The config with a masked tracking URI, for processes that do not talk to the tracking store."""

@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
+import ray.tune
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
 from raycv.config.process import STOP_SIGNALS, stop_like_ctrl_c
-from raycv.errors import FaultsError, RunFailedError, UserError
+from raycv.errors import FaultsError, RunFailedError, UserError, last_line
 from raycv.orchestration.fold_task import FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import NodeNeeds, Share, node_name
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 GONE_SECONDS = 30.0
 """A head of the cluster that does not answer for so long is gone. After 60 seconds Ray ends the process."""
+LOST = "ActorDiedError|ActorUnavailableError|RaySystemError|RpcError|NodeDiedError"
+"""Errors of Ray whose cause is a process or node that is gone."""
 ANSWER_SECONDS = 120.0
 """All nodes answer within so long; a storage that hangs would be waited for without end."""
 JOIN_REMEDIES = (
@@ -350,16 +354,32 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
         if not gone.is_set():
             raise
         _end_ray()
-        raise RunFailedError(
-            f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
-            kind="cluster-unreachable",
-            remedies=[
-                "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
-                f"the folds resume from their last states: {resume_command(root)}",
-            ],
-        ) from None
+        raise _is_gone(root, f"the Ray cluster at {address} is gone, or its process on this node") from None
     finally:
         over.set()
+
+
+@contextmanager
+def explained_loss(root: RunFolder) -> Iterator[None]:
+    """Raises: RunFailedError if the block fails since processes of Ray are gone, before `watched_cluster` notices."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.tune.TuneError) as error:
+        # Tune keeps the traceback of an error in its callbacks as a text.
+        if isinstance(error, ray.exceptions.RayTaskError) or not re.search(LOST, f"{type(error).__name__} {error}"):
+            raise
+        raise _is_gone(root, f"processes of the Ray cluster are gone ({last_line(error)})") from error
+
+
+def _is_gone(root: RunFolder, why: str) -> RunFailedError:
+    return RunFailedError(
+        f"Run {root.root.name} failed: {why}.",
+        kind="cluster-unreachable",
+        remedies=[
+            "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
+            f"the folds resume from their last states: {resume_command(root)}",
+        ],
+    )
 
 
 def _answers(address: str) -> bool:

@@ -1,17 +1,19 @@
 """The worker of a fold: loads the model, runs the training loop, writes checkpoint and predictions."""
 
+import contextlib
 import os
 import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 
-from raycv.common.environment import seldom_collecting
+from raycv.common.environment import seldom_collecting, utc_now
 from raycv.common.files import unwritable
 from raycv.errors import UserError
 from raycv.orchestration.cluster import own_resources, share_of
@@ -28,14 +30,18 @@ from raycv.utils import NUMERICS
 if TYPE_CHECKING:
     import numpy as np
 
+    from raycv.config.schema import RunConfig
     from raycv.data.splits import Split
     from raycv.model.adapters import Precision
+    from raycv.model.base_files import BaseFiles
     from raycv.model.checkpoint import CheckpointInfo
     from raycv.training.loop import TrainResult
     from raycv.training.progress import EpochResult
     from raycv.training.state import StateFolder, TrainState
 
 STEP_POST_SECONDS = 1.0
+MEASURE_SECONDS = 20.0
+"""For each way of batching, no step is timed that begins later."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +52,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     task: FoldTask = arguments["task"]
     fold: int = arguments["fold"]
+    if not task.config.resources.ray_logs:
+        keep_output(RunFolder(Path(task.root)).fold(fold))
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
     with seldom_collecting():
@@ -53,19 +61,16 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         from ray.train.torch import get_device
 
         from raycv.common.environment import describe_device
-        from raycv.model.adapters import add_dora, base_dtype, choose_precision, count_parameters
-        from raycv.model.attention import attention_of
+        from raycv.model.adapters import count_parameters
         from raycv.model.base_model import fetch_base
-        from raycv.model.loading import load_classifier, load_tokenizer
+        from raycv.model.loading import load_tokenizer
         from raycv.training.loop import FoldTrainer
         from raycv.training.progress import spent
         from raycv.training.state import StateFolder
-        from raycv.utils import set_seed
 
     config = task.config
     shared: SharedArrays = ray.get(task.shared)
     split = shared.splits[fold]
-    precision, why = choose_precision(config.train.precision)
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
     share = share_of(task)
@@ -74,11 +79,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(base)
     device = get_device()
     told: list[str] = []
-    dtype = base_dtype(precision)
-    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=told.append)
-    attention = attention_of(model)
-    set_seed(config.train.seed)
-    adapted = add_dora(model, config.model, config.dora)
+    adapted, precision, why, attention = _adapted(config, base, tokenizer, device, told.append)
     rank = ray.train.get_context().get_world_rank()
     if rank:
         # The same weights on every worker, but other rows: dropout must differ.
@@ -153,6 +154,81 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "epoch_scores": outcome.epoch_scores,
         "node": share.node,
     }
+
+
+def keep_output(folder: FoldFolder) -> None:
+    """Sends what this process prints from now on, native libraries included, to a file in the fold's folder.
+
+    A process that the kernel kills can leave nothing behind later. Without the file only the log is missing.
+    """
+    with contextlib.suppress(OSError):
+        folder.root.mkdir(exist_ok=True)
+        file = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(file, f"{utc_now()}: process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.close(file)
+
+
+def _adapted(
+    config: "RunConfig", base: "BaseFiles", tokenizer: Any, device: Any, tell: Callable[[str], None]
+) -> tuple[Any, "Precision", str, str]:
+    """Returns the classifier with DoRA on `device`, its precision, the reason for that, and its attention."""
+    from raycv.model.adapters import add_dora, base_dtype, choose_precision
+    from raycv.model.attention import attention_of
+    from raycv.model.loading import load_classifier
+    from raycv.utils import set_seed
+
+    precision, why = choose_precision(config.train.precision)
+    dtype = base_dtype(precision)
+    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=tell)
+    attention = attention_of(model)
+    set_seed(config.train.seed)
+    return add_dora(model, config.model, config.dora), precision, why, attention
+
+
+def measure_worker(
+    config: "RunConfig", shared: SharedArrays, base: "BaseFiles", placement: Placement
+) -> dict[str, Any]:
+    """Runs where a fold would: loads the base, and measures training in both ways of batching. Writes nothing.
+
+    Returns `device`, `precision`, `attention`, `taken` and `limit` (bytes), `told` (texts for the user), and `paces`: a
+    Pace for each `train.batching`.
+    """
+    with seldom_collecting():
+        from accelerate import Accelerator
+
+        from raycv.common.environment import describe_device
+        from raycv.model.base_model import fetch_base
+        from raycv.model.loading import load_tokenizer
+        from raycv.training.loop import FoldTrainer
+        from raycv.training.memory import memory_limit, memory_taken
+
+    files, told = fetch_base(base.name, base.revision), []
+    tokenizer, device = load_tokenizer(files), Accelerator().device
+    adapted, precision, _, attention = _adapted(config, files, tokenizer, device, told.append)
+    split, share = shared.splits[0], _memory_share(placement, device)
+    limit, paces = memory_limit(device, share), {}
+    for batching in ("shuffled", "post_grouped"):
+        train = config.train.model_copy(update={"batching": batching})
+        trainer = FoldTrainer(adapted, shared.encoded, train, precision, _Told(told), share)
+        paces[batching] = trainer.measure(split.train_indices, split.val_indices, MEASURE_SECONDS)
+    return {
+        "device": describe_device(device), "precision": precision, "attention": attention, "told": told,
+        "taken": memory_taken(device), "limit": limit, "paces": paces,
+    }  # fmt: skip
+
+
+class _Told:
+    """A listener that keeps events alone."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.on_event = events.append
+
+    def on_step(self, *_: Any) -> None:
+        pass
+
+    on_epoch = on_state = on_step
 
 
 def _check_storage(task: FoldTask, fold: int, share: Share) -> None:

@@ -17,11 +17,14 @@ from ray import tune
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import array_bytes, is_full, unwritable, write_bytes, write_json
 from raycv.common.secrets import mask_secrets
+from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.orchestration.cluster import node_resources, own_node_name, share_of
-from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
+from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, Prepared, SharedArrays
+from raycv.orchestration.fold_worker import measure_worker
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
+from raycv.resources.placement import Placement
 from raycv.resources.publisher import hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
@@ -46,6 +49,34 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
         _fit(task, fold)
     except Exception as error:  # noqa: BLE001  (whatever a worker raises; the driver reads it from the file)
         _keep_error(task, fold, error)
+
+
+def measure(config: RunConfig, prepared: Prepared, placement: Placement) -> dict[str, Any]:
+    """Runs `measure_worker` at a place for a worker of a fold, and returns what it found.
+
+    Raises: the worker's error; RunFailedError if no place was free within `resources.wait_minutes`.
+    """
+    asked: dict[str, Any] = {
+        "num_cpus": placement.cpus / placement.workers,
+        "num_gpus": placement.gpus / placement.workers,
+        "max_retries": 0,
+    }
+    if placement.accelerator:
+        asked["accelerator_type"] = placement.accelerator
+    worker = ray.remote(measure_worker).options(**asked)
+    shared = SharedArrays(prepared.encoded, prepared.splits, prepared.dataset.pairs, None)
+    found = worker.remote(config.without_secrets(), shared, prepared.base, placement)
+    try:
+        result: dict[str, Any] = ray.get(found, timeout=60 * config.resources.wait_minutes)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunFailedError(
+            f"No place for a fold was free, or the check did not end, in {config.resources.wait_minutes:g} minutes.",
+            kind="cluster-resources",
+            remedies=["see what the cluster does: ray status", "wait for longer: resources.wait_minutes=600"],
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    return result
 
 
 def _fit(task: FoldTask, fold: int) -> None:
@@ -247,6 +278,7 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
             sums[file.name] = hashlib.sha256(content).hexdigest()
         restarts = ray.get(task.board.restarts.remote(fold))
         write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256, restarts=restarts)))
+    folder.log.unlink(missing_ok=True)
     shutil.rmtree(folder.state, ignore_errors=True)
     if published is not None:
         _publish_fold(task, fold, published)

@@ -22,7 +22,7 @@ from raycv.common.files import read_json, unwritable
 from raycv.common.locations import absolute_folder
 from raycv.config.schema import RunConfig
 from raycv.errors import ErrorKind, RunFailedError, UserError, counted, known_kind, last_line
-from raycv.orchestration.cluster import node_resources, this_node, watched_cluster
+from raycv.orchestration.cluster import explained_loss, node_resources, this_node, watched_cluster
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
@@ -140,7 +140,7 @@ def run_folds(
         ),
     )
     otherwise = STOPPED
-    with watched_cluster(root), _followed(task.board, view, nodes):
+    with explained_loss(root), watched_cluster(root), _followed(task.board, view, nodes):
         try:
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -298,7 +298,9 @@ class FoldStates(TrialProgressCallback):
         file = self.root.fold(fold).error
         if file.is_file():
             record = read_json(file)
-            message = f"{record['message']}\n  (traceback in fold_<k>/{file.name})"
+            log = self.root.fold(fold).log
+            output = f", output of the workers in fold_<k>/{log.name}" if log.is_file() else ""
+            message = f"{record['message']}\n  (traceback in fold_<k>/{file.name}{output})"
             return message, known_kind(record.get("kind"), "run-failed"), record["remedies"]
         # The disk was full, or the trial's node does not see the run's folder.
         told: tuple[str, ErrorKind, Sequence[str]] | None = ray.get(self.task.board.error.remote(fold))
@@ -312,7 +314,7 @@ class FoldStates(TrialProgressCallback):
         files = self.root.fold(fold)
         if fold in self._finished or not files.result.is_file():
             return fold in self._finished
-        fault = settled(lambda: _fault(self.root, fold))
+        fault = settled(lambda: FoldResult.fault(self.root, fold))
         if fault is not None:
             self.errors[fold] = f"{fault} {_trained_at(files.result)}; the driver does not find what it wrote there."
             files.set_result_aside()
@@ -329,15 +331,6 @@ class FoldStates(TrialProgressCallback):
         self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, error)
-
-
-def _fault(root: RunFolder, fold: int) -> str | None:
-    """Names the fault in the files of a fold that has its result; None if they are whole."""
-    try:
-        FoldResult.of(root, fold)
-    except UserError as error:
-        return error.what
-    return None
 
 
 def _trained_at(result: Path) -> str:
@@ -364,19 +357,16 @@ def _followed(board: Any, view: LiveView, nodes: NodeWatch) -> Iterator[None]:
             view.update(fold, post)
         for fold, text in events:
             view.tell(fold, text)
+        view.wait()
 
-    def follow() -> None:
-        while not over.wait(POLL_SECONDS):
+    def repeat(work: Callable[[], None], seconds: float) -> None:
+        while not over.wait(seconds):
             # Ray may be restarting the board.
             with contextlib.suppress(ray.exceptions.RayError):
-                carry()
+                work()
 
-    def look() -> None:
-        while not over.wait(LOOK_SECONDS):
-            with contextlib.suppress(ray.exceptions.RayError):
-                nodes.look()
-
-    following, looking = threading.Thread(target=follow, daemon=True), threading.Thread(target=look, daemon=True)
+    following = threading.Thread(target=repeat, args=(carry, POLL_SECONDS), daemon=True)
+    looking = threading.Thread(target=repeat, args=(nodes.look, LOOK_SECONDS), daemon=True)
     following.start()
     looking.start()
     interrupted = False

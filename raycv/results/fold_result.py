@@ -74,6 +74,15 @@ class FoldResult:
         return result
 
     @classmethod
+    def fault(cls, root: RunFolder, fold: int) -> str | None:
+        """Names the fault in the files of a fold that has its result; None if they are whole."""
+        try:
+            cls.of(root, fold)
+        except UserError as error:
+            return error.what
+        return None
+
+    @classmethod
     def of(cls, folder: RunFolder, fold: int) -> "FoldResult":
         """Returns the result of a finished fold, after checking that its files are unchanged.
 

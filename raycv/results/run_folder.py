@@ -135,6 +135,8 @@ class FoldFolder:
         self.checkpoint = root / "checkpoint"
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
+        self.log = root / "worker.log"
+        """Output of the workers that train the fold; removed when the fold is finished."""
         self.state = root / "state"
         """The training states from which an interrupted fold resumes. They are gone when the fold is finished."""
 

@@ -1,5 +1,6 @@
 """Fits training into a device's memory: the size of a micro-batch, and gradient checkpointing."""
 
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +135,7 @@ class Checkpointing:
         else:
             need = measured() + later_bytes
         release_memory()
-        limit = _memory(device, self._share)
+        limit = memory_limit(device, self._share)
         fits = need is not None and need <= MARGIN * limit
         self._switch(not fits)
         said = "more than there is" if need is None else f"{need / 1e9:.1f} GB"
@@ -184,7 +185,14 @@ def measured_peak(model: torch.nn.Module, device: torch.device) -> Iterator[Call
         yield lambda: int(BACKWARD_FACTOR * sum(kept.values()))
 
 
-def _memory(device: torch.device, share: float) -> int:
+def memory_taken(device: torch.device) -> int:
+    """Returns the most bytes that this process has taken: of the GPU as PyTorch reserves it, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_limit(device: torch.device, share: float) -> int:
     """Returns the bytes that this process may take.
 
     On a CPU this is its share of the least that the machine and its control groups have left.
