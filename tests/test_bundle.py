@@ -16,7 +16,7 @@ from rich.console import Console
 from support.refusals import refuses
 from support.studies import folder_of, richest, simulated
 
-from raycv.analysis.bundle_files import inputs_text, read_bundle
+from raycv.analysis.bundle_files import inputs_text, read_bundle, too_large
 from raycv.common.files import array_bytes, read_json, write_json
 from raycv.config.command_line import compose
 from raycv.config.schema import ReportConfig
@@ -174,6 +174,16 @@ def number_changed(content):
     return re.sub(rb'"f1": \{\n(\s+)"value": 0\.(\d)', rb'"f1": {\n\1"value": 0.9\2', content, count=1)
 
 
+def first_number(content, change):
+    """Changes the first value of an F1 in the statistics."""
+    return re.sub(
+        rb'("f1": \{\n\s+"value": )([\d.]+)',
+        lambda found: found[1] + repr(change(float(found[2]))).encode(),
+        content,
+        count=1,
+    )
+
+
 def cell_changed(content):
     lines = content.decode().splitlines()
     lines[1] = re.sub(r"0\.\d", "0.9", lines[1], count=1)
@@ -250,6 +260,26 @@ TAMPERED = {
         lambda text: text.replace(b"{\n", b'{\n  "run": "better",\n', 1),
         "evaluation.json: it differs",
     ),
+    "metrics of a fold more": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["history"].append([])),
+        "run.json: history says 6 folds, and predictions.csv has 5",
+    ),
+    "a number by more than its rounding": (
+        "evaluation.json",
+        lambda text: first_number(text, lambda value: value + 1e-8),
+        "follows from the data",
+    ),
+    "a digit more": (
+        "tables/metrics.csv",
+        lambda text: re.sub(rb"(,0\.\d+)", rb"\g<1>0", text, count=1),
+        "follows from the data",
+    ),
+    "a cell in quotes": (
+        "tables/metrics.csv",
+        lambda text: re.sub(rb",(0\.\d+)", rb',"\g<1>"', text, count=1),
+        "tables/metrics.csv: it differs",
+    ),
     "a fraction for a count": (
         "evaluation.json",
         lambda text: text.replace(b'"folds": 5', b'"folds": 5.0', 1),
@@ -317,12 +347,27 @@ DAMAGED = {
         lambda content: array_bytes(np.load(io.BytesIO(content)).astype(np.float32)),
     ),
     "deep lists": ("environment.json", lambda _: b"[" * 200_000),
-    "deep lists in YAML": ("config.yaml", lambda _: b"[" * 20_000),
+    "deep lists in YAML": ("config.yaml", lambda _: b"[" * 500_000),
     "another key of the run": ("run.json", lambda text: json_changed(text, lambda run: run.update(note="zebra"))),
     "a version more": ("run.json", lambda text: json_changed(text, lambda run: run["versions"].update(zebra="1"))),
     "versions that are a list": (
         "run.json",
         lambda text: json_changed(text, lambda run: run.update(versions=["zebra"])),
+    ),
+    "a version less": ("run.json", lambda text: json_changed(text, lambda run: run["versions"].pop("matplotlib"))),
+    "a version with text": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["versions"].update(numpy="zebra zebra")),
+    ),
+    "a number for yes": ("run.json", lambda text: json_changed(text, lambda run: run.update(control=1))),
+    "an F1 that is no number": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["history"][0].append({"f1": float("nan")})),
+    ),
+    "events of one fold": ("run.json", lambda text: json_changed(text, lambda run: run.update(out_of_memory=[0]))),
+    "another key of the base model": (
+        "environment.json",
+        lambda text: json_changed(text, lambda found: found["base_model"].update(zebra=1)),
     ),
     "too many events": (
         "run.json",
@@ -352,6 +397,58 @@ def test_a_damaged_file_is_named_and_not_quoted(bundle, tmp_path, case):
         check_bundle(path, Console(file=io.StringIO()))
     assert caught.value.exit_code == 2
     assert "zebra" not in str(caught.value)
+
+
+class Planted:
+    """An object whose pickle makes the file `path` when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_bundle_runs_no_code_of_its_sender(bundle, tmp_path):
+    content = io.BytesIO()
+    np.save(content, np.array([Planted(tmp_path / "planted")], dtype=object), allow_pickle=True)
+    path = rewritten(bundle, tmp_path / "review.zip", **{"epoch_scores/fold_1.npy": lambda _: content.getvalue()})
+    with refuses("input-file", "ask the authors for the bundle again"):
+        check_bundle(path, Console(file=io.StringIO()))
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.long
+def test_the_last_digit_of_a_number_may_be_rounded_in_another_way(bundle, tmp_path):
+    def rounded(content):
+        return first_number(content, lambda value: value + 1e-11)
+
+    path = rewritten(bundle, tmp_path / "review.zip", **{"evaluation.json": rounded})
+    assert read_bundle(path)["evaluation.json"] != read_bundle(bundle)["evaluation.json"]
+    check_bundle(path, Console(file=io.StringIO()))
+
+
+@pytest.mark.long
+def test_a_long_list_of_differences_is_cut_quotes_no_word_and_names_the_versions(bundle, tmp_path):
+    def other_words(value):
+        if isinstance(value, dict):
+            return {key: other_words(one) for key, one in value.items()}
+        return [other_words(one) for one in value] if isinstance(value, list) else "zebra"
+
+    path = rewritten(
+        bundle,
+        tmp_path / "review.zip",
+        **{
+            "run.json": lambda text: json_changed(text, lambda run: run["versions"].update(scipy="1.0")),
+            "evaluation.json": lambda text: json.dumps(other_words(json.loads(text)), indent=2).encode() + b"\n",
+        },
+    )
+    with refuses("bundle-differs", "scipy 1.0 then, ", error=NotShownError) as caught:
+        check_bundle(path, Console(file=io.StringIO()))
+    said = str(caught.value)
+    assert said.count("\n  - ") == 20
+    assert re.search(r"\n  \.\.\. and \d+ more", said)
+    assert "zebra" not in said
 
 
 @pytest.mark.parametrize("at", range(20))
@@ -388,12 +485,15 @@ def archived(path, entries, method=zipfile.ZIP_DEFLATED):
     [
         ([("run.json", b" " * 2**21)], zipfile.ZIP_DEFLATED, "run.json is larger than 1,048,576 bytes"),
         ([("run.json", b"{}"), ("a/../b", b"")], zipfile.ZIP_DEFLATED, "it holds 'a/../b'"),
+        ([("run.json", b"{}"), ("run.json/b", b"")], zipfile.ZIP_DEFLATED, "it holds 'run.json/b'"),
+        ([("run.json", b"{}"), ("run.json", b"{}")], zipfile.ZIP_DEFLATED, "it holds a file twice"),
         ([("run.json", b"{}"), ("report.html", b"")], zipfile.ZIP_LZMA, "packed in another way"),
         ([("run.json", b"{}"), ("report.html", b"")], zipfile.ZIP_BZIP2, "packed in another way"),
         ([("run.json", b'{"format": 2}')], zipfile.ZIP_DEFLATED, "its format is '2'"),
         ([("report.md", b"")], zipfile.ZIP_DEFLATED, "lacks run.json"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_what_cannot_be_a_bundle_is_not_unpacked(tmp_path, entries, method, said):
     path = archived(tmp_path / "review.zip", entries, method)
     with refuses("input-file", f"{path} is not a bundle", said):
@@ -412,6 +512,21 @@ def test_a_bomb_is_refused_by_its_size(tmp_path):
         read_bundle(path)
     with refuses("input-file", f"{tmp_path} is not a bundle of raycv: it is not a file"):
         read_bundle(tmp_path)
+
+
+def test_a_bundle_has_a_largest_size_in_all(run, tmp_path, monkeypatch):
+    path = tmp_path / "review.zip"
+    with path.open("wb") as file:
+        file.truncate(2**28 + 1)
+    with refuses("input-file", f"{path} is not a bundle of raycv: it is larger than 268,435,456 bytes"):
+        read_bundle(path)
+    parts = {f"epoch_scores/fold_{fold}.npy": 2**26 for fold in range(4)}
+    assert too_large(parts) is None
+    assert too_large(parts | {"report.html": 1}) == "its files are larger than 268,435,456 bytes"
+    monkeypatch.setattr("raycv.analysis.bundle_files.MOST_OF_A_FILE", 1000)
+    with refuses("disk-unwritable", "The bundle cannot be written: ", "is larger than 1,000 bytes"):
+        make_page(asked(f"run={run.root}", f"bundle={tmp_path / 'other.zip'}"))
+    assert not (tmp_path / "other.zip").exists()
 
 
 def other_matplotlib(text):
@@ -440,6 +555,8 @@ def test_figures_of_another_matplotlib_are_not_compared_but_draw_only(bundle, tm
     for hostile in (
         b"<script>1</script></svg>",
         b"<foreignObject/></svg>",
+        b"<?zebra 1?></svg>",
+        b'<g ONLOAD="1"/></svg>',
         b'<g onload="1"/></svg>',
         b'<use href="http://host/a.svg#a"/></svg>',
         b'<g style="fill: url(http://host)"/></svg>',

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -35,6 +36,7 @@ from raycv.results.run_folder import RunFolder
 from raycv.tracking.cross_validation import CrossValidationStore
 from raycv.tracking.experiment import open_experiment
 from raycv.tracking.model import log_best_fold, log_model
+from scripts.markdown import ROOT
 
 REPORT = {"control": False, "best_fold": 1}
 pytestmark = pytest.mark.long
@@ -213,15 +215,20 @@ def asked(port, body, kind="application/json"):
         return refusal.code, refusal.read().decode()
 
 
-@pytest.fixture
-def scoring(logged, tmp_path):
-    """`mlflow models serve` as typed: its port, and the file of all that it prints."""
-    port = free_port()
+def serve_command(logged, port):
+    """`mlflow models serve` as typed, and its environment."""
     # As after `source .venv/bin/activate`: MLflow calls uvicorn by its name.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["mlflow", "models", "serve", "--env-manager", "local"]
     command += ["-m", f"runs:/{logged.parent_id}/model", "-p", str(port)]
-    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": logged.store.uri}
+    return command, {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": logged.store.uri}
+
+
+@pytest.fixture
+def scoring(logged, tmp_path):
+    """`mlflow models serve` as typed: its port, and the file of all that it prints."""
+    port = free_port()
+    command, environment = serve_command(logged, port)
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
@@ -230,6 +237,23 @@ def scoring(logged, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         kill(process)
+
+
+@pytest.mark.slow
+def test_a_taken_port_ends_mlflow_models_serve_as_the_docs_say(logged):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command, environment = serve_command(logged, taken.getsockname()[1])
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    reason, last = "[Errno 98] ... address already in use", "Return code = 3"
+    assert f"`{reason}`" in guide
+    assert f"`{last}`" in guide
+    assert done.returncode == 1
+    begins, _, ends = reason.partition(" ... ")
+    assert any(begins in line and line.endswith(ends) for line in done.stderr.splitlines())
+    assert done.stderr.rstrip().endswith(last)
 
 
 @pytest.mark.slow

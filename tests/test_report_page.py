@@ -20,14 +20,16 @@ from rich.console import Console
 from support.refusals import refuses
 from support.studies import folder_of, richest, study_of
 
-from raycv.config.command_line import compose_checked
+from raycv.common.files import write_json
+from raycv.config.command_line import compose, compose_checked
 from raycv.config.schema import ReportConfig, RunConfig
+from raycv.config.validation import validate
 from raycv.cv.aggregation import make_page
 from raycv.cv.open_run import OpenRun
 from raycv.evaluation.evaluate import evaluate
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
 from raycv.rendering.publish import facts_from, publish
-from raycv.rendering.terminal import summary_table, verdict_lines
+from raycv.rendering.terminal import announce_end, summary_table, verdict_lines
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder
@@ -285,13 +287,32 @@ def test_the_terminal_shows_table_and_verdict_on_one_screen(run, monkeypatch):
     console = Console(file=io.StringIO(), width=80)
     console.print(summary_table(report))
     lines = verdict_lines(evaluation, run)
-    assert [line.partition(":")[0] for line in lines.splitlines()] == [
+    # Each further check has an indented line of its own.
+    assert [line.partition(":")[0] for line in lines.splitlines() if line[0] != " "] == [
         "Honest F1", "Best floor", "Weakest F1", "Checks", "Page",
     ]  # fmt: skip
     assert f"{evaluation['verdict']['f1']['value']:.3f} (" in lines
     assert all(len(line) <= 80 for line in lines.splitlines()[:-1])
-    # Five lines with the places of report, checkpoint and MLflow follow.
-    assert len(console.file.getvalue().splitlines()) + len(lines.splitlines()) + 5 <= 24
+    assert len(console.file.getvalue().splitlines()) + len(lines.splitlines()) <= 24
+
+
+def test_the_end_of_a_run_fits_80_columns_and_leaves_mean_and_verdict_on_24_lines(run, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "runs" / "mine")
+    shutil.copytree(run.root, folder.root)
+    write_json(folder.tracking, {"experiment_id": "1"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = summarize("mine", [FoldResult.of(run, fold) for fold in range(5)], 5)
+    config = validate(RunConfig, compose("run", ["tracking.uri=http://localhost:5000"]))
+    said = io.StringIO()
+    evaluation = json.loads(run.evaluation.read_text())
+    # `say` never breaks a line, so the width is that of the words. Places are as long as the machine's folders.
+    announce_end(Console(file=said, width=80), config, folder, report, "0" * 32, evaluation)
+    lines = said.getvalue().splitlines()
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line and line[:6] != "Before"] == []
+    # A prompt follows.
+    starts = [line[:9].strip() for line in lines[-23:]]
+    assert {"mean", "std", "Honest F1", "Page:"} <= set(starts), "\n".join(lines)
 
 
 def test_a_fault_in_the_page_loses_no_run(run, tmp_path):

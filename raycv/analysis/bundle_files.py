@@ -148,8 +148,8 @@ def made_again(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
         there = {int(row["fold"]) for row in _rows_of(files, "predictions.csv")}
     scored = sum(name.startswith("epoch_scores/") for name in files)
     faults = contradictions(records, len(there), {"epoch_scores/": scored} if scored else {})
-    # Folds with a gap are damage, which the study finds.
-    if faults and there == set(range(len(there))):
+    # No fold at all, or folds with a gap, are damage, which the study finds.
+    if faults and there and there == set(range(len(there))):
         what = f"The bundle contradicts itself: {'; '.join(faults)}."
         raise NotShownError(what, kind="bundle-differs", remedies=[AGAIN])
     with damaged("predictions.csv, near_duplicates.csv or epoch_scores"):

@@ -25,7 +25,7 @@ COVERS = {
     "fixed": "post bootstrap, threshold held fixed: these trained models and thresholds on new posts of the same kind; "
     "not training again",
     "reselected": "post bootstrap, threshold chosen again in every draw: these trained models on new posts, and the "
-    "choice of their thresholds too. At cross_fold each draw is compared with the posts themselves at the thresholds "
+    "choice of their thresholds too. At cross-fold each draw is compared with the posts themselves at the thresholds "
     "that it chose; not training again",
     "corrected_t": "corrected resampled t (Nadeau and Bengio 2003) over the folds: training again on as many posts of "
     "the same kind; few folds make it wide, its ends are clipped to the metric's range, and it is approximate",

@@ -210,7 +210,8 @@ CHECKS: Sequence[Check] = (
     Check(
         "RCV002", "thresholds far apart", NOTICE,
         "The fold models give scores of different scale, so one deployed threshold fits some of them badly.",
-        "Report cross_fold. Train longer, or calibrate the scores before you deploy one threshold.", _thresholds,
+        "Report the cross-fold numbers. Train longer, or calibrate the scores before you deploy one threshold.",
+        _thresholds,
     ),
     Check(
         "RCV003", "a fold collapsed", SERIOUS,

@@ -115,8 +115,9 @@ METHODS = {
     "notes": [
         "Intervals are percentile intervals at 95 % over bootstrap draws of whole posts.",
         "raycv counts the draws in which a value is undefined. Above 5 % of them, raycv gives no interval.",
+        "An interval without width has the same value in every draw, as of a perfect classifier. It says little.",
         "A fold's threshold comes from scores of models that trained on this fold, so it is not wholly independent.",
-        "In 2,000 simulated studies, 95 % intervals of F1 at cross_fold held the truth 94.0 % of the time with the "
+        "In 2,000 simulated studies, 95 % intervals of F1 at cross-fold held the truth 94.0 % of the time with the "
         "threshold held fixed, and 94.9 % with the threshold chosen again. For the difference of two alike runs it was "
         "90.1 % and 93.9 %, so differences of runs are judged with the threshold chosen again.",
         "Floors get their thresholds by the same rule on the same folds.",

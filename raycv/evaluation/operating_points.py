@@ -33,7 +33,7 @@ ESTIMANDS = {
     "It is optimistic for new posts.",
     CROSS_FOLD: "Performance of the fold models on new posts, with a threshold tuned on other posts: for each fold the "
     "one that maximises F1 over the other folds' out-of-fold scores.",
-    CROSS_FOLD_EPOCH: "As cross_fold, and each fold is judged at the epoch with the highest mean F1 of the other "
+    CROSS_FOLD_EPOCH: "As cross-fold, and each fold is judged at the epoch with the highest mean F1 of the other "
     "folds. A fold that stopped earlier keeps its last epoch.",
     POOLED: "The threshold to deploy: it maximises F1 over the out-of-fold scores of all folds. It was tuned on all "
     "pairs, so no performance is reported at it.",

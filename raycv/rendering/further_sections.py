@@ -223,7 +223,9 @@ def _setup(facts: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [
         Text("The page can be made again from the run folder, byte for byte:"),
         Code(facts["report_command"]),
-        Text("To train it again, give python -m raycv.run the keys below as key=value, with the versions below."),
+        Text("raycv trains folds of it again under the recorded config, and says whether they come to the same:"),
+        Code(facts["reproduce_command"]),
+        Text("Elsewhere, give python -m raycv.run the keys below as key=value, with the versions below."),
         Table("environment", "Environment", columns, facts["environment"]),
         Table("config", "Configuration", columns, facts["config"]),
     ]

@@ -120,6 +120,7 @@ def facts_from(
         "control": report["control"],
         # Without the folder of the runs: the page is the same wherever it is made.
         "report_command": shlex.join(["python", "-m", "raycv.report", f"run={run}"]),
+        "reproduce_command": shlex.join(["python", "-m", "raycv.reproduce", f"run={run}", "folds=[0]"]),
     }
 
 

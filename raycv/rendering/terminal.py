@@ -143,7 +143,7 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
     return (
         f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
-        f"Best floor:    {best} ({label(verdict['floor'])})\n"
+        f"Best floor:    {best}, {label(verdict['floor'])}\n"
         f"Weakest F1:    {weakest or 'undefined'}\n"
         f"Checks:        {checks or 'none found anything'}\n"
         f"Page:          {place_of(folder.page)}"
@@ -176,11 +176,11 @@ def announce_end(
         f"Best fold:     {place_of(folder.fold(report['best_fold']).checkpoint)}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}\n"
-        f"In it:         experiment {config.tracking.experiment}, run {report['run']}, run id {parent_id}\n"
+        f"In it:         experiment {config.tracking.experiment}, run id {parent_id}\n"
         # On a line of its own, where it fits into 80 columns.
         f"{page}\n"
         f"Columns:       {COLUMNS}\n"
-        "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
+        "Ray dashboard: ray start --head   keeps one up, and the next run joins it",
     )
     if lines := lines_for_afar(folder, config):
         say(console, lines)

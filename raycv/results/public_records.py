@@ -27,9 +27,15 @@ BASE = ("revision", "files", "sha256")
 
 
 def read_settings(content: bytes) -> Any:
-    # A few aliases of aliases unpack to more than the memory holds.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
-        raise ValueError("an alias")
+    depth = 0
+    for event in yaml.parse(content, yaml.SafeLoader):
+        # A few aliases of aliases unpack to more than the memory holds.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("an alias")
+        # PyYAML's time grows with the square of the depth. A config has sections, keys and lists.
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 3:
+            raise ValueError("lists in lists")
     return yaml.safe_load(content)
 
 
