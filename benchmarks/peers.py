@@ -65,6 +65,7 @@ def peer_trainer(
     model: Any, encoded: EncodedPairs, tokenizer: Any, config: TrainConfig, train_pairs: np.ndarray, *, padded: bool
 ) -> PeerTrainer:
     """A Trainer that does what raycv's FoldTrainer does under `config`, on a CPU, one epoch, nothing saved."""
+    assert isinstance(config.batch_size, int), "Trainer measures no memory"
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         num_train_epochs=1,
