@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raycv.analysis.comparison import Comparison, compare_all
 from raycv.analysis.run import Run, open_run
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import compose_checked, keys_set
 from raycv.config.schema import RunConfig
 
@@ -63,4 +64,4 @@ def cross_validate(overrides: Sequence[str] = ()) -> Run:
 
 
 def _folder(given: str | Path | None) -> Path:
-    return Path(given if given is not None else os.environ.get("RAYCV_RUN_DIR", "runs"))
+    return runs_folder(str(given if given is not None else os.environ.get("RAYCV_RUN_DIR", "runs")))

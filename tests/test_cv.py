@@ -15,19 +15,23 @@ import pytest
 import torch
 from support.builders import no_gpu
 from support.commands import ROOT, background, raycv, wait_until
+from support.object_storage import RUNS, storage  # noqa: F401
 from support.refusals import refuses, said_refusal
 
 from raycv.common.files import read_json
+from raycv.common.locations import WORK, ray_folder, runs_folder
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
 from raycv.model.base_model import fetch_base
+from raycv.results.find_run import existing_run
+from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head without cores, as in cluster.yaml, and two nodes of 8 cores and 2 GPUs, and one of 4 cores."""
     import ray
@@ -121,7 +125,7 @@ class Machine:
     def __init__(self, head, address, hidden=None, replaced=None, **environment):
         """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
-        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in (ray_folder(), hidden) if folder]
         if replaced:
             apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (
@@ -260,6 +264,37 @@ def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothi
     assert list(run.fold(0).state.glob("0*")), "what to resume from is kept"
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_machines_without_shared_storage_train_through_a_bucket(tmp_path, storage, machines):
+    """The machine that trains is lost. Another resumes from the published state, and the driver fetches its folds."""
+    made, start = machines
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    first = start("127.0.0.2", hidden=cache)
+    first.wait(made)
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    out, states = tmp_path / "out", "train.checkpoint_minutes=0.01"
+    work = runs_folder(RUNS, WORK)
+    with background(tmp_path, *TINY, states, "train.epochs=2", f"run.dir={RUNS}", "run.name=far", **cluster) as process:
+        wait_until(lambda: any("fold_0/state/00" in name for name in storage.names("far")), process, out, 200)
+        assert first.sees(work / "far") != []
+        assert not (work / "far" / "fold_0" / "state").exists(), "the driver shares no folder with it"
+        second = start("127.0.0.4", hidden=cache)
+        second.wait(made)
+        first.close()
+        assert process.wait(timeout=400) == 0, out.read_text()
+    said = " ".join(out.read_text().split())
+    assert "resumes after epoch" in said
+    folder = existing_run(runs_folder(RUNS), "far")
+    assert {fold["worker"]["address"] for fold in read_json(folder.report)["folds"]} == {"127.0.0.4"}
+    # The checksums are those that the worker took, and the copy here is the driver's.
+    assert [FoldResult.of(folder, fold).fold for fold in range(2)] == [0, 1]
+    assert (folder.fold(0).checkpoint / "adapter_model.safetensors").is_file()
+    assert second.sees(work / "far") == [".share"], "its disk is free again"
+    assert not any("/state/" in name for name in storage.names("far"))
+
+
 SEEN_SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
 """Ray notices a node that dies within a second or two."""
 
@@ -307,6 +342,31 @@ def test_a_run_says_what_it_waits_for_and_ends_when_nothing_comes(tmp_path):
     assert f"Run waits failed: {waits}" in ended.stderr
     assert "resume=waits" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_a_run_says_what_its_folds_wait_for_while_others_use_the_nodes(tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        ray.init(address=made.address, log_to_driver=False)
+        others = placement_group([{"CPU": 1}])
+        ray.get(others.ready())
+        cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        out = tmp_path / "out"
+        overrides = ("experiment=quickstart", "resources.gpus_per_fold=0", "cv.folds=2", "cv.only=[0]")
+        with background(tmp_path, *overrides, "run.name=busy", **cluster) as process:
+            waits = "fold 0: waits for 1 CPU core: the only CPU core is in use"
+            wait_until(lambda: waits in out.read_text(), process, out, 200)
+            remove_placement_group(others)
+            assert process.wait(timeout=300) == 0, out.read_text()
+    finally:
+        ray.shutdown()
+        made.shutdown()
+    assert out.read_text().count("waits for") == 1
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
 
-WORKER, TRIAL, CONTROLLER = "RayTrainWorker", "ImplicitFunc", "TrainController"
+WORKER, TRIAL, CONTROLLER = "RayTrainWorker", "FoldTrial", "TrainController"
 MEETING, BOARD = "SynchronizationActor", "ProgressBoard"
 """What Ray calls the processes of a fold: one that trains, the Tune trial, Ray Train's controller, and where the
 workers meet at each report; and the run's, where workers post how far they are."""

@@ -9,7 +9,7 @@ from support.refusals import refuses
 from raycv.config.command_line import compose
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
-from raycv.resources.placement import NodeType, awaited, cluster_line, node_types, plan
+from raycv.resources.placement import NodeType, awaited, busy, cluster_line, node_types, plan
 
 NODES = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
 """A head without cores, as in cluster.yaml, and three workers."""
@@ -134,6 +134,15 @@ def test_what_the_folds_wait_for_is_said_in_words() -> None:
     assert awaited(placement, [*HEAD, GPU_WORKER.resources], None, grows=True) is None
 
 
+def test_what_a_fold_waits_for_on_nodes_that_others_use() -> None:
+    placement = plan(config("cv.max_concurrent=4", "resources.cpus_per_fold=4"), NODES)
+    waits = "waits for 1 GPU and 4 CPU cores: "
+    assert busy(placement, NODES, {"CPU": 12}) == f"{waits}all 4 GPUs are in use"
+    assert busy(placement, NODES, {"CPU": 3, "GPU": 1}) == f"{waits}3 of 20 CPU cores are free"
+    assert busy(placement, NODES, {}) == f"{waits}all 4 GPUs are in use and all 20 CPU cores are in use"
+    assert busy(placement, NODES, {"CPU": 4, "GPU": 2}) == f"{waits}no single node has them free"
+
+
 def test_what_the_cluster_has_and_may_grow_to() -> None:
     assert cluster_line(HEAD, []) == "1 node (0 CPUs, 0 GPUs)"
     assert cluster_line(HEAD, None).endswith("; may grow by nodes that raycv does not know")
@@ -159,3 +168,5 @@ def test_hours_of_the_run_and_of_its_gpus() -> None:
     assert placement.concurrent == 2
     assert placement.estimate(5, 3600) == "about 3.0 hours, 2.5 GPU-hours"
     assert plan(config(), [{"CPU": 5.0}]).estimate(5, 5400) == "about 1.5 hours"
+    priced = plan(config("resources.gpus_per_fold=0.5", "resources.gpu_hour_price=1.9"), [{"CPU": 8.0, "GPU": 1.0}])
+    assert priced.estimate(5, 3600).endswith(", 2.5 GPU-hours, 4.75 at resources.gpu_hour_price=1.9")

@@ -1,23 +1,32 @@
-"""How the process of a command runs and ends: its warnings, its exit code, errors without tracebacks."""
+"""How the process of a command runs and ends: warnings, exit code, errors without tracebacks, Ctrl-C and SIGTERM."""
 
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from types import TracebackType
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import NoReturn, TextIO, TypeVar
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.secrets import mask_secrets
-from raycv.common.signals import discard
 from raycv.errors import UserError, printable
 
 C = TypeVar("C")
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that stop a run: from Ctrl-C, from a scheduler at the end of the time, from a closed terminal."""
 
-def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], None]) -> None:
+
+def run_process(
+    name: str,
+    read: Callable[[], C | None],
+    body: Callable[[C], None],
+    own_names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Reads the config of a command and calls `body` with it.
 
     Exit codes:
@@ -31,6 +40,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
         name: The command, such as `run`.
         read: Gives the config; None if the user asked for an answer such as `--help`, which is then printed.
         body: The work of the command.
+        own_names: Keys as remedies name them, and the names that this command has for them.
     """
     sys.excepthook = _show_traceback
     if sys.stderr is None:
@@ -43,7 +53,7 @@ def run_process(name: str, read: Callable[[], C | None], body: Callable[[C], Non
             with seldom_collecting():
                 body(config)
     except UserError as error:
-        raise _refused(name, error) from None
+        raise _refused(name, error, own_names) from None
     except KeyboardInterrupt:
         say(f"\nraycv.{name}: interrupted\n")
         _leave(130)
@@ -91,6 +101,33 @@ def say(text: str) -> None:
         discard(sys.stderr)
 
 
-def _refused(name: str, error: UserError) -> SystemExit:
-    say(printable(mask_secrets(f"\nraycv.{name}: {error}\n")))
+def discard(stream: TextIO | None) -> None:
+    """Sends a standard stream that cannot be written to /dev/null, since Python writes its buffer once more at exit."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+
+
+def stop_like_ctrl_c() -> None:
+    """Makes STOP_SIGNALS raise KeyboardInterrupt, except ignored ones (nohup). Acts in the main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+
+
+def ignore_stops() -> None:
+    """Ignores STOP_SIGNALS from now on. Acts in the main thread only.
+
+    After the first Ctrl-C raycv marks the runs and ends Ray's processes, which a second one would interrupt.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _refused(name: str, error: UserError, own_names: Mapping[str, str]) -> SystemExit:
+    text = str(error)
+    for key, own in own_names.items():
+        text = text.replace(key, own)
+    say(printable(mask_secrets(f"\nraycv.{name}: {text}\n")))
     return SystemExit(error.exit_code)

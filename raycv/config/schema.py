@@ -19,6 +19,7 @@ from raycv.config.values import (
     NonEmpty,
     PathText,
     Positive,
+    RunsPlace,
     Share,
     StoreAddress,
 )
@@ -220,12 +221,15 @@ class ResourcesConfig(Section):
         "nodes that may be left out"
     )
     autoscaling: bool = Field(description="the cluster grows on demand: do not refuse folds that do not fit yet")
-    # Recorded configs may be older than these two keys, so they have defaults.
+    # Recorded configs may be older than these three keys, so they have defaults.
     wait_minutes: Annotated[float, Field(gt=0)] = Field(
         default=60, description="how long the folds wait while no node can hold one, before the run ends"
     )
     accelerator_type: NonEmpty | None = Field(
         default=None, description="the GPU of every fold, as Ray names it, such as L40S or H100; null: any"
+    )
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="price of an hour of one GPU, for the estimate of the run's cost; null: no estimate"
     )
     ray_logs: bool = Field(description="show Ray's own log lines and the workers' output")
 
@@ -247,7 +251,9 @@ class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
     )
-    dir: PathText = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs; on several nodes, storage that every node sees, or s3://bucket/folder"
+    )
 
     @field_validator("name")
     @classmethod
@@ -286,7 +292,7 @@ class AggregateConfig(Section):
     run: PathText = Field(
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db. A store that "
         "lacks the run gets it from the run folder"
@@ -304,7 +310,7 @@ class CompareConfig(Section):
     require: Literal["better"] | None = Field(
         description="better: exit with 1 unless every other run is shown to be better than the baseline"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="beginning of the files to write: <output>.json, .csv and .svg")
 
     @field_validator("runs", mode="before")
@@ -328,7 +334,7 @@ class MistakesConfig(Section):
     most: Positive = Field(description="mistakes of each criterion to write, at most")
     text: bool = Field(description="write posts and criteria beside the ids")
     data: MistakesDataConfig
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="CSV file to write")
 
 
@@ -343,7 +349,7 @@ class ReportConfig(Section):
     """The config of `python -m raycv.report`."""
 
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: ReportDataConfig
     bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
     check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
@@ -373,7 +379,7 @@ class ReproduceConfig(Section):
     trained: PathText | None = Field(
         description="a run that has trained these folds again already, which is then compared; null: train them now"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: MistakesDataConfig
     base: Annotated[
         Location | None,
@@ -463,8 +469,9 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(
-        description="folder that holds the runs; it remembers which one answered last (.last_answer.json)"
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; it remembers which one answered last "
+        "(.last_answer.json)"
     )
     criteria_dir: OtherCriteria
     base: OtherBase
@@ -515,7 +522,9 @@ class ServeConfig(Section):
 
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; raycv.infer finds the scorer there"
+    )
     criteria_dir: OtherCriteria
     base: OtherBase
     infer: InferenceConfig

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from raycv import __version__
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
 from raycv.common.locations import check_ray_folder
@@ -88,7 +89,7 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
     # are asked before it.
     prepared = None if joins_cluster() else tokenise(encoder, dataset, splits, base, console)
     say(console, "Starting Ray ...")
-    with ray_cluster(ray_logs=config.resources.ray_logs) as dashboard:
+    with ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config)) as dashboard:
         placement = _plan(config, console, dashboard)
         run.check_nodes(base)
         if prepared is None:
@@ -103,6 +104,17 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
             # After the folds: a run starts sooner, and they have the cores for themselves.
             opened.record_pairs(prepared)
             return _publish(opened, results, logged)
+
+
+def _of_job(config: RunConfig) -> dict[str, str]:
+    """Facts about the run for the list of jobs in Ray's dashboard."""
+    return {
+        "raycv": __version__,
+        "run": config.resume or config.run.name or "named by the time of its start",
+        "model": config.model.name,
+        "folds": str(config.cv.folds),
+        "experiment": config.tracking.experiment,
+    }
 
 
 def _plan(
@@ -141,7 +153,7 @@ def _train_folds(
     finished = folder.finished(config.cv.folds)
     folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
-        task = fold_task(config, folder, prepared, placement)
+        task = fold_task(config, folder, prepared, placement, resumed=run.make_ready is not None)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         epochs, batch = config.train.epochs, config.train.effective_batch_size
         with LiveView(folds, epochs, batch, run.console, placement) as view:
@@ -164,6 +176,7 @@ def _leave_the_others(
         say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
     logged.close()
     run.log(None)
+    run.publish()
     return found
 
 
@@ -177,4 +190,5 @@ def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitSta
     announce_end(run.console, config, folder, report, run.parent_id, evaluation)
     logged.close()
     run.log(report)
+    run.publish()
     return report

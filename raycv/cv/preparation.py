@@ -68,7 +68,7 @@ def prepare_base(config: RunConfig) -> Base:
     """Fetches the base model once for all folds. Raises: UserError if raycv cannot fetch it, or cannot train it."""
     from raycv.model.adapters import check_model
     from raycv.model.base_model import absolute_name, fetch_base
-    from raycv.model.loading import check_max_length, load_config, load_tokenizer, prepare_config
+    from raycv.model.loading import check_max_length, check_weights, load_config, load_tokenizer, prepare_config
 
     # No spinner here: the hub's client shows progress bars of its own.
     files = fetch_base(absolute_name(config.model.name), config.model.revision)
@@ -77,6 +77,7 @@ def prepare_base(config: RunConfig) -> Base:
     check_max_length(model_config, config.prompt.max_length)
     prepare_config(model_config, tokenizer)
     check_model(model_config, config.model)
+    check_weights(files, model_config)
     return Base(files, tokenizer, model_config, files.describe(tokenizer, model_config))
 
 

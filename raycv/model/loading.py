@@ -1,5 +1,6 @@
 """Loads tokenizer, config and a classifier with a new head from a base model's files. Never runs the model's code."""
 
+import copy
 import json
 import logging
 import os
@@ -204,6 +205,40 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     # The head of Gemma 3 reads the id in the part for text.
     for part in (config, config.get_text_config()):
         part.pad_token_id = pad_id
+
+
+def check_weights(files: BaseFiles, config: Any) -> None:
+    """Checks that safetensors weights fit the prepared `config`, by names and shapes, without reading a weight.
+
+    transformers compares them as it does when it loads, so renamed tensors of old files are known.
+
+    Raises:
+        UserError: A tensor of the backbone is missing or has another shape, or a layer has no place in the model.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    from raycv.model.adapters import check_loaded
+
+    if files.weight_format != "safetensors":
+        return
+    shapes: dict[str, list[int]] = {}
+    with _loading("weights", files) as folder:
+        for file in files.files:
+            if file.endswith(".safetensors"):
+                with safe_open(os.path.join(folder, file), framework="pt") as opened:
+                    shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        made: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model, found = made.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_loaded(model, found, files.name, shapes)
 
 
 def load_classifier(

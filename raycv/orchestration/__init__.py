@@ -19,6 +19,8 @@ os.environ.setdefault("TUNE_STATE_REFRESH_PERIOD", "1e9")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # raycv limits how long folds wait for a node. Ray Train would fail an attempt after a minute, so it gets a week.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "604800")
+# Ray's dashboard then knows each fold as a run of Ray Train: its state, workers and nodes.
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 # A fold is half a dozen processes that mostly wait: Ray's warning of many processes for few cores does not help.
 # The fold reports the death of its process or node. Ray's own line may come when the run is over, and for a node it
 # brings pages of Ray's state.

@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
-from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
+from raycv.config.process import STOP_SIGNALS, stop_like_ctrl_c
 from raycv.errors import FaultsError, RunFailedError, UserError
 from raycv.orchestration.fold_task import FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import NodeNeeds, Share, node_name
+from raycv.resources.publisher import make_local_copy
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import Bucket
 
 if TYPE_CHECKING:
     from raycv.model.base_files import BaseFiles
@@ -55,7 +58,13 @@ def node_survey() -> Callable[..., dict[str, Any]]:
 
 
 def share_of(task: FoldTask) -> Share:
-    """The run's folder as this process sees it, to check that it is the driver's."""
+    """The run's folder as this process sees it, to check that it is the driver's.
+
+    With an object storage it is this node's own copy, which this function makes.
+    Raises: OSError if it cannot make it.
+    """
+    if task.needs.published:
+        make_local_copy(Path(task.needs.share), task.needs.nonce)
     return task.needs.share_at(ray.get_runtime_context().get_node_id(), own_node_name())
 
 
@@ -76,10 +85,15 @@ def own_resources() -> dict[str, float]:
 
 
 @contextmanager
-def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[str | None]:
+def ray_cluster(
+    *, ray_logs: bool, dashboard: bool | None = None, metadata: dict[str, str] | None = None
+) -> Iterator[str | None]:
     """Attaches to the cluster of RAY_ADDRESS or of this machine, or starts one; yields the dashboard's address.
 
-    `dashboard`: whether one that is started has a dashboard (nine processes); None is Ray's default: it has.
+    Args:
+        ray_logs: Whether to show Ray's own log lines.
+        dashboard: Whether a Ray that is started has a dashboard (nine processes); None is Ray's default: it has.
+        metadata: Facts about this process for the dashboard's list of jobs.
     """
     check_ray_folder()
     _provide_token()
@@ -87,7 +101,13 @@ def ray_cluster(*, ray_logs: bool, dashboard: bool | None = None) -> Iterator[st
     try:
         address = _cluster_to_join()
         with interruptible():
-            context = ray.init(address, log_to_driver=ray_logs, logging_level=level, include_dashboard=dashboard)
+            context = ray.init(
+                address,
+                log_to_driver=ray_logs,
+                logging_level=level,
+                include_dashboard=dashboard,
+                job_config=JobConfig(metadata=metadata),
+            )
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
@@ -233,6 +253,7 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
     """
     here = ray.get_runtime_context().get_node_id()
     needs = NodeNeeds.of(folder)
+    address = needs.published
     paths = [str(base.path)] if base.revision is None and not base.name.startswith(BUNDLED_SCHEME) else []
     ask = ray.remote(num_cpus=0)(node_survey())
     asked = {}
@@ -242,6 +263,9 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
     faults, remedies = [], []
+    if address:
+        # The processes of this node may have another environment than the driver.
+        faults, remedies = _storage_faults(here, own_node_name(), address)
     deadline = time.monotonic() + ANSWER_SECONDS
     for node, (name, answer) in asked.items():
         try:
@@ -254,11 +278,31 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             remedies.append("see that the node is up, with the driver's versions of Python and Ray: ray status")
             continue
         differ, what_to_do = needs.compare(name, found)
+        if address and not differ:
+            # The node has the driver's raycv, so it can be asked to reach the storage.
+            differ, what_to_do = _storage_faults(node, name, address)
         faults += differ
         remedies += what_to_do
     if faults:
         title = "The cluster's nodes do not have what the folds need"
         raise FaultsError(title, faults, kind="cluster-node", remedies=list(dict.fromkeys(remedies)))
+
+
+def _storage_faults(node: str, name: str, address: str) -> tuple[list[str], list[str]]:
+    """Why the node cannot use the object storage, and what to do."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    asked = ray.remote(num_cpus=0)(_check_storage).options(scheduling_strategy=there).remote(address)
+    try:
+        ray.get(asked, timeout=ANSWER_SECONDS)
+    except UserError as error:
+        return [f"{name}: {error.what}"], [*error.remedies, "give every node the credentials: a role, or AWS_... there"]
+    except ray.exceptions.RayError as error:
+        return [f"{name} cannot be asked: {cause_of(error)}"], ["see that the node is up: ray status"]
+    return [], []
+
+
+def _check_storage(address: str) -> None:
+    Bucket(address).check()
 
 
 def _is_lost(node: str, error: ray.exceptions.RayError) -> bool:

@@ -1,6 +1,7 @@
 """The messages between driver, trials and workers: the task of a fold, and the board where they post."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from raycv.data.types import Dataset, Pair
 from raycv.errors import ErrorKind, UserError
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
+from raycv.results.run_folder import RunFolder
+from raycv.results.storage import PublishedRun
 
 if TYPE_CHECKING:
     import ray.train
@@ -65,6 +68,15 @@ class FoldTask:
     """train_worker, or what a benchmark puts in its place"""
     mark: int = 0
     """the least result of `mark_of`; 0 for no marks"""
+    home: str = ""
+    """the driver's node, as Ray's id"""
+    resumed: bool = False
+    """whether an earlier process of the run may have left training states"""
+
+    @property
+    def published(self) -> PublishedRun | None:
+        """The run in its object storage, and this node's local copy; None for a run in a folder."""
+        return PublishedRun(self.needs.published, RunFolder(Path(self.root))) if self.needs.published else None
 
     def mark_of(self, fold: int) -> int:
         """The bytes of memory that tell the placement group of the fold's workers from others; 0 for no mark.
@@ -167,6 +179,57 @@ class ProgressBoard:
         with contextlib.suppress(OSError, UserError):
             kept = {"attempts": self._attempts, RESTARTS: self._restarts, "left_out": self._left_out}
             write_json(self._kept, kept)
+
+
+GAUGES = {
+    "raycv_epoch": "epoch of the fold, from 1",
+    "raycv_step": "optimizer steps of the epoch so far",
+    "raycv_steps": "optimizer steps of an epoch",
+    "raycv_loss": "training loss of the last step",
+    "raycv_validation_f1": "F1 of the last epoch on the fold's validation pairs",
+    "raycv_tokens_per_second": "tokens trained per second, all workers of the fold together",
+    "raycv_gpu_memory_bytes": "memory of its GPU that the fold's first worker holds",
+    "raycv_seconds_left": "seconds until the last epoch ends, if no epoch stops the fold early",
+}
+"""The gauges of a fold, which Ray exports as `ray_<name>` with the tags `run` and `fold`, and their descriptions."""
+
+
+class FoldGauges:
+    """The gauges of a fold, in the process of its first worker: its node exports them while the fold trains."""
+
+    def __init__(self, run: str, fold: int, epochs: int, tokens_per_step: float) -> None:
+        """`tokens_per_step`: the mean, over the fold's training pairs."""
+        from ray.util.metrics import Gauge
+
+        self.epochs = epochs
+        self.tokens_per_step = tokens_per_step
+        self._tags = {"run": run, "fold": str(fold)}
+        self._gauges = {name: Gauge(name, text, tag_keys=tuple(self._tags)) for name, text in GAUGES.items()}
+        self._last: tuple[int, int, float] | None = None
+        self._epoch_seconds: float | None = None
+
+    def step(self, epoch: int, step: int, steps: int, loss: float, gpu_memory: int | None) -> None:
+        """Shows a step of an epoch, both from 1. `gpu_memory`: bytes, None on a CPU."""
+        now = time.monotonic()
+        self._set(epoch=epoch, step=step, steps=steps, loss=loss)
+        if gpu_memory is not None:
+            self._set(gpu_memory_bytes=gpu_memory)
+        # Not across epochs: validation lies between them.
+        if self._last is not None and self._last[0] == epoch and step > self._last[1]:
+            pace = (now - self._last[2]) / (step - self._last[1])
+            left = self.epochs - epoch + 1 - step / steps
+            self._set(tokens_per_second=self.tokens_per_step / pace)
+            self._set(seconds_left=left * (self._epoch_seconds or steps * pace))
+        self._last = epoch, step, now
+
+    def epoch(self, epoch: int, f1: float, seconds: float) -> None:
+        """Shows the validation F1 of an epoch that took `seconds`, validation included."""
+        self._epoch_seconds = seconds
+        self._set(validation_f1=f1, seconds_left=(self.epochs - epoch) * seconds)
+
+    def _set(self, **values: float) -> None:
+        for name, value in values.items():
+            self._gauges[f"raycv_{name}"].set(value, self._tags)
 
 
 @dataclass(frozen=True)

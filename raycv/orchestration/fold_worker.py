@@ -13,12 +13,15 @@ import ray.train
 
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import unwritable
+from raycv.errors import UserError
 from raycv.orchestration.cluster import own_resources, share_of
-from raycv.orchestration.fold_task import FoldTask, SharedArrays
-from raycv.resources.nodes import Share
+from raycv.orchestration.fold_task import FoldGauges, FoldTask, SharedArrays
+from raycv.resources.nodes import NodeError, Share
 from raycv.resources.placement import Placement
+from raycv.resources.publisher import StatePublisher, bring_states, hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.results.storage import UNREACHABLE, checkpoint_part
 from raycv.training.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
 from raycv.utils import NUMERICS
 
@@ -66,6 +69,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
     share = share_of(task)
+    _check_storage(task, fold, share)
     share.check_base(base.path, task.base_sums, base.sums())
     tokenizer = load_tokenizer(base)
     device = get_device()
@@ -85,10 +89,20 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         with share.held():
             states.take()
         ray.get(task.board.train.remote(fold))
-    listener = _RayListener(task, fold, rank, states, share)
+    tokens = float(shared.encoded.lengths[shared.encoded.rows_of(split.train_indices)].sum())
+    per_step = tokens / len(split.train_indices) * config.train.effective_batch_size
+    gauges = FoldGauges(task.run, fold, config.train.epochs, per_step)
+    listener = _RayListener(task, fold, rank, states, share, gauges)
     listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
+    published = task.published
+    publisher = None
+    if published is not None:
+        if arguments["begun"]:
+            bring_states(published, fold, alone=task.placement.workers == 1, tell=listener.on_event)
+        if not rank:
+            publisher = listener.publisher = StatePublisher(published, fold, listener.on_event)
     memory = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
     state = states.newest(listener.on_event)
@@ -109,6 +123,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             states.check_writer()
             save_fold_checkpoint(folder, adapted, tokenizer, info)
             sums = folder.checkpoint_sums()
+        if published is not None and publisher is not None:
+            publisher.stop()
+            elsewhere = share.node != arguments["node"]
+            part = checkpoint_part(fold)
+            hand_over(published, part, listener.on_event, needed=elsewhere, where=share.name)
+            if elsewhere:
+                # The storage has all of it now.
+                shutil.rmtree(folder.root, ignore_errors=True)
     else:
         sums = {}
     worker = {
@@ -130,6 +152,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "epoch_scores": outcome.epoch_scores,
         "node": share.node,
     }
+
+
+def _check_storage(task: FoldTask, fold: int, share: Share) -> None:
+    """Raises: NodeError if the object storage of the run, if it has one, refuses what this node asks."""
+    if task.published is None:
+        return
+    try:
+        task.published.bucket.check()
+    except UserError as error:
+        if error.kind != UNREACHABLE:
+            raise NodeError(f"{share.name}: {error.what}", share.node, remedies=error.remedies) from error
+        task.board.tell.remote(fold, f"{error.what} Training begins all the same.")
 
 
 def _checkpoint_info(
@@ -242,12 +276,17 @@ def epoch_metrics(result: "EpochResult") -> dict[str, float]:
 class _RayListener:
     """Passes on what the loop reports: epochs to Ray Train, steps to the progress board, states to their folder."""
 
-    def __init__(self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share) -> None:
+    def __init__(
+        self, task: FoldTask, fold: int, rank: int, states: "StateFolder", share: Share, gauges: FoldGauges
+    ) -> None:
         self.task = task
         self.fold = fold
+        self.gauges = gauges
         self.rank = rank
         self.states = states
         self.share = share
+        self.publisher: StatePublisher | None = None
+        """the first worker has one if the run is in an object storage"""
         self._posted = 0.0
 
     def resumes(self, state: "TrainState") -> None:
@@ -272,11 +311,16 @@ class _RayListener:
             "micro_batch": micro_batch,
         }
         self.task.board.post.remote(self.fold, post)
+        import torch
+
+        memory = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else None
+        self.gauges.step(epoch, step, steps, loss, memory)
 
     def on_epoch(self, result: "EpochResult", scores: "np.ndarray", is_best: bool) -> None:
         metrics = epoch_metrics(result)
         if not self.rank:
             self.task.board.post.remote(self.fold, {"history": metrics})
+            self.gauges.epoch(result.epoch, result.metrics[F1], result.seconds)
         # Ray Train waits until each worker reports, and hands on the first one's metrics.
         ray.train.report(metrics)
 
@@ -284,7 +328,9 @@ class _RayListener:
         # The first worker saves the states of all workers.
         if not self.rank:
             with self.share.held():
-                self.states.save(state)
+                saved = self.states.save(state)
+            if self.publisher is not None:
+                self.publisher.offer(saved.name)
 
     def on_event(self, text: str) -> None:
         self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)

@@ -1,5 +1,6 @@
 """Ray Train: a trial trains its fold in a TorchTrainer, and again after the death of a process."""
 
+import contextlib
 import hashlib
 import shutil
 import threading
@@ -21,8 +22,10 @@ from raycv.orchestration.cluster import node_resources, own_node_name, share_of
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
+from raycv.resources.publisher import hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.results.storage import PublishedRun, checkpoint_part, fold_part, states_folder
 from raycv.training.metrics import EPOCH_KEY
 
 REPORT_SECONDS = 0.5
@@ -61,7 +64,9 @@ def _fit(task: FoldTask, fold: int) -> None:
     if attempt > 1:
         free_place(task, fold)
         _tried_again(task, fold, TRIAL_DIED, attempt)
-    folder = RunFolder(Path(task.root)).ray / f"fold_{fold}"
+    # Ray's dashboard names the fold by the last two parts.
+    folder = RunFolder(Path(task.root)).ray / task.run / f"fold_{fold}"
+    tried = attempt > 1
     while True:
         # Ray Train would make the run's folder where this node does not see it.
         share_of(task).check()
@@ -69,8 +74,10 @@ def _fit(task: FoldTask, fold: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         left_out = ray.get(task.board.left_out.remote())
         _check_nodes_left(task, left_out)
+        begun = task.resumed or tried
+        tried = True
         try:
-            _keep_fold(task, fold, _reported(task, fold, fold_trainer(task, fold, folder, left_out)))
+            _keep_fold(task, fold, _reported(task, fold, fold_trainer(task, fold, folder, left_out, begun=begun)))
             return
         except Exception as error:
             free_place(task, fold)
@@ -199,6 +206,9 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     try:
         with share_of(task).held():
             write_json(folder.error, record)
+        if task.needs.published:
+            # The driver may be on another node.
+            ray.get(task.board.fail.remote(fold, message, kind, remedies))
     except (OSError, UserError):
         # The disk or share may be the cause itself: the board tells the driver.
         ray.get(task.board.fail.remote(fold, message, kind, remedies))
@@ -216,6 +226,9 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
     epoch_scores = returned["epoch_scores"]
     if epoch_scores is not None:
         files[folder.epoch_scores] = array_bytes(epoch_scores)
+    published = task.published
+    if published is not None and _unseen(folder, result.sha256):
+        published.fetch(checkpoint_part(fold))
     with share_of(task).held():
         fault = survey.settled(lambda: _unseen(folder, result.sha256))
         if fault is not None:
@@ -235,6 +248,20 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
         restarts = ray.get(task.board.restarts.remote(fold))
         write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256, restarts=restarts)))
     shutil.rmtree(folder.state, ignore_errors=True)
+    if published is not None:
+        _publish_fold(task, fold, published)
+
+
+def _publish_fold(task: FoldTask, fold: int, published: PublishedRun) -> None:
+    """Publishes a finished fold, and deletes its published states. The run's end does what could not be done now."""
+
+    def tell(text: str) -> None:
+        task.board.tell.remote(fold, text)
+
+    elsewhere = ray.get_runtime_context().get_node_id() != task.home
+    hand_over(published, fold_part(fold), tell, needed=elsewhere, where=own_node_name())
+    with contextlib.suppress(UserError):
+        published.bucket.delete_folder(states_folder(fold))
 
 
 def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ import ray.exceptions
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import BasicVariantGenerator
+from ray.tune.trainable import wrap_function
+from ray.util.placement_group import placement_group_table
 
 from raycv.common.files import read_json, unwritable
 from raycv.common.locations import absolute_folder
@@ -26,10 +28,11 @@ from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
 from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView
 from raycv.resources.nodes import NodeNeeds, node_name
-from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, node_types
+from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, busy, node_types
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import checkpoint_part, fold_part
 from raycv.training.metrics import F1
 
 if TYPE_CHECKING:
@@ -44,7 +47,9 @@ MARKS = 2**24
 STOPPED = "it was stopped before it ended"
 
 
-def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
+def fold_task(
+    config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement, *, resumed: bool = False
+) -> FoldTask:
     """Makes the task of trials and workers. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
     texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
@@ -69,6 +74,8 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         # Node types of a cluster that grows may name no memory, and would then never be started. Ray Train's own
         # process frees places there.
         mark=0 if config.resources.autoscaling else 1 + secrets.randbelow(MARKS),
+        home=ray.get_runtime_context().get_node_id(),
+        resumed=resumed,
     )
 
 
@@ -76,11 +83,32 @@ def progress_board(folder: RunFolder) -> Any:
     """Starts the board of a run. Returns the actor's handle; Ray restarts the actor if its process dies."""
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard)
     # On this node: the run may lose any other and continue.
-    return board.options(scheduling_strategy=this_node()).remote(str(folder.board))
+    named = board.options(name=f"{folder.root.name}/board", scheduling_strategy=this_node())
+    return named.remote(str(folder.board))
 
 
-def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune.Callback, view: LiveView) -> None:
+def _trainable(trial: Callable[..., None], task: FoldTask) -> type[tune.Trainable]:
+    """The function `trial` as a class, whose actors Ray's dashboard names `<run>/fold_<k>`."""
+
+    class FoldTrial(wrap_function(tune.with_parameters(trial, task=task))):  # type: ignore[misc]  # made by a call
+        def __repr__(self) -> str:
+            # Ray asks once. An actor that serves several folds is named for none of them.
+            return f"{task.run}/{'folds' if task.placement.alone else self.trial_name}"
+
+    return FoldTrial
+
+
+def run_folds(
+    task: FoldTask,
+    folds: list[int],
+    placement: Placement,
+    runs: tune.Callback,
+    view: LiveView,
+    trial: Callable[..., None] = fold_trial,
+) -> None:
     """Runs `folds` as Tune trials, which leave their results in the run's folder.
+
+    `trial`: the function of a trial, or what a benchmark puts in its place.
 
     Raises: RunFailedError if a fold failed; the others are finished and kept all the same.
     """
@@ -88,14 +116,15 @@ def run_folds(task: FoldTask, folds: list[int], placement: Placement, runs: tune
     states = FoldStates(view, root, task)
     nodes = NodeWatch(task, placement, view)
     # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
-    trainable = tune.with_resources(tune.with_parameters(fold_trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
+    trainable = tune.with_resources(_trainable(trial, task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
         trainable,
         param_space={FOLD_KEY: tune.grid_search(folds)},
         tune_config=tune.TuneConfig(
             search_alg=nodes.to_start,
-            # A trial's process, once it has imported Ray Train and torch, serves the next fold too.
-            reuse_actors=True,
+            # On one machine a trial's process, once it has imported Ray Train and torch, serves the next fold too. On a
+            # cluster each fold has its own, with its name.
+            reuse_actors=placement.alone,
             trial_name_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
             trial_dirname_creator=lambda trial: f"{FOLD_KEY}_{trial.config[FOLD_KEY]}",
         ),
@@ -152,6 +181,9 @@ class NodeWatch(tune.Callback):
         """Tune's own list of trials"""
         self.types = node_types(CLUSTER_FILE.expanduser())
         self._waits_since: float | None = None
+        self._unplaced: set[int] = set()
+        """folds that had no place at the last look"""
+        self._told_busy: set[int] = set()
         self._refusal: RunFailedError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,9 +211,21 @@ class NodeWatch(tune.Callback):
                     "resources.wait_minutes=600",
                 ],
             )
+        if waits is None:
+            self._tell_busy(nodes)
         if not asked.autoscaling and (at_once := self.placement.at_once(nodes)) != self.to_start.max_concurrent:
             self.view.tell(None, f"the cluster changed: up to {counted(at_once, 'fold')} at once from now on")
             self.to_start.max_concurrent = at_once
+
+    def _tell_busy(self, nodes: list[dict[str, float]]) -> None:
+        """Tells what each fold waits for that has had no place for two looks, although a node could hold it."""
+        marks = {self.task.mark_of(fold): fold for fold in range(self.task.config.cv.folds) if self.task.mark}
+        groups = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+        unplaced = {marks[mark] for group in groups if (mark := group["bundles"][0].get("memory")) in marks}
+        for fold in sorted(unplaced & self._unplaced - self._told_busy):
+            self.view.tell(fold, busy(self.placement, nodes, ray.available_resources()))
+        self._told_busy = unplaced & (self._told_busy | self._unplaced)
+        self._unplaced = unplaced
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._refusal is not None:
@@ -213,6 +257,7 @@ class FoldStates(TrialProgressCallback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
         result = self.root.fold(fold).result
+        self._bring(fold)
         # A trial on another node writes a result or an error. The driver may see either late.
         settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
         said = None if result.is_file() else self._said(fold)
@@ -225,6 +270,7 @@ class FoldStates(TrialProgressCallback):
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
         free_place(self.task, fold)
+        self._bring(fold)
         if self.finished(fold):
             return
         if fold in self.errors:
@@ -237,6 +283,14 @@ class FoldStates(TrialProgressCallback):
             self._failed(fold, died.what, died.kind, died.remedies)
         else:
             self._failed(fold, last_line(error))
+
+    def _bring(self, fold: int) -> None:
+        """Fetches a fold whose trial ran on another node than the driver, if the run is in an object storage."""
+        published = self.task.published
+        if published is not None and not self.root.fold(fold).result.is_file() and self._said(fold) is None:
+            with contextlib.suppress(UserError):
+                published.fetch(checkpoint_part(fold))
+                published.fetch(fold_part(fold))
 
     def _said(self, fold: int) -> tuple[str, ErrorKind, Sequence[str]] | None:
         """Why the fold failed, of what kind that is, and what to do, if its trial wrote or posted it."""

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from raycv import __version__
 from raycv.common.files import read_json
-from raycv.common.locations import absolute_uri, experiment_page
+from raycv.common.locations import OBJECT_STORAGE, absolute_uri, experiment_page, place_of
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
@@ -109,13 +109,16 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     floor = next(row["metrics"]["f1"] for row in floors["table"] if row["name"] == floors["best"])
     f1_of = {row["criterion"]: row["metrics"]["f1"]["value"] for row in evaluation["criteria"]}
     weakest = ", ".join(f"{name} {shown(f1_of[name], 'threshold')}" for name in verdict["weakest"])
+    titles = {check["code"]: check["title"] for check in evaluation["checks"]}
+    # A line for each check, under the first: together they would exceed the width of a terminal.
+    checks = f"\n{' ' * 15}".join(f"{code} {titles[code]}" for code in verdict["checks"])
     honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
     return (
         f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
         f"Best floor:    {best} ({label(verdict['floor'])})\n"
         f"Weakest F1:    {weakest or 'undefined'}\n"
-        f"Checks:        {', '.join(verdict['checks']) or 'none found anything'}\n"
-        f"Page:          {folder.page}"
+        f"Checks:        {checks or 'none found anything'}\n"
+        f"Page:          {place_of(folder.page)}"
     )
 
 
@@ -141,8 +144,8 @@ def announce_end(
     page = experiment_page(uri, read_json(folder.tracking).get("experiment_id", "0"))
     say(
         console,
-        f"Report:        {folder.report}\n"
-        f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f"Report:        {place_of(folder.report)}\n"
+        f"Best fold:     {place_of(folder.fold(report['best_fold']).checkpoint)}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}\n"
         f"In it:         experiment {config.tracking.experiment}, run {report['run']}, run id {parent_id}\n"
@@ -151,10 +154,27 @@ def announce_end(
         f"Columns:       {COLUMNS}\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
+    if lines := lines_for_afar(folder, config):
+        say(console, lines)
     activate = Path(sys.executable).parent / "activate"
     if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
         here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         say(console, f"Before you type these, once per shell: source {here}")
+
+
+def lines_for_afar(folder: RunFolder, config: RunConfig) -> str | None:
+    """How to have the run on the user's own machine, if it ran on another: over ssh (`ray submit`) or as a Ray job."""
+    if not {"SSH_CONNECTION", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys():
+        return None
+    runs, name = place_of(folder.root.parent), folder.root.name
+    if runs.startswith(OBJECT_STORAGE):
+        fetch = f"python -m raycv.report run={name} dir={runs}"
+        log = [] if config.tracking.uri.startswith("http") else [f"python -m raycv.aggregate run={name} dir={runs}"]
+    else:
+        fetch = f"ray rsync-down cluster.yaml {shlex.quote(f'{runs}/')} runs/   (or scp -r)"
+        log = [] if config.tracking.uri.startswith("http") else [f"python -m raycv.aggregate run={name}"]
+    log = [f"{line} tracking_uri=sqlite:///mlflow.db" for line in log]
+    return "\n".join(["On your own machine, to fetch the run, and to log it there:", fetch, *log])
 
 
 def look_into_mlflow(uri: str) -> str:

@@ -56,6 +56,8 @@ class Placement:
     """whether the cluster is one machine and stays one machine"""
     accelerator: str | None = None
     """the GPU that each fold gets, as Ray names it; None for any"""
+    gpu_hour_price: float | None = None
+    """the price of an hour of one GPU, in any currency; None if it is not known"""
 
     def places(self, nodes: Sequence[Mapping[str, float]]) -> int:
         """How many folds `nodes` hold at once."""
@@ -66,9 +68,12 @@ class Placement:
         return max(1, min(self.at_most, self.places(nodes)))
 
     def estimate(self, folds: int, fold_seconds: float) -> str:
-        """Tells how long `folds` take if each takes `fold_seconds`, and how many hours of GPUs that is."""
+        """Tells how long `folds` take if each takes `fold_seconds`, how many hours of GPUs that is, and their price."""
         waves = -(-folds // self.concurrent)
-        gpus = f", {folds * fold_seconds * self.gpus / 3600:.1f} GPU-hours" if self.gpus else ""
+        gpu_hours = folds * fold_seconds * self.gpus / 3600
+        gpus = f", {gpu_hours:.1f} GPU-hours" if self.gpus else ""
+        if self.gpus and self.gpu_hour_price is not None:
+            gpus += f", {gpu_hours * self.gpu_hour_price:.2f} at resources.gpu_hour_price={self.gpu_hour_price:g}"
         return f"about {waves * fold_seconds / 3600:.1f} hours{gpus}"
 
     def workers_on(self, node: Mapping[str, float]) -> int:
@@ -132,6 +137,7 @@ def plan(config: RunConfig, nodes: Sequence[Mapping[str, float]], types: Sequenc
         at_most,
         alone=len(nodes) == 1 and not asked.autoscaling,
         accelerator=accelerator,
+        gpu_hour_price=asked.gpu_hour_price,
     )
     if fit == 0:
         grows = f"; node types: {_types(later)}" if asked.autoscaling else ""
@@ -163,11 +169,26 @@ def awaited(
     """Names what the folds wait for; None if `nodes` hold a fold."""
     if placement.places(nodes):
         return None
-    gpus = f"{counted(placement.gpus, 'GPU')}{f' ({placement.accelerator})' if placement.accelerator else ''} and "
-    needs = f"{gpus if placement.gpus else ''}{counted(placement.cpus, 'CPU core')}"
     fitting = [kind.name for kind in types or [] if placement.places([kind.resources] * placement.workers)]
     comes = f"; the autoscaler starts {' or '.join(fitting) or 'one, if it has such a node type'}" if grows else ""
-    return f"the folds wait for {needs}: no node has them (nodes: {_shown(nodes)}){comes}"
+    return f"the folds wait for {_needs(placement)}: no node has them (nodes: {_shown(nodes)}){comes}"
+
+
+def busy(placement: Placement, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
+    """Names what a fold waits for that `nodes` could hold, of which only the resources `free` are not in use."""
+    used = []
+    for resource, needed, unit in (("GPU", placement.gpus, "GPU"), ("CPU", placement.cpus, "CPU core")):
+        has, left = sum(node.get(resource, 0) for node in nodes), free.get(resource, 0)
+        if needed > left:
+            whole = f"all {has:g} {unit}s are in use" if has != 1 else f"the only {unit} is in use"
+            used.append(f"{left:g} of {has:g} {unit}s are free" if left else whole)
+    # Enough may be free, but in parts on several nodes.
+    return f"waits for {_needs(placement)}: {' and '.join(used) or 'no single node has them free'}"
+
+
+def _needs(placement: Placement) -> str:
+    gpus = f"{counted(placement.gpus, 'GPU')}{f' ({placement.accelerator})' if placement.accelerator else ''} and "
+    return f"{gpus if placement.gpus else ''}{counted(placement.cpus, 'CPU core')}"
 
 
 def _shown(nodes: Sequence[Mapping[str, float]]) -> str:

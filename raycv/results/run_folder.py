@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.files import read_json, sha256_of, write_text
+from raycv.common.locations import place_of
 from raycv.errors import UserError
 
 GOOD_COPY = (
@@ -116,7 +117,7 @@ def infer_command(folder: RunFolder) -> str:
 
 
 def _command(module: str, name_key: str, place_key: str, folder: RunFolder, more: Sequence[str] = ()) -> str:
-    elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={folder.root.parent}"]
+    elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={place_of(folder.root.parent)}"]
     return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere, *more])
 
 

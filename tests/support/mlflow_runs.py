@@ -60,11 +60,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for_health(port, process, log):
+def wait_for_health(port, process, log, host="127.0.0.1"):
     """Waits until the server of `process`, which writes `log`, answers at /health."""
     while True:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            urllib.request.urlopen(f"http://{host}:{port}/health", timeout=1)
             return
         except OSError:
             assert process.poll() is None, log.read_text()
@@ -72,9 +72,9 @@ def wait_for_health(port, process, log):
 
 
 @contextlib.contextmanager
-def serving(folder, port):
-    """A real MLflow server on `port` of the loopback, its store in `folder`; yields its process when it answers."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+def serving(folder, port, host="127.0.0.1"):
+    """A real MLflow server on `port` of `host`, its store in `folder`; yields its process when it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     # Half a dozen processes that nobody needs here.
@@ -82,7 +82,7 @@ def serving(folder, port):
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
     try:
-        wait_for_health(port, process, folder / "server.log")
+        wait_for_health(port, process, folder / "server.log", host)
         yield process
     finally:
         kill(process)
