@@ -100,7 +100,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     published = task.published
     publisher = None
     if published is not None:
-        # Ray Train may start a worker again by itself, so even the first attempt looks for a state.
+        # Ray Train may restart a worker automatically, so even the first attempt looks for a state.
         alone, begun = task.placement.workers == 1, arguments["begun"]
         bring_states(published, fold, alone=alone, tell=listener.on_event, begun=begun)
         if not rank:
@@ -204,7 +204,7 @@ def measure_worker(
         from raycv.training.loop import FoldTrainer
         from raycv.training.memory import memory_limit, memory_taken
 
-    files, told = fetch_base(base.name, base.revision), []
+    files, told = fetch_base(base.name, base.revision), list[str]()
     tokenizer, device = load_tokenizer(files), Accelerator().device
     adapted, precision, _, attention = _adapted(config, files, tokenizer, device, told.append)
     split, share = shared.splits[0], _memory_share(placement, device)
