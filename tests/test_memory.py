@@ -72,7 +72,7 @@ def test_auto_compares_what_was_measured_with_what_there_is_less_a_margin(toy, m
         assert share == 0.25
         return int(factor * (measured[0] + later) / 0.85)
 
-    monkeypatch.setattr(memory, "_memory", there_is)
+    monkeypatch.setattr(memory, "memory_limit", there_is)
     loop, _, said, _ = fitted(toy, "auto", share=0.25, model=model)
     assert len(measured) == 1 + on, "with checkpointing only where it does not fit without"
     assert measured[0] > 8 * toy.encoded.lengths.max() * 32 * 4  # a layer's activations of 8 rows, at the least
@@ -118,7 +118,7 @@ def test_auto_takes_as_few_layers_as_the_memory_demands_the_first_ones(deep, mon
 
     fewer, these = needed(max(0, layers - 1)) if layers else 1.5 * needed(0), needed(layers)
     assert these < fewer
-    monkeypatch.setattr(memory, "_memory", lambda device, share: int(((fewer + these) / 2 + later) / 0.85))
+    monkeypatch.setattr(memory, "memory_limit", lambda device, share: int(((fewer + these) / 2 + later) / 0.85))
     loop = planned(deep)
     said = loop._choose_checkpointing(TRAIN)
     loop.checkpointing.prepare(loop.scorer.positions(heaviest))
@@ -195,7 +195,7 @@ def test_the_largest_passes_are_measured_with_few_rows_and_told(deep, monkeypatc
     tried = []
     real = Steps._heaviest
     monkeypatch.setattr(Steps, "_heaviest", lambda self, pairs, size: tried.append(size) or real(self, pairs, size))
-    monkeypatch.setattr(memory, "_memory", lambda device, share: 8_000_000)
+    monkeypatch.setattr(memory, "memory_limit", lambda device, share: 8_000_000)
     loop = planned(deep, batch_size="auto", effective_batch_size=30, packing=True)
     said = loop._choose_checkpointing(TRAIN)
     assert tried == [30, 8, 8]
@@ -207,7 +207,7 @@ def test_the_largest_passes_are_measured_with_few_rows_and_told(deep, monkeypatc
 
 @pytest.mark.parametrize(("asked", "fits"), [("on", (True, True)), ("off", (False, False)), ("auto", (False, True))])
 def test_what_is_asked_for_decides_the_room_of_a_pass(deep, monkeypatch, asked, fits):
-    monkeypatch.setattr(memory, "_memory", lambda device, share: 4_000_000)
+    monkeypatch.setattr(memory, "memory_limit", lambda device, share: 4_000_000)
     loop = planned(deep, batch_size="auto", gradient_checkpointing=asked)
     loop._choose_checkpointing(TRAIN)
     both = planned(deep, batch_size="auto")
@@ -268,16 +268,16 @@ def group(folder, limit, used, cached, names):
 
 def test_a_limit_below_what_the_machine_has_free_is_what_there_is(monkeypatch):
     monkeypatch.setattr(memory, "left_to_containers", lambda own: iter([2000, 1000]))
-    assert memory._memory(torch.device("cpu"), 0.5) == 500
+    assert memory.memory_limit(torch.device("cpu"), 0.5) == 500
     monkeypatch.setattr(memory, "left_to_containers", lambda own: iter([2**62]))
-    assert 0 < memory._memory(torch.device("cpu"), 1.0) < 2**50
+    assert 0 < memory.memory_limit(torch.device("cpu"), 1.0) < 2**50
 
 
 def test_of_a_gpu_there_is_no_more_than_others_leave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
-    assert memory._memory(torch.device("cuda"), 1.0) == 400
-    assert memory._memory(torch.device("cuda"), 0.25) == 250
+    assert memory.memory_limit(torch.device("cuda"), 1.0) == 400
+    assert memory.memory_limit(torch.device("cuda"), 0.25) == 250
 
 
 def test_what_is_measured_grows_with_the_batch_and_shrinks_with_checkpointing(toy):

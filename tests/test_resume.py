@@ -161,7 +161,7 @@ def interrupted(toy, case, folder, stop, **changes):
 def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, monkeypatch, case):
     """Stopped in the first epoch, in its last step, and in the second; saving itself changes nothing either."""
     # A state records the room, and the memory that a machine has left varies.
-    monkeypatch.setattr(memory, "_memory", lambda device, share: 10**9)
+    monkeypatch.setattr(memory, "memory_limit", lambda device, share: 10**9)
     unbroken = Saver()
     expected = fit(toy, case, unbroken)
     same(fit(toy, case, Saver(), checkpoint_minutes=None), expected)
@@ -243,7 +243,7 @@ def test_the_largest_passes_that_fitted_are_taken_again_where_others_fit(toy, tm
     small = {"batch_size": "auto", "gradient_checkpointing": "auto", "effective_batch_size": 8, "packing": packing}
 
     def memory_of(bytes_):
-        monkeypatch.setattr(memory, "_memory", lambda device, share: bytes_)
+        monkeypatch.setattr(memory, "memory_limit", lambda device, share: bytes_)
 
     memory_of(700_000)
     expected = fit(toy, "weighted sampling", Saver(), **small)
