@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
-    "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "gpu", "layer_gpu",
+    "layer", "fold", "collate", "growth", "batching", "overhead", "scale", "many_folds", "gpu", "layer_gpu",
     "latency_cli", "load", "latency", "drift", "int8", "report",
 )  # fmt: skip
 ONE_AFTER_ANOTHER = ("latency_cli", "load")
@@ -30,6 +30,7 @@ OWED = {
     "latency_cli": "Figures of how fast `raycv.infer` answers are still owed: `python -m benchmarks.latency_cli`.",
     "load": "Figures of the resident scorer under load are still owed: `python -m benchmarks.load`.",
     "scale": "Figures of how folds run in parallel are still owed: `python -m benchmarks.scale`.",
+    "many_folds": "Figures of the driver of 250 folds are still owed: `python -m benchmarks.many_folds`.",
     "drift": "What bf16 and int8 change of the scores is still owed: `python -m benchmarks.drift`.",
     "latency": "Figures of an answer's latency are still owed: `python -m benchmarks.latency`, on an idle machine.",
     "report": "Figures of what the statistics of a run cost are still owed: `python -m benchmarks.report`.",
@@ -266,6 +267,27 @@ def scale(result: Json) -> list[str]:
     return [intro, "", *table(columns, result["rows"])]
 
 
+def many_folds(result: Json) -> list[str]:
+    """The driver of a large study."""
+    settings = result["settings"]
+    columns: list[Column] = [
+        ("folds, at once", lambda row: f"{row['folds']}, {row['at_once']}"),
+        ("wall, s", lambda row: f"{row['wall']:.0f}"),
+        ("until the first folds of all places began, s", lambda row: f"{row['first']:.0f}"),
+        ("from a fold to the next in its place, s", lambda row: f"{row['gap']:.2f} (at most {row['longest_gap']:.1f})"),
+        ("of a fold", lambda row: f"{row['overhead']:.1%}"),
+        ("CPU time of the driver, s", lambda row: f"{row['driver_cpu_seconds']:.0f}"),
+        (
+            "its memory at the start and at most, GB",
+            lambda row: f"{gigabytes(row, 'memory_start')}, {gigabytes(row, 'memory_most')}",
+        ),
+        ("MLflow rows a second", lambda row: f"{row['mlflow_records_per_second']:.0f}"),
+        ("MLflow behind the last fold, s", lambda row: f"{row['mlflow_behind']:.1f}"),
+    ]
+    intro = f"**{settings['folds']} folds that sleep {settings['sleep']:g} s**, with MLflow in SQLite."
+    return [intro, "", *table(columns, result["rows"])]
+
+
 def latency_cli(result: Json) -> list[str]:
     """Fresh processes of raycv.infer."""
     columns: list[Column] = [
@@ -472,7 +494,8 @@ def report(result: Json) -> list[str]:
 
 RENDERERS: dict[str, Callable[[Json], list[str]]] = {
     "layer": layer, "layer_gpu": layer, "fold": fold, "collate": collate, "growth": growth, "batching": batching,
-    "overhead": overhead, "scale": scale, "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift,
+    "overhead": overhead, "scale": scale, "many_folds": many_folds,
+    "latency_cli": latency_cli, "load": load, "gpu": gpu, "drift": drift,
     "latency": latency, "int8": int8, "report": report,
 }  # fmt: skip
 

@@ -325,6 +325,17 @@ def test_scale_runs_folds_that_sleep_at_once(tmp_path):
     assert row["absolute"]["median"] < row["efficiency"]["median"]
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_many_folds_measures_the_driver_and_what_mlflow_has(tmp_path):
+    (row,) = small_process("many_folds", tmp_path)["rows"]
+    assert (row["folds"], row["at_once"], row["mlflow_children"]) == (6, 3, 6)
+    assert 0 <= row["gap"] <= row["longest_gap"]
+    assert row["memory_most"] >= row["memory_start"] > 0
+    # At least the metrics of three epochs of each fold.
+    assert row["mlflow_records"] > 6 * 3 * 7
+
+
 def test_start_up_is_what_passes_before_a_fold_in_its_place():
     from benchmarks.scale import chains, facts, row
 

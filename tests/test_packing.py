@@ -593,7 +593,7 @@ def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base, batch
     toy = Toy(base, toy_dataset(words=25))
     config = train_config(batching=batching, batch_size=2, packing=packing)
     loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
-    heaviest = positions(loop.scorer, loop._heaviest(TRAIN))
+    heaviest = positions(loop.scorer, loop._heaviest(TRAIN, 2))
     assert heaviest == 2 * toy.encoded.lengths[TRAIN].max()
     loop._choose_checkpointing(TRAIN)
     for epoch in range(20):

@@ -370,6 +370,17 @@ def test_a_state_waits_for_a_storage_that_is_away(storage, monkeypatch):
     assert run.newest_state(0) == "000001-000000000"
 
 
+def test_a_fold_begins_without_the_storage_only_if_it_can_have_no_state(storage, monkeypatch):
+    monkeypatch.setattr("raycv.results.storage.WAIT_SECONDS", 0.5)
+    run, told = work_copy(), []
+    storage.stop()
+    bring_states(run, 0, alone=True, tell=told.append, begun=False)
+    assert told == []
+    for alone, begun in ((True, True), (False, False)):
+        with refuses("storage-unreachable", f"{RUNS}/first"):
+            bring_states(run, 0, alone=alone, tell=told.append, begun=begun)
+
+
 def test_a_worker_whose_fold_another_has_taken_ends(storage):
     run = work_copy()
     first, second = (StatePublisher(run, 0, print) for _ in range(2))

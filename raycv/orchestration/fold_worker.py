@@ -100,8 +100,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     published = task.published
     publisher = None
     if published is not None:
-        if arguments["begun"]:
-            bring_states(published, fold, alone=task.placement.workers == 1, tell=listener.on_event)
+        # Ray Train may restart a worker automatically, so even the first attempt looks for a state.
+        alone, begun = task.placement.workers == 1, arguments["begun"]
+        bring_states(published, fold, alone=alone, tell=listener.on_event, begun=begun)
         if not rank:
             publisher = listener.publisher = StatePublisher(published, fold, listener.on_event)
     memory = _memory_share(task.placement, device)

@@ -90,7 +90,10 @@ def progress_board(folder: RunFolder) -> Any:
 def _trainable(trial: Callable[..., None], task: FoldTask) -> type[tune.Trainable]:
     """The function `trial` as a class, whose actors Ray's dashboard names `<run>/fold_<k>`."""
 
-    class FoldTrial(wrap_function(tune.with_parameters(trial, task=task))):  # type: ignore[misc]  # made by a call
+    # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
+    function = tune.with_resources(tune.with_parameters(trial, task=task), {"CPU": 0, HEAD_NODE: 0.001})
+
+    class FoldTrial(wrap_function(function)):  # type: ignore[misc]  # made by a call
         def __repr__(self) -> str:
             # Ray asks once. An actor that serves several folds is named for none of them.
             return f"{task.run}/{'folds' if task.placement.alone else self.trial_name}"
@@ -115,10 +118,8 @@ def run_folds(
     root = RunFolder(Path(task.root))
     states = FoldStates(view, root, task)
     nodes = NodeWatch(task, placement, view)
-    # Trial drivers only wait for their workers: with a CPU each they would starve them, so they take none.
-    trainable = tune.with_resources(_trainable(trial, task), {"CPU": 0, HEAD_NODE: 0.001})
     tuner = tune.Tuner(
-        trainable,
+        _trainable(trial, task),
         param_space={FOLD_KEY: tune.grid_search(folds)},
         tune_config=tune.TuneConfig(
             search_alg=nodes.to_start,

@@ -37,7 +37,7 @@ def make_local_copy(share: Path, nonce: str) -> None:
         write_text(share, nonce)
 
 
-def bring_states(run: PublishedRun, fold: int, *, alone: bool, tell: Tell) -> None:
+def bring_states(run: PublishedRun, fold: int, *, alone: bool, tell: Tell, begun: bool = True) -> None:
     """Fetches the newest published training state of a fold, if the local ones are older.
 
     Args:
@@ -45,11 +45,18 @@ def bring_states(run: PublishedRun, fold: int, *, alone: bool, tell: Tell) -> No
         fold: The fold.
         alone: Whether one worker trains it. Several must resume from the same state, so only the published one counts.
         tell: Gets a line if the storage does not answer, and is waited for.
+        begun: Whether there should be a state. One worker without any begins, if the storage does not answer.
 
     Raises:
         UserError: The storage still does not answer, or it refuses.
     """
-    newest = persistently(lambda: run.newest_state(fold), tell)
+    needed = begun or not alone
+    try:
+        newest = persistently(lambda: run.newest_state(fold), tell, None if needed else 0)
+    except UserError:
+        if needed:
+            raise
+        return
     here = sorted(path.name for path in run.folder.fold(fold).state.glob("[0-9]*"))
     if newest and (not alone or newest > max(here, default="")):
         persistently(lambda: run.fetch(f"{states_folder(fold)}/{newest}"), tell)

@@ -14,6 +14,7 @@ from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision
+from raycv.training.memory import Room
 from raycv.training.metrics import binary_metrics, tune_threshold
 from raycv.training.progress import (
     WORKERS,
@@ -298,7 +299,7 @@ class FoldTrainer(Steps):
         """
         device = self.accelerator.device
         sizes = (self.micro_batch[True].size, self.micro_batch[False].size, self.checkpointing.on)
-        own = random_state(device) | {"sizes": torch.tensor(sizes)}
+        own = random_state(device) | {"sizes": torch.tensor(sizes), "room": torch.tensor(self.checkpointing.room)}
         tensors = {f"{WORKERS}{name}": self.workers.gather(tensor, device) for name, tensor in own.items()}
         tensors |= training_tensors(self.model, self.optimizer)
         facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
@@ -328,7 +329,9 @@ class FoldTrainer(Steps):
         # `torch.set_rng_state` crashes on a row of a larger tensor, so we clone.
         own = {name: tensor[self.workers.rank].clone() for name, tensor in workers_tensors(state.tensors).items()}
         self.micro_batch[True].size, self.micro_batch[False].size, checkpointing = own.pop("sizes").tolist()
-        self.checkpointing.restore(bool(checkpointing))
+        # Earlier versions recorded no room.
+        room = own.pop("room", None)
+        self.checkpointing.restore(bool(checkpointing), room if room is None else Room(*room.tolist()))
         set_random_state(own, self.accelerator.device)
         self.events[:] = state.facts["events"]
         then, now = state.facts.get("device"), describe_device(self.accelerator.device)

@@ -188,6 +188,18 @@ def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Line
         yield [[groups[-index] for _, index in lines[line]] for _, line in used]
 
 
+def in_even_lines(groups: Sequence[Group], batches: int, fill: float) -> list[Lines]:
+    """Returns `groups` in so many batches of filled lines, each as small as that allows; see `in_lines`.
+
+    There may be more batches where `fill` demands it.
+    """
+    width = max(group.positions for group in groups)
+    lines = -(-sum(group.positions for group in groups) // (width * batches))
+    while len(made := list(in_lines(groups, lines * width, fill))) > batches and lines < len(groups):
+        lines += 1
+    return made
+
+
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
     """Returns the logits [R, 2] of the packed rows.
 
