@@ -4,8 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 LOCK := requirements.lock
 AUDIT := .venv/.audit
-# What starts no Ray shares the cores; each Ray takes them all.
+# What starts no Ray shares the cores. Two runs on Ray go side by side: each waits for its processes half of the time.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+RAYS := -n 2 --dist loadfile
 
 .PHONY: install quickstart example test test-slow test-faults test-cluster test-all test-versions check docs format lock audit licenses
 
@@ -31,11 +32,11 @@ example: install
 
 test: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not ray"
-	$(BIN)/python -m pytest -m "not slow and ray"
+	$(BIN)/python -m pytest $(RAYS) -m "not slow and ray"
 
 test-slow: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and core and not ray"
-	$(BIN)/python -m pytest -m "slow and core and ray"
+	$(BIN)/python -m pytest $(RAYS) -m "slow and core and ray"
 
 # The fault matrix of the docs: processes killed, disks filled, servers stopped.
 test-faults: install
@@ -48,7 +49,7 @@ test-cluster: install
 # Every test there is, and the docs: well over an hour on two cores.
 test-all: test docs
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not ray"
-	$(BIN)/python -m pytest -m "slow and ray"
+	$(BIN)/python -m pytest $(RAYS) -m "slow and ray"
 
 # Fast tests and quickstart on the lowest and on the newest versions that pyproject.toml permits. It downloads 10 GB:
 # torch comes with the libraries of a GPU.

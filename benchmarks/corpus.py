@@ -32,10 +32,10 @@ def train_config(*overrides: str) -> TrainConfig:
     return run_config("train.epochs=1", "train.precision=fp32", "train.gradient_checkpointing='on'", *overrides).train
 
 
-def synthetic(posts: int = REDSM5_POSTS, **changes: Any) -> Dataset:
+def synthetic(posts: int = REDSM5_POSTS, *, seed: int = 7, **changes: Any) -> Dataset:
     """`posts` synthetic posts of realistic length; `changes`: `words_mean`, `criteria`."""
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(Path(folder), posts=posts, seed=7, **changes)
+        write_dataset(Path(folder), posts=posts, seed=seed, **changes)
         return load_dataset(Path(folder), Path(folder))
 
 

@@ -1,9 +1,10 @@
-"""One fold, trained for an epoch and validated: Hugging Face's Trainer with PEFT's DoRA, and raycv.
+"""One fold, trained for an epoch and validated: Hugging Face's Trainer with PEFT's DoRA or LoRA, and raycv.
 
-A random-weight Llama, 768 wide and 8 layers deep, on a CPU in float32, gradient checkpointing on for all. The posts
-stand at even quantiles of the lengths of the full-size synthetic set, every second one held out; they are few, since
-padded to 512 a pair takes seconds on two cores. Four rounds, so that each variant is the first of a round once. Beside
-the times the parity: without dropout the same pairs in the same order give the same losses.
+A random-weight Llama, 768 wide and 8 layers deep, on a CPU in float32. Gradient checkpointing is on, apart from the
+variants under each side's defaults: off for the Trainer, `auto` for raycv. The posts stand at even quantiles of the
+lengths of the full-size synthetic set, every second one held out. They are few, since padded to 512 a pair takes
+seconds on two cores. Beside the times the parity: without dropout the same pairs in the same order give the same
+losses. Among the variants of a round is a large product, so that the share of its rate is one of the same minutes.
 """
 
 import logging
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.corpus import (
     TOKENIZER,
@@ -27,7 +29,7 @@ from benchmarks.corpus import (
     train_config,
 )
 from benchmarks.harness import Bar, Result, interleaved, parser, ratios, spread
-from benchmarks.models import ADAPTERS, Shape, TokenCount, classifier
+from benchmarks.models import ADAPTERS, Shape, TokenCount, base_weights, classifier
 from benchmarks.peers import Rows, peer_trainer
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.model.adapters import add_dora
@@ -43,9 +45,17 @@ PARITY_LIMIT = 1e-6
 TITLES = {
     "trainer_512": "Trainer + PEFT DoRA, padded to 512",
     "trainer_dynamic": "Trainer + PEFT DoRA, dynamic padding",
+    "trainer_by_length": "Trainer + PEFT DoRA, dynamic padding, group_by_length",
+    "trainer_lora": "Trainer + PEFT LoRA, dynamic padding, group_by_length",
+    "trainer_defaults": "Trainer + PEFT DoRA, padded to 512, its defaults",
     "shuffled": "raycv, shuffled",
+    "shuffled_defaults": "raycv, shuffled, its defaults",
     "post_grouped": "raycv, post_grouped",
 }
+PRODUCT = "product"
+"""A product of the model's widest weights, in turn with the variants."""
+FLOPS = {"train": 6, "validation": 2}
+"""FLOPs per base weight and token under checkpointing: forward, gradient of the input, recompute, 2 each."""
 
 
 class StepLosses:
@@ -131,13 +141,24 @@ class Raycv:
 class Peer:
     """The same with Hugging Face's Trainer and PEFT's layer; trains `train_pairs` in their order."""
 
-    def __init__(self, shape: Shape, encoded: EncodedPairs, train_pairs: np.ndarray, *overrides: str, padded: bool):
+    def __init__(
+        self,
+        shape: Shape,
+        encoded: EncodedPairs,
+        train_pairs: np.ndarray,
+        *overrides: str,
+        padded: bool,
+        by_length: bool = False,
+        adapter: str = "dora_peft",
+        checkpointing: bool = True,
+    ) -> None:
         self._encoded, self._padded = encoded, padded
         dora = run_config(*overrides).dora
         model = classifier(shape, seed=1, pad_id=encoded.pad_id)
-        self.model = ADAPTERS["dora_peft"].on(model, dropout=dora.lora_dropout)
+        self.model = ADAPTERS[adapter].on(model, dropout=dora.lora_dropout, checkpointing=checkpointing)
+        config = train_config(*overrides)
         self.trainer = peer_trainer(
-            self.model, encoded, tokenizer(), train_config(*overrides), train_pairs, padded=padded
+            self.model, encoded, tokenizer(), config, train_pairs, padded=padded, by_length=by_length
         )
         self.meter = Meter(self.model)
 
@@ -183,19 +204,48 @@ def rows(meters: dict[str, Meter], epochs: dict[str, list[float]]) -> list[dict[
     ]
 
 
-def bars(measured: list[dict[str, Any]]) -> list[Bar]:
-    """The claims over what a user would write, each round held against itself."""
+class Product:
+    """A product of `rows` states with the model's widest weights, as often as a variant's products are many."""
+
+    def __init__(self, shape: Shape, rows: int, times: int) -> None:
+        self._x, self._weight = torch.randn(rows, shape.hidden), torch.randn(shape.intermediate, shape.hidden)
+        self._times = times
+        self.flops = 2 * rows * self._weight.numel() * times
+
+    def __call__(self) -> None:
+        for _ in range(self._times):
+            torch.nn.functional.linear(self._x, self._weight)
+
+
+def bars(measured: list[dict[str, Any]], weights: int, product_flops: int, product: list[float]) -> list[Bar]:
+    """The claims over what a user would write, each round held against itself.
+
+    Args:
+        measured: The rows.
+        weights: The number of base weights under adapters.
+        product_flops: Operations of the large product.
+        product: Its seconds of each round.
+    """
     found = {row["variant"]: row for row in measured}
 
-    def bar(claim: str, variant: str, part: str, limit: float) -> Bar:
-        faster = ratios(found["trainer_512"][part], found[variant][part])
+    def bar(claim: str, variant: str, part: str, limit: float, peer: str = "trainer_512") -> Bar:
+        faster = ratios(found[peer][part], found[variant][part])
         return Bar.of_rounds(f"{claim}, times faster than the Trainer padded to 512", faster, limit)
 
+    ours = found["shuffled"]
+    trained = ours["epoch_tokens"] - ours["validation_tokens"]
+    flops = weights * (FLOPS["train"] * trained + FLOPS["validation"] * ours["validation_tokens"])
+    shares = [flops / took / (product_flops / alone) for took, alone in zip(ours["epoch_rounds"], product, strict=True)]
     return [
-        bar("shuffled: an epoch with validation", "shuffled", "epoch_rounds", 2.5),
-        bar("post_grouped: an epoch with validation", "post_grouped", "epoch_rounds", 6),
-        bar("validation alone", "shuffled", "validation_rounds", 5),
-    ]
+        bar("shuffled: an epoch with validation", "shuffled", "epoch_rounds", 4.4),
+        bar(
+            "shuffled, both with their defaults: an epoch with validation",
+            "shuffled_defaults", "epoch_rounds", 6, "trainer_defaults",
+        ),
+        bar("post_grouped: an epoch with validation", "post_grouped", "epoch_rounds", 16),
+        bar("validation alone", "shuffled", "validation_rounds", 10),
+        Bar.of_rounds("share of the rate of a large float32 product, shuffled", shares, 0.7),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -209,10 +259,15 @@ def main() -> None:
     number = {post_id: index for index, post_id in enumerate(chosen.posts)}
     val = pairs_of_posts(encoded, [number[post_id] for post_id in by_length[1::2]])
     train = np.setdiff1d(np.arange(len(encoded.labels)), val)
+    order = np.random.default_rng(0).permutation(train)
     works: dict[str, Raycv | Peer] = {
-        "trainer_512": Peer(shape, encoded, np.random.default_rng(0).permutation(train), padded=True),
-        "trainer_dynamic": Peer(shape, encoded, np.random.default_rng(0).permutation(train), padded=False),
+        "trainer_512": Peer(shape, encoded, order, padded=True),
+        "trainer_dynamic": Peer(shape, encoded, order, padded=False),
+        "trainer_by_length": Peer(shape, encoded, order, padded=False, by_length=True),
+        "trainer_lora": Peer(shape, encoded, order, padded=False, by_length=True, adapter="lora"),
+        "trainer_defaults": Peer(shape, encoded, order, padded=True, checkpointing=False),
         "shuffled": Raycv(shape, encoded, "train.batching=shuffled"),
+        "shuffled_defaults": Raycv(shape, encoded, "train.gradient_checkpointing=auto"),
         "post_grouped": Raycv(shape, encoded, "train.batching=post_grouped"),
     }
     config = train_config()
@@ -229,15 +284,19 @@ def main() -> None:
     same = Bar(claim, difference, PARITY_LIMIT, at_most=True)
     result.add(parity=compared | {"shape": vars(SMALL)})
 
+    product = Product(shape, 1024, 2 if options.small else 400)
+    weights = base_weights(works["shuffled"].model)
+
     def keep(epochs: dict[str, list[float]]) -> None:
         measured = rows({name: work.meter for name, work in works.items()}, epochs)
-        result.renew(measured, [*bars(measured), same])
+        result.renew(measured, [*bars(measured, weights, product.flops, epochs[PRODUCT]), same])
 
     for work in works.values():
         work.validate(val[:2])  # a warm-up
         work.meter.validation_seconds.clear()
     epochs = {name: partial(work.epoch, train, val) for name, work in works.items()}
-    interleaved(epochs, options.repeats, warm_up=False, after_round=keep)
+    product()
+    interleaved({PRODUCT: product, **epochs}, options.repeats, warm_up=False, after_round=keep)
     result.report()
 
 

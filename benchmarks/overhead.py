@@ -52,7 +52,8 @@ PHASES = {
 def watched(command: list[str], folder: Path) -> tuple[dict[str, float], dict[int, dict[str, float]], list[str]]:
     """Runs `command` in `folder`: seconds until its first fold starts, to its last fold's end, and in all; when each
     fold was starting and done; what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A Ray of its own, whatever else runs on this machine.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     began = time.time()
     marks: dict[int, dict[str, float]] = {}
     lines = []

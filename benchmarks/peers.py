@@ -1,4 +1,4 @@
-"""What a user would write instead of raycv: Hugging Face's Trainer over PEFT's DoRA."""
+"""What a user would write instead of raycv: Hugging Face's Trainer over PEFT's DoRA or LoRA."""
 
 import tempfile
 from typing import Any
@@ -32,11 +32,13 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 class PeerTrainer(Trainer):
-    """A Trainer that takes the pairs in the order given and keeps the loss of each optimizer step."""
+    """A Trainer that takes the pairs in the order given, or grouped by length, and keeps each optimizer step's loss."""
 
     losses: list[float]
 
-    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+    def _get_train_sampler(self, *_: Any) -> Any:
+        if self.args.group_by_length:
+            return super()._get_train_sampler()
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
@@ -62,9 +64,20 @@ def mean_of_step(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = N
 
 
 def peer_trainer(
-    model: Any, encoded: EncodedPairs, tokenizer: Any, config: TrainConfig, train_pairs: np.ndarray, *, padded: bool
+    model: Any,
+    encoded: EncodedPairs,
+    tokenizer: Any,
+    config: TrainConfig,
+    train_pairs: np.ndarray,
+    *,
+    padded: bool,
+    by_length: bool = False,
 ) -> PeerTrainer:
-    """A Trainer that does what raycv's FoldTrainer does under `config`, on a CPU, one epoch, nothing saved."""
+    """A Trainer that does what raycv's FoldTrainer does under `config`, on a CPU, one epoch, nothing saved.
+
+    `by_length` groups pairs of similar length, as its option group_by_length does.
+    """
+    assert isinstance(config.batch_size, int), "Trainer measures no memory"
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         num_train_epochs=1,
@@ -76,6 +89,7 @@ def peer_trainer(
         max_grad_norm=config.max_grad_norm or 0.0,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type=config.schedule,
+        group_by_length=by_length,
         use_cpu=True,
         save_strategy="no",
         eval_strategy="no",

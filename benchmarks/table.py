@@ -127,7 +127,8 @@ def fold(result: Json) -> list[str]:
     intro = (
         f"**One fold**: an epoch of {settings['train_pairs']} pairs in {counted(steps, 'optimizer step')}, and the "
         f"validation of {settings['validation_pairs']}{batches}. "
-        f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32, gradient checkpointing."
+        f"Llama {settings['hidden']} wide and {settings['layers']} layers deep, float32. Gradient checkpointing is on, "
+        "apart from rows of defaults."
     )
     columns: list[Column] = [
         ("", lambda row: titles[row["variant"]]),
@@ -177,25 +178,30 @@ def batching(result: Json) -> list[str]:
     """The study of train.batching."""
     settings = result["settings"]
     intro = (
-        f"**Does post_grouped cost accuracy?** {settings['posts']:,} posts x 9 criteria, {settings['seeds']} seeds x 5 "
-        f"folds each way. Tiny base, {settings['epochs']} epoch(s), prompts of at most {settings['max_length']} tokens."
+        f"**Does post_grouped cost accuracy?** {counted(len(result['rows']), 'replicate')}, each of its own data set: "
+        f"{settings['posts']:,} posts x 9 criteria to train on, {settings['test_posts']:,} to test on. Tiny base, "
+        f"{counted(settings['epochs'], 'epoch')}, the best of them."
     )
-    rows = [{"batching": name, **values} for name, values in result["means"].items()]
+    rows = [{"batching": name, **values} for name, values in result.get("means", {}).items()]
     columns: list[Column] = [
         ("batching", lambda row: row["batching"]),
         ("mean F1", lambda row: f"{row['f1']:.4f}"),
         ("mean ROC-AUC", lambda row: f"{row['roc_auc']:.4f}"),
-        ("seconds of a fold", lambda row: f"{row['seconds']:.0f}"),
+        ("CPU seconds of a training", lambda row: f"{row['cpu_seconds']:.0f}"),
     ]
-    paired = [
-        f"{metric}: post_grouped - shuffled = {found['mean']:+.4f}, 95 % interval {found['low']:+.4f} to "
-        f"{found['high']:+.4f} ({found['pairs']} pairs, corrected resampled t-test)"
-        for metric, found in result["paired"].items()
+    found = [
+        f"{metric}: {way} - shuffled = {values['mean']:+.4f}, 95 % interval {values['low']:+.4f} to "
+        f"{values['high']:+.4f} ({values['pairs']} pairs, paired t-test)"
+        for way, metrics in result.get("paired", {}).items()
+        for metric, values in metrics.items()
     ]
-    if "equivalent" in result:
-        verdict = "lies within" if result["equivalent"] else "does not lie within"
-        paired.append(f"the rule for the default: F1's interval {verdict} ±{settings['margin']}")
-    return [intro, "", *table(columns, rows), "", *(f"- {line}" for line in paired)]
+    if "harmless" in result:
+        interval, margin = result["paired"]["post_grouped"]["f1"], settings["margin"]
+        verdict = "harmless" if result["harmless"] else "a loss" if interval["high"] < -margin else "not decided"
+        found.append(f"the rule: F1's whole interval above -{margin} is harmless, below it a loss. Here: {verdict}")
+        if verdict == "not decided":
+            found.append(f"replicates for an interval of ±{margin}: about {interval['needed']}")
+    return [intro, "", *table(columns, rows), "", *(f"- {line}" for line in found)]
 
 
 def overhead(result: Json) -> list[str]:
@@ -326,27 +332,89 @@ def gpu(result: Json) -> list[str]:
         ("checkpointing", lambda row: "on" if row["checkpointing"] else "off"),
         ("batching", lambda row: row["batching"]),
         ("packed", lambda row: "yes" if row["packing"] else "no"),
+        ("compiled", lambda row: "yes" if row.get("compiled") else "no"),
         ("micro-batch", lambda row: str(row["micro_batch"])),
         ("real tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
+        ("host's seconds of all", _host),
         ("FLOPs / (N·token) that it needs", lambda row: str(row["flops_per_n_token"])),
         ("these, of all positions (padding too), of the measured peak", lambda row: f"{row['share_of_peak']:.0%}"),
         ("peak memory, GB", lambda row: gigabytes(row, "peak_bytes")),
     ]
     latency: list[Column] = [
-        ("adapter", lambda row: titles[row["adapter"]]),
+        ("adapter", lambda row: titles[row["adapter"]] + (f", {row['mode']}" if "mode" in row else "")),
         ("input", lambda row: row["input"]),
         ("seconds", lambda row: seconds(row["seconds"])),
     ]
-    parts = {part: [row for row in result["rows"] if row["part"] == part] for part in ("training", "latency")}
+    single: list[Column] = [
+        ("part", lambda row: row["part"]),
+        ("operation", lambda row: row["what"]),
+        ("m, n, k", lambda row: f"{row['m']}, {row['n']}, {row['k']}" if "m" in row else ""),
+        ("milliseconds", lambda row: seconds(_milli(row["seconds"])) if "seconds" in row else ""),
+        ("host's of all", _host),
+        ("rate", _rate),
+    ]
+    rows = result["rows"]
+    trained = [row for row in rows if row["part"] == "training"]
+    answers, operations = [row for row in rows if "input" in row], [row for row in rows if "what" in row]
     device, peak = result["environment"]["device"], result["peak_tflops"]
-    return [
+    lines = [
         f"**{llama(result)}'s shapes on {device}**, random weights; a large product of matrices runs at "
         f"{peak:.0f} TFLOP/s.",
         "",
-        *table(training, parts["training"]),
+        *table(training, trained),
         "",
-        *table(latency, parts["latency"]),
+        *table(latency, answers),
     ]
+    if operations:
+        lines += ["", *table(single, operations)]
+    missing = gpu_owed(result)
+    owed = ["", "Rows that `python -m benchmarks.gpu` still owes:", "", *(f"- {name}" for name in missing)]
+    return [*lines, *owed] if missing else lines
+
+
+GPU_PARTS = ("operations", "one layer", "attention", "the model", "rest")
+"""Parts of `benchmarks.gpu` whose rows are not of trainings."""
+GPU_TRAININGS: dict[str, Callable[[Json], bool]] = {
+    "compiled layers": lambda row: row.get("compiled", False),
+    "packed steps": lambda row: row["packing"],
+    "trainings without checkpointing": lambda row: not row["checkpointing"],
+    "post_grouped": lambda row: row["batching"] == "post_grouped",
+    "the host's share of the time": lambda row: "host_seconds" in row,
+    "PEFT's default": lambda row: row["adapter"] == "dora_peft",
+}  # fmt: skip
+"""What trainings of a whole run of it hold, and the rows that hold it."""
+
+
+def gpu_owed(result: Json) -> list[str]:
+    """What a whole run of `benchmarks.gpu` measures and `result` lacks."""
+    trained = [row for row in result["rows"] if row["part"] == "training"]
+    there = {row["part"] for row in result["rows"]}
+    owed = [f"the part `{part}`" for part in GPU_PARTS if part not in there]
+    return owed + [name for name, holds in GPU_TRAININGS.items() if not any(map(holds, trained))]
+
+
+def _host(row: Json) -> str:
+    return f"{row['host_seconds']['median'] / row['seconds']['median']:.0%}" if "host_seconds" in row else ""
+
+
+def _milli(values: Json) -> Json:
+    return {key: value if key == "n" else value * 1e3 for key, value in values.items()}
+
+
+def _rate(row: Json) -> str:
+    """What a single operation reached, or what it found."""
+    if "tflops" in row:
+        return f"{row['tflops']:.3g} TFLOP/s"
+    if "gigabytes_per_second" in row:
+        return f"{row['gigabytes_per_second']:,.0f} GB/s"
+    if "kernels" in row:
+        shares = sorted(row["kernel_seconds"].items(), key=lambda item: -item[1])
+        total = sum(value for _, value in shares)
+        kinds = ", ".join(f"{kind} {value / total:.0%}" for kind, value in shares)
+        return f"{row['kernels']:,} kernels fill {row['kernels_of_seconds']:.0%}: {kinds}"
+    if "difference" in row:
+        return f"they differ by {row['difference']:.2g} (the largest is {row['largest']:.2g})"
+    return {True: "equal bit for bit", False: "not equal", None: ""}[row.get("equal")]
 
 
 def drift(result: Json) -> list[str]:

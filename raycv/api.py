@@ -6,8 +6,10 @@ from pathlib import Path
 
 from raycv.analysis.comparison import Comparison, compare_all
 from raycv.analysis.run import Run, open_run
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import compose_checked, keys_set
 from raycv.config.schema import RunConfig
+from raycv.errors import UserError
 
 __all__ = ["Comparison", "Run", "compare_runs", "cross_validate", "load_run"]
 
@@ -56,6 +58,10 @@ def cross_validate(overrides: Sequence[str] = ()) -> Run:
         RunFailedError: A fold failed.
     """
     config = compose_checked("run", RunConfig, overrides)
+    if config.check:
+        raise UserError(
+            "check=true makes no run.", kind="config-value", remedies=["python -m raycv.run check=true ..."]
+        )
     from raycv.cv.pipeline import cross_validate as run_folds
 
     typed = keys_set("run", RunConfig, overrides) if config.resume is not None else ()
@@ -63,4 +69,4 @@ def cross_validate(overrides: Sequence[str] = ()) -> Run:
 
 
 def _folder(given: str | Path | None) -> Path:
-    return Path(given if given is not None else os.environ.get("RAYCV_RUN_DIR", "runs"))
+    return runs_folder(str(given if given is not None else os.environ.get("RAYCV_RUN_DIR", "runs")))

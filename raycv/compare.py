@@ -1,9 +1,8 @@
 """`python -m raycv.compare runs=[a,b] baseline=a`: is one run better than another, on the same pairs and folds?"""
 
-from pathlib import Path
-
 from rich.console import Console
 
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import run_command
 from raycv.config.schema import CompareConfig
 from raycv.errors import NotShownError
@@ -21,7 +20,7 @@ def compare(config: CompareConfig) -> None:
     from raycv.analysis.printed import comparison_tables
 
     output_paths(config.output)
-    found = compare_all(config.runs, config.baseline, config.metric, Path(config.dir))
+    found = compare_all(config.runs, config.baseline, config.metric, runs_folder(config.dir))
     console = Console()
     console.print(comparison_tables(found.result))
     for note in found.result["notes"]:

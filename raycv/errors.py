@@ -12,8 +12,8 @@ ErrorKind = Literal[
     "package-version", "package-damaged", "cluster-unreachable", "cluster-node", "cluster-resources",
     "gpu-unusable", "memory-full", "disk-full", "disk-unwritable", "tracking-unreachable", "tracking-store",
     "training-loss", "input-file", "input-empty", "criterion-unknown", "prompt-length", "output-exists",
-    "output-differs", "better-not-shown", "not-reproduced", "bundle-differs", "scorer-failed", "scorer-unavailable",
-    "scorer-request",
+    "output-differs", "better-not-shown", "not-reproduced", "bundle-differs", "storage-unreachable", "storage-refused",
+    "scorer-failed", "scorer-unavailable", "scorer-request",
 ]  # fmt: skip
 """The stable short name of what went wrong. KINDS has the cause and cure of each."""
 
@@ -149,6 +149,14 @@ KINDS: dict[ErrorKind, tuple[str, str]] = {
     "tracking-store": (
         "The MLflow store cannot be used, or lacks the run.",
         "Name another store, or repair this one as the message says.",
+    ),
+    "storage-unreachable": (
+        "The object storage does not answer.",
+        "Check the network and `AWS_ENDPOINT_URL`, and type the command again; the message names what is kept locally.",
+    ),
+    "storage-refused": (
+        "The object storage refuses the credentials, or lacks the bucket.",
+        "Check the bucket's name, its region, and the credentials: `aws s3 ls` uses the same ones.",
     ),
     "training-loss": (
         "A loss or score is NaN or infinity.",

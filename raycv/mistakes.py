@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import run_command
 from raycv.config.schema import MistakesConfig
 from raycv.rendering.terminal import say
@@ -19,7 +20,7 @@ def mistakes(config: MistakesConfig) -> None:
 
     output = Path(config.output)
     check_free(output, ",".join(COLUMNS))
-    run = open_run(config.run, Path(config.dir))
+    run = open_run(config.run, runs_folder(config.dir))
     console = Console()
     if line := said_latest(config.run, run.folder):
         say(console, line)

@@ -102,7 +102,7 @@ class Kind(Enum):
     SYMPTOM = (
         "data-label",
         "unknown symptom names",
-        "correct the name, or teach raycv/data/parsing.py the new one: to drop such rows would turn positives into"
+        "correct the name, or teach raycv/data/types.py the new one: to drop such rows would turn positives into"
         " negatives",
     )
     NO_POST = "data-id", "post ids without a post", _IDS

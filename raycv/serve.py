@@ -1,9 +1,8 @@
 """`python -m raycv.serve run=...`: a resident scorer, which `raycv.infer` finds automatically."""
 
-from pathlib import Path
-
-from raycv.common.signals import ignore_stops
+from raycv.common.locations import runs_folder
 from raycv.config.command_line import run_command
+from raycv.config.process import ignore_stops
 from raycv.config.schema import ServeConfig
 from raycv.serving.discovery import announce, announcement, discovery_file, say
 from raycv.serving.settings import setup_of
@@ -22,7 +21,7 @@ def run_server(config: ServeConfig) -> None:
     from raycv.orchestration.ray_serve import running
 
     limits = setup.config.serve
-    file = discovery_file(Path(config.dir), limits.port)
+    file = discovery_file(runs_folder(config.dir), limits.port)
     say(f"loading run {setup.chosen.run}, fold {setup.chosen.fold}")
     try:
         with running(setup):

@@ -29,8 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raycv.data.synthetic import CRITERIA, EVIDENCE, NEUTRAL, SYMPTOMS, Sentence, compose, paragraphs
+from raycv.data.phrases import EVIDENCE, NEUTRAL, Sentence, compose, paragraphs
+from raycv.data.synthetic import CRITERIA
+from raycv.data.types import SYMPTOMS as CODES
 
+SYMPTOMS = tuple(CODES)
 LOGGER = logging.getLogger("pretrain_tiny_llama")
 
 QUESTION = " {criterion} Does the post match the criterion description? Output yes or no"

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import signal
+import tempfile
 
 # Before any import of ray: tests start their own local cluster, never join one that happens to run here.
 os.environ.pop("RAY_ADDRESS", None)
@@ -29,6 +31,14 @@ settings.load_profile("fixed")
 # A shell's background job ignores Ctrl-C, one under nohup SIGHUP, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config):
+    """Where tests run side by side, the Rays of each process get a folder of their own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Ray's sockets lie in it, and the path of a socket is short.
+        os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rc")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True))
 
 
 def pytest_collection_finish():

@@ -18,18 +18,24 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support.builders import (
+    ARCHITECTURES,
     SENTENCES,
     bpe_tokenizer,
     llama_config,
     sentencepiece_files,
     tiny_bert,
     tiny_llama,
+    tiny_model,
     wordlevel_tokenizer,
 )
 from support.hub_base import NAME, REPO, Planted, hub  # noqa: F401
 from support.hub_server import HubServer
 from support.refusals import refuses
 
+from raycv.config.command_line import compose
+from raycv.config.schema import RunConfig
+from raycv.config.validation import validate
+from raycv.cv.preparation import prepare_base
 from raycv.errors import UserError, shown
 from raycv.model.base_files import BaseFiles, is_small_file
 from raycv.model.base_model import absolute_name, fetch_base
@@ -967,6 +973,49 @@ def test_a_config_of_another_size_is_refused(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with refuses("base-files", path, "config.json", "of another shape"):
         loaded(path)
+
+
+def prepared(path: Path):
+    """The preparation of a run, before Ray, with the base model of `path`."""
+    words = ["experiment=quickstart", f"model.name={path}", "prompt.max_length=100", "model.target_modules=all-linear"]
+    return prepare_base(validate(RunConfig, compose("run", words)))
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_weights_that_do_not_fit_are_refused_before_ray_from_their_headers(tmp_path, monkeypatch, shard):
+    path = tiny_llama(tmp_path, shard=shard)
+    prepared(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    first = "model.layers.0.mlp.down_proj.weight"
+    with refuses("base-files", path, "6 tensors", f"{first}. It is [32, 64]", "[32, 48] by config.json"):
+        prepared(path)
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with refuses("base-files", path, "9 tensors", "model.layers.2.", "missing in the weights"):
+        prepared(path)
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with refuses("base-files", path, "no place for 9 tensors", "model.layers.1."):
+        prepared(path)
+
+
+@pytest.mark.parametrize("version", ["4.999.0", "4.40.0", None, "4.x"])
+@pytest.mark.parametrize("part", ["model", "pre_tokenizer"])
+def test_a_tokenizer_of_a_newer_library_is_refused_with_the_version_to_install(tmp_path, part, version):
+    """The library raises a bare Exception: data did not match any variant of untagged enum."""
+    path = tiny_llama(tmp_path)
+    written = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(written | {part: {"type": "OfTheFuture"}}))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"transformers_version": version}))
+    with refuses("base-files", f"The tokenizer of {path}", "untagged enum") as caught:
+        prepared(path)
+    assert ("transformers 4.999.0 wrote" in str(caught.value)) == (version == "4.999.0")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_headers_of_any_family_are_taken_for_what_they_are(tmp_path, architecture):
+    """A language model lacks the head, and names its tensors with another prefix."""
+    prepared(tiny_model(tmp_path, architecture))
 
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])

@@ -1,5 +1,6 @@
 """Intervals and tests against SciPy, closed testing, hand-worked tables, and simulations with a known truth."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -19,6 +20,7 @@ from raycv.evaluation.bootstrap import (
     resample,
     weights_of_draws,
 )
+from raycv.evaluation.comparison import compare
 from raycv.evaluation.evaluate import evaluate
 from raycv.evaluation.operating_points import Measurement
 from raycv.training.metrics import tune_threshold
@@ -44,16 +46,21 @@ def by_scipy(study, statistic, draws, seed):
 
 
 def cross_fold_f1(study):
-    """F1 with thresholds chosen again, by loops."""
+    """F1 of drawn rows at their thresholds, minus that of the study at the same ones, plus the estimate.
 
-    def statistic(rows):
+    So the noise of the posts counts once.
+    """
+
+    def thresholds(rows):
         labels, scores, fold = study.labels[rows], study.scores[rows], study.fold[rows]
-        called = np.zeros(len(rows), dtype=bool)
-        for k in np.unique(fold):
-            called[fold == k] = scores[fold == k] >= tune_threshold(labels[fold != k], scores[fold != k])
-        return f1_score(labels, called)
+        return np.array([tune_threshold(labels[fold != k], scores[fold != k]) for k in range(study.folds)])
 
-    return statistic
+    def f1(rows, chosen):
+        return f1_score(study.labels[rows], study.scores[rows] >= chosen[study.fold[rows]])
+
+    every = np.arange(len(study.labels))
+    estimate = f1(every, thresholds(every))
+    return lambda rows: f1(rows, thresholds(rows)) - f1(every, thresholds(rows)) + estimate
 
 
 @pytest.mark.long
@@ -199,3 +206,44 @@ def test_p_values_are_two_sided_and_mirror():
     assert p_value(draws) == p_value(-draws) == pytest.approx(2 * 21 / 1001)
     assert p_value(np.zeros(100)) == 1
     assert p_value(np.concatenate([np.full(10, np.nan), np.ones(90)])) is None
+
+
+def test_corrected_t_stays_within_the_range_of_the_metric_and_of_a_difference():
+    """Two folds that differ give a t of 12.7 times the error, far beyond any possible value."""
+    study = simulated(30, folds=2, seed=5)
+    found = evaluate(study, 50)
+    point = next(row for row in found["operating_points"] if row["name"] == "cross_fold")
+    averages = {**point["fold_mean"], **found["score_metrics"]["fold_mean"]}
+    ends = {name: (row["corrected_t"]["low"], row["corrected_t"]["high"]) for name, row in averages.items()}
+    for name, (low, high) in ends.items():
+        assert (-1 if name == "mcc" else 0) <= low <= high <= 1
+    assert any(low == 0 or high == 1 for low, high in ends.values())
+    assert any(low < 0 for name, (low, _) in ends.items() if name == "mcc")
+    one, other = (
+        Samples({"folds.mcc": ends, "folds.f1": abs(ends)}, {"folds.mcc": draws, "folds.f1": draws})
+        for ends in (np.array([0.9, -0.9]), np.array([-0.9, 0.8]))
+        for draws in (np.zeros((2, 5)),)
+    )
+    mcc, f1 = (fold_mean(one.minus(other), name)["corrected_t"] for name in ("folds.mcc", "folds.f1"))
+    assert (mcc["low"], mcc["high"]) == (-2, 2)
+    assert -1 <= f1["low"] <= f1["high"] <= 1
+
+
+def test_calibration_error_has_no_bootstrap_interval_anywhere():
+    def walk(value, name=""):
+        if isinstance(value, dict):
+            if name == "ece":
+                assert value.get("fixed") is None, value
+            for key, inner in value.items():
+                yield from walk(inner, key)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from walk(inner)
+        yield name
+
+    studies = [simulated(30, seed=1), simulated(30, seed=1)]
+    found = evaluate(studies[0], 50)
+    compared = compare([replace(one, run=run) for one, run in zip(studies, ("a", "b"), strict=True)], draws=50)
+    assert list(walk(found)).count("ece") > 5
+    assert list(walk(compared)).count("ece") > 2
+    assert found["score_metrics"]["pooled"]["brier"]["fixed"] is not None

@@ -205,7 +205,33 @@ TAMPERED = {
     ),
     "a file that is gone": ("splits.csv", None, "splits.csv: it is missing"),
     "a table more": ("tables/extra.csv", lambda _: b"x", "tables/extra.csv: it does not belong"),
-    "the scores of a fold more": ("epoch_scores/fold_7.npy", lambda _: b"x", "fold_7.npy: it does not belong"),
+    "the scores of a fold more": ("epoch_scores/fold_7.npy", lambda _: b"x", "epoch_scores/ says 6 folds"),
+    "the scores of a fold less": ("epoch_scores/fold_1.npy", None, "epoch_scores/ says 4 folds"),
+    "other folds in the config": (
+        "config.yaml",
+        lambda text: text.replace(b"folds: 5", b"folds: 4"),
+        "config.yaml: cv.folds says 4 folds, and predictions.csv has 5",
+    ),
+    "events of a fold more": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["out_of_memory"].append(0)),
+        "run.json: out_of_memory says 6 folds, and predictions.csv has 5",
+    ),
+    "restarts of a fold less": (
+        "run.json",
+        lambda text: json_changed(text, lambda run: run["retries"].pop()),
+        "run.json: retries says 4 folds, and predictions.csv has 5",
+    ),
+    "a post less": (
+        "splits.csv",
+        lambda text: b"".join(text.splitlines(keepends=True)[:-1]),
+        "splits.csv: 44 posts, and predictions.csv has 45",
+    ),
+    "a criterion less": (
+        "evaluation.json",
+        lambda text: json_changed(text, lambda found: found["data"]["criteria"].pop()),
+        "evaluation.json: 8 criteria, and predictions.csv has 9",
+    ),
     "a cell more": (
         "predictions.csv",
         lambda text: text.replace(b"\n0,", b",secret\n0,", 1),

@@ -25,7 +25,8 @@ from support.malformed_config import MALFORMED
 from support.refusals import refuses, said_refusal
 
 import raycv
-from raycv.config.command_line import compose, compose_checked, for_hydra, quoted, without_verbatim
+from raycv.config.arguments import for_hydra, quoted, without_verbatim
+from raycv.config.command_line import compose, compose_checked, composed
 from raycv.config.other_names import OTHER_NAMES, WITHOUT_KEY
 from raycv.config.plain import plain_question, plain_values
 from raycv.config.schema import (
@@ -401,7 +402,7 @@ def test_long_value_is_not_shown() -> None:
 
 def test_the_value_cannot_forge_the_message() -> None:
     (fault,) = faults_of(values_under("resources.gpus_per_fold='a; received b'"))
-    assert fault.startswith("resources.gpus_per_fold: should be 'auto'")
+    assert fault.startswith("resources.gpus_per_fold: takes one of 'auto', or ")
     assert "received 'a; received b' (" in fault
 
 
@@ -471,7 +472,11 @@ def test_every_key_that_becomes_a_path_is_known() -> None:
 def test_an_address_is_refused_where_a_path_is_meant(command: str, key: str) -> None:
     """A folder called `s3:` would be made here."""
     schema = SCHEMAS[command]
+    takes_a_bucket = key.removeprefix("run.") == "dir"
     for address in (*ADDRESSES, *([] if key in MAY_SHIP else ["raycv://data/sample"])):
+        if takes_a_bucket and address.startswith("s3://"):
+            validate(schema, with_value(command, key, address))
+            continue
         with refuses("config-value", f"{key}: must be a path", f"received {shown(address)}") as caught:
             validate(schema, with_value(command, key, address))
         assert len(caught.value.faults) == 1
@@ -682,7 +687,69 @@ def test_command_line_that_cannot_be_composed(
 
 @pytest.mark.parametrize("argument", ["=5", f"train.epochs={'9' * 5000}"], ids=["=5", "huge"])
 def test_what_hydra_itself_stumbles_over_gives_no_traceback(tmp_path: Path, argument: str) -> None:
-    said_refusal(refused(tmp_path, argument), "config-syntax", "received: ", "python -m raycv.run --help")
+    said_refusal(refused(tmp_path, argument), "config-syntax", "received", "python -m raycv.run --help")
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "arguments", "parts"),
+    [
+        ("compare", CompareConfig, ["runs=a,b"], ["runs: ", "'a,b'", "runs=[a,b]"]),
+        ("compare", CompareConfig, ["runs=a"], ["runs: ", "'a'", "runs=[a]"]),
+        ("compare", CompareConfig, ["runs=[a,", "b]"], ["runs: ", "2 words", "runs=[a,b]"]),
+        ("compare", CompareConfig, ["runs=[a", "b]"], ["runs: ", "2 words", "runs=[a,b]"]),
+        ("compare", CompareConfig, ["runs=[a b]"], ["runs: ", "'a b'", "runs=[a,b]"]),
+        ("compare", CompareConfig, ["runs=[a,b"], ["runs: ", "'[a,b'", "runs=[a,b]"]),
+        ("reproduce", ReproduceConfig, ["folds=0"], ["folds: ", "'0'", "folds=[0]"]),
+        ("reproduce", ReproduceConfig, ["folds=0,1"], ["folds: ", "'0,1'", "folds=[0,1]"]),
+        ("run", RunConfig, ["cv.only=0"], ["cv.only: ", "'0'", "cv.only=[0]"]),
+        ("run", RunConfig, ["train.lr=1,2"], ["train.lr: ", "'1,2'", "train.lr=1"]),
+        ("run", RunConfig, ["model.target_modules=q,k"], ["model.target_modules: ", "'q,k'", "[q,k]"]),
+        ("run", RunConfig, ["train.lr={"], ["train.lr: ", "'{'", "--help"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_list_that_cannot_be_read_is_refused_in_our_words(
+    name: str, schema: type[Section], arguments: list[str], parts: list[str]
+) -> None:
+    kind = "config-value" if re.fullmatch(r"[\w.]+=[\w,]+", " ".join(arguments)) else "config-syntax"
+    with refuses(kind, *parts) as caught:
+        compose_checked(name, schema, arguments)
+    assert not re.search(r"hydra|Lexer|Ambiguous|multirun", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "argument"),
+    [
+        ("compare", CompareConfig, "runs=[a, b]"),
+        ("compare", CompareConfig, "runs=['a b',c]"),
+        ("reproduce", ReproduceConfig, "folds=[0]"),
+        ("run", RunConfig, "cv.only=null"),
+        ("run", RunConfig, "model.target_modules=all-linear"),
+        ("run", RunConfig, "run.dir='a,b'"),
+    ],
+)
+def test_a_list_that_can_be_read_is_taken(name: str, schema: type[Section], argument: str) -> None:
+    compose_checked(name, schema, [argument])
+
+
+@pytest.mark.parametrize("value", ["[]", "[0,0]", "[a]", "[-1]", "[1.5]"])
+def test_a_wrong_item_of_a_list_is_refused_in_our_words(value: str) -> None:
+    with refuses("config-value", "folds: ", value.strip("[]").split(",")[0]) as caught:
+        compose_checked("reproduce", ReproduceConfig, [f"folds={value}"])
+    assert not re.search(r"valid|validation|should|Input", str(caught.value))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_help_fits_80_columns(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["raycv", "--help"])
+    assert composed(name, SCHEMAS[name]) is None
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_a_key_that_several_sections_have_is_not_guessed() -> None:
+    (fault,) = faults_of(values_under() | {"seed": 7})
+    assert "did you mean cv.seed (" in fault
+    assert " or train.seed (" in fault
 
 
 def test_refused_sweep_writes_nothing(tmp_path: Path) -> None:
@@ -903,3 +970,9 @@ def test_an_ordinary_question_needs_neither_schema_nor_hydra() -> None:
     assert (config.infer.device, config.infer.batch_size, config.server) == ("cpu", 16, "auto")
     assert plain_question(["post=a", "run=a", "output=json", "server=http://host:8000", "post_file=-"]) is not None
     assert plain_question(["post=a", "criterion"]) is None
+
+
+def test_a_comma_in_a_number_is_not_answered_with_an_option_that_raycv_refuses() -> None:
+    with refuses("config-syntax", "train.lr=1,5e-4", "comma", "train.lr=1.5e-4") as caught:
+        compose_checked("run", RunConfig, ["train.lr=1,5e-4"])
+    assert "multirun" not in str(caught.value)

@@ -15,19 +15,23 @@ import pytest
 import torch
 from support.builders import no_gpu
 from support.commands import ROOT, background, raycv, wait_until
+from support.object_storage import RUNS, storage  # noqa: F401
 from support.refusals import refuses, said_refusal
 
 from raycv.common.files import read_json
+from raycv.common.locations import WORK, ray_folder, runs_folder
 from raycv.config.command_line import compose
 from raycv.config.schema import ServeConfig
 from raycv.config.validation import validate
 from raycv.model.base_model import fetch_base
+from raycv.results.find_run import existing_run
+from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head without cores, as in cluster.yaml, and two nodes of 8 cores and 2 GPUs, and one of 4 cores."""
     import ray
@@ -121,7 +125,7 @@ class Machine:
     def __init__(self, head, address, hidden=None, replaced=None, **environment):
         """`hidden`: a folder that is empty there. `replaced`: a folder, and the one that is seen in its place."""
         # Ray's own files, too: nodes that start at once would take each other's sockets.
-        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in ("/tmp/ray", hidden) if folder]
+        apart = [f'mount -t tmpfs tmpfs "{folder}" && ' for folder in (ray_folder(), hidden) if folder]
         if replaced:
             apart.append('mount --bind "{1}" "{0}" && '.format(*replaced))
         script = (
@@ -258,6 +262,37 @@ def test_a_share_that_is_unmounted_amid_training_fails_the_fold_and_leaves_nothi
     assert not run.report.exists()
     assert run.finished(2) == []
     assert list(run.fold(0).state.glob("0*")), "what to resume from is kept"
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_machines_without_shared_storage_train_through_a_bucket(tmp_path, storage, machines):
+    """The machine that trains is lost. Another resumes from the published state, and the driver fetches its folds."""
+    made, start = machines
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    first = start("127.0.0.2", hidden=cache)
+    first.wait(made)
+    cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+    out, states = tmp_path / "out", "train.checkpoint_minutes=0.01"
+    work = runs_folder(RUNS, WORK)
+    with background(tmp_path, *TINY, states, "train.epochs=2", f"run.dir={RUNS}", "run.name=far", **cluster) as process:
+        wait_until(lambda: any("fold_0/state/00" in name for name in storage.names("far")), process, out, 200)
+        assert first.sees(work / "far") != []
+        assert not (work / "far" / "fold_0" / "state").exists(), "the driver shares no folder with it"
+        second = start("127.0.0.4", hidden=cache)
+        second.wait(made)
+        first.close()
+        assert process.wait(timeout=400) == 0, out.read_text()
+    said = " ".join(out.read_text().split())
+    assert "resumes after epoch" in said
+    folder = existing_run(runs_folder(RUNS), "far")
+    assert {fold["worker"]["address"] for fold in read_json(folder.report)["folds"]} == {"127.0.0.4"}
+    # The checksums are those that the worker took, and the copy here is the driver's.
+    assert [FoldResult.of(folder, fold).fold for fold in range(2)] == [0, 1]
+    assert (folder.fold(0).checkpoint / "adapter_model.safetensors").is_file()
+    assert second.sees(work / "far") == [".share"], "its disk is free again"
+    assert not any("/state/" in name for name in storage.names("far"))
 
 
 SEEN_SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}

@@ -44,7 +44,7 @@ from support.malformed_data import (
 )
 from support.refusals import refuses, said_refusal
 
-from raycv.common.table_reader import read_columns
+from raycv.common.table_reader import IGNORABLE, MISSING, is_blank, is_missing, read_columns
 from raycv.common.text_files import FIELD_LIMIT
 from raycv.data.dataset import (
     EXPECTED_COUNTS,
@@ -54,8 +54,7 @@ from raycv.data.dataset import (
     load_dataset,
     size_warning,
 )
-from raycv.data.parsing import IGNORABLE, MISSING, SYMPTOMS, criterion_code, is_blank, is_missing
-from raycv.data.types import Dataset, Pair
+from raycv.data.types import SYMPTOMS, Dataset, Pair, criterion_code
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_HASHES = {"data_hash": "88a295bf110007c5", "criteria_hash": "2d7308a2f991d163"}

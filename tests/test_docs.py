@@ -253,6 +253,21 @@ def test_the_fault_table_names_tests_that_exist() -> None:
 # --- Pages that come from code ---------------------------------------------------------------------------------------
 
 
+def test_the_page_of_the_specification_has_each_line_of_it_with_tests_that_exist() -> None:
+    page = (ROOT / "docs/reference/specification.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "`test_" in line]
+    named = {row[0] for row in rows}
+    assert {f"FR-{number:03}" for number in range(1, 13)} | {f"SC-{number:03}" for number in range(1, 5)} <= named
+    assert len(rows) == 30
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(\w+)`", row[2])
+        assert tests, row
+        for file, test in tests:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+    deviations = {number for row in rows for number in re.findall(r"\d+", row[3] if len(row) > 3 else "")}
+    assert deviations <= set(re.findall(r"^(\d+)\. ", page, re.MULTILINE))
+
+
 def test_the_generated_pages_are_current() -> None:
     assert reference.outdated() == [], "python -m scripts.reference"
 

@@ -713,6 +713,20 @@ def test_latest_is_the_run_that_was_made_last_whatever_the_clock_said(tmp_path):
     assert find_run(tmp_path, "latest").root.name == "a"
 
 
+def test_a_copy_of_an_old_run_is_not_the_latest(tmp_path):
+    """A plain copy has new file times, but it started when its run did. Runs of earlier versions have file times."""
+    for number, name in enumerate(("old", "new")):
+        folder = finished_run(tmp_path / name)
+        write_json(folder.environment, {"started": 1000.0 + number})
+    copy = RunFolder(shutil.copytree(tmp_path / "old", tmp_path / "a_copy"))
+    assert copy.config.stat().st_mtime > 2000
+    assert find_run(tmp_path, "latest").root.name == "new"
+    write_json(copy.environment, {})
+    assert find_run(tmp_path, "latest").root.name == "a_copy"
+    make_newest(folder)
+    assert find_run(tmp_path, "latest").root.name == "new"
+
+
 def test_a_run_in_mlflow_never_ends_before_it_began(tmp_path):
     settings = config(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     store = CrossValidationStore(settings.uri)

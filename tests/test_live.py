@@ -5,16 +5,25 @@ import io
 import os
 import pty
 import re
+import shlex
 import struct
+import subprocess
+import sys
 import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.exceptions
+from ray.tune import TuneError
 from rich.console import Console
+from support.refusals import refuses
 
+from raycv.errors import RunFailedError
+from raycv.orchestration.cluster import explained_loss
 from raycv.rendering.terminal import DONE, FAILED, STARTING, LiveView, duration, look_into_mlflow, say, watched
 from raycv.resources.placement import Placement
+from raycv.results.run_folder import FoldFolder, RunFolder
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -169,7 +178,7 @@ def test_terminal_shows_state_progress_and_time_left(screen: tuple[LiveView, io.
     assert "fold  state" in shown
     assert "validating" in shown
     # Wide or not, an event is one line of text, which the terminal may fold but can be copied whole.
-    assert "fold 1: out of memory: micro-batch 4 from now on " + "x" * 120 in shown
+    assert "fold 1: out of memory: micro-batch 4 from now on " + "x" * 120 in re.sub(" +", " ", shown)
     assert "epoch 99/100" not in shown  # the table shows it
     assert table[0].startswith("0 of 5 folds done, 3 running")
     assert re.search(r"^ *0 +starting$", table[2].rstrip())
@@ -243,6 +252,66 @@ def test_the_first_steps_tell_once_how_long_the_run_takes(monkeypatch: pytest.Mo
     )
 
 
+def test_a_short_epoch_tells_after_its_half_and_the_table_counts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    view = LiveView(range(2), 3, 32, Console(file=file), Placement(0, 1, 1, 2, 2))
+    for steps in (1, 3, 5):
+        view.update(0, step(1, steps, 10))
+        now += 4
+    assert "at the pace of the first 4 steps the training takes about 1 minute at most" in file.getvalue()
+    # 12 s for 4 steps: 30 s an epoch, of which two and a half are left; the other fold has none of its own yet.
+    table = rows(view)
+    assert table[2].rstrip().endswith(" 1:15")
+    assert "about " in table[0]
+    assert "train loss" not in file.getvalue()
+
+
+def test_a_plain_console_tells_every_ten_seconds_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
+    file = io.StringIO()
+    view = LiveView(range(3), 3, 32, Console(file=file))
+    view.update(0, {"state": STARTING})
+    for _ in range(100):
+        now += 0.25
+        view.wait()
+    waited = [line for line in file.getvalue().splitlines() if "waiting" in line]
+    assert waited == ["[0:10] fold 0: starting; fold 1, 2: waiting", "[0:20] fold 0: starting; fold 1, 2: waiting"]
+    view.update(0, step(1))
+    now += 60
+    view.wait()
+    assert file.getvalue().count("waiting") == 2
+
+
+def test_the_loss_that_is_shown_is_smoothed_and_each_step_counts_once() -> None:
+    view = LiveView(range(1), 3, 32, Console(file=io.StringIO()))
+    for _ in range(3):
+        view.update(0, step(1, 1, 10) | {"loss": 1.0})
+    for _ in range(3):
+        view.update(0, step(1, 2, 10) | {"loss": 2.0})
+    assert " 1.100" in rows(view)[2]
+
+
+@pytest.mark.parametrize("width", [60, 80, 81])
+def test_a_terminal_breaks_no_word_and_the_line_can_be_copied_whole(width: int) -> None:
+    path = "'/data/two words/runs'"
+    line = (
+        f"Run folder: /tmp/somewhere/else/runs/x   (if it is interrupted: python -m raycv.run resume=x run.dir={path})"
+    )
+    file = io.StringIO()
+    say(Console(file=file, width=width, force_terminal=True), line)
+    shown = ANSI.sub("", file.getvalue()).removesuffix("\n")
+    assert "\n" not in shown
+    edges = range(width, len(shown), width)
+    assert all(" " in shown[edge - 1 : edge + 1] for edge in edges)
+    assert path in shown
+    assert shown.split() == line.split()
+    assert all(not (start < edge < start + len(path)) for start in [shown.index(path)] for edge in edges)
+    assert shlex.split(shown.replace("(", "").replace(")", "")) == shlex.split(line.replace("(", "").replace(")", ""))
+
+
 def test_a_fold_that_resumes_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("raycv.rendering.terminal.time.monotonic", lambda: now)
@@ -296,3 +365,29 @@ def test_the_command_that_opens_mlflow_works_from_any_folder(tmp_path: Path, mon
     assert look_into_mlflow("sqlite:///mlflow.db") == f"mlflow ui --backend-store-uri 'sqlite:///{folder}/mlflow.db'"
     assert look_into_mlflow("sqlite:////data/m.db") == "mlflow ui --backend-store-uri sqlite:////data/m.db"
     assert look_into_mlflow("https://me:word@host:5000") == "https://***@host:5000"
+
+
+def test_a_cluster_that_is_gone_as_a_run_starts_is_refused_with_the_command_that_resumes(tmp_path: Path) -> None:
+    root = RunFolder(tmp_path / "mine")
+    for error in (ray.exceptions.ActorDiedError(), TuneError("...\nActorDiedError: The actor died unexpectedly")):
+        with (
+            refuses("cluster-unreachable", "Run mine failed", f"resume=mine run.dir={tmp_path}", error=RunFailedError),
+            explained_loss(root),
+        ):
+            raise error
+    with pytest.raises(TuneError, match="other"), explained_loss(root):
+        raise TuneError("other")
+
+
+def test_what_a_worker_prints_lies_in_the_folder_of_its_fold(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib; from raycv.orchestration.fold_worker import keep_output\n"
+        "from raycv.results.run_folder import FoldFolder\n"
+        f"keep_output(FoldFolder(pathlib.Path({str(tmp_path / 'fold_0')!r})))\n"
+        "print('from Python', flush=True); os.write(2, b'from a library'); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (-9, "")
+    log = FoldFolder(tmp_path / "fold_0").log
+    assert log.read_text().splitlines()[1:] == ["from Python", "from a library"]
+    assert log.stat().st_mode & 0o077 == 0

@@ -16,7 +16,7 @@ from support.studies import study_of
 
 from raycv.analysis.mistakes import mistakes_of, thresholds_of
 from raycv.config.command_line import compose
-from raycv.data.dataset import load_dataset
+from raycv.data.dataset import load_dataset, with_shuffled_labels
 from raycv.evaluation.operating_points import Measurement
 from raycv.mistakes import main
 
@@ -27,6 +27,10 @@ CANARY = '=quokkacanary, "as said"\nsecond line'
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A finished run on the sample, in which every post holds a canary that a spreadsheet would run."""
+    return made_run(tmp_path, monkeypatch)
+
+
+def made_run(tmp_path, monkeypatch, *more):
     data = tmp_path / "data"
     data.mkdir()
     for name in ("criteria.csv", "groundtruth.csv"):
@@ -34,6 +38,8 @@ def run(tmp_path, monkeypatch):
     posts = pd.read_csv(SAMPLE / "posts.csv", dtype=str)
     posts.assign(post=CANARY + " " + posts["post"]).to_csv(data / "posts.csv", index=False)
     dataset = load_dataset(data, data)
+    if "data.shuffle_labels=true" in more:
+        dataset = with_shuffled_labels(dataset, 42)
     ids, criteria = sorted(dataset.posts), list(dataset.criteria)
     labels = np.array([pair.label for pair in dataset.pairs])
     post = np.array([ids.index(pair.post_id) for pair in dataset.pairs])
@@ -42,7 +48,7 @@ def run(tmp_path, monkeypatch):
     study = replace(
         study_of(labels, scores, post % 5, post, criterion, run="mine"), post_ids=ids, criterion_ids=criteria
     )
-    config = compose("run", [f"data.dir={data}", f"data.criteria_dir={data}"])
+    config = compose("run", [f"data.dir={data}", f"data.criteria_dir={data}", *more])
     write_run(tmp_path / "runs", study, config, dataset.stats["data_hash"])
     monkeypatch.chdir(tmp_path)
     return study, dataset
@@ -146,3 +152,11 @@ def test_recorded_facts_are_beside_each_mistake():
         ("p00000", 1, 1), ("p00001", 0, 0),
     ]  # fmt: skip
     np.testing.assert_array_equal(thresholds_of(study, "fixed"), [0.5, 0.5])
+
+
+def test_texts_are_joined_to_a_control_with_permuted_labels(tmp_path, monkeypatch, capsys):
+    _, dataset = made_run(tmp_path, monkeypatch, "data.shuffle_labels=true", "cv.seed=42")
+    code, _, err = mistakes(monkeypatch, capsys, "text=true", "run=mine")
+    assert code == 0, err
+    label = {(pair.post_id, pair.criterion_id): pair.label for pair in dataset.pairs}
+    assert all(("unmatched", "matched")[label[row["post_id"], row["criterion_id"]]] == row["label"] for row in table())

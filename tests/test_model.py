@@ -1,6 +1,7 @@
 """Base -> classifier: what is trainable, in which type, and which architectures and modules are accepted."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -164,8 +165,19 @@ def test_unknown_target_modules_are_refused_with_those_there_are(tmp_path):
 def test_precision_says_why():
     assert choose_precision("fp32")[0] == "fp32"
     if not torch.cuda.is_available():
-        assert choose_precision("auto") == ("fp32", "fp32: no GPU with bf16 support was found")
-        assert choose_precision("bf16")[0] == "bf16"
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        precision, why = choose_precision("auto")
+        # Its numbers must not depend on the machine, so a CPU that is faster in bf16 only says so.
+        assert precision == "fp32"
+        said = re.fullmatch(r"fp32: no GPU with bf16 support was found(; this CPU multiplies .* \S*=bf16 uses)?", why)
+        assert said
+        precision, why = choose_precision("bf16")
+        assert precision == "bf16"
+        found = re.fullmatch(r"bf16 autocast as asked; this CPU multiplies bf16 (\S+) times as fast as fp32", why)
+        assert found
+        assert float(found[1]) > 0
+        assert torch.equal(torch.get_rng_state(), before), "a seed that is set gives the same numbers afterwards"
 
 
 @pytest.mark.parametrize("layers", [1, -1])
@@ -229,15 +241,16 @@ def test_caps_are_found_in_parts_of_a_config_and_under_other_names():
 
 @pytest.fixture
 def kernel():
-    """Puts another function in the place of transformers' sdpa, by its public interface, and takes it out again."""
+    """Puts another function in the place of sdpa, by its public interface, and takes it out again."""
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    before = AttentionInterface()["sdpa"]
 
     def replace(change):
-        AttentionInterface.register("sdpa", lambda *args, **kwargs: change(sdpa_attention_forward, *args, **kwargs))
+        AttentionInterface.register("sdpa", lambda *args, **kwargs: change(before, *args, **kwargs))
 
     yield replace
-    AttentionInterface.register("sdpa", sdpa_attention_forward)
+    AttentionInterface.register("sdpa", before)
 
 
 def with_another_scale(real, module, query, key, value, mask, **options):
@@ -391,6 +404,11 @@ def test_a_family_without_a_classifier_is_refused_by_its_name(tmp_path):
     with refuses("base-unsuitable", "AutoModelForSequenceClassification", "model_type is 'clip_text_model'") as caught:
         check_model(load_config(found), config("all-linear"))
     assert len(str(caught.value)) < 400
+
+
+def test_a_family_that_takes_whole_chunks_only_is_refused_by_its_name():
+    with refuses("base-unsuitable", "model_type is 'reformer'", "model.name="):
+        check_model(transformers.ReformerConfig(), config("all-linear"))
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])

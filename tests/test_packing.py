@@ -14,6 +14,7 @@ from support.toy import Recorder, Toy, prompt_config, toy_base, toy_dataset, tra
 from torch import nn
 from torch.nn import functional
 from transformers import Gemma3Config, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from raycv.data.prompt_encoder import encode_dataset, prompt_encoder
@@ -249,6 +250,61 @@ def test_a_line_holds_groups_that_do_not_see_each_other():
         [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
     ]  # fmt: skip
     assert packed.mask.any(dim=-1).all(), "a query that sees nothing would be NaN, padding too"
+
+
+def attention(heads=4, keys=2, dtype=torch.float64, *, lines=((150, 290), (40, 3)), size=8):
+    """Random queries, keys and values of two lines that hold long and short documents, and their mask."""
+    generator = np.random.default_rng(0)
+    rows = [[[generator.integers(1, 9, size=length)] for length in line] for line in lines]
+    prefix = generator.integers(1, 9, size=120)
+    rows[1] += [[np.append(prefix, generator.integers(1, 9, size=length)) for length in (20, 200)]]
+    mask = pack(rows, pad_id=0, device=CPU).mask
+    torch.manual_seed(0)
+    length = mask.shape[-1]
+    # transformers makes them [B, L, H, D] and transposes them.
+    made = [torch.randn(2, length, count, size, dtype=dtype).transpose(1, 2) for count in (heads, keys, keys)]
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // keys, True
+    return module, [states.requires_grad_() for states in made], mask
+
+
+def attended(module, states, mask, **options):
+    """The attention that a Llama computes with this mask, and the gradients of queries, keys and values."""
+    torch.manual_seed(1)
+    mixed, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, mask, scaling=0.5, **options)
+    weights = torch.arange(mixed.numel(), dtype=mixed.dtype).view_as(mixed).sin()
+    return mixed.detach(), torch.autograd.grad((mixed * weights).sum(), states)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_attention_of_each_document_on_its_own_is_that_of_the_whole_mask(heads, dtype, tolerance):
+    module, states, mask = attention(*heads, dtype)
+    # Another tensor with the same values has no note of the documents, so all of it is computed.
+    whole, expected = attended(module, states, mask.clone())
+    mixed, gradients = attended(module, states, mask)
+    assert (mixed.shape, mixed.is_contiguous()) == (whole.shape, True)
+    torch.testing.assert_close(mixed, whole, rtol=0, atol=tolerance)
+    for gradient, of_whole in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, of_whole, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_computes_no_score_of_another_document_or_of_queries_far_ahead():
+    module, states, mask = attention()
+    # A score that the mask hides has weight 0, and 0 times NaN is NaN.
+    states[2].data[0, :, 150:] = torch.nan
+    assert attended(module, states, mask)[0][0, :150].isfinite().all()
+    assert not attended(module, states, mask.clone())[0][0, :150].isfinite().any()
+    module, states, mask = attention()
+    states[2].data[0, :, 150 + 97 :] = torch.nan
+    assert attended(module, states, mask)[0][0, 150 : 150 + 97].isfinite().all()
+
+
+def test_dropout_of_attention_draws_as_in_transformers():
+    module, states, mask = attention()
+    (whole, _), (mixed, _) = (attended(module, states, each, dropout=0.3) for each in (mask.clone(), mask))
+    assert torch.equal(mixed, whole)
+    assert not torch.equal(mixed, attended(module, states, mask)[0])
 
 
 @pytest.mark.parametrize(
@@ -537,7 +593,7 @@ def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base, batch
     toy = Toy(base, toy_dataset(words=25))
     config = train_config(batching=batching, batch_size=2, packing=packing)
     loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
-    heaviest = positions(loop.scorer, loop._heaviest(TRAIN))
+    heaviest = positions(loop.scorer, loop._heaviest(TRAIN, 2))
     assert heaviest == 2 * toy.encoded.lengths[TRAIN].max()
     loop._choose_checkpointing(TRAIN)
     for epoch in range(20):

@@ -20,11 +20,13 @@ from rich.console import Console
 from support.refusals import refuses
 from support.studies import folder_of, richest, study_of
 
-from raycv.config.schema import ReportConfig
+from raycv.config.command_line import compose_checked
+from raycv.config.schema import ReportConfig, RunConfig
 from raycv.cv.aggregation import make_page
 from raycv.cv.open_run import OpenRun
+from raycv.evaluation.evaluate import evaluate
 from raycv.rendering.blocks import Column, Estimate, Table, csv_of, for_latex, for_markdown, latex_of, markdown_of
-from raycv.rendering.publish import publish
+from raycv.rendering.publish import facts_from, publish
 from raycv.rendering.terminal import summary_table, verdict_lines
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
@@ -378,3 +380,23 @@ def test_the_page_works_in_the_sandboxed_frame_of_mlflow(run, tmp_path):
     done = chromium("--dump-dom", f"file://{tmp_path}/frame.html")
     assert "<iframe" in done.stdout
     assert not re.search("CONSOLE|Refused|violat", done.stderr), done.stderr
+
+
+def test_the_end_of_a_run_says_each_check_in_words_within_80_columns(tmp_path):
+    study = richest(posts=45)
+    folder = folder_of(study, tmp_path)
+    evaluation = evaluate(study, 20)
+    verdict = {**evaluation["verdict"], "checks": [check["code"] for check in evaluation["checks"]]}
+    said = verdict_lines({**evaluation, "verdict": verdict}, folder).splitlines()
+    for check in evaluation["checks"]:
+        assert any(line.endswith(f"{check['code']} {check['title']}") for line in said)
+    assert [line for line in said if len(line) > 80 and "Page:" not in line] == []
+    assert "Checks:        none found anything" in verdict_lines(
+        {**evaluation, "verdict": {**verdict, "checks": []}}, folder
+    )
+
+
+def test_the_page_shows_a_list_as_the_command_line_takes_it():
+    facts = facts_from("a", {"model": {"target_modules": ["q", "k"]}}, {}, {}, {"warnings": [], "control": False})
+    ((key, value),) = facts["config"]
+    assert compose_checked("run", RunConfig, [f"{key}={value}"]).model.target_modules == ["q", "k"]

@@ -9,12 +9,13 @@ from support.commands import ROOT, raycv
 from support.mlflow_runs import fold_result
 from support.refusals import refuses
 
+from raycv.analysis.reproduction import BIT_FOR_BIT, DIFFERENT, WITHIN, compare_folds
 from raycv.common.files import array_bytes, read_json, write_json, write_text
 from raycv.config.command_line import compose
 from raycv.config.schema import ReproduceConfig, RunConfig
 from raycv.config.validation import as_yaml, validate
 from raycv.cv.preparation import load_data
-from raycv.cv.reproduce import BIT_FOR_BIT, DIFFERENT, WITHIN, compare_folds, reproduce
+from raycv.cv.reproduce import reproduce
 from raycv.data.splits import splits_record
 from raycv.errors import NotShownError
 from raycv.results.run_folder import RunFolder

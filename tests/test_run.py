@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from sklearn.model_selection import StratifiedGroupKFold
 from support.commands import ROOT, raycv
 from support.pages import python_blocks, undocumented
+from support.refusals import said_refusal
 
 from raycv.config.schema import RunConfig
 from raycv.config.validation import fields
@@ -485,3 +486,16 @@ def test_with_shuffled_labels_scores_fall_to_chance(done):
     assert runs[0].data.tags["raycv.control"] == "labels permuted"
     assert runs[0].data.tags["mlflow.note.content"].startswith("**Control")
     assert "CONTROL" in raycv("aggregate", "run=control", cwd=folder).stdout
+
+
+def test_a_check_measures_where_the_folds_would_run_and_leaves_nothing(tmp_path):
+    done = raycv("run", "experiment=quickstart", "check=true", "cv.only=[0,1,2]", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^Measured on: +cpu .*, fp32, sdpa attention$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Memory: +0\.\d of \d+\.\d GB", done.stdout, re.MULTILINE)
+    for batching in ("shuffled", "post_grouped"):
+        assert re.search(rf"train.batching={batching}: \d+\.\d\d s a step, 25 steps an epoch", done.stdout)
+    assert len(re.findall(r"3 folds of 3 epochs: about \d+ minutes?$", done.stdout, re.MULTILINE)) == 2
+    assert list(tmp_path.iterdir()) == []
+    both = raycv("run", "experiment=quickstart", "check=true", "resume=mine", cwd=tmp_path)
+    said_refusal(both.stderr, "config-value", "check=true", "resume=mine")

@@ -10,23 +10,19 @@ from statistics import mean
 import pytest
 from support.refusals import refuses
 
-from raycv.data.phrases import expansions, phrase_book
+from raycv.data.phrases import EVIDENCE, HARD_NEGATIVE_KINDS, NEUTRAL, compose, expansions, phrase_book
 from raycv.data.synthetic import (
     CRITERIA,
     DATASET_FILES,
-    EVIDENCE,
-    HARD_NEGATIVE_KINDS,
     LENGTH_PROFILES,
-    NEUTRAL,
     REDSM5_POSITIVES,
-    SYMPTOMS,
     SYNTHETIC_MARK,
     SyntheticPost,
-    compose,
     criteria_grid,
     generate_posts,
     write_dataset,
 )
+from raycv.data.types import SYMPTOMS
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = {"posts": 110, "seed": 7, "profile": "short"}
@@ -140,7 +136,7 @@ class TestSentences:
 
     def test_compose_without_held_out_phrasings(self):
         rng = random.Random(0)
-        made = [s for _ in range(200) for s in compose(rng, SYMPTOMS[:2], 60, held_out_rate=0.0)]
+        made = [s for _ in range(200) for s in compose(rng, [*SYMPTOMS][:2], 60, held_out_rate=0.0)]
         assert not any(sentence.held_out for sentence in made)
 
     def test_evidence_is_kept_when_the_word_target_is_tiny(self):

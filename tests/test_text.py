@@ -19,7 +19,7 @@ from support.scorers import checkpoint, config, scorer  # noqa: F401
 from support.toy import Toy, prompt_config
 from support.trained_runs import NASTY, save_toy
 
-from raycv.config.command_line import without_verbatim
+from raycv.config.arguments import without_verbatim
 from raycv.config.schema import InferConfig, InferenceConfig
 from raycv.data.prompt_template import render
 from raycv.infer import main

@@ -115,6 +115,10 @@ def test_what_a_lost_store_had_is_logged_into_another(tmp_path):
     gone = raycv("aggregate", "run=mine", cwd=tmp_path)
     assert gone.returncode == 2
     said_refusal(gone.stderr, "tracking-store", f"{tmp_path}/mlflow.db", "tracking_uri=sqlite:///new.db")
+    assert "tracking.uri" not in gone.stderr
+    unreachable = raycv("aggregate", "run=mine", "tracking_uri=databricks", cwd=tmp_path)
+    said_refusal(unreachable.stderr, "tracking-unreachable", "at databricks", "databricks-sdk", "tracking_uri=sqlite:")
+    assert "tracking.uri" not in unreachable.stderr
     (tmp_path / "mlflow.db").write_text("no database")
     emptied = raycv("aggregate", "run=mine", cwd=tmp_path)
     said_refusal(emptied.stderr, "tracking-store", f"{tmp_path}/mlflow.db", "tracking_uri=sqlite:///new.db")

@@ -9,15 +9,21 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raycv.common.files import array_bytes
-from raycv.common.secrets import mask_secrets
-from raycv.config.schema import RunConfig
-from raycv.config.validation import fields
-from raycv.errors import UserError, shown
+from raycv.errors import NotShownError, UserError, shown
+from raycv.results.public_records import (
+    MOST_OF_A_RECORD,
+    RECORDS,
+    check_record,
+    check_texts,
+    contradictions,
+    masked,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from raycv.evaluation.study import Study
@@ -27,10 +33,6 @@ FORMAT = 1
 MOST_BYTES = 2**28
 """The most that a bundle may hold, packed and unpacked."""
 MOST_OF_A_FILE = 2**26
-MOST_OF_A_RECORD = 2**20
-MOST_OF_A_TEXT = 4000
-"""Characters of a text in a record, or of the id of a criterion."""
-RECORDS = ("run.json", "config.yaml", "environment.json")
 NAMES = re.compile(
     r"run\.json|config\.yaml|environment\.json|predictions\.csv|near_duplicates\.csv|epoch_scores/fold_\d{1,4}\.npy|"
     r"README\.md|evaluation\.json|splits\.csv|report\.html|report\.md|model_card\.md|"
@@ -38,16 +40,6 @@ NAMES = re.compile(
     re.ASCII,
 )
 """The names that a file in a bundle can have. They are safe to print."""
-LEFT_OUT = ("tracking", "run", "resume")
-"""Sections of the config that name places, people and hosts."""
-PLACES = ("data.dir", "data.criteria_dir")
-VERSIONS = ("raycv", "numpy", "scipy", "scikit-learn", "matplotlib")
-"""The packages that the numbers and figures of a bundle depend on."""
-ENVIRONMENT = (
-    "python", "platform", "processor", "cpus", "memory_bytes", "packages", "numerics", "git", "seeds", "resumed",
-)  # fmt: skip
-BASE = ("revision", "files", "sha256")
-"""The keys of the base model in the `environment.json` of a bundle."""
 AGAIN = "ask the authors for the bundle again, and compare its SHA-256 with theirs"
 README = """\
 # A cross-validation for review
@@ -149,9 +141,17 @@ def made_again(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
     records = {}
     for name in RECORDS:
         with damaged(name):
-            records[name] = _settings(files[name]) if name == "config.yaml" else json.loads(files[name])
-            _check_record(name, records[name])
-            _check_texts(records[name])
+            records[name] = read_settings(files[name]) if name == "config.yaml" else json.loads(files[name])
+            check_record(name, records[name])
+            check_texts(records[name])
+    with damaged("predictions.csv"):
+        there = {int(row["fold"]) for row in _rows_of(files, "predictions.csv")}
+    scored = sum(name.startswith("epoch_scores/") for name in files)
+    faults = contradictions(records, len(there), {"epoch_scores/": scored} if scored else {})
+    # Folds with a gap are damage, which the study finds.
+    if faults and there == set(range(len(there))):
+        what = f"The bundle contradicts itself: {'; '.join(faults)}."
+        raise NotShownError(what, kind="bundle-differs", remedies=[AGAIN])
     with damaged("predictions.csv, near_duplicates.csv or epoch_scores"):
         study = _study(files, records["run.json"])
     records["run.json"]["history"] = history_of(study)
@@ -159,68 +159,6 @@ def made_again(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
         written = inputs_text(study, *(records[name] for name in RECORDS))
         made = written | results_of(study, *(records[name] for name in RECORDS))
     return made, records["run.json"]["versions"], study
-
-
-def _settings(content: bytes) -> Any:
-    # A few aliases of aliases unpack to more than the memory holds.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
-        raise ValueError("an alias")
-    return yaml.safe_load(content)
-
-
-def _check_texts(value: Any) -> None:
-    """Raises: ValueError if a text is so long that the search for secrets in it could take hours."""
-    if isinstance(value, str) and len(value) > MOST_OF_A_TEXT:
-        raise ValueError("a long text")
-    if isinstance(value, Mapping | list):
-        for one in value:
-            _check_texts(one)
-    if isinstance(value, Mapping):
-        _check_texts(list(value.values()))
-
-
-def _check_record(name: str, value: Any) -> None:
-    """Raises: ValueError, as pydantic's is too, if a record lacks a key, has another one, or an impossible value."""
-    from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter
-
-    Version = Annotated[str, Field(pattern=r"^[\w.+!-]{1,40}$")]  # noqa: N806
-
-    class Run(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-        format: int
-        versions: dict[Literal[VERSIONS], Version | None] = Field(min_length=len(VERSIONS))  # type: ignore[valid-type]
-        run: str
-        control: bool
-        warnings: list[str]
-        data: dict[Literal["data_hash", "criteria_hash"], str]
-        history: list[list[dict[Literal["f1", "roc_auc"], float]]]
-        out_of_memory: list[NonNegativeInt] = Field(min_length=2)
-        retries: list[NonNegativeInt] | None
-
-    if name == "run.json":
-        Run.model_validate(value)
-        if sum(value["out_of_memory"]) > MOST_OF_A_RECORD:
-            raise ValueError("too many events")
-        return
-    if name == "config.yaml":
-        scalar = str | int | float | bool | None
-        TypeAdapter(dict[str, dict[str, scalar | list[scalar]]]).validate_python(value, strict=True)
-        if value != kept_config(value):
-            raise ValueError("another key")
-        return
-    if value.keys() - {*ENVIRONMENT, "base_model"} or value["base_model"].keys() - set(BASE):
-        raise ValueError("another key")
-    TypeAdapter(dict[str, str | None]).validate_python(value.get("packages", {}), strict=True)
-
-
-def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that the schema has, without places, hosts and people, and with secrets masked."""
-    known = {key for key, _ in fields(RunConfig)} - set(PLACES)
-    return {
-        section: _masked({key: value for key, value in keys.items() if f"{section}.{key}" in known})
-        for section, keys in config.items()
-        if section not in LEFT_OUT and section in known and isinstance(keys, Mapping)
-    }
 
 
 def history_of(study: "Study") -> list[list[dict[str, float]]]:
@@ -286,16 +224,11 @@ def table_bytes(rows: Any) -> bytes:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(_masked(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(masked(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _masked(value: Any) -> Any:
-    """The value with secrets in its texts masked. A mask over the written file could break its quotes."""
-    if isinstance(value, Mapping):
-        return {key: _masked(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(one) for one in value]
-    return mask_secrets(value) if isinstance(value, str) else value
+def _rows_of(files: Mapping[str, bytes], name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(files[name].decode(), newline="")))
 
 
 def _study(files: Mapping[str, bytes], run: Mapping[str, Any]) -> "Study":
@@ -303,16 +236,13 @@ def _study(files: Mapping[str, bytes], run: Mapping[str, Any]) -> "Study":
 
     from raycv.evaluation.study import Study
 
-    def rows_of(name: str) -> list[dict[str, str]]:
-        return list(csv.DictReader(io.StringIO(files[name].decode(), newline="")))
-
     def epochs_of(content: bytes) -> np.ndarray:
         scores = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         if scores.dtype != np.float64:
             raise ValueError("not numbers of 64 bits")
         return scores
 
-    rows = rows_of("predictions.csv")
+    rows = _rows_of(files, "predictions.csv")
     column = {name: [row[name] for row in rows] for name in rows[0]}
     posts, criteria = sorted(set(column["post"])), sorted(set(column["criterion_id"]))
     folds = len(run["out_of_memory"])
@@ -322,10 +252,10 @@ def _study(files: Mapping[str, bytes], run: Mapping[str, Any]) -> "Study":
         raise ValueError("a fold or a label is impossible")
     if not all(re.fullmatch("p[0-9a-f]{20}", post) for post in posts):
         raise ValueError("a post has another kind of name")
-    _check_texts([*criteria, *column])
+    check_texts([*criteria, *column])
     pairs = None
     if "near_duplicates.csv" in files:
-        pairs = [(row["post_a"], row["post_b"]) for row in rows_of("near_duplicates.csv")]
+        pairs = [(row["post_a"], row["post_b"]) for row in _rows_of(files, "near_duplicates.csv")]
     if not {post for pair in pairs or () for post in pair} <= set(posts):
         raise ValueError("a near-duplicate is not a post")
     epochs = [files.get(f"epoch_scores/fold_{at}.npy") for at in range(folds)]

@@ -10,7 +10,7 @@ import numpy as np
 from raycv.analysis.figures import Plots
 from raycv.analysis.mistakes import COLUMNS, TEXTS, mistakes_of, thresholds_of
 from raycv.common.locations import resolve
-from raycv.data.dataset import load_dataset
+from raycv.data.dataset import load_dataset, with_shuffled_labels
 from raycv.data.types import Dataset
 from raycv.errors import UserError
 from raycv.evaluation.bootstrap import DRAWS, SEED
@@ -223,7 +223,8 @@ class Run:
         return mistakes_of(self.study, most, self._dataset(data_dir, criteria_dir) if text else None)
 
     def _dataset(self, data_dir: str | Path | None, criteria_dir: str | Path | None) -> Dataset:
-        data = recorded_config(self.folder).data
+        config = recorded_config(self.folder)
+        data = config.data
         if criteria_dir is None and data.criteria_dir == data.dir:
             # Criteria that lay beside the posts move along with them.
             criteria_dir = data_dir
@@ -231,6 +232,8 @@ class Run:
         dataset = load_dataset(
             Path(resolve(str(posts))), Path(resolve(str(criteria))), empty=data.empty, missing=data.missing
         )
+        if data.shuffle_labels:
+            dataset = with_shuffled_labels(dataset, config.cv.seed)
         check_data(self.folder, dataset)
         return dataset
 

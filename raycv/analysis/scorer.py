@@ -9,9 +9,9 @@ import yaml
 
 from raycv.batch_inference.columns import CRITERION_COLUMNS, POST_COLUMNS
 from raycv.common.locations import bundled
+from raycv.common.table_reader import is_blank
 from raycv.config.schema import InferenceConfig
 from raycv.config.validation import validate
-from raycv.data.parsing import is_blank
 from raycv.errors import UserError
 from raycv.inference.answerer import load_answerer
 from raycv.inference.choose import Fold, choose

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from raycv.common.column_names import LONGEST, NearMiss, is_near_word, misspelt, near_misses, words_of
 from raycv.common.table_reader import folded, repeated, separator_of
-from raycv.data.discovery import LONGEST, NearMiss, is_near_word, misspelt, near_misses, words_of
 from raycv.errors import FaultsError, UserError, shown
 from raycv.row_faults import listed, named
 

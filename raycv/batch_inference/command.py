@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 
 from raycv.batch_inference.score_file import Engine, Recipe, check_asked, facts, score_file
+from raycv.common.locations import runs_folder
 from raycv.config.schema import InferConfig
 from raycv.inference.answer_output import Tell, tell_of_move
 from raycv.inference.answerer import read_criteria
@@ -44,6 +44,6 @@ def score_pairs(config: InferConfig, tell: Tell, engine_of: Callable[[Recipe], E
     tell_of_move(config, model, tell)
     params, counts = facts(score_file(config, chosen, criteria, engine), config)
     say(Console(stderr=True), model_line(model))
-    remember(Path(config.dir), model)
+    remember(runs_folder(config.dir), model)
     entry = record(model, chosen.checkpoints, params, {**counts, "seconds": time.monotonic() - started})
     log_answered(config, chosen.tracking_uri, entry, tell, patient=True)

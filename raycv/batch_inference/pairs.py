@@ -6,9 +6,9 @@ from pathlib import Path
 
 from raycv.batch_inference.columns import CRITERION_COLUMNS, Layout, find_layout, unread_columns
 from raycv.batch_inference.input_formats import Record, pair_file, unreadable
-from raycv.common.table_reader import Missing
+from raycv.common.table_reader import Missing, is_blank, is_missing
 from raycv.common.text_files import FIELD_LIMIT, Spelt, UnreadableError, is_unicode
-from raycv.data.parsing import id_fault, is_blank, is_missing
+from raycv.data.parsing import id_fault
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.questions import CHUNK_PAIRS, find_criterion

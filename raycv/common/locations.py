@@ -1,4 +1,4 @@
-"""Resolves locations: files that ship with the package (raycv://...), absolute folders, store addresses.
+"""Resolves locations: files that ship with the package (raycv://...), absolute folders, store addresses, local copies.
 
 Checks the folder of Ray's files too, and knows the addresses within MLflow's page.
 """
@@ -76,6 +76,37 @@ def absolute_uri(uri: str) -> str:
             )
         return SQLITE + path
     return uri
+
+
+OBJECT_STORAGE = "s3://"
+"""The beginning of an address in an object storage."""
+WORK, FETCHED = "work", "fetched"
+"""The kinds of local copies of runs in an object storage: those of runs under way, and those of reading commands."""
+
+
+def runs_folder(place: str, kind: str = FETCHED) -> Path:
+    """The local folder of the runs in `place`: the folder itself, or where local copies of that kind lie."""
+    if not place.startswith(OBJECT_STORAGE):
+        return Path(place)
+    return _copies(kind) / place.removeprefix(OBJECT_STORAGE).strip("/")
+
+
+def place_of(path: Path) -> str:
+    """The address of a local copy, or of a file in one; any other path as it is."""
+    return address_of(path, WORK) or address_of(path) or str(path)
+
+
+def address_of(path: Path, kind: str = FETCHED) -> str | None:
+    """The address in the object storage if `path` is a local copy of that kind, or lies in one; otherwise None."""
+    copies = _copies(kind)
+    if path == copies or not path.is_relative_to(copies):
+        return None
+    return OBJECT_STORAGE + path.relative_to(copies).as_posix()
+
+
+def _copies(kind: str) -> Path:
+    cache = os.environ.get("RAYCV_CACHE") or os.path.expanduser("~/.cache/raycv")
+    return Path(cache).absolute() / kind / OBJECT_STORAGE.removesuffix("://")
 
 
 TRAINING_VIEW = "?workflowType=machine_learning"

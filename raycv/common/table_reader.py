@@ -1,8 +1,10 @@
-"""Reads a table (CSV, TSV or JSON) strictly, and reports each fault with its line.
+"""Reads a table (CSV, TSV, JSON) strictly, each fault with its line; decides which cells are blank or missing.
 
 Files of pairs (`batch_inference`) use the same lines, CSV records and limits, but a broken record does not end them.
 """
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,37 @@ Missing = Literal["empty", "text"]
 """How a cell counts that holds a mark of a missing value and nothing else: as an empty text, or as that text."""
 JSON_LIMIT = 16 * FIELD_LIMIT
 """Bytes in a JSON file at most, since it is read whole."""
+
+# Unicode's Default_Ignorable_Code_Point: characters that stay invisible in fonts and programs that do not know them.
+# Python's unicodedata lacks the property, so we list the ranges of DerivedCoreProperties.txt of Unicode 18.0. They
+# include reserved code points. A test compares them with the tables of the regex package.
+IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Controls, format characters and separators are invisible, and a combining mark needs a letter below it.
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
+# Unicode counts these characters as symbols or letters, but their glyphs are empty. We know them by name, since a name
+# is normative and never changes.
+_INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
+            "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
+
+MISSING = frozenset({
+    # People let pandas write these (na_rep), since it reads them as missing by default. R writes NA, and Python None.
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+    # pandas writes this for a missing time.
+    "NaT",
+    # Databases write these in their exports: MySQL and PostgreSQL the first, Oracle the second.
+    "\\N", "(null)",
+    # Excel, LibreOffice and Google Sheets write these for a formula without a value, some as #N/A in other languages.
+    "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!", "#FIELD!", "#GETTING_DATA",
+    "#ERROR!", "#NV", "#N/D", "#N/B", "#I/T",
+})  # fmt: skip
+"""The exact spellings that software writes into a cell for a missing value.
+
+People write words such as `none`, `Null`, `na` or `Nan`, so other spellings are text.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,3 +263,26 @@ def separator_of(columns: Sequence[str], *, tabs: bool = False) -> str | None:
         return "the mark of the line `sep=`, which stands before the column names for Excel"
     names = {";": "semicolons", "\t": "tabs", "|": "bars"} | ({",": "commas"} if tabs else {})
     return next((name for mark, name in names.items() if len(columns) == 1 and mark in columns[0]), None)
+
+
+def is_blank(text: str) -> bool:
+    """Whether `text` is empty to a reader: only white space, invisible characters and combining marks, or nothing."""
+    return not any(_is_seen(character) for character in text)
+
+
+def _is_seen(character: str) -> bool:
+    """Whether `character` is visible without others.
+
+    Private characters can be visible, so they count. Unassigned ones count too, since a later version of Unicode can
+    make them letters. Otherwise a post would be blank in one version of Python only. Surrogates count, since they are
+    damage, which is reported elsewhere.
+    """
+    if unicodedata.category(character) in _UNSEEN or IGNORABLE.match(character):
+        return False
+    is_noncharacter = ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"
+    return not is_noncharacter and unicodedata.name(character, "") not in _INKLESS
+
+
+def is_missing(text: str) -> bool:
+    """Whether `text` is a spelling that software writes for a missing value, and people do not."""
+    return text.strip() in MISSING

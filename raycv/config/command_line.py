@@ -5,20 +5,24 @@ import io
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from raycv import __version__
 from raycv.common.locations import bundled
+from raycv.config.arguments import files_of_groups, for_hydra, overrides_of, without_verbatim
 from raycv.config.plain import plain_values
 from raycv.config.process import run_process, say
 from raycv.config.schema import Section
-from raycv.config.validation import as_yaml, fields, hint, meaning, text_keys, validate, verbatim_keys
-from raycv.errors import UserError, counted, shown
+from raycv.config.validation import as_yaml, fields, hint, meaning, validate, verbatim_keys
+from raycv.errors import UserError, shown
 
 S = TypeVar("S", bound=Section)
 
+COLUMNS = 80
+"""The width of a terminal that the help fits."""
 HYDRA_OPTIONS = (
     "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--hydra-help", "--info", "-i", "--config-path",
     "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--shell-completion", "-sc", "--experimental-rerun",
@@ -39,7 +43,9 @@ def run_command(name: str, schema: type[S], body: Callable[[S], None]) -> None:
         schema: The schema of its config.
         body: The work of the command.
     """
-    run_process(name, partial(composed, name, schema), body)
+    # Rooms that serve several commands name keys as `raycv.run` does.
+    own_names = {"tracking.uri": "tracking_uri"} if "tracking_uri" in schema.model_fields else {}
+    run_process(name, partial(composed, name, schema), body, own_names)
 
 
 def composed(name: str, schema: type[S]) -> S | None:
@@ -69,7 +75,7 @@ def composed(name: str, schema: type[S]) -> S | None:
     try:
         typed, verbatim = without_verbatim(sys.argv[1:], schema)
         forced = for_hydra(typed, schema)
-        overrides = _overrides(forced)
+        overrides = overrides_of(forced)
         answer = _answer(name, schema, typed, overrides, verbatim)
         if answer is not None:
             sys.stdout.write(answer)
@@ -93,10 +99,31 @@ def composed(name: str, schema: type[S]) -> S | None:
         raise _unread(name, schema, said.getvalue().strip().rpartition("error: ")[2], typed) from None
     except Exception as error:
         # Hydra raises many types of error if it cannot compose the command line, from its own to ValueError.
-        raise _unread(name, schema, error, typed) from error
+        raise _uncomposed(name, schema, error, typed) from error
     if faults:
         raise faults[0]
     return configs[0] if configs else None
+
+
+def _uncomposed(name: str, schema: type[Section], why: Exception, typed: list[str]) -> UserError:
+    """Names the argument that Hydra cannot read, or repeats the words of its error."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    known = {key for key, _ in fields(schema)}
+    for override in overrides_of(for_hydra(typed, schema)) if not verbatim_keys(schema) else ():
+        key, _, value = override.lstrip("+").partition("=")
+        GlobalHydra.instance().clear()
+        try:
+            compose(name, [override], missing_ok=True)
+        except Exception:  # noqa: BLE001
+            if key in known:
+                remedies = [
+                    f"quote a value that holds spaces or signs twice: \"{key}='...'\"",
+                    f"python -m raycv.{name} --help shows what it takes",
+                ]
+                what = f"{key}: the value cannot be read; received {shown(value)}."
+                return UserError(what, kind="config-syntax", remedies=remedies)
+    return _unread(name, schema, why, typed)
 
 
 def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> UserError:
@@ -104,6 +131,10 @@ def _unread(name: str, schema: type[Section], why: object, typed: list[str]) -> 
         "write key=value, without spaces around the =; quote a list for the shell: 'a.b=[c,d]'",
         f"python -m raycv.{name} --help shows what it takes",
     ]
+    if str(why).startswith("Ambiguous value"):
+        # Hydra advises --multirun, which raycv refuses.
+        why = f"{str(why).splitlines()[0]}, since it has a comma"
+        remedies.insert(0, "write a number with a point: train.lr=1.5e-4")
     what = f"The command line cannot be read: {why}\n  received: {shown(' '.join(typed), most=300)}"
     if verbatim_keys(schema):
         # A text may follow a mistyped key, and the reason quotes it too. We must not repeat it, so we name only keys.
@@ -118,12 +149,12 @@ def typed_keys(name: str) -> set[str]:
 
     # Hydra composes one config at a time, and that of this command is done, so we clear it.
     GlobalHydra.instance().clear()
-    return _keys_set(name, [part for part in _overrides(sys.argv[1:]) if part not in SILENT_HYDRA])
+    return _keys_set(name, [part for part in overrides_of(sys.argv[1:]) if part not in SILENT_HYDRA])
 
 
 def keys_set(name: str, schema: type[Section], arguments: Sequence[str]) -> set[str]:
     """The keys that `arguments` of a command set, which did not come from the command line of this process."""
-    return _keys_set(name, _overrides(for_hydra(list(arguments), schema)))
+    return _keys_set(name, overrides_of(for_hydra(list(arguments), schema)))
 
 
 def _keys_set(name: str, overrides: list[str]) -> set[str]:
@@ -151,20 +182,15 @@ def compose_checked(name: str, schema: type[S], arguments: Sequence[str]) -> S:
     given = list(arguments)
     try:
         overrides = for_hydra(given, schema)
-        if stray := [part for part in overrides if part not in _overrides(overrides)]:
+        if stray := [part for part in overrides if part not in overrides_of(overrides)]:
             raise _unread(name, schema, f"{shown(stray[0])} is not key=value", given)
         values = compose(name, overrides)
     except UserError:
         raise
     except Exception as error:
         # As above: Hydra raises many types of error.
-        raise _unread(name, schema, error, given) from error
+        raise _uncomposed(name, schema, error, given) from error
     return validate(schema, values)
-
-
-def _overrides(arguments: list[str]) -> list[str]:
-    """The arguments that set a key or a group, in Hydra's grammar."""
-    return [part for part in arguments if re.match(r"[~+\w]\S*=|~", part)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,100 +199,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def without_verbatim(arguments: list[str], schema: type[Section]) -> tuple[list[str], dict[str, str]]:
-    """Separates the keys that take free text, since Hydra would read grammar into a text.
-
-    Returns:
-        The other arguments, and the texts by key.
-
-    Raises:
-        UserError: A text is not UTF-8, or the user did not quote it for the shell.
-    """
-    keys = verbatim_keys(schema)
-    rest: list[str] = []
-    texts: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or key.lstrip("+") not in keys:
-            rest.append(argument)
-            continue
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            remedies = [f"save the text as UTF-8, and give {key} again"]
-            raise UserError(f"{key}: the text given is not UTF-8.", kind="config-syntax", remedies=remedies) from error
-        texts[key.lstrip("+")] = text
-    stray = [argument for argument in rest if not re.match(r"-|~|\+*[\w./@]+=", argument)]
-    if keys and stray and not {"--cfg", "-c"} & set(rest):
-        raise UserError(
-            f"{counted(len(stray), 'word')} on the command line belong to no key=value.",
-            kind="config-syntax",
-            remedies=[
-                f'write key=value, without dashes or spaces, and quote a text for the shell: {keys[0]}="..."',
-                f"or read it from a file: {keys[0]}_file=post.txt",
-            ],
-        )
-    return rest, texts
-
-
-def for_hydra(arguments: list[str], schema: type[Section]) -> list[str]:
-    """`arguments` in Hydra's grammar, so that texts need no second quotes and unknown keys reach our schema.
-
-    Raises:
-        UserError: A sweep is asked for, or a group is set to a value that is not one of its files.
-    """
-    if {"-m", "--multirun"} & set(arguments) or any(re.match(r"\+*hydra\.mode=", part) for part in arguments):
-        raise UserError("--multirun is not supported.", kind="config-syntax", remedies=["start a run for each value"])
-    groups, texts = _groups(), text_keys(schema)
-    known = {key for key, _ in fields(schema)}
-    # Hydra refuses null for a group, although null is the default of `experiment`, so we leave the argument out.
-    given = [argument for argument in arguments if argument != "experiment=null"]
-    return [_forced(argument, groups, known, texts) for argument in given]
-
-
-def _groups() -> dict[str, set[str]]:
-    folders = (folder for folder in bundled("configs").iterdir() if folder.is_dir())
-    return {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
-
-
-def _forced(argument: str, groups: dict[str, set[str]], known: set[str], texts: set[str]) -> str:
-    """Turns `a.b=c` into `++a.b=c`, so that an unknown key reaches our schema, which reports all faults with remedies.
-
-    The value of a key that takes text gets quotes, so that the user need not quote numbers, spaces and commas twice. A
-    leading `~` becomes the home folder.
-
-    Raises:
-        UserError: A group is set to a value that is not one of its files.
-    """
-    match = re.match(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", argument, re.DOTALL)
-    if match is None or match[2].split(".")[0] == "hydra":
-        return argument
-    key, value = match[2], match[3]
-    if key in groups:
-        if value not in groups[key]:
-            raise UserError(
-                f"{argument}: {key!r} is a group of keys, and {shown(value)} is not one of its files.",
-                kind="config-value",
-                remedies=[
-                    f"choose one of them ({key}={', '.join(sorted(groups[key]))}), or set single keys: train.lr=1e-4"
-                ],
-            )
-        return argument
-    if key not in known:
-        # A mistyped post= holds a text, which Hydra would parse and repeat in an error. So we quote the value, and our
-        # schema refuses the key by its name only.
-        value = quoted(value)
-    elif key in texts and value != "null" and value[:1] not in ("'", '"'):
-        value = quoted(os.path.expanduser(value))
-    return f"++{key}={value}"
-
-
-def quoted(text: str) -> str:
-    """`text` as a quoted value of Hydra's grammar, in which backslashes count only before a quote or at the end."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
-    return f"'{escaped}'"
 
 
 def _answer(
@@ -314,7 +246,17 @@ def _usage(name: str, schema: type[Section], overrides: list[str]) -> str:
     for key, field in fields(schema):
         lines += [f"  {key}={values[key]}", f"      {meaning(field)}"] if field.description else [""]
     more = ["--cfg job checks and prints the same values as YAML. --hydra-help shows what else Hydra can do.", ""]
-    return "\n".join([*lines, "", *more])
+    return "\n".join(part for line in "\n".join([*lines, "", *more]).split("\n") for part in _within(line))
+
+
+def _within(line: str) -> list[str]:
+    """A line of the help as lines that fit a terminal. The comment behind an example goes below it."""
+    if len(line) <= COLUMNS:
+        return [line]
+    if example := re.fullmatch(r"( +\S.*?\S) {2,}(\S.*)", line):
+        return [*_within(example[1]), *_within(f"      {example[2]}")]
+    indent = "      " if line.startswith(" ") else ""
+    return textwrap.wrap(line, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def help_header(name: str) -> str:
@@ -324,7 +266,7 @@ def help_header(name: str) -> str:
 
 def groups_of(name: str) -> dict[str, list[str]]:
     """The groups of keys of a command, each with its files."""
-    groups = _groups()
+    groups = files_of_groups()
     named = [next(iter(entry)) for entry in _file(name)["defaults"] if isinstance(entry, dict)]
     return {group: sorted(groups[group]) for group in named if group in groups}
 

@@ -19,6 +19,7 @@ from raycv.config.values import (
     NonEmpty,
     PathText,
     Positive,
+    RunsPlace,
     Share,
     StoreAddress,
 )
@@ -118,9 +119,9 @@ class CvConfig(Section):
 class TrainConfig(Section):
     epochs: Positive = Field(description="epochs, at most (FR-007)")
     patience: Positive = Field(description="stop after this many epochs without a better validation F1 (FR-007)")
-    batch_size: Positive = Field(
-        description="pairs in one micro-batch at the start, halved on out-of-memory; with packing, as many pairs as "
-        "fit the memory of this many longest ones (FR-007)"
+    batch_size: Auto | Positive = Field(
+        description="pairs in one micro-batch at the start, halved on out-of-memory (FR-007). With packing: as many as "
+        "fit the memory of this many longest pairs. auto: the largest passes that fit, for large GPUs"
     )
     effective_batch_size: Positive = Field(
         description="pairs in one optimizer step, at any size of the micro-batch (FR-007)"
@@ -155,7 +156,8 @@ class TrainConfig(Section):
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        description="recompute activations in the backward pass to save memory; auto: only where they do not fit"
+        description="recompute activations in the backward pass to save memory; auto: in as few layers as the memory "
+        "demands"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
@@ -181,7 +183,7 @@ class TrainConfig(Section):
     @classmethod
     def _whole_micro_batches(cls, value: int, info: ValidationInfo) -> int:
         batch_size = info.data.get("batch_size")
-        if batch_size is not None and value % batch_size:
+        if batch_size not in (None, "auto") and value % batch_size:
             fitting = ", ".join(str(size) for size in range(1, value + 1) if value % size == 0)
             raise ValueError(f"must be a multiple of train.batch_size, which is {batch_size} (it may be: {fitting})")
         return value
@@ -249,7 +251,9 @@ class RunNameConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="name of the run's folder and of the MLflow parent; null: the time of its start"
     )
-    dir: PathText = Field(description="folder that holds the runs; on several nodes, storage that every node sees")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs; on several nodes, storage that every node sees, or s3://bucket/folder"
+    )
 
     @field_validator("name")
     @classmethod
@@ -275,6 +279,13 @@ class RunConfig(Section):
     resume: PathText | None = Field(
         description="resume an unfinished run in run.dir (its name, or latest); its other settings stay"
     )
+    # A run does not record it.
+    check: bool = Field(
+        default=False,
+        exclude=True,
+        description="measure memory and seconds a step where the folds would run, print what the run would take, and "
+        "write nothing",
+    )
 
     def without_secrets(self) -> "RunConfig":
         """The config with a masked tracking URI, for processes that do not talk to the tracking store."""
@@ -288,7 +299,7 @@ class AggregateConfig(Section):
     run: PathText = Field(
         description="a run's name or folder, the id of an MLflow parent run, or latest: the newest finished run"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     tracking_uri: StoreAddress | None = Field(
         description="MLflow store; null: where the run was tracked, for an MLflow id sqlite:///mlflow.db. A store that "
         "lacks the run gets it from the run folder"
@@ -306,7 +317,7 @@ class CompareConfig(Section):
     require: Literal["better"] | None = Field(
         description="better: exit with 1 unless every other run is shown to be better than the baseline"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="beginning of the files to write: <output>.json, .csv and .svg")
 
     @field_validator("runs", mode="before")
@@ -330,7 +341,7 @@ class MistakesConfig(Section):
     most: Positive = Field(description="mistakes of each criterion to write, at most")
     text: bool = Field(description="write posts and criteria beside the ids")
     data: MistakesDataConfig
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     output: PathText = Field(description="CSV file to write")
 
 
@@ -345,7 +356,7 @@ class ReportConfig(Section):
     """The config of `python -m raycv.report`."""
 
     run: PathText = Field(description="a run's name or folder, or latest: the newest finished run")
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: ReportDataConfig
     bundle: PathText | None = Field(description="ZIP file to write for reviewers, without text; null: the page")
     check: PathText | None = Field(description="such a ZIP file, whose numbers are computed again; null: none")
@@ -375,7 +386,7 @@ class ReproduceConfig(Section):
     trained: PathText | None = Field(
         description="a run that has trained these folds again already, which is then compared; null: train them now"
     )
-    dir: PathText = Field(description="folder that holds the runs")
+    dir: RunsPlace = Field(description="folder that holds the runs, or s3://bucket/folder")
     data: MistakesDataConfig
     base: Annotated[
         Location | None,
@@ -465,8 +476,9 @@ class InferConfig(Section):
     )
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(
-        description="folder that holds the runs; it remembers which one answered last (.last_answer.json)"
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; it remembers which one answered last "
+        "(.last_answer.json)"
     )
     criteria_dir: OtherCriteria
     base: OtherBase
@@ -517,7 +529,9 @@ class ServeConfig(Section):
 
     run: AnsweringRun
     fold: AnsweringFold
-    dir: PathText = Field(description="folder that holds the runs; raycv.infer finds the scorer there")
+    dir: RunsPlace = Field(
+        description="folder that holds the runs, or s3://bucket/folder; raycv.infer finds the scorer there"
+    )
     criteria_dir: OtherCriteria
     base: OtherBase
     infer: InferenceConfig

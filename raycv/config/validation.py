@@ -75,6 +75,22 @@ def text_keys(schema: type[Section]) -> set[str]:
     return {key for key, field in fields(schema) if _is_text(field.annotation)}
 
 
+def list_keys(schema: type[Section]) -> dict[str, bool]:
+    """The keys that take a list, each with whether they take nothing else but null."""
+    found = {key: _types(field.annotation) for key, field in fields(schema)}
+    return {key: kinds <= {list, NoneType} for key, kinds in found.items() if list in kinds}
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types without their parameters that an annotation allows."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _types(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_types, get_args(annotation)))
+    return {origin or annotation}
+
+
 def verbatim_keys(schema: type[Section]) -> list[str]:
     """The keys that take free text."""
     return [key for key, field in fields(schema) if VERBATIM in str(field.annotation) + str(field.metadata)]
@@ -137,7 +153,25 @@ def _unknown(loc: tuple[int | str, ...], known: Mapping[str, str]) -> str:
     return f"{key}: unknown key; {_hint(key, known)}"
 
 
+_WORDS = {
+    "list_type": "takes a list in brackets, such as [a,b]",
+    "int_type": "takes a whole number", "int_parsing": "takes a whole number", "int_from_float": "takes a whole number",
+    "float_type": "takes a number", "float_parsing": "takes a number", "finite_number": "takes a finite number",
+    "bool_type": "takes true or false", "bool_parsing": "takes true or false",
+    "string_type": "takes a text", "string_too_short": "must not be empty", "missing": "must be given",
+    "string_pattern_mismatch": "must have the form {pattern}",
+    "model_type": "is a section: set its keys, section.key=value",
+    "literal_error": "takes one of {expected}",
+    "too_short": "needs {min_length} or more items", "too_long": "takes {max_length} items at most",
+    "greater_than": "must be more than {gt}", "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}", "less_than_equal": "must be {le} or less",
+}  # fmt: skip
+"""Pydantic's name of a fault -> the words for it. A fault of our own rules brings its words along."""
+
+
 def _expectation(fault: Mapping[str, Any]) -> str:
+    if words := _WORDS.get(fault["type"]):
+        return words.format(**fault.get("ctx", {}))
     message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return message[0].lower() + message[1:]
 
@@ -173,6 +207,9 @@ def _hint(key: str, known: Mapping[str, str]) -> str:
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
     near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
+    if not near and not parent and len(elsewhere) > 1:
+        meant = [f"{name} ({known[name]})" if known[name] else name for name in elsewhere]
+        return f"did you mean {' or '.join(meant)}?"
     # Several sections can have the name, so we take the most similar one: train.seed for trian.seed.
     near = near or difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
     if near:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from raycv.common.locations import BUNDLED_SCHEME, SQLITE
+from raycv.common.locations import BUNDLED_SCHEME, OBJECT_STORAGE, SQLITE
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -55,6 +55,20 @@ def check_location(text: str, info: ValidationInfo) -> str:
     return text if text.startswith(BUNDLED_SCHEME) else check_path(text, info)
 
 
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|\Z))[\w.=@+-]+)*/?", re.ASCII)
+
+
+def check_runs_place(text: str, info: ValidationInfo) -> str:
+    if not text.startswith(OBJECT_STORAGE):
+        return check_path(text, info)
+    if _BUCKET.fullmatch(text) is None and info.context != RECORDED:
+        raise ValueError(
+            "is not an address of an object storage: write s3://bucket/folder, with letters, digits and . _ - = @ + in "
+            "the folder's name"
+        )
+    return text
+
+
 def check_store(uri: str, info: ValidationInfo) -> str:
     try:
         scheme = urlsplit(uri).scheme
@@ -72,7 +86,7 @@ def check_store(uri: str, info: ValidationInfo) -> str:
         raise ValueError("holds white space: write %20 for it (a space in a password too)")
     if kind in ("http", "https") and "#" in uri:
         raise ValueError("is the address of a page: name the server alone, http://host:5000 (%23 is a # in a password)")
-    named = uri if uri in BARE else kind if "://" in uri else None
+    named = uri if uri == "databricks" else kind if "://" in uri else None
     if (named not in STORES or (driver and kind not in DATABASES)) and scheme not in entry_points(group=PLUGINS).names:
         raise ValueError("is not an MLflow store: name a database, sqlite:///mlflow.db, or a server, http://host:5000")
     return uri
@@ -81,14 +95,15 @@ def check_store(uri: str, info: ValidationInfo) -> str:
 DATABASES = ("mssql", "mysql", "postgresql")
 PLUGINS = "mlflow.tracking_store"
 """The group of entry points under which plugins add further stores."""
-BARE = ("databricks", "databricks-uc")
-"""Stores whose name is a whole address."""
-STORES = (*DATABASES, "http", "https", *BARE, "uc")
-"""Schemes for which MLflow has a store, without sqlite, which has its own check. MLflow no longer supports folders."""
+STORES = (*DATABASES, "http", "https", "databricks")
+"""Schemes for which MLflow has a store, without sqlite, which has its own check. MLflow no longer supports folders, and
+the stores of Unity Catalog hold models alone."""
 
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 PathText = Annotated[NonEmpty, AfterValidator(check_path)]
 """The path of a file or folder, or a name in a folder. Every key that becomes a path has this type."""
+RunsPlace = Annotated[NonEmpty, AfterValidator(check_runs_place)]
+"""The folder that holds the runs: a path, or an address in an object storage (s3://...)."""
 Location = Annotated[NonEmpty, AfterValidator(check_location)]
 """The same for a file that may also ship with raycv (raycv://...), or be an id on the hub."""
 StoreAddress = Annotated[NonEmpty, AfterValidator(check_store)]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from raycv.common.environment import utc_now
 from raycv.common.files import read_json, write_json
+from raycv.common.locations import place_of, runs_folder
 from raycv.config.schema import AggregateConfig, ReportConfig, RunConfig
 from raycv.cv.bundle import check_bundle, check_free, write_bundle
 from raycv.cv.preparation import load_data
@@ -28,6 +29,7 @@ from raycv.results.find_run import (
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record, resume_command
+from raycv.results.storage import bring_up_to_date, fetch_checkpoints, publish_records
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, recorded_uri, tracked_run
 
 
@@ -37,7 +39,8 @@ def aggregate(config: AggregateConfig) -> None:
     A run in `config.dir` is read from its folder; any other `config.run` is taken for the id of an MLflow parent run.
     Raises: UserError if no run has that name or id; RunFailedError if the run lacks a fold.
     """
-    folder = find_run(Path(config.dir), config.run)
+    bring_up_to_date(config.dir, config.run, folds_of)
+    folder = find_run(runs_folder(config.dir), config.run)
     console = Console()
     if folder and (line := said_latest(config.run, folder)):
         say(console, line)
@@ -51,6 +54,7 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     from raycv.tracking.model import log_best_fold
 
     folds = folds_of(folder.config)
+    fetch_checkpoints(folder, folder.finished(folds))
     try:
         results = [FoldResult.of(folder, fold) for fold in folder.finished(folds)]
     except UserError as error:
@@ -67,8 +71,9 @@ def _from_folder(folder: RunFolder, config: AggregateConfig) -> tuple[dict[str, 
     store.log_report(parent_id, report, folder)
     why = log_best_fold(store, parent_id, folder, report)
     store.finish(parent_id, "FINISHED")
+    publish_records(folder)
     without = "" if why is None else f"\nWarning: the model of the best fold is not in MLflow: {why}"
-    return report, f"Report: {folder.report}\nMLflow: parent run {parent_id} at {store.shown_uri}{without}"
+    return report, f"Report: {place_of(folder.report)}\nMLflow: parent run {parent_id} at {store.shown_uri}{without}"
 
 
 def _again(folder: RunFolder) -> str:
@@ -77,7 +82,7 @@ def _again(folder: RunFolder) -> str:
 
 
 def _from_mlflow(config: AggregateConfig) -> tuple[dict[str, Any], str]:
-    runs = Path(config.dir)
+    runs = runs_folder(config.dir)
     store, parent = mlflow_run(config.run, runs, config.tracking_uri or LOCAL_URI)
     name = parent.data.tags.get("raycv.run")
     if name is None:
@@ -118,7 +123,7 @@ def make_page(config: ReportConfig) -> None:
         return
     if config.bundle is not None:
         check_free(Path(config.bundle))
-    runs = Path(config.dir)
+    runs = runs_folder(config.dir)
     folder = existing_run(runs, config.run)
     console = Console()
     if line := said_latest(config.run, folder):
@@ -131,6 +136,7 @@ def make_page(config: ReportConfig) -> None:
         return
     with console.status("Computing the statistics"):
         evaluation = publish(folder, dataset)
+    publish_records(folder)
     say(console, verdict_lines(evaluation, folder))
 
 

@@ -20,14 +20,10 @@ from rich.console import Console
 
 from raycv.analysis.bundle_files import (
     AGAIN,
-    BASE,
-    ENVIRONMENT,
     FORMAT,
-    VERSIONS,
     damaged,
     history_of,
     inputs_text,
-    kept_config,
     made_again,
     read_bundle,
     results_of,
@@ -41,6 +37,7 @@ from raycv.errors import NotShownError, UserError, counted
 from raycv.rendering.terminal import say
 from raycv.results.find_run import folds_of
 from raycv.results.fold_result import FoldResult
+from raycv.results.public_records import BASE, ENVIRONMENT, VERSIONS, kept_config
 from raycv.results.report import summarize
 from raycv.results.run_folder import RunFolder, read_record
 
@@ -104,7 +101,7 @@ def check_bundle(path: Path, console: Console) -> None:
     with console.status("Computing the statistics"):
         made, versions, study = made_again(files)
     alike = versions["matplotlib"] == package_version("matplotlib")
-    faults = [*_faults_of_epochs(study), *_faults_of_figures(files)]
+    faults = [*_faults_of_epochs(study), *_faults_of_counts(study, files), *_faults_of_figures(files)]
     faults += [f"{name}: it does not belong to this bundle" for name in sorted(files.keys() - made.keys())]
     for name in sorted(made):
         with damaged(name):
@@ -203,6 +200,17 @@ def _faults_of_epochs(study: "Study") -> Iterator[str]:
         own = study.scores[study.fold == fold]
         if not (scores == own).all(axis=1).any():
             yield f"predictions.csv: the scores of fold {fold} are not those of an epoch"
+
+
+def _faults_of_counts(study: "Study", files: Mapping[str, bytes]) -> Iterator[str]:
+    """The files that follow from the predictions count as many posts and criteria."""
+    posts, criteria = len(study.post_ids), len(study.criterion_ids)
+    with damaged("splits.csv or evaluation.json"):
+        if "splits.csv" in files and (found := len(_rows(files["splits.csv"])) - 1) != posts:
+            yield f"splits.csv: {counted(found, 'post')}, and predictions.csv has {posts}"
+        statistics = json.loads(files["evaluation.json"]) if "evaluation.json" in files else None
+        if statistics and (found := len(statistics["data"]["criteria"])) != criteria:
+            yield f"evaluation.json: {found} criteria, and predictions.csv has {criteria}"
 
 
 def _faults_of_figures(files: Mapping[str, bytes]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from raycv.common.environment import describe_environment
 from raycv.common.files import check_writable, sha256_of, write_json, write_text
+from raycv.common.locations import OBJECT_STORAGE, WORK, place_of, runs_folder
 from raycv.config.schema import RunConfig
 from raycv.config.validation import as_yaml
 from raycv.cv.open_run import OpenRun
@@ -22,12 +23,15 @@ from raycv.orchestration.fold_task import Prepared
 from raycv.rendering.terminal import say
 from raycv.results.find_run import make_newest
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import RECORDS, Bucket, PublishedRun, retire
 
 
 def check_runs_folder(config: RunConfig) -> None:
-    """Raises: UserError if raycv cannot write to the folder of runs, `run.dir`."""
+    """Raises: UserError if raycv cannot write to the folder of runs, `run.dir`, or to the object storage there."""
+    if config.run.dir.startswith(OBJECT_STORAGE):
+        Bucket(config.run.dir).check()
     try:
-        check_writable(Path(config.run.dir))
+        check_writable(_runs(config))
     except OSError as error:
         raise UserError(
             f"run.dir={config.run.dir}: raycv cannot write to {error.filename} ({error.strerror}).",
@@ -36,10 +40,32 @@ def check_runs_folder(config: RunConfig) -> None:
         ) from error
 
 
+def _runs(config: RunConfig) -> Path:
+    """The folder of runs, or where this machine's copies of runs under way lie."""
+    return runs_folder(config.run.dir, WORK).absolute()
+
+
+def _is_published(folder: Path) -> bool:
+    run = PublishedRun.of(RunFolder(folder), WORK)
+    return run is not None and run.manifest(RECORDS) is not None
+
+
 def check_name(config: RunConfig) -> None:
-    """Raises: UserError if `run.name` is set and its folder exists."""
-    if config.run.name is not None and (Path(config.run.dir) / config.run.name).exists():
-        folder = Path(config.run.dir).absolute() / config.run.name
+    """Raises: UserError if `run.name` is set and its folder exists, here or in the object storage."""
+    if config.run.name is None:
+        return
+    folder = _runs(config) / config.run.name
+    if _is_published(folder):
+        raise UserError(
+            f"run.name={config.run.name}: {place_of(folder)} exists, and a run never writes into another's folder.",
+            kind="run-exists",
+            remedies=[
+                "choose another run.name, or leave it out",
+                f"if it was interrupted, resume it: {resume_command(RunFolder(folder))}",
+                f"remove the old run: aws s3 rm --recursive {place_of(folder)}",
+            ],
+        )
+    if folder.exists():
         raise UserError(
             f"run.name={config.run.name}: {folder} exists, and a run never writes into another's folder.",
             kind="run-exists",
@@ -60,14 +86,17 @@ def new_run_folder(config: RunConfig) -> RunFolder:
 
     Raises: UserError if the name is taken, or raycv cannot make the folder.
     """
-    runs = Path(config.run.dir).absolute()
+    runs = _runs(config)
     first = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):
         name = first if attempt == 1 else f"{first}-{attempt}"
         try:
             # If two processes make it at the same time, one of them fails here.
             (runs / name).mkdir(parents=True)
-            break
+            if not _is_published(runs / name):
+                break
+            (runs / name).rmdir()
+            check_name(config)
         except OSError as error:
             if (runs / name).exists():
                 check_name(config)
@@ -97,6 +126,7 @@ def write_inputs(folder: RunFolder, config: RunConfig, prepared: Prepared) -> No
         "seeds": {"cv": config.cv.seed, "train": config.train.seed},
         "base_model": prepared.base_facts,
         "config_sha256": sha256_of(folder.config),
+        "started": folder.config.stat().st_mtime,
     }
     write_json(folder.environment, describe_environment() | recorded)
 
@@ -129,15 +159,18 @@ class NewRun:
     def check_base(self, base: Base) -> None:
         """Raises: UserError if raycv cannot use the MLflow store. A new run accepts any base model."""
         from raycv.tracking.experiment import check_store
+        from raycv.tracking.store_checks import network_warning
 
         check_store(self.config.tracking)
+        if warning := network_warning(self.config.tracking.uri):
+            say(self._console, f"Warning: {warning}", "yellow")
 
     def check_nodes(self, base: Base) -> None:
         """Makes the run's folder, and asks all nodes for it. If the run is never opened, its folder is removed."""
         from raycv.orchestration.cluster import check_nodes
 
         self._folder = new_run_folder(self.config)
-        self._held.callback(self._remove_unless_opened)
+        self._held.callback(self._tidy)
         check_nodes(self._folder, base.files)
 
     def open(self, prepared: Prepared) -> OpenRun:
@@ -154,9 +187,13 @@ class NewRun:
         self._held.enter_context(sole_process(folder))
         resume = resume_command(folder, config.cv.only)
         say(self._console, f"Run folder: {folder.root}   (if the run is interrupted: {resume})")
-        return OpenRun(config, folder, store, parent_id, self._console)
+        opened = OpenRun(config, folder, store, parent_id, self._console)
+        opened.publish_records()
+        return opened
 
-    def _remove_unless_opened(self) -> None:
-        """Nothing is computed yet. Without the folder the name is free again."""
-        if not self._is_open:
+    def _tidy(self) -> None:
+        """Removes a folder in which nothing is computed yet, so that the name is free. Retires a published copy."""
+        if self._is_open:
+            retire(self._folder)
+        else:
             shutil.rmtree(self._folder.root, ignore_errors=True)

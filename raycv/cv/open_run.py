@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raycv.common.signals import ignore_stops
+from raycv.common.locations import WORK, place_of, runs_folder
+from raycv.config.process import ignore_stops
 from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError
 from raycv.rendering.terminal import say
 from raycv.results.run_folder import RunFolder, aggregate_command, report_command, resume_command
+from raycv.results.storage import RECORDS, PublishedRun, persistently
 
 if TYPE_CHECKING:
     from raycv.orchestration.fold_task import Prepared
@@ -123,6 +125,49 @@ class OpenRun:
         if why is not None:
             later = f"Log it later: {aggregate_command(self.folder)}" if report else self._what_is_left()
             say(self.console, f"Warning: {lacking}: {why}\n{later}", "yellow")
+
+    def publish_records(self) -> None:
+        """Publishes the records of a run in an object storage. A storage that does not answer only warns."""
+        run = PublishedRun.of(self.folder, WORK)
+        if run is None:
+            return
+        try:
+            run.publish(RECORDS)
+            say(self.console, f"Published at: {run.bucket.address}")
+        except UserError as error:
+            later = "The run continues here, and publishes its records at its end."
+            say(self.console, f"Warning: {error.what} {later}", "yellow")
+
+    def publish(self) -> None:
+        """Publishes what the object storage of the run, if it has one, still lacks. Waits for it for ten minutes.
+
+        Raises:
+            RunFailedError: The storage does not answer, or it refuses. The local copy has everything.
+        """
+        run = PublishedRun.of(self.folder, WORK)
+        if run is None:
+            return
+
+        def tell(text: str) -> None:
+            say(self.console, f"Warning: {text} Everything is kept in {self.folder.root}", "yellow")
+
+        try:
+            persistently(lambda: run.publish_all(self.config.cv.folds), tell)
+        except UserError as error:
+            whole = self.folder.report.is_file()
+            raise RunFailedError(
+                f"Run {self.folder.root.name} is {'complete' if whole else 'kept'}, but not published: {error.what} "
+                f"Nothing is lost: all of it is in {self.folder.root}.",
+                kind=error.kinds,
+                remedies=[
+                    *error.remedies,
+                    f"publish it later, on this machine: {aggregate_command(self.folder)}"
+                    if whole
+                    else f"resume it later, on this machine: {resume_command(self.folder, self.config.cv.only)}",
+                ],
+            ) from error
+        copy = runs_folder(place_of(self.folder.root)) if self.folder.report.is_file() else self.folder.root
+        say(self.console, f"Published:     {run.bucket.address}\nCopy here:     {copy}")
 
     def _what_is_left(self) -> str:
         """Tells what to type after a run that stopped early."""

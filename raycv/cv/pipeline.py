@@ -17,8 +17,9 @@ from raycv.cv.preparation import Base, check_base_and_gpu, load_data, make_encod
 from raycv.cv.resumed_run import ResumedRun
 from raycv.data.splits import Split
 from raycv.data.types import Dataset
+from raycv.errors import UserError
 from raycv.orchestration.fold_task import Prepared
-from raycv.rendering.terminal import announce_data, announce_end, announce_placement, say, summary_table
+from raycv.rendering.terminal import announce_check, announce_data, announce_end, announce_placement, say, summary_table
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import partial_summary, summarize
 from raycv.results.run_folder import resume_command
@@ -57,13 +58,15 @@ def cross_validate(config: RunConfig, console: Console | None = None, typed: Col
 
     Returns:
         The report, with the content of `report.json`. If `cv.only` leaves folds for later, it has `run`, the finished
-        `folds` and `missing_folds` alone, and no file holds it.
+        `folds` and `missing_folds` alone, and no file holds it. With `check`, what was measured.
 
     Raises:
         UserError: for anything that the user can correct, before Ray or torch start where that is possible.
         RunFailedError: if a fold fails.
     """
     console = console or Console()
+    if config.check:
+        return _measure(config, console)
     # `held` keeps other processes out of the run's folder until Ray's processes have ended.
     with contextlib.ExitStack() as held:
         resumes = config.resume is not None
@@ -80,23 +83,30 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
     check_base_and_gpu(config)
     announce_data(console, config, dataset, splits)
     # From here on torch and Ray are imported, which takes seconds.
-    from raycv.orchestration.cluster import joins_cluster, ray_cluster
+    with console.status("Loading torch, transformers and Ray"):
+        import raycv.model.adapters  # noqa: F401
+        from raycv.orchestration.cluster import joins_cluster, ray_cluster
 
     base = prepare_base(config)
-    run.check_base(base)
+    with console.status("Checking the MLflow store"):
+        run.check_base(base)
     encoder = make_encoder(config, dataset, base)
     # Tokenising may refuse posts, so it comes before a Ray of this machine. It takes minutes, so the nodes of a cluster
     # are asked before it.
     prepared = None if joins_cluster() else tokenise(encoder, dataset, splits, base, console)
     say(console, "Starting Ray ...")
-    with ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config)) as dashboard:
-        placement = _plan(config, console, dashboard)
-        run.check_nodes(base)
+    with contextlib.ExitStack() as joined:
+        with console.status("Waiting for Ray and its nodes"):
+            asked = ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config))
+            dashboard = joined.enter_context(asked)
+            placement = _plan(config, console, dashboard)
+            run.check_nodes(base)
         if prepared is None:
             prepared = tokenise(encoder, dataset, splits, base, console)
             # A node may have been lost or have joined meanwhile.
             placement = _plan(config, console, dashboard, placement)
-        opened = run.open(prepared)
+        with console.status("Opening the run in MLflow"):
+            opened = run.open(prepared)
         with opened.under_way(), contextlib.ExitStack() as logged:
             results = _train_folds(opened, prepared, placement, logged)
             if len(results) < config.cv.folds:
@@ -104,6 +114,32 @@ def run_to_its_end(run: Run, console: Console) -> dict[str, Any]:
             # After the folds: a run starts sooner, and they have the cores for themselves.
             opened.record_pairs(prepared)
             return _publish(opened, results, logged)
+
+
+def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Measures what the run of `config` would take where its folds would run, prints it, and writes nothing."""
+    if config.resume is not None:
+        raise UserError(
+            f"check=true measures a new run, and resume={config.resume} names an old one.",
+            kind="config-value",
+            remedies=["leave out one of them"],
+        )
+    dataset, splits = load_data(config)
+    check_ray_folder()
+    check_base_and_gpu(config)
+    announce_data(console, config, dataset, splits)
+    from raycv.orchestration.cluster import ray_cluster
+    from raycv.orchestration.ray_train import measure
+
+    base = prepare_base(config)
+    prepared = tokenise(make_encoder(config, dataset, base), dataset, splits, base, console)
+    say(console, "Starting Ray ...")
+    with ray_cluster(ray_logs=config.resources.ray_logs, metadata=_of_job(config)) as dashboard:
+        placement = _plan(config, console, dashboard)
+        with console.status("Loading the base model, and training its heaviest step"):
+            found = measure(config, prepared, placement)
+    announce_check(console, config, placement, found)
+    return found
 
 
 def _of_job(config: RunConfig) -> dict[str, str]:
@@ -153,7 +189,7 @@ def _train_folds(
     finished = folder.finished(config.cv.folds)
     folds = [fold for fold in every if fold not in finished and fold in (config.cv.only or every)]
     if folds:
-        task = fold_task(config, folder, prepared, placement)
+        task = fold_task(config, folder, prepared, placement, resumed=run.make_ready is not None)
         children = FoldRuns(config.tracking, run.parent_id, folder, run.params, FOLD_KEY)
         epochs, batch = config.train.epochs, config.train.effective_batch_size
         with LiveView(folds, epochs, batch, run.console, placement) as view:
@@ -176,6 +212,7 @@ def _leave_the_others(
         say(run.console, f"{said}\nTrain the missing folds: {resume_command(run.folder)}")
     logged.close()
     run.log(None)
+    run.publish()
     return found
 
 
@@ -187,6 +224,8 @@ def _publish(run: OpenRun, results: list[FoldResult], logged: contextlib.ExitSta
     write_json(folder.report, report)
     evaluation = run.make_page()
     announce_end(run.console, config, folder, report, run.parent_id, evaluation)
-    logged.close()
-    run.log(report)
+    with run.console.status("Waiting for MLflow to have all of it"):
+        logged.close()
+        run.log(report)
+    run.publish()
     return report

@@ -9,7 +9,7 @@ from rich.console import Console
 from raycv.common.devices import CPU_FOR_RUNS, check_gpu_before_ray
 from raycv.common.locations import resolve
 from raycv.config.schema import RunConfig
-from raycv.data.dataset import count, load_dataset
+from raycv.data.dataset import load_dataset, with_shuffled_labels
 from raycv.data.splits import Split, make_splits
 from raycv.data.types import Dataset
 from raycv.model.base_model import check_name
@@ -38,23 +38,11 @@ def load_data(config: RunConfig) -> tuple[Dataset, list[Split]]:
     data_dir, criteria_dir = Path(resolve(config.data.dir)), Path(resolve(config.data.criteria_dir))
     dataset = load_dataset(data_dir, criteria_dir, empty=config.data.empty, missing=config.data.missing)
     if config.data.shuffle_labels:
-        dataset = _with_shuffled_labels(dataset, config.cv.seed)
+        dataset = with_shuffled_labels(dataset, config.cv.seed)
     if config.privacy.log_text:
         warning = "privacy.log_text=true: predictions.csv holds posts and criteria, here and in MLflow"
         dataset = replace(dataset, warnings=[*dataset.warnings, warning])
     return dataset, make_splits(dataset.pairs, config.cv.folds, config.cv.seed)
-
-
-def _with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
-    """The control: labels permuted over all pairs tell a model nothing about the posts."""
-    import random
-
-    labels = [pair.label for pair in dataset.pairs]
-    random.Random(seed).shuffle(labels)
-    pairs = [replace(pair, label=label) for pair, label in zip(dataset.pairs, labels, strict=True)]
-    warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
-    stats = dataset.stats | count(dataset.posts, dataset.criteria, pairs)
-    return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
 
 
 def check_base_and_gpu(config: RunConfig) -> None:
@@ -68,7 +56,7 @@ def prepare_base(config: RunConfig) -> Base:
     """Fetches the base model once for all folds. Raises: UserError if raycv cannot fetch it, or cannot train it."""
     from raycv.model.adapters import check_model
     from raycv.model.base_model import absolute_name, fetch_base
-    from raycv.model.loading import check_max_length, load_config, load_tokenizer, prepare_config
+    from raycv.model.loading import check_max_length, check_weights, load_config, load_tokenizer, prepare_config
 
     # No spinner here: the hub's client shows progress bars of its own.
     files = fetch_base(absolute_name(config.model.name), config.model.revision)
@@ -77,6 +65,7 @@ def prepare_base(config: RunConfig) -> Base:
     check_max_length(model_config, config.prompt.max_length)
     prepare_config(model_config, tokenizer)
     check_model(model_config, config.model)
+    check_weights(files, model_config)
     return Base(files, tokenizer, model_config, files.describe(tokenizer, model_config))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from raycv.common.environment import code_state, package_version
 from raycv.common.files import sha256_of
+from raycv.common.locations import WORK, place_of, runs_folder
 from raycv.common.secrets import mask_secrets
 from raycv.config.schema import RunConfig
 from raycv.config.validation import validate
@@ -19,6 +20,7 @@ from raycv.model.base_files import comparable
 from raycv.results.find_run import LATEST, find_run, recorded_config, runs_in, runs_there
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, aggregate_command, read_record, resume_command
+from raycv.results.storage import resumable_copies
 from raycv.tracking.lookup import recorded_uri
 from raycv.utils import FIRST_NUMERICS, NUMERICS, VERSIONS
 
@@ -169,7 +171,7 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
     Raises: UserError if there is no such run, or if it is finished.
     """
     assert config.resume is not None
-    folder = _find(Path(config.run.dir), config.resume)
+    folder = _find(runs_folder(config.run.dir, WORK), config.resume)
     values, given, faults = recorded_config(folder).model_dump(), config.model_dump(), []
     # A branch, or null, may mean another commit by now: the recorded commit counts.
     commit = base_of(folder).get("revision")
@@ -185,7 +187,7 @@ def earlier_run(config: RunConfig, typed: Collection[str]) -> Earlier:
         elif asked != recorded:
             faults.append(f"{section}.{name}: the run has {_shown(recorded)}, the command line {_shown(asked)}")
     values["tracking"]["uri"] = _tracking_uri(folder, config, typed)
-    values["run"]["dir"] = str(folder.root.parent)
+    values["run"]["dir"] = place_of(folder.root.parent)
     resumed = validate(RunConfig, values)
     check_only(resumed)
     return Earlier(folder, resumed, tuple(faults))
@@ -239,6 +241,7 @@ def base_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def _find(runs: Path, which: str) -> RunFolder:
+    resumable_copies(runs, None if which == LATEST else which)
     if which != LATEST:
         folder = find_run(runs, which)
         if folder is None and (fold := next((runs / which).glob("fold_*"), None)) is not None:
@@ -249,7 +252,7 @@ def _find(runs: Path, which: str) -> RunFolder:
                 remedies=[GOOD_COPY],
             )
         if folder is None:
-            what = f"resume={which}: {runs.absolute()} holds no such run."
+            what = f"resume={which}: {place_of(runs.absolute())} holds no such run."
             raise UserError(what, kind="run-missing", remedies=runs_there(runs, which, "run.dir"))
         _refuse_finished(folder)
         if not folder.has_begun():
@@ -263,9 +266,12 @@ def _find(runs: Path, which: str) -> RunFolder:
     begun = [folder for folder in folders if folder.has_begun() and not folder.reproduction.is_file()]
     unfinished = [folder for folder in begun if not folder.report.is_file()]
     if not unfinished:
+        place = place_of(runs.absolute())
         complete = counted(sum(folder.report.is_file() for folder in folders), "run")
+        # Finished runs of an object storage have no local copies here.
+        there = f" ({complete} there finished)" if place == str(runs.absolute()) else ""
         raise UserError(
-            f"resume=latest: {runs.absolute()} holds no unfinished run ({complete} there finished).",
+            f"resume=latest: {place} holds no unfinished run{there}.",
             kind="run-missing",
             remedies=["name the folder that holds it: run.dir=<folder>", "start one: python -m raycv.run"],
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from raycv.common.environment import describe_environment
 from raycv.common.files import read_json, write_json
+from raycv.common.locations import place_of
 from raycv.config.schema import RunConfig
 from raycv.cv.new_run import check_runs_folder
 from raycv.cv.open_run import OpenRun
@@ -21,6 +22,7 @@ from raycv.orchestration.fold_task import RESTARTS, Prepared
 from raycv.rendering.terminal import say
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, read_record
+from raycv.results.storage import retire
 from raycv.tracking.lookup import tracked_run
 
 if TYPE_CHECKING:
@@ -38,9 +40,10 @@ class ResumedRun:
         self._typed = typed
         self._console = console
         self.config = self._earlier.config
+        held.callback(retire, self._earlier.folder)
         held.enter_context(sole_process(self._earlier.folder))
         root = self._earlier.folder.root
-        say(console, f"Resuming run {root.name} in {root.parent}")
+        say(console, f"Resuming run {root.name} in {place_of(root.parent)}")
 
     def check_data(self, dataset: Dataset, splits: list[Split]) -> None:
         """Raises: UserError if data, splits, config or versions differ from what the run recorded."""

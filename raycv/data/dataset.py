@@ -7,8 +7,10 @@ specification's: posts, groundtruth and criteria. The other is the ReDSM5 releas
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +165,16 @@ def _dataset(posts: Texts, criteria: Texts, labels: Labels, pairs: list[Pair], s
     return Dataset(
         texts, kept, pairs, stats, [*sources.warnings, *size_warning(stats, claimed), *warnings_about(stats)]
     )
+
+
+def with_shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
+    """The control: labels permuted over all pairs tell a model nothing about the posts."""
+    labels = [pair.label for pair in dataset.pairs]
+    random.Random(seed).shuffle(labels)
+    pairs = [replace(pair, label=label) for pair, label in zip(dataset.pairs, labels, strict=True)]
+    warning = "data.shuffle_labels=true: the labels are permuted, so these scores are a control and not a result"
+    stats = dataset.stats | count(dataset.posts, dataset.criteria, pairs)
+    return replace(dataset, pairs=pairs, stats=stats, warnings=[*dataset.warnings, warning])
 
 
 # --- Numbers and hashes ----------------------------------------------------------------------------------------------

@@ -7,108 +7,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from raycv.common.table_reader import Missing, Row, Table, read_table
+from raycv.common.table_reader import Missing, Row, Table, is_blank, is_missing, read_table
 from raycv.data.discovery import CRITERIA, POSTS, Sources, text_column
-from raycv.data.types import Pair
+from raycv.data.types import ALIASES, SYMPTOMS, Pair, criterion_code, symptom_name
 from raycv.row_faults import Faults, Kind, NumberedIds, is_rounded, listed, named
 
-SYMPTOMS = {
-    "DEPRESSED_MOOD": "A.1",
-    "ANHEDONIA": "A.2",
-    "APPETITE_CHANGE": "A.3",
-    "SLEEP_ISSUES": "A.4",
-    "PSYCHOMOTOR": "A.5",
-    "FATIGUE": "A.6",
-    "WORTHLESSNESS": "A.7",
-    "COGNITIVE_ISSUES": "A.8",
-    "SUICIDAL_THOUGHTS": "A.9",
-}
-"""ReDSM5's symptom names -> the DSM-5 criteria that they stand for."""
-_ALIASES = {"LEEP_ISSUES": "SLEEP_ISSUES"}
-"""Typing errors of the release -> the right names."""
 _NO_SYMPTOM = "SPECIAL_CASE"
 """A name of the release beside the nine symptoms. Its rows are skipped."""
 # pandas writes 1.0 and 0.0 for a column of numbers that once had an empty cell.
 _LABELS = {"yes": 1, "no": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
 _ID_LIMIT = 100
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
-# Unicode's Default_Ignorable_Code_Point: characters that stay invisible in fonts and programs that do not know them.
-# Python's unicodedata lacks the property, so we list the ranges of DerivedCoreProperties.txt of Unicode 18.0. They
-# include reserved code points. A test compares them with the tables of the regex package.
-IGNORABLE = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-# Controls, format characters and separators are invisible, and a combining mark needs a letter below it.
-_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")
-# Unicode counts these characters as symbols or letters, but their glyphs are empty. We know them by name, since a name
-# is normative and never changes.
-_INKLESS = ("BRAILLE PATTERN BLANK", "EGYPTIAN HIEROGLYPH FULL BLANK", "EGYPTIAN HIEROGLYPH HALF BLANK",
-            "MUSICAL SYMBOL NULL NOTEHEAD")  # fmt: skip
-
-MISSING = frozenset({
-    # People let pandas write these (na_rep), since it reads them as missing by default. R writes NA, and Python None.
-    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
-    "NaN", "None", "n/a", "nan", "null",
-    # pandas writes this for a missing time.
-    "NaT",
-    # Databases write these in their exports: MySQL and PostgreSQL the first, Oracle the second.
-    "\\N", "(null)",
-    # Excel, LibreOffice and Google Sheets write these for a formula without a value, some as #N/A in other languages.
-    "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!", "#FIELD!", "#GETTING_DATA",
-    "#ERROR!", "#NV", "#N/D", "#N/B", "#I/T",
-})  # fmt: skip
-"""The exact spellings that software writes into a cell for a missing value.
-
-People write words such as `none`, `Null`, `na` or `Nan`, so other spellings are text.
-"""
-
-
-def criterion_code(name: str) -> str | None:
-    """`A.1` to `A.9` for another spelling (`A1`, `a.1`) or a symptom name of ReDSM5; None for any other id."""
-    return _numbered(name) or SYMPTOMS.get(_ALIASES.get(_plain(name), _plain(name)))
-
-
-def _numbered(name: str) -> str | None:
-    match = re.fullmatch(r"A[._]?([1-9])", _plain(name))
-    return f"A.{match[1]}" if match else None
-
-
-def is_same(asked: str, known: str) -> bool:
-    """Whether `asked` means the id or name `known`: `A1` means `A.1`, and `sleep issues` means `SLEEP_ISSUES`.
-
-    A symptom name does not mean an id: other criteria may have the id `A.1` too.
-    """
-    code = criterion_code(asked)
-    return code is not None and code == criterion_code(known) and bool(_numbered(asked) or not _numbered(known))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s-]+", "_", name.strip().upper())
-
-
-def is_blank(text: str) -> bool:
-    """Whether `text` is empty to a reader: only white space, invisible characters and combining marks, or nothing."""
-    return not any(_is_seen(character) for character in text)
-
-
-def _is_seen(character: str) -> bool:
-    """Whether `character` is visible without others.
-
-    Private characters can be visible, so they count. Unassigned ones count too, since a later version of Unicode can
-    make them letters. Otherwise a post would be blank in one version of Python only. Surrogates count, since they are
-    damage, which is reported elsewhere.
-    """
-    if unicodedata.category(character) in _UNSEEN or IGNORABLE.match(character):
-        return False
-    is_noncharacter = ord(character) & 0xFFFE == 0xFFFE or "\ufdd0" <= character <= "\ufdef"
-    return not is_noncharacter and unicodedata.name(character, "") not in _INKLESS
-
-
-def is_missing(text: str) -> bool:
-    """Whether `text` is a spelling that software writes for a missing value, and people do not."""
-    return text.strip() in MISSING
-
 
 # --- Posts and criteria ----------------------------------------------------------------------------------------------
 
@@ -365,7 +274,7 @@ def _read_annotations(file: Table, references: _References, faults: Faults) -> L
             continue
         labels.counts["rows"] += 1
         post_id = references.post(row)
-        if _plain(row.id("dsm5_symptom")) == _NO_SYMPTOM:
+        if symptom_name(row.id("dsm5_symptom")) == _NO_SYMPTOM:
             labels.counts["special_case"] += 1
             continue
         criterion_id = _annotated_criterion(row, labels, references, faults)
@@ -396,5 +305,5 @@ def _annotated_criterion(row: Row, labels: Labels, references: _References, faul
         value = named(symptom) if symptom else "(empty)"
         faults.add(Kind.SYMPTOM, labels.path, f"DSM5_symptom {value} is unknown", row.place)
         return None
-    labels.counts["aliased"] += _plain(symptom) in _ALIASES
+    labels.counts["aliased"] += symptom_name(symptom) in ALIASES
     return references.criterion(row, code)

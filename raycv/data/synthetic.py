@@ -1,4 +1,4 @@
-"""Decides what a synthetic post holds: evidence, hard negatives, filler. No person wrote or is in these posts.
+"""Makes a synthetic data set: number, symptoms and lengths of its posts, and the files. No person wrote these posts.
 
 A post is a shuffled row of sentences: evidence, hard negatives and neutral filler. Evidence is there for each positive
 criterion. Hard negatives are about criteria that the post does not meet: negated, about somebody else, or past. Every
@@ -17,15 +17,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from statistics import NormalDist, mean
 from typing import Any
 
 from raycv.common.files import unwritable
 from raycv.common.locations import bundled
-from raycv.data.phrases import capitalise, dress, phrase_book, spell
-from raycv.data.types import Criterion
+from raycv.data.phrases import NEUTRAL, Sentence, compose, paragraphs, phrase_book, spell
+from raycv.data.types import SYMPTOMS, Criterion
 from raycv.errors import FaultsError, UserError
 
 # These are our own paraphrases, not the wording of the DSM-5. A single sentence counts as evidence, so they name no
@@ -41,7 +40,6 @@ CRITERIA = (
     Criterion("A.8", "Finds it hard to focus, to think clearly or to make up one's mind", "COGNITIVE_ISSUES"),
     Criterion("A.9", "Thinks about being dead or wishes not to be alive", "SUICIDAL_THOUGHTS"),
 )
-SYMPTOMS = tuple(str(criterion.symptom) for criterion in CRITERIA)
 
 # These published counts of ReDSM5 are scaled to the requested number of posts.
 REDSM5_POSTS = 1484
@@ -49,9 +47,6 @@ REDSM5_POSTS_WITHOUT_SYMPTOM = 392
 REDSM5_POSITIVES = dict(zip(SYMPTOMS, (328, 124, 44, 102, 35, 124, 311, 59, 165), strict=True))
 MOST_SYMPTOMS_PER_POST = 4
 
-EVIDENCE = "evidence"
-NEUTRAL = "neutral"
-HARD_NEGATIVE_KINDS = ("negated", "third_person", "past")
 HELD_OUT_RATE = 0.5
 
 SYNTHETIC_MARK = "SYNTHETIC DATA"
@@ -84,16 +79,6 @@ LENGTH_PROFILES = {
     # ReDSM5 has mean 294.7, min 2 and max 6990. About a quarter of the prompts exceed 512 Llama tokens.
     "realistic": LengthProfile(295, 1.0, 2, 6990, stub_rate=0.005, sentences_per_paragraph=6),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """One sentence. `kind` is EVIDENCE, NEUTRAL or one of HARD_NEGATIVE_KINDS; a neutral one has no symptom."""
-
-    text: str
-    kind: str
-    symptom: str | None = None
-    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,45 +161,6 @@ def generate_posts(posts: int, *, seed: int, lengths: LengthProfile) -> list[Syn
     return made
 
 
-def compose(rng: random.Random, present: Sequence[str], words: int, *, held_out_rate: float) -> list[Sentence]:
-    """Makes the sentences of one post, shuffled, so that evidence can be anywhere.
-
-    The evidence is always complete, so a post can be longer than `words`. Hard negatives and filler use the words that
-    remain.
-
-    Args:
-        rng: The source of chance.
-        present: The symptoms for which the post is positive.
-        words: The number of words to aim at.
-        held_out_rate: The chance of a phrasing that pre-training leaves out; 0 for the pre-training corpus.
-    """
-
-    def labelled(kind: str, symptom: str) -> Sentence:
-        held_out = rng.random() < held_out_rate
-        phrasings = phrase_book()[symptom, kind]
-        template = rng.choice(phrasings.held_out if held_out else phrasings.seen)
-        return Sentence(dress(spell(template, rng), kind, rng), kind, symptom, held_out)
-
-    sentences = [labelled(EVIDENCE, symptom) for symptom in present for _ in range(1 + (rng.random() < 0.25))]
-    absent = [symptom for symptom in SYMPTOMS if symptom not in present]
-    rng.shuffle(absent)
-    count = sum(_words(sentence.text) for sentence in sentences)
-    for symptom in absent[: 1 + rng.randrange(2) + words // 150]:
-        if sentences and count + 8 > words:
-            break
-        sentences.append(labelled(rng.choice(HARD_NEGATIVE_KINDS), symptom))
-        count += _words(sentences[-1].text)
-    templates = list(phrase_book()["FILLER", NEUTRAL].seen)
-    rng.shuffle(templates)
-    for template in cycle(templates):
-        if count + 5 > words:  # 5 words are half a filler sentence, so posts meet their target on average.
-            break
-        sentences.append(Sentence(capitalise(spell(template, rng)), NEUTRAL))
-        count += _words(sentences[-1].text)
-    rng.shuffle(sentences)
-    return sentences
-
-
 def criteria_grid(count: int) -> list[Criterion]:
     """The first `count` criteria. After the ninth they repeat as A.1.2, A.2.2, ... with the same wording."""
     grid = []
@@ -240,17 +186,6 @@ def _assign_symptoms(posts: int, rng: random.Random) -> list[set[str]]:
     symptoms += [set() for _ in range(posts - labelled)]
     rng.shuffle(symptoms)
     return symptoms
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-def paragraphs(sentences: Sequence[Sentence], per_paragraph: int) -> str:
-    """The sentences as text, a blank line after every `per_paragraph` of them."""
-    texts = [sentence.text for sentence in sentences]
-    starts = range(0, len(texts), per_paragraph)
-    return "\n\n".join(" ".join(texts[start : start + per_paragraph]) for start in starts)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -316,7 +251,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 
 def _statistics(made: Sequence[SyntheticPost], grid: Sequence[Criterion]) -> dict[str, Any]:
     """Counts of the data set, without text. White space separates words."""
-    words = [_words(post.text) for post in made]
+    words = [len(post.text.split()) for post in made]
     per_symptom = Counter(symptom for post in made for symptom in post.symptoms)
     positives = {criterion.criterion_id: per_symptom[str(criterion.symptom)] for criterion in grid}
     return {

@@ -6,10 +6,12 @@ The corrected t looks at the folds instead, and so at training again on similar 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from raycv.evaluation.measures import RANGES, UNIT
 
 DRAWS, SEED, LEVEL = 2000, 42, 0.95
 MOST_UNDEFINED = 0.05
@@ -22,10 +24,11 @@ Statistic = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 COVERS = {
     "fixed": "post bootstrap, threshold held fixed: these trained models and thresholds on new posts of the same kind; "
     "not training again",
-    "reselected": "post bootstrap, threshold chosen again in every draw: these trained models, with a threshold tuned "
-    "on new posts of the same kind; not training again",
+    "reselected": "post bootstrap, threshold chosen again in every draw: these trained models on new posts, and the "
+    "choice of their thresholds too. At cross_fold each draw is compared with the posts themselves at the thresholds "
+    "that it chose; not training again",
     "corrected_t": "corrected resampled t (Nadeau and Bengio 2003) over the folds: training again on as many posts of "
-    "the same kind; few folds make it wide, and it is approximate",
+    "the same kind; few folds make it wide, its ends are clipped to the metric's range, and it is approximate",
 }
 
 
@@ -37,6 +40,8 @@ class Samples:
     """values [...] on the posts themselves"""
     draws: Mapping[str, np.ndarray]
     """values [..., draws]"""
+    difference: bool = False
+    """whether the values are differences of two metrics"""
 
     def minus(self, other: "Samples") -> "Samples":
         """Returns the differences of the same draws."""
@@ -44,7 +49,13 @@ class Samples:
         return Samples(
             {name: self.estimate[name] - other.estimate[name] for name in shared},
             {name: self.draws[name] - other.draws[name] for name in shared},
+            difference=True,
         )
+
+    def bounds(self, name: str) -> tuple[float, float]:
+        """Returns the range of a value: that of its metric, or that of a difference of two such metrics."""
+        low, high = RANGES.get(metric_of(name), UNIT)
+        return (low - high, high - low) if self.difference else (low, high)
 
 
 def weights_of_draws(posts: int, draws: int, seed: int, chunk: int) -> Iterator[np.ndarray]:
@@ -90,7 +101,9 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> dict[str, Any]:
     return {"low": ends[0], "high": ends[1], "undefined_draws": undefined, "constant": constant}
 
 
-def corrected_t(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]:
+def corrected_t(
+    values: Sequence[float], level: float = LEVEL, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> dict[str, Any]:
     """Returns the corrected resampled t interval of a mean over the folds of one cross-validation, and its p-value.
 
     For k folds with sample variance s² the variance of the mean is `(1 / k + 1 / (k - 1)) * s²` (Nadeau and Bengio
@@ -99,6 +112,7 @@ def corrected_t(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]
     Args:
         values: A value per fold, in a comparison a difference per fold.
         level: The confidence level.
+        bounds: The range of the metric, or of a difference. The ends are clipped to it, since few folds lead beyond it.
 
     Returns:
         low, high, p (two-sided, of the mean 0) and df. All but df are None if a fold's value is undefined.
@@ -111,7 +125,8 @@ def corrected_t(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]
     mean, error = float(np.mean(values)), math.sqrt((1 / folds + 1 / (folds - 1)) * float(np.var(values, ddof=1)))
     half = float(stdtrit(folds - 1, (1 + level) / 2)) * error
     p = 2 * float(stdtr(folds - 1, -abs(mean) / error)) if error else float(mean == 0)
-    return {"low": mean - half, "high": mean + half, "p": p, "df": folds - 1}
+    low, high = (min(max(end, bounds[0]), bounds[1]) for end in (mean - half, mean + half))
+    return {"low": low, "high": high, "p": p, "df": folds - 1}
 
 
 def p_value(draws: np.ndarray) -> float | None:
@@ -140,8 +155,13 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
+def metric_of(name: str) -> str:
+    """Returns the metric at the end of the name of a value."""
+    return name.rpartition(".")[2]
+
+
 def number(samples: Samples, name: str, at: tuple[int, ...] = (), reselected: str | None = None) -> dict[str, Any]:
-    """Returns an estimate (`value`, None where undefined) and its intervals by the names of `COVERS`.
+    """Returns an estimate (`value`, None where undefined) and its intervals by the names of `COVERS`; ECE has None.
 
     Args:
         samples: Holds the values.
@@ -149,7 +169,9 @@ def number(samples: Samples, name: str, at: tuple[int, ...] = (), reselected: st
         at: The position of the unit, for values by fold or criterion.
         reselected: The name of the same value with the threshold chosen again.
     """
-    found = {"value": plain(samples.estimate[name][at]), "fixed": interval(samples.draws[name][at])}
+    # The calibration error of a draw is larger than that of the posts themselves, so its bootstrap is biased upwards.
+    ends = None if metric_of(name) == "ece" else interval(samples.draws[name][at])
+    found = {"value": plain(samples.estimate[name][at]), "fixed": ends}
     return found | ({"reselected": interval(samples.draws[reselected][at])} if reselected else {})
 
 
@@ -162,8 +184,10 @@ def mean_over_units(samples: Samples, name: str) -> Samples:
     defined = ~np.isnan(samples.estimate[name])
     if not defined.any():
         return Samples({name: np.array(np.nan)}, {name: np.full(samples.draws[name].shape[-1], np.nan)})
-    return Samples(
-        {name: samples.estimate[name][defined].mean(axis=0)}, {name: samples.draws[name][defined].mean(axis=0)}
+    return replace(
+        samples,
+        estimate={name: samples.estimate[name][defined].mean(axis=0)},
+        draws={name: samples.draws[name][defined].mean(axis=0)},
     )
 
 
@@ -173,7 +197,7 @@ def fold_mean(samples: Samples, name: str, reselected: str | None = None) -> dic
     defined = folds[~np.isnan(folds)]
     found = {
         **number(mean_over_units(samples, name), name),
-        "corrected_t": corrected_t(folds.tolist()),
+        "corrected_t": corrected_t(folds.tolist(), bounds=samples.bounds(name)),
         "sd": float(defined.std(ddof=1)) if len(defined) > 1 else None,
         "folds": [plain(value) for value in folds],
         "undefined": len(folds) - len(defined),

@@ -125,7 +125,6 @@ def criteria_section(study: Study, samples: Samples) -> list[dict[str, Any]]:
             **{metric: number(samples, f"{CROSS_FOLD}.fixed.criteria.{metric}", (one,)) for metric in LABEL_METRICS},
             **{metric: number(samples, f"scores.criteria.{metric}", (one,)) for metric in SCORE_METRICS},
         }
-        metrics["ece"]["fixed"] = None
         rows.append(
             {
                 "criterion": name,

@@ -27,6 +27,9 @@ NAMES = {metric: metric.replace("_", " ") for metric in METRICS} | {
     "f1": "F1", "mcc": "MCC", "roc_auc": "ROC-AUC", "brier": "Brier score", "ece": "calibration error",
 }  # fmt: skip
 """The metrics in words."""
+UNIT = (0.0, 1.0)
+"""The range of a metric that `RANGES` does not name."""
+RANGES = {"mcc": (-1.0, 1.0)}
 BINS = 10
 """The equally wide bins of the expected calibration error. A score on an edge belongs to the upper bin."""
 

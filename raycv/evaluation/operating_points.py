@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from raycv.evaluation.measures import (
+    RANGES,
     STEPS,
     THRESHOLDS,
+    UNIT,
     Counts,
     LabelCounts,
     Ranking,
@@ -181,6 +183,22 @@ def _aucs_by_epoch(study: Study) -> list[list[float]]:
     return values
 
 
+def moved(
+    drawn: Mapping[str, np.ndarray], there: Mapping[str, np.ndarray], here: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the estimates plus the error of each draw at the thresholds that it chose, within the metrics' ranges.
+
+    The study's F1 is rugged over the thresholds. A draw that moves along it would count that noise a second time, and
+    its intervals would be too wide. So each draw is compared with the study at the same thresholds.
+
+    Args:
+        drawn: Metrics of the draws at the thresholds that they chose.
+        there: Metrics of the study at these thresholds.
+        here: Metrics of the study at its own thresholds, the estimates.
+    """
+    return {name: np.clip(value - there[name] + here[name], *RANGES.get(name, UNIT)) for name, value in drawn.items()}
+
+
 class Measurement:
     """All metrics of one set of scores under any weights of the posts, by operating point.
 
@@ -211,7 +229,7 @@ class Measurement:
         by_fold = (study.fold, study.folds, study.post, posts)
         by_criterion = (study.criterion, len(study.criterion_ids), study.post, posts)
         self.steps = ThresholdCounts(study.labels, scores, *by_fold)
-        counts = self.steps(np.ones((posts, 1)))
+        self.own = counts = self.steps(np.ones((posts, 1)))
         self.thresholds = {rule: THRESHOLDS[steps_by(rule, counts)[:, 0]] for rule in (*RULES, POOLED)}
         self.rules = RULES if given is None else ()
         self.called = {rule: scores >= self.thresholds[rule][study.fold] for rule in self.rules} | dict(given or {})
@@ -240,9 +258,14 @@ class Measurement:
         if self.rules:
             counts = self.steps(weights)
             for rule in self.rules:
-                folds = at_steps(counts, steps_by(rule, counts))
-                keep(f"{rule}.reselected.folds", label_metrics(folds))
-                keep(f"{rule}.reselected.pooled", label_metrics(folds.summed()))
+                steps = steps_by(rule, counts)
+                chosen, own = at_steps(counts, steps), at_steps(self.own, steps)
+                held = at_steps(self.own, steps_by(rule, self.own))
+                for unit, parts in (
+                    ("folds", (chosen, own, held)), ("pooled", (chosen.summed(), own.summed(), held.summed())),
+                ):  # fmt: skip
+                    drawn, there, here = map(label_metrics, parts)
+                    keep(f"{rule}.reselected.{unit}", drawn if rule != CROSS_FOLD else moved(drawn, there, here))
         for name, scored in self.scored.items():
             metrics = scored(weights)
             keep(f"scores.{name}", {key: value[0] for key, value in metrics.items()} if name == "pooled" else metrics)

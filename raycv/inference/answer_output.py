@@ -3,10 +3,10 @@
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycv.common.signals import discard
+from raycv.common.locations import runs_folder
+from raycv.config.process import discard
 from raycv.data.types import Criterion
 from raycv.errors import UserError
 from raycv.inference.last_answer import remember, warn_if_moved
@@ -32,13 +32,13 @@ def give(
     model = answers[0]["model"]
     tell_of_move(config, model, tell)
     show(answers, criteria, config, single=single)
-    remember(Path(config.dir), model)
+    remember(runs_folder(config.dir), model)
 
 
 def tell_of_move(config: "InferConfig", model: Mapping[str, Any], tell: Tell) -> None:
     """Warns that `latest` is not the run that answered last. A run that the user named needs no warning."""
     if config.run == LATEST:
-        warn_if_moved(Path(config.dir), model, tell)
+        warn_if_moved(runs_folder(config.dir), model, tell)
 
 
 def show(answers: Sequence[Answer], criteria: Mapping[str, Criterion], config: "InferConfig", *, single: bool) -> None:

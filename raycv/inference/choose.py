@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raycv.common.files import sha256_of
+from raycv.common.locations import place_of, runs_folder
 from raycv.errors import UserError
 from raycv.inference.log import named_store
 from raycv.model.checkpoint import DAMAGED, MANIFEST, read_info
@@ -25,6 +26,7 @@ from raycv.results.find_run import (
 from raycv.results.fold_result import FoldResult
 from raycv.results.report import best_fold
 from raycv.results.run_folder import RunFolder, read_record, resume_command
+from raycv.results.storage import fetch_checkpoints
 from raycv.tracking.lookup import LOCAL_URI, mlflow_run, open_store
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ Find = Callable[[], Chosen]
 
 def finder(config: "InferConfig") -> Find:
     """A function that finds the checkpoints of `config` when it is first called, and then returns the same ones."""
-    return cache(partial(choose, config.run, config.fold, Path(config.dir), named_store(config.tracking.uri)))
+    return cache(partial(choose, config.run, config.fold, runs_folder(config.dir), named_store(config.tracking.uri)))
 
 
 def choose(run: str, fold: Fold, runs: Path, tracking_uri: str | None) -> Chosen:
@@ -121,7 +123,7 @@ def _finished_run(runs: Path) -> RunFolder:
     assert folder is not None
     if not is_finished(folder):
         raise UserError(
-            f"No run in {runs.absolute()} is finished.",
+            f"No run in {place_of(runs.absolute())} is finished.",
             kind="run-missing",
             remedies=[
                 QUICKSTART,
@@ -171,6 +173,7 @@ def _from_folder(folder: RunFolder, fold: Fold) -> Chosen:
     if fold == "best":
         fold = best_fold([FoldResult.read(folder.fold(number).result) for number in finished])
     taken = finished if fold == ENSEMBLE else [fold]
+    fetch_checkpoints(folder, taken)
     for number in taken:
         _check_manifest(folder, number)
     checkpoints = tuple(folder.fold(number).checkpoint for number in taken)

@@ -6,8 +6,8 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from raycv.common.table_reader import is_blank
 from raycv.common.text_files import FIELD_LIMIT
-from raycv.data.parsing import is_blank
 from raycv.errors import UserError
 from raycv.inference.questions import Question
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from raycv.data.parsing import criterion_code, is_blank, is_same
-from raycv.data.types import LABELS, Criterion
+from raycv.common.table_reader import is_blank
+from raycv.data.types import LABELS, Criterion, criterion_code, is_same
 from raycv.errors import UserError, counted
 
 SCORE_DECIMALS = 6

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, rotate_half
 
@@ -34,6 +35,9 @@ TOKENS, MOST_TOKENS = 24, 640
 no window, or if it would exceed `MOST_TOKENS`."""
 ROWS = 4
 """Prompts that are compared at once. The logits of a single one may all be near 0, where rounding looks large."""
+QUERIES = 128
+"""The most queries of a document that attention on a CPU computes at once. Fewer leave out more scores, and more calls
+take longer."""
 _CAP = re.compile(r"att(n|ention)\w*cap(ping)?$")
 
 
@@ -70,6 +74,70 @@ def _caps(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from _caps(value)
         elif _CAP.search(str(name)) and isinstance(value, int | float) and value:
             yield name, value
+
+
+def mark_documents(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Returns `mask` with a note of its documents, from which attention on a CPU leaves out what no query sees.
+
+    A model that makes another mask of it loses the note, and attention computes all of that mask.
+
+    Args:
+        mask: The mask, bool [B, 1, L, L]. No query sees another document, or a later position.
+        lengths: The positions of each document in all lines one after another. Their sum is B * L.
+    """
+    mask.documents = lengths  # type: ignore[attr-defined]
+    return mask
+
+
+def _by_document(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Computes attention with PyTorch's kernel, for each document of a marked mask on its own.
+
+    PyTorch's kernel for CPUs computes all scores, also those that the mask hides. A few queries of a document see its
+    keys up to the last of them, so the kernel gets no others. The scores that remain are the same.
+
+    Args:
+        module: The attention of a layer.
+        query: [B, H, L, D].
+        key: [B, K, L, D].
+        value: [B, K, L, D].
+        attention_mask: The mask, or None.
+        dropout: The probability of dropout. If it is not 0, its draws stay those of transformers.
+        kwargs: Passed to transformers.
+
+    Returns:
+        [B, L, H, D], and None for the weights.
+    """
+    documents = None if torch.compiler.is_compiling() else getattr(attention_mask, "documents", None)
+    if documents is None or dropout:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+    assert attention_mask is not None
+    lines, length = len(query), query.shape[2]
+    done, start = [], 0
+    # A slice's gradient is as large as the whole, so we split once.
+    split = (states.transpose(1, 2).flatten(0, 1).split(documents) for states in (query, key, value))
+    for states in zip(*split, strict=True):
+        queries, keys, values = (part.transpose(0, 1)[None] for part in states)
+        line, first = divmod(start, length)
+        size = -(-len(states[0]) // -(-len(states[0]) // QUERIES))
+        end = 0
+        for few in queries.split(size, dim=2):
+            begin, end = end, end + few.shape[2]
+            seen = attention_mask[line : line + 1, :, first + begin : first + end, first : first + end]
+            mixed, _ = sdpa_attention_forward(module, few, keys[:, :, :end], values[:, :, :end], seen, **kwargs)
+            done.append(mixed[0])
+        start += end
+    return torch.cat(done).unflatten(0, (lines, length)), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(KERNEL, _by_document)
 
 
 def attention_of(model: Any) -> str:

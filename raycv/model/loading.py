@@ -1,5 +1,6 @@
 """Loads tokenizer, config and a classifier with a new head from a base model's files. Never runs the model's code."""
 
+import copy
 import json
 import logging
 import os
@@ -206,6 +207,40 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
         part.pad_token_id = pad_id
 
 
+def check_weights(files: BaseFiles, config: Any) -> None:
+    """Checks that safetensors weights fit the prepared `config`, by names and shapes, without reading a weight.
+
+    transformers compares them as it does when it loads, so renamed tensors of old files are known.
+
+    Raises:
+        UserError: A tensor of the backbone is missing or has another shape, or a layer has no place in the model.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    from raycv.model.adapters import check_loaded
+
+    if files.weight_format != "safetensors":
+        return
+    shapes: dict[str, list[int]] = {}
+    with _loading("weights", files) as folder:
+        for file in files.files:
+            if file.endswith(".safetensors"):
+                with safe_open(os.path.join(folder, file), framework="pt") as opened:
+                    shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        made: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model, found = made.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_loaded(model, found, files.name, shapes)
+
+
 def load_classifier(
     files: BaseFiles,
     tokenizer: Any,
@@ -282,10 +317,7 @@ def _loading(part: str, files: BaseFiles) -> Iterator[str]:
     It may also be weights in another format, which would replace those that raycv checked.
     The errors of transformers for unusable files become `UserError`. Its own warnings are silenced.
     """
-    import pickle
-
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -298,17 +330,7 @@ def _loading(part: str, files: BaseFiles) -> Iterator[str]:
             yield folder
     except (torch.OutOfMemoryError, UserError):
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # transformers and tokenizers raise anything, a bare Exception too
         cause = cause_of(error).replace(folder or str(files.path), str(files.path))
         raise UserError(
             f"The {part} of {files.name} cannot be loaded from {files.path}: {cause}",
@@ -327,8 +349,22 @@ def _rename(loaded: Any, folder: str, files: BaseFiles) -> None:
                 values[key] = value.replace(folder, str(files.path))
 
 
+def _upgrade(files: BaseFiles) -> list[str]:
+    """Returns the remedy for files that a newer transformers wrote than the one that is installed; else nothing."""
+    import transformers
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        then = str(json.loads((files.path / CONFIG).read_text(encoding="utf-8")).get("transformers_version"))
+        is_newer = Version(then) > Version(transformers.__version__)
+    except (OSError, ValueError, AttributeError, InvalidVersion):
+        return []
+    upgrade = f"transformers {then} wrote {CONFIG}, and {transformers.__version__} is here: "
+    return [f"{upgrade}pip install --upgrade 'transformers<5' tokenizers"] if is_newer else []
+
+
 def _mended(files: BaseFiles) -> list[str]:
-    remedies = ["if a file may be damaged, delete the folder and download or copy it again"]
+    remedies = [*_upgrade(files), "if a file may be damaged, delete the folder and download or copy it again"]
     if files.weight_format == "pytorch_bin":
         remedies.append(
             "a .bin that holds more than tensors is refused, since it could run code: use a safetensors version"

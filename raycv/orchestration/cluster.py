@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -20,17 +21,20 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray.exceptions
 import ray.train
+import ray.tune
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycv.common.locations import BUNDLED_SCHEME, check_ray_folder, ray_folder
 from raycv.common.retry import cause_of
-from raycv.common.signals import STOP_SIGNALS, stop_like_ctrl_c
-from raycv.errors import FaultsError, RunFailedError, UserError
+from raycv.config.process import STOP_SIGNALS, stop_like_ctrl_c
+from raycv.errors import FaultsError, RunFailedError, UserError, last_line
 from raycv.orchestration.fold_task import FoldTask
 from raycv.resources import survey
 from raycv.resources.nodes import NodeNeeds, Share, node_name
+from raycv.resources.publisher import make_local_copy
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import Bucket
 
 if TYPE_CHECKING:
     from raycv.model.base_files import BaseFiles
@@ -39,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 GONE_SECONDS = 30.0
 """A head of the cluster that does not answer for so long is gone. After 60 seconds Ray ends the process."""
+LOST = "ActorDiedError|ActorUnavailableError|RaySystemError|RpcError|NodeDiedError"
+"""Errors of Ray whose cause is a process or node that is gone."""
 ANSWER_SECONDS = 120.0
 """All nodes answer within so long; a storage that hangs would be waited for without end."""
 JOIN_REMEDIES = (
@@ -56,7 +62,13 @@ def node_survey() -> Callable[..., dict[str, Any]]:
 
 
 def share_of(task: FoldTask) -> Share:
-    """The run's folder as this process sees it, to check that it is the driver's."""
+    """The run's folder as this process sees it, to check that it is the driver's.
+
+    With an object storage it is this node's own copy, which this function makes.
+    Raises: OSError if it cannot make it.
+    """
+    if task.needs.published:
+        make_local_copy(Path(task.needs.share), task.needs.nonce)
     return task.needs.share_at(ray.get_runtime_context().get_node_id(), own_node_name())
 
 
@@ -245,6 +257,7 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
     """
     here = ray.get_runtime_context().get_node_id()
     needs = NodeNeeds.of(folder)
+    address = needs.published
     paths = [str(base.path)] if base.revision is None and not base.name.startswith(BUNDLED_SCHEME) else []
     ask = ray.remote(num_cpus=0)(node_survey())
     asked = {}
@@ -253,7 +266,11 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
             asked[node["NodeID"]] = name, ask.options(scheduling_strategy=there).remote(*needs.question(paths))
-    faults, remedies = [], []
+    faults: list[str] = []
+    remedies: list[str] = []
+    if address:
+        # The processes of this node may have another environment than the driver.
+        faults, remedies = _storage_faults(here, own_node_name(), address)
     deadline = time.monotonic() + ANSWER_SECONDS
     for node, (name, answer) in asked.items():
         try:
@@ -266,11 +283,31 @@ def check_nodes(folder: RunFolder, base: "BaseFiles") -> None:
             remedies.append("see that the node is up, with the driver's versions of Python and Ray: ray status")
             continue
         differ, what_to_do = needs.compare(name, found)
+        if address and not differ:
+            # The node has the driver's raycv, so it can be asked to reach the storage.
+            differ, what_to_do = _storage_faults(node, name, address)
         faults += differ
         remedies += what_to_do
     if faults:
         title = "The cluster's nodes do not have what the folds need"
         raise FaultsError(title, faults, kind="cluster-node", remedies=list(dict.fromkeys(remedies)))
+
+
+def _storage_faults(node: str, name: str, address: str) -> tuple[list[str], list[str]]:
+    """Why the node cannot use the object storage, and what to do."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    asked = ray.remote(num_cpus=0)(_check_storage).options(scheduling_strategy=there).remote(address)
+    try:
+        ray.get(asked, timeout=ANSWER_SECONDS)
+    except UserError as error:
+        return [f"{name}: {error.what}"], [*error.remedies, "give every node the credentials: a role, or AWS_... there"]
+    except ray.exceptions.RayError as error:
+        return [f"{name} cannot be asked: {cause_of(error)}"], ["see that the node is up: ray status"]
+    return [], []
+
+
+def _check_storage(address: str) -> None:
+    Bucket(address).check()
 
 
 def _is_lost(node: str, error: ray.exceptions.RayError) -> bool:
@@ -317,16 +354,32 @@ def watched_cluster(root: RunFolder) -> Iterator[None]:
         if not gone.is_set():
             raise
         _end_ray()
-        raise RunFailedError(
-            f"Run {root.root.name} failed: the Ray cluster at {address} is gone, or its process on this node.",
-            kind="cluster-unreachable",
-            remedies=[
-                "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
-                f"the folds resume from their last states: {resume_command(root)}",
-            ],
-        ) from None
+        raise _is_gone(root, f"the Ray cluster at {address} is gone, or its process on this node") from None
     finally:
         over.set()
+
+
+@contextmanager
+def explained_loss(root: RunFolder) -> Iterator[None]:
+    """Raises: RunFailedError if the block fails since processes of Ray are gone, before `watched_cluster` notices."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.tune.TuneError) as error:
+        # Tune keeps the traceback of an error in its callbacks as a text.
+        if isinstance(error, ray.exceptions.RayTaskError) or not re.search(LOST, f"{type(error).__name__} {error}"):
+            raise
+        raise _is_gone(root, f"processes of the Ray cluster are gone ({last_line(error)})") from error
+
+
+def _is_gone(root: RunFolder, why: str) -> RunFailedError:
+    return RunFailedError(
+        f"Run {root.root.name} failed: {why}.",
+        kind="cluster-unreachable",
+        remedies=[
+            "where memory ran out the kernel ends a process (`dmesg` tells); a head node may be lost",
+            f"the folds resume from their last states: {resume_command(root)}",
+        ],
+    )
 
 
 def _answers(address: str) -> bool:

@@ -15,6 +15,8 @@ from raycv.data.types import Dataset, Pair
 from raycv.errors import ErrorKind, UserError
 from raycv.resources.nodes import NodeNeeds
 from raycv.resources.placement import Placement
+from raycv.results.run_folder import RunFolder
+from raycv.results.storage import PublishedRun
 
 if TYPE_CHECKING:
     import ray.train
@@ -66,6 +68,15 @@ class FoldTask:
     """train_worker, or what a benchmark puts in its place"""
     mark: int = 0
     """the least result of `mark_of`; 0 for no marks"""
+    home: str = ""
+    """the driver's node, as Ray's id"""
+    resumed: bool = False
+    """whether an earlier process of the run may have left training states"""
+
+    @property
+    def published(self) -> PublishedRun | None:
+        """The run in its object storage, and this node's local copy; None for a run in a folder."""
+        return PublishedRun(self.needs.published, RunFolder(Path(self.root))) if self.needs.published else None
 
     def mark_of(self, fold: int) -> int:
         """The bytes of memory that tell the placement group of the fold's workers from others; 0 for no mark.

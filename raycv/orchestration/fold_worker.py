@@ -1,38 +1,47 @@
 """The worker of a fold: loads the model, runs the training loop, writes checkpoint and predictions."""
 
+import contextlib
 import os
 import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 
-from raycv.common.environment import seldom_collecting
+from raycv.common.environment import seldom_collecting, utc_now
 from raycv.common.files import unwritable
+from raycv.errors import UserError
 from raycv.orchestration.cluster import own_resources, share_of
 from raycv.orchestration.fold_task import FoldGauges, FoldTask, SharedArrays
-from raycv.resources.nodes import Share
+from raycv.resources.nodes import NodeError, Share
 from raycv.resources.placement import Placement
+from raycv.resources.publisher import StatePublisher, bring_states, hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.results.storage import UNREACHABLE, checkpoint_part
 from raycv.training.metrics import EPOCH_KEY, F1, THRESHOLD, TRAIN_LOSS, VAL_LOSS, collapse_reasons, collapsed_because
 from raycv.utils import NUMERICS
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from raycv.config.schema import RunConfig
     from raycv.data.splits import Split
     from raycv.model.adapters import Precision
+    from raycv.model.base_files import BaseFiles
     from raycv.model.checkpoint import CheckpointInfo
     from raycv.training.loop import TrainResult
     from raycv.training.progress import EpochResult
     from raycv.training.state import StateFolder, TrainState
 
 STEP_POST_SECONDS = 1.0
+MEASURE_SECONDS = 20.0
+"""For each way of batching, no step is timed that begins later."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +52,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     task: FoldTask = arguments["task"]
     fold: int = arguments["fold"]
+    if not task.config.resources.ray_logs:
+        keep_output(RunFolder(Path(task.root)).fold(fold))
     task.board.post.remote(fold, {"state": "loading"})
     # Here and not at the top: trial drivers and Ray's controllers import this module too, and need none of it.
     with seldom_collecting():
@@ -50,31 +61,25 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         from ray.train.torch import get_device
 
         from raycv.common.environment import describe_device
-        from raycv.model.adapters import add_dora, base_dtype, choose_precision, count_parameters
-        from raycv.model.attention import attention_of
+        from raycv.model.adapters import count_parameters
         from raycv.model.base_model import fetch_base
-        from raycv.model.loading import load_classifier, load_tokenizer
+        from raycv.model.loading import load_tokenizer
         from raycv.training.loop import FoldTrainer
         from raycv.training.progress import spent
         from raycv.training.state import StateFolder
-        from raycv.utils import set_seed
 
     config = task.config
     shared: SharedArrays = ray.get(task.shared)
     split = shared.splits[fold]
-    precision, why = choose_precision(config.train.precision)
     # On the driver's node this only finds the files; another node fetches them once for all of its folds.
     base = fetch_base(task.base.name, task.base.revision)
     share = share_of(task)
+    _check_storage(task, fold, share)
     share.check_base(base.path, task.base_sums, base.sums())
     tokenizer = load_tokenizer(base)
     device = get_device()
     told: list[str] = []
-    dtype = base_dtype(precision)
-    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=told.append)
-    attention = attention_of(model)
-    set_seed(config.train.seed)
-    adapted = add_dora(model, config.model, config.dora)
+    adapted, precision, why, attention = _adapted(config, base, tokenizer, device, told.append)
     rank = ray.train.get_context().get_world_rank()
     if rank:
         # The same weights on every worker, but other rows: dropout must differ.
@@ -92,6 +97,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     listener.on_event(f"{why}, {attention} attention, on {describe_device(device)}")
     for text in told:
         listener.on_event(text)
+    published = task.published
+    publisher = None
+    if published is not None:
+        # Ray Train may restart a worker automatically, so even the first attempt looks for a state.
+        alone, begun = task.placement.workers == 1, arguments["begun"]
+        bring_states(published, fold, alone=alone, tell=listener.on_event, begun=begun)
+        if not rank:
+            publisher = listener.publisher = StatePublisher(published, fold, listener.on_event)
     memory = _memory_share(task.placement, device)
     trainer = FoldTrainer(adapted, shared.encoded, config.train, precision, listener, memory)
     state = states.newest(listener.on_event)
@@ -112,6 +125,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             states.check_writer()
             save_fold_checkpoint(folder, adapted, tokenizer, info)
             sums = folder.checkpoint_sums()
+        if published is not None and publisher is not None:
+            publisher.stop()
+            elsewhere = share.node != arguments["node"]
+            part = checkpoint_part(fold)
+            hand_over(published, part, listener.on_event, needed=elsewhere, where=share.name)
+            if elsewhere:
+                # The storage has all of it now.
+                shutil.rmtree(folder.root, ignore_errors=True)
     else:
         sums = {}
     worker = {
@@ -133,6 +154,93 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "epoch_scores": outcome.epoch_scores,
         "node": share.node,
     }
+
+
+def keep_output(folder: FoldFolder) -> None:
+    """Sends what this process prints from now on, native libraries included, to a file in the fold's folder.
+
+    A process that the kernel kills can leave nothing behind later. Without the file only the log is missing.
+    """
+    with contextlib.suppress(OSError):
+        folder.root.mkdir(exist_ok=True)
+        file = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(file, f"{utc_now()}: process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.close(file)
+
+
+def _adapted(
+    config: "RunConfig", base: "BaseFiles", tokenizer: Any, device: Any, tell: Callable[[str], None]
+) -> tuple[Any, "Precision", str, str]:
+    """Returns the classifier with DoRA on `device`, its precision, the reason for that, and its attention."""
+    from raycv.model.adapters import add_dora, base_dtype, choose_precision
+    from raycv.model.attention import attention_of
+    from raycv.model.loading import load_classifier
+    from raycv.utils import set_seed
+
+    precision, why = choose_precision(config.train.precision)
+    dtype = base_dtype(precision)
+    model = load_classifier(base, tokenizer, dtype, seed=config.train.seed, device=str(device), tell=tell)
+    attention = attention_of(model)
+    set_seed(config.train.seed)
+    return add_dora(model, config.model, config.dora), precision, why, attention
+
+
+def measure_worker(
+    config: "RunConfig", shared: SharedArrays, base: "BaseFiles", placement: Placement
+) -> dict[str, Any]:
+    """Runs where a fold would: loads the base, and measures training in both ways of batching. Writes nothing.
+
+    Returns `device`, `precision`, `attention`, `taken` and `limit` (bytes), `told` (texts for the user), and `paces`: a
+    Pace for each `train.batching`.
+    """
+    with seldom_collecting():
+        from accelerate import Accelerator
+
+        from raycv.common.environment import describe_device
+        from raycv.model.base_model import fetch_base
+        from raycv.model.loading import load_tokenizer
+        from raycv.training.loop import FoldTrainer
+        from raycv.training.memory import memory_limit, memory_taken
+
+    files, told = fetch_base(base.name, base.revision), list[str]()
+    tokenizer, device = load_tokenizer(files), Accelerator().device
+    adapted, precision, _, attention = _adapted(config, files, tokenizer, device, told.append)
+    split, share = shared.splits[0], _memory_share(placement, device)
+    limit, paces = memory_limit(device, share), {}
+    for batching in ("shuffled", "post_grouped"):
+        train = config.train.model_copy(update={"batching": batching})
+        trainer = FoldTrainer(adapted, shared.encoded, train, precision, _Told(told), share)
+        paces[batching] = trainer.measure(split.train_indices, split.val_indices, MEASURE_SECONDS)
+    return {
+        "device": describe_device(device), "precision": precision, "attention": attention, "told": told,
+        "taken": memory_taken(device), "limit": limit, "paces": paces,
+    }  # fmt: skip
+
+
+class _Told:
+    """A listener that keeps events alone."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.on_event = events.append
+
+    def on_step(self, *_: Any) -> None:
+        pass
+
+    on_epoch = on_state = on_step
+
+
+def _check_storage(task: FoldTask, fold: int, share: Share) -> None:
+    """Raises: NodeError if the object storage of the run, if it has one, refuses what this node asks."""
+    if task.published is None:
+        return
+    try:
+        task.published.bucket.check()
+    except UserError as error:
+        if error.kind != UNREACHABLE:
+            raise NodeError(f"{share.name}: {error.what}", share.node, remedies=error.remedies) from error
+        task.board.tell.remote(fold, f"{error.what} Training begins all the same.")
 
 
 def _checkpoint_info(
@@ -254,6 +362,8 @@ class _RayListener:
         self.rank = rank
         self.states = states
         self.share = share
+        self.publisher: StatePublisher | None = None
+        """the first worker has one if the run is in an object storage"""
         self._posted = 0.0
 
     def resumes(self, state: "TrainState") -> None:
@@ -295,7 +405,9 @@ class _RayListener:
         # The first worker saves the states of all workers.
         if not self.rank:
             with self.share.held():
-                self.states.save(state)
+                saved = self.states.save(state)
+            if self.publisher is not None:
+                self.publisher.offer(saved.name)
 
     def on_event(self, text: str) -> None:
         self.task.board.tell.remote(self.fold, f"worker {self.rank}: {text}" if self.rank else text)

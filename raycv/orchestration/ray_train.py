@@ -1,5 +1,6 @@
 """Ray Train: a trial trains its fold in a TorchTrainer, and again after the death of a process."""
 
+import contextlib
 import hashlib
 import shutil
 import threading
@@ -16,13 +17,18 @@ from ray import tune
 from raycv.common.environment import seldom_collecting
 from raycv.common.files import array_bytes, is_full, unwritable, write_bytes, write_json
 from raycv.common.secrets import mask_secrets
+from raycv.config.schema import RunConfig
 from raycv.errors import RunFailedError, UserError, counted
 from raycv.orchestration.cluster import node_resources, own_node_name, share_of
-from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask
+from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, Prepared, SharedArrays
+from raycv.orchestration.fold_worker import measure_worker
 from raycv.resources import survey
 from raycv.resources.nodes import SHARE_REMEDY, NodeError, node_name
+from raycv.resources.placement import Placement
+from raycv.resources.publisher import hand_over
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import FoldFolder, RunFolder
+from raycv.results.storage import PublishedRun, checkpoint_part, fold_part, states_folder
 from raycv.training.metrics import EPOCH_KEY
 
 REPORT_SECONDS = 0.5
@@ -45,6 +51,34 @@ def fold_trial(trial: dict[str, Any], task: FoldTask) -> None:
         _keep_error(task, fold, error)
 
 
+def measure(config: RunConfig, prepared: Prepared, placement: Placement) -> dict[str, Any]:
+    """Runs `measure_worker` at a place for a worker of a fold, and returns what it found.
+
+    Raises: the worker's error; RunFailedError if no place was free within `resources.wait_minutes`.
+    """
+    asked: dict[str, Any] = {
+        "num_cpus": placement.cpus / placement.workers,
+        "num_gpus": placement.gpus / placement.workers,
+        "max_retries": 0,
+    }
+    if placement.accelerator:
+        asked["accelerator_type"] = placement.accelerator
+    worker = ray.remote(measure_worker).options(**asked)
+    shared = SharedArrays(prepared.encoded, prepared.splits, prepared.dataset.pairs, None)
+    found = worker.remote(config.without_secrets(), shared, prepared.base, placement)
+    try:
+        result: dict[str, Any] = ray.get(found, timeout=60 * config.resources.wait_minutes)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunFailedError(
+            f"No place for a fold was free, or the check did not end, in {config.resources.wait_minutes:g} minutes.",
+            kind="cluster-resources",
+            remedies=["see what the cluster does: ray status", "wait for longer: resources.wait_minutes=600"],
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    return result
+
+
 def _fit(task: FoldTask, fold: int) -> None:
     """Trains the fold. If a process dies, trains again from the fold's last state, up to `resources.retries` times.
 
@@ -63,6 +97,7 @@ def _fit(task: FoldTask, fold: int) -> None:
         _tried_again(task, fold, TRIAL_DIED, attempt)
     # Ray's dashboard names the fold by the last two parts.
     folder = RunFolder(Path(task.root)).ray / task.run / f"fold_{fold}"
+    tried = attempt > 1
     while True:
         # Ray Train would make the run's folder where this node does not see it.
         share_of(task).check()
@@ -70,8 +105,10 @@ def _fit(task: FoldTask, fold: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         left_out = ray.get(task.board.left_out.remote())
         _check_nodes_left(task, left_out)
+        begun = task.resumed or tried
+        tried = True
         try:
-            _keep_fold(task, fold, _reported(task, fold, fold_trainer(task, fold, folder, left_out)))
+            _keep_fold(task, fold, _reported(task, fold, fold_trainer(task, fold, folder, left_out, begun=begun)))
             return
         except Exception as error:
             free_place(task, fold)
@@ -200,6 +237,9 @@ def _keep_error(task: FoldTask, fold: int, error: Exception) -> None:
     try:
         with share_of(task).held():
             write_json(folder.error, record)
+        if task.needs.published:
+            # The driver may be on another node.
+            ray.get(task.board.fail.remote(fold, message, kind, remedies))
     except (OSError, UserError):
         # The disk or share may be the cause itself: the board tells the driver.
         ray.get(task.board.fail.remote(fold, message, kind, remedies))
@@ -217,6 +257,9 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
     epoch_scores = returned["epoch_scores"]
     if epoch_scores is not None:
         files[folder.epoch_scores] = array_bytes(epoch_scores)
+    published = task.published
+    if published is not None and _unseen(folder, result.sha256):
+        published.fetch(checkpoint_part(fold))
     with share_of(task).held():
         fault = survey.settled(lambda: _unseen(folder, result.sha256))
         if fault is not None:
@@ -235,7 +278,22 @@ def _keep_fold(task: FoldTask, fold: int, returned: Mapping[str, Any]) -> None:
             sums[file.name] = hashlib.sha256(content).hexdigest()
         restarts = ray.get(task.board.restarts.remote(fold))
         write_json(folder.result, asdict(replace(result, sha256=sums | result.sha256, restarts=restarts)))
+    folder.log.unlink(missing_ok=True)
     shutil.rmtree(folder.state, ignore_errors=True)
+    if published is not None:
+        _publish_fold(task, fold, published)
+
+
+def _publish_fold(task: FoldTask, fold: int, published: PublishedRun) -> None:
+    """Publishes a finished fold, and deletes its published states. The run's end does what could not be done now."""
+
+    def tell(text: str) -> None:
+        task.board.tell.remote(fold, text)
+
+    elsewhere = ray.get_runtime_context().get_node_id() != task.home
+    hand_over(published, fold_part(fold), tell, needed=elsewhere, where=own_node_name())
+    with contextlib.suppress(UserError):
+        published.bucket.delete_folder(states_folder(fold))
 
 
 def _unseen(folder: FoldFolder, sums: Mapping[str, str]) -> str | None:

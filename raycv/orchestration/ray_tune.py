@@ -22,7 +22,7 @@ from raycv.common.files import read_json, unwritable
 from raycv.common.locations import absolute_folder
 from raycv.config.schema import RunConfig
 from raycv.errors import ErrorKind, RunFailedError, UserError, counted, known_kind, last_line
-from raycv.orchestration.cluster import node_resources, this_node, watched_cluster
+from raycv.orchestration.cluster import explained_loss, node_resources, this_node, watched_cluster
 from raycv.orchestration.fold_task import FOLD_KEY, TRIAL_DIED, FoldTask, ProgressBoard, SharedArrays
 from raycv.orchestration.fold_worker import train_worker
 from raycv.orchestration.ray_train import died_too_often, fold_trial, free_place
@@ -32,6 +32,7 @@ from raycv.resources.placement import CLUSTER_FILE, Placement, awaited, busy, no
 from raycv.resources.survey import settled
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.results.storage import checkpoint_part, fold_part
 from raycv.training.metrics import F1
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ MARKS = 2**24
 STOPPED = "it was stopped before it ended"
 
 
-def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement) -> FoldTask:
+def fold_task(
+    config: RunConfig, folder: RunFolder, prepared: "Prepared", placement: Placement, *, resumed: bool = False
+) -> FoldTask:
     """Makes the task of trials and workers. The arrays go through the object store once; weights never do."""
     dataset = prepared.dataset
     texts = (dataset.posts, {key: criterion.text for key, criterion in dataset.criteria.items()})
@@ -71,6 +74,8 @@ def fold_task(config: RunConfig, folder: RunFolder, prepared: "Prepared", placem
         # Node types of a cluster that grows may name no memory, and would then never be started. Ray Train's own
         # process frees places there.
         mark=0 if config.resources.autoscaling else 1 + secrets.randbelow(MARKS),
+        home=ray.get_runtime_context().get_node_id(),
+        resumed=resumed,
     )
 
 
@@ -135,7 +140,7 @@ def run_folds(
         ),
     )
     otherwise = STOPPED
-    with watched_cluster(root), _followed(task.board, view, nodes):
+    with explained_loss(root), watched_cluster(root), _followed(task.board, view, nodes):
         try:
             tuner.fit()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -253,6 +258,7 @@ class FoldStates(TrialProgressCallback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fold = trial.config[FOLD_KEY]
         result = self.root.fold(fold).result
+        self._bring(fold)
         # A trial on another node writes a result or an error. The driver may see either late.
         settled(lambda: None if result.is_file() or self._said(fold) else STOPPED)
         said = None if result.is_file() else self._said(fold)
@@ -265,6 +271,7 @@ class FoldStates(TrialProgressCallback):
         """The process of the trial died, once too often."""
         fold = trial.config[FOLD_KEY]
         free_place(self.task, fold)
+        self._bring(fold)
         if self.finished(fold):
             return
         if fold in self.errors:
@@ -278,12 +285,22 @@ class FoldStates(TrialProgressCallback):
         else:
             self._failed(fold, last_line(error))
 
+    def _bring(self, fold: int) -> None:
+        """Fetches a fold whose trial ran on another node than the driver, if the run is in an object storage."""
+        published = self.task.published
+        if published is not None and not self.root.fold(fold).result.is_file() and self._said(fold) is None:
+            with contextlib.suppress(UserError):
+                published.fetch(checkpoint_part(fold))
+                published.fetch(fold_part(fold))
+
     def _said(self, fold: int) -> tuple[str, ErrorKind, Sequence[str]] | None:
         """Why the fold failed, of what kind that is, and what to do, if its trial wrote or posted it."""
         file = self.root.fold(fold).error
         if file.is_file():
             record = read_json(file)
-            message = f"{record['message']}\n  (traceback in fold_<k>/{file.name})"
+            log = self.root.fold(fold).log
+            output = f", output of the workers in fold_<k>/{log.name}" if log.is_file() else ""
+            message = f"{record['message']}\n  (traceback in fold_<k>/{file.name}{output})"
             return message, known_kind(record.get("kind"), "run-failed"), record["remedies"]
         # The disk was full, or the trial's node does not see the run's folder.
         told: tuple[str, ErrorKind, Sequence[str]] | None = ray.get(self.task.board.error.remote(fold))
@@ -297,7 +314,7 @@ class FoldStates(TrialProgressCallback):
         files = self.root.fold(fold)
         if fold in self._finished or not files.result.is_file():
             return fold in self._finished
-        fault = settled(lambda: _fault(self.root, fold))
+        fault = settled(lambda: FoldResult.fault(self.root, fold))
         if fault is not None:
             self.errors[fold] = f"{fault} {_trained_at(files.result)}; the driver does not find what it wrote there."
             files.set_result_aside()
@@ -314,15 +331,6 @@ class FoldStates(TrialProgressCallback):
         self.remedies += remedies
         self.view.update(fold, {"state": FAILED})
         self.view.tell(fold, error)
-
-
-def _fault(root: RunFolder, fold: int) -> str | None:
-    """Names the fault in the files of a fold that has its result; None if they are whole."""
-    try:
-        FoldResult.of(root, fold)
-    except UserError as error:
-        return error.what
-    return None
 
 
 def _trained_at(result: Path) -> str:
@@ -349,19 +357,16 @@ def _followed(board: Any, view: LiveView, nodes: NodeWatch) -> Iterator[None]:
             view.update(fold, post)
         for fold, text in events:
             view.tell(fold, text)
+        view.wait()
 
-    def follow() -> None:
-        while not over.wait(POLL_SECONDS):
+    def repeat(work: Callable[[], None], seconds: float) -> None:
+        while not over.wait(seconds):
             # Ray may be restarting the board.
             with contextlib.suppress(ray.exceptions.RayError):
-                carry()
+                work()
 
-    def look() -> None:
-        while not over.wait(LOOK_SECONDS):
-            with contextlib.suppress(ray.exceptions.RayError):
-                nodes.look()
-
-    following, looking = threading.Thread(target=follow, daemon=True), threading.Thread(target=look, daemon=True)
+    following = threading.Thread(target=repeat, args=(carry, POLL_SECONDS), daemon=True)
+    looking = threading.Thread(target=repeat, args=(nodes.look, LOOK_SECONDS), daemon=True)
     following.start()
     looking.start()
     interrupted = False

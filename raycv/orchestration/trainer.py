@@ -19,18 +19,21 @@ from raycv.orchestration.fold_task import TRIAL_DIED, FoldTask
 from raycv.resources.nodes import NodeError, NodeNeeds, node_name
 
 
-def fold_trainer(task: FoldTask, fold: int, folder: Path, left_out: Iterable[str] = ()) -> TorchTrainer:
+def fold_trainer(
+    task: FoldTask, fold: int, folder: Path, left_out: Iterable[str] = (), *, begun: bool = False
+) -> TorchTrainer:
     """Makes the trainer of a fold. It tries once: `what_died` tells whether another attempt can help.
 
     `folder`: the files of Ray Train; it would resume from files that it finds there. `left_out`: nodes that get no
-    worker.
+    worker. `begun`: whether an earlier attempt may have left training states.
     """
     given = task.placement
     if given.alone:
         # On a single machine nobody announces that a node will leave.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     others = ",".join(sorted(left_out))
-    worker, arguments = task.worker, {"task": task, "fold": fold}
+    here = ray.get_runtime_context().get_node_id()
+    worker, arguments = task.worker, {"task": task, "fold": fold, "begun": begun, "node": here}
     resources = {"CPU": given.cpus / given.workers, "GPU": given.gpus / given.workers, "memory": task.mark_of(fold)}
     return TorchTrainer(
         # No `train_loop_config`: Ray Train would unpickle it at a node before the node is checked.

@@ -47,7 +47,8 @@ def _verdict(evaluation: dict[str, Any]) -> Section:
         ["ROC-AUC, pooled", estimate(evaluation["score_metrics"]["pooled"]["roc_auc"])],
     ]
     table = Table("verdict", "The headline numbers", [NAME, Column("value", "value (95 % interval)", "metric")], rows)
-    blocks: list[Block] = [*map(Text, verdict["sentences"]), table]
+    again = "The intervals of F1 count the choice of the thresholds too. Criteria and slices hold the thresholds."
+    blocks: list[Block] = [*map(Text, verdict["sentences"]), table, Text(again)]
     return Section("verdict", "Verdict", "Is it better than a trivial answer?", blocks)
 
 

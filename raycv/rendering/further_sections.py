@@ -14,6 +14,10 @@ NAMES = {
 }  # fmt: skip
 """Names for people of intervals and averages, some of which an operating point has too."""
 SLICE_METRICS = ("f1", "precision", "recall", "specificity", "roc_auc", "average_precision")
+HELD = (
+    "Thresholds are held in these intervals. The verdict's interval counts the choice of the thresholds too, so the "
+    "same F1 can have another interval there."
+)
 OPTIONAL = {
     "length": ("shortened", "Whether a post was shortened is not recorded."),
     "negatives": ("hard_negative", "Which pairs an annotator looked at and rejected is not recorded."),
@@ -70,6 +74,7 @@ def _slices(evaluation: dict[str, Any]) -> Section:
         ),
     ]
     there = {row["name"] for row in evaluation["slices"]}
+    blocks.append(Text(HELD))
     blocks += [Text(words) for name, (_, words) in OPTIONAL.items() if name not in there]
     blocks.append(Terms([(row["name"], [f"{row['meaning']}."]) for row in evaluation["slices"]]))
     return Section("slices", "Slices", "Does it fail on one kind of post?", blocks)
@@ -239,7 +244,8 @@ def _methods(evaluation: dict[str, Any]) -> Section:
         Text(intro),
         Text(
             "Unless a column says otherwise, the threshold is chosen again in every draw for operating points and "
-            "floors, and held for criteria and slices."
+            "floors, and held for criteria and slices. So one F1 can have two intervals: the one with the threshold "
+            "chosen again counts its choice too."
         ),
         *map(Text, methods["notes"]),
         Terms(terms),

@@ -30,6 +30,7 @@ def model_card(evaluation: Mapping[str, Any], facts: Mapping[str, Any], sections
         rank=facts["settings"].get("dora.r", BLANK),
         threshold=shown(deployed["threshold"], "threshold"),
         folds=evaluation["data"]["folds"],
+        tuned=", ".join(f"fold {row['fold']}: {row['threshold']['tuned_in_fold']:.2f}" for row in evaluation["folds"]),
         blank=BLANK,
         findings=[f"{check['code']}: {check['finding']} {check['why']}" for check in found],
         **{name: tables[name] for name in ("data", "metrics", "criteria", "floors", "tripod")},

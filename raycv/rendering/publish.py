@@ -132,5 +132,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _said(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_said, value))
+        # As the command line takes it.
+        return f"[{','.join(map(_said, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else mask_secrets(str(value))

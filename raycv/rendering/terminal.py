@@ -18,8 +18,9 @@ from rich.text import Text
 
 from raycv import __version__
 from raycv.common.files import read_json
-from raycv.common.locations import absolute_uri, experiment_page
+from raycv.common.locations import OBJECT_STORAGE, absolute_uri, experiment_page, place_of
 from raycv.common.secrets import mask_secrets
+from raycv.config.process import unbroken
 from raycv.config.schema import RunConfig
 from raycv.data.splits import Split, positives_table
 from raycv.data.types import Dataset
@@ -38,16 +39,21 @@ LIVE_COLUMNS = (
 """Names and minimum widths of the live view; together they fit 80 columns."""
 WAITING, STARTING, LOADING, DONE, FAILED = "waiting", "starting", "loading", "done", "failed"
 ESTIMATE_STEPS, ESTIMATE_SECONDS = 5, 30.0
-"""So many steps in so long a time tell how long a run takes. A shorter run needs no estimate."""
+"""So many steps in so long a time tell how long a run takes. In a shorter epoch its first half tells."""
+QUIET_SECONDS = 10.0
+"""A plain console prints what the folds wait for after so long without a line, until the first step."""
+NEW_LOSS = 0.1
+"""The weight of a new loss in the loss that the live view shows: an exponential moving average."""
 MILESTONES = {STARTING: "starting its processes", LOADING: "loading the model", DONE: DONE, FAILED: FAILED}
 """The states that a plain console prints, and the words for them."""
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a line without markup, highlighting or wrapping, so that paths can be copied. Masks secrets."""
-    console.print(
-        printable(mask_secrets(text)), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
-    )
+    """Prints a line without markup, highlighting or line breaks, so that paths can be copied. Masks secrets."""
+    text = printable(mask_secrets(text))
+    if console.is_terminal:
+        text = unbroken(text, console.width)
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -100,6 +106,28 @@ def announce_placement(
     say(console, f"{at_once}{gpus}.{where}")
 
 
+def announce_check(console: Console, config: RunConfig, placement: "Placement", found: Mapping[str, Any]) -> None:
+    """Prints what `check=true` measured, and what the run would take."""
+    for text in dict.fromkeys(found["told"]):
+        say(console, text)
+    say(console, f"Measured on:   {found['device']}, {found['precision']}, {found['attention']} attention")
+    of = f"{found['taken'] / 1e9:.1f} of {found['limit'] / 1e9:.1f} GB"
+    say(console, f"Memory:        {of} at the heaviest step")
+    folds, most = len(config.cv.only or range(config.cv.folds)), config.train.epochs
+    # Patience ends no fold before this epoch.
+    least = min(config.train.patience + 1, most)
+    for batching, pace in found["paces"].items():
+        per = f"{pace.step_seconds:.2f} s a step, {pace.steps} steps an epoch, {pace.val_seconds:.0f} s a validation"
+        how = f"micro-batch {pace.micro_batch}, gradient checkpointing {'on' if pace.checkpointing else 'off'}"
+        say(console, f"train.batching={batching}: {per}\n               {how}")
+        for epochs in dict.fromkeys((least, most)):
+            takes = placement.estimate(folds, pace.seconds(epochs))
+            say(console, f"               {counted(folds, 'fold')} of {counted(epochs, 'epoch')}: {takes}")
+    if placement.workers > 1:
+        say(console, f"One worker was measured; the {placement.workers} workers of a fold share each step.")
+    say(console, "Nothing was written. Without check=true the same command starts the run.")
+
+
 def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     """Returns what the statistics say in short: honest F1, best floor, weakest criteria, checks, place of the page."""
     # The statistics import NumPy, which the other lines do not need.
@@ -109,13 +137,16 @@ def verdict_lines(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     floor = next(row["metrics"]["f1"] for row in floors["table"] if row["name"] == floors["best"])
     f1_of = {row["criterion"]: row["metrics"]["f1"]["value"] for row in evaluation["criteria"]}
     weakest = ", ".join(f"{name} {shown(f1_of[name], 'threshold')}" for name in verdict["weakest"])
+    titles = {check["code"]: check["title"] for check in evaluation["checks"]}
+    # A line for each check, under the first: together they would exceed the width of a terminal.
+    checks = f"\n{' ' * 15}".join(f"{code} {titles[code]}" for code in verdict["checks"])
     honest, best = (shown(estimate(f1), "metric") for f1 in (verdict["f1"], floor))
     return (
         f"Honest F1:     {honest}, at thresholds tuned on other folds\n"
         f"Best floor:    {best} ({label(verdict['floor'])})\n"
         f"Weakest F1:    {weakest or 'undefined'}\n"
-        f"Checks:        {', '.join(verdict['checks']) or 'none found anything'}\n"
-        f"Page:          {folder.page}"
+        f"Checks:        {checks or 'none found anything'}\n"
+        f"Page:          {place_of(folder.page)}"
     )
 
 
@@ -141,8 +172,8 @@ def announce_end(
     page = experiment_page(uri, read_json(folder.tracking).get("experiment_id", "0"))
     say(
         console,
-        f"Report:        {folder.report}\n"
-        f"Best fold:     {folder.fold(report['best_fold']).checkpoint}\n"
+        f"Report:        {place_of(folder.report)}\n"
+        f"Best fold:     {place_of(folder.fold(report['best_fold']).checkpoint)}\n"
         f'Ask it:        {infer_command(folder)} post="..."\n'
         f"MLflow:        {look}\n"
         f"In it:         experiment {config.tracking.experiment}, run {report['run']}, run id {parent_id}\n"
@@ -151,10 +182,27 @@ def announce_end(
         f"Columns:       {COLUMNS}\n"
         "Ray dashboard: ray start --head   keeps a cluster and its dashboard up; the next run joins it",
     )
+    if lines := lines_for_afar(folder, config):
+        say(console, lines)
     activate = Path(sys.executable).parent / "activate"
     if activate.is_file() and Path(shutil.which("python") or "").parent != activate.parent:
         here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         say(console, f"Before you type these, once per shell: source {here}")
+
+
+def lines_for_afar(folder: RunFolder, config: RunConfig) -> str | None:
+    """How to have the run on the user's own machine, if it ran on another: over ssh (`ray submit`) or as a Ray job."""
+    if not {"SSH_CONNECTION", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys():
+        return None
+    runs, name = place_of(folder.root.parent), folder.root.name
+    if runs.startswith(OBJECT_STORAGE):
+        fetch = f"python -m raycv.report run={name} dir={runs}"
+        log = [] if config.tracking.uri.startswith("http") else [f"python -m raycv.aggregate run={name} dir={runs}"]
+    else:
+        fetch = f"ray rsync-down cluster.yaml {shlex.quote(f'{runs}/')} runs/   (or scp -r)"
+        log = [] if config.tracking.uri.startswith("http") else [f"python -m raycv.aggregate run={name}"]
+    log = [f"{line} tracking_uri=sqlite:///mlflow.db" for line in log]
+    return "\n".join(["On your own machine, to fetch the run, and to log it there:", fetch, *log])
 
 
 def look_into_mlflow(uri: str) -> str:
@@ -230,7 +278,7 @@ class LiveView:
         self._to_estimate = placement
         self.effective_batch = effective_batch
         self.console = console
-        self._started = time.monotonic()
+        self._started = self._spoke = time.monotonic()
         self._folds: dict[int, dict[str, Any]] = {fold: {"state": WAITING} for fold in folds}
         self._printed: dict[int, tuple[str, int]] = {}
         self._live = (
@@ -252,12 +300,19 @@ class LiveView:
         # A post of the worker may arrive after the fold ended, so we keep the final state.
         if state["state"] in (DONE, FAILED) and "state" in post:
             post = {**post, "state": state["state"]}
+        place = post.get("epoch"), post.get("step")
+        if "loss" in post and place != state.get("place"):
+            # The losses of single steps jump. Records have them as they are.
+            smooth = state.get("smooth", post["loss"])
+            state |= {"place": place, "smooth": smooth + NEW_LOSS * (post["loss"] - smooth)}
+            if post["epoch"] == 1:
+                state.setdefault("measured", (time.monotonic(), post["step"]))
         state.update(post)
         if post.get("state") == STARTING:
             state["began"] = time.monotonic()
         if "epoch" in post and "began" in state:
             state.setdefault("stepping", time.monotonic())
-        if self._to_estimate is not None and post.get("state") == "training":
+        if self._to_estimate is not None and post.get("state") == "training" and "measured" in state:
             self._estimate(self._to_estimate, state)
         if self._live is None:
             self._print(fold, state)
@@ -265,10 +320,11 @@ class LiveView:
     def _estimate(self, placement: "Placement", state: dict[str, Any]) -> None:
         """Prints how long the run takes, once, after the first steps of the fold that is the first to measure them."""
         now = time.monotonic()
-        since, first = state.setdefault("measured", (now, state["step"]))
+        since, first = state["measured"]
         steps = state["step"] - first
         # A fold that resumes begins later, and the first steps are slow.
-        if state["epoch"] > 1 or steps < ESTIMATE_STEPS or now - since < ESTIMATE_SECONDS:
+        enough = steps >= ESTIMATE_STEPS and now - since >= ESTIMATE_SECONDS
+        if state["epoch"] > 1 or not (enough or (steps and 2 * state["step"] >= state["steps"])):
             return
         self._to_estimate = None
         fold_seconds = (now - since) / steps * state["steps"] * self.epochs
@@ -277,8 +333,22 @@ class LiveView:
             None, f"at the pace of the first {steps} steps the training takes {takes} at most, without validation"
         )
 
+    def wait(self) -> None:
+        """Lets a plain console print what the folds wait for, if no line came for QUIET_SECONDS and none has stepped.
+
+        A thread calls it again and again.
+        """
+        began = any("epoch" in state for state in self._folds.values())
+        if self._live is not None or began or time.monotonic() - self._spoke < QUIET_SECONDS:
+            return
+        folds_of: dict[str, list[str]] = {}
+        for fold, state in self._folds.items():
+            folds_of.setdefault(state["state"], []).append(str(fold))
+        self.tell(None, "; ".join(f"fold {', '.join(folds)}: {state}" for state, folds in folds_of.items()))
+
     def tell(self, fold: int | None, text: str) -> None:
         """Prints an event, which stays on the screen."""
+        self._spoke = time.monotonic()
         say(self.console, f"[{self._clock()}] {'' if fold is None else f'fold {fold}: '}{text}")
 
     def render(self) -> Group:
@@ -296,10 +366,10 @@ class LiveView:
         return Group(Text(head + (f", about {duration(left)} left" if left else ""), "dim"), table)
 
     def _all_left(self) -> float | None:
-        """Seconds until all folds are done, at the pace so far; None before the first epoch ends or if no fold runs."""
+        """Seconds until all folds are done, at the pace so far; None before the second step or if no fold runs."""
         open_folds = [state for state in self._folds.values() if state["state"] not in (DONE, FAILED)]
         running = [state for state in open_folds if state["state"] != WAITING]
-        paces = [state["history"]["seconds"] for state in self._folds.values() if state.get("history")]
+        paces = [pace for state in self._folds.values() if (pace := self._epoch_seconds(state)) is not None]
         if not running or not paces:
             return None
         epoch_seconds = sum(paces) / len(paces)
@@ -312,6 +382,15 @@ class LiveView:
             start_left = 0.0 if "stepping" in state else max(start_seconds - begun, 0.0)
             total += start_left + self._epochs_left(state) * epoch_seconds
         return total / len(running)
+
+    def _epoch_seconds(self, state: dict[str, Any]) -> float | None:
+        """Seconds of the latest epoch; in the first one at the pace of its steps so far. None if there is no pace."""
+        if state.get("history"):
+            seconds: float = state["history"]["seconds"]
+            return seconds
+        since, first = state.get("measured", (0.0, 0))
+        steps = state.get("step", 0) - first
+        return (time.monotonic() - since) / steps * state["steps"] if "measured" in state and steps else None
 
     def _epochs_left(self, state: dict[str, Any]) -> float:
         if "epoch" not in state:
@@ -329,17 +408,16 @@ class LiveView:
             f"{state['step']}/{state['steps']}",
             ProgressBar(total=state["steps"], completed=state["step"], width=5),
             f"{micro}x{-(-self.effective_batch // micro)}",
-            f"{state['loss']:.3f}",
+            f"{state['smooth']:.3f}",
             f"{history['f1']:.3f}" if history else "",
             f"{state['best_f1']:.3f}" if "best_f1" in state else "",
-            "" if state["state"] in (DONE, FAILED) else self._left(state, history),
+            "" if state["state"] in (DONE, FAILED) else self._left(state),
         ]
 
-    def _left(self, state: dict[str, Any], history: dict[str, float]) -> str:
+    def _left(self, state: dict[str, Any]) -> str:
         """Time until the last epoch ends, at the pace of the latest one. Early stopping may end the fold sooner."""
-        if not history:
-            return ""
-        return duration(self._epochs_left(state) * history["seconds"])
+        seconds = self._epoch_seconds(state)
+        return "" if seconds is None else duration(self._epochs_left(state) * seconds)
 
     def _print(self, fold: int, state: dict[str, Any]) -> None:
         """Prints the plain console's lines: each start and end, and each epoch once."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.environment import package_version
+from raycv.common.locations import WORK, address_of
 from raycv.errors import RunFailedError, first_of
 from raycv.resources.survey import share_fault, source_hash
 from raycv.results.run_folder import RunFolder, resume_command, share_nonce
@@ -107,16 +108,18 @@ class NodeNeeds:
     nonce: str
     versions: Mapping[str, str | None]
     source: str | None
+    published: str | None = None
+    """the address of the folder of runs in an object storage, if each node has its own copy of the run's folder"""
 
     @classmethod
     def of(cls, folder: RunFolder) -> "NodeNeeds":
         """The needs of the run in `folder`. Only the driver may call this: it writes a missing nonce."""
         versions, source = _own_code()
-        return cls(str(folder.share), share_nonce(folder), versions, source)
+        return cls(str(folder.share), share_nonce(folder), versions, source, address_of(folder.root.parent, WORK))
 
     def question(self, paths: Sequence[str] = ()) -> tuple[str, str, Sequence[str], Sequence[str]]:
         """The arguments of `survey` on a node."""
-        return self.share, self.nonce, tuple(self.versions), paths
+        return "" if self.published else self.share, self.nonce, tuple(self.versions), paths
 
     def share_at(self, node: str, name: str) -> Share:
         """The run's folder as the node sees it."""

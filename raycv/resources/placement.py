@@ -74,7 +74,9 @@ class Placement:
         gpus = f", {gpu_hours:.1f} GPU-hours" if self.gpus else ""
         if self.gpus and self.gpu_hour_price is not None:
             gpus += f", {gpu_hours * self.gpu_hour_price:.2f} at resources.gpu_hour_price={self.gpu_hour_price:g}"
-        return f"about {waves * fold_seconds / 3600:.1f} hours{gpus}"
+        seconds = waves * fold_seconds
+        hours = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else counted(max(1, round(seconds / 60)), "minute")
+        return f"about {hours}{gpus}"
 
     def workers_on(self, node: Mapping[str, float]) -> int:
         """The most workers that share the memory of `node`. It may be larger than those that the plan was made for."""

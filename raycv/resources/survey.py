@@ -17,7 +17,7 @@ def survey(share: str, nonce: str, packages: Sequence[str], paths: Sequence[str]
     """Looks at the node that it runs on, and writes nothing.
 
     Args:
-        share: The file in the run's folder into which the driver wrote `nonce`.
+        share: The file in the run's folder into which the driver wrote `nonce`; empty if each node has its own copy.
         nonce: The text that the file must hold.
         packages: Names of the packages whose versions to report.
         paths: Further files or folders that must exist.
@@ -38,6 +38,8 @@ def survey(share: str, nonce: str, packages: Sequence[str], paths: Sequence[str]
 
 def share_fault(share: str, nonce: str) -> str | None:
     """Why the folder of the file `share` is not the one into which the driver wrote `nonce`; None if it is."""
+    if not share:
+        return None
 
     def look() -> str | None:
         try:

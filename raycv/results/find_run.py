@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from raycv.common.environment import recorded_moment
+from raycv.common.files import write_json
+from raycv.common.locations import address_of, place_of
 from raycv.config.plain import SafeLoader
 from raycv.errors import FaultsError, UserError, first_of, shown
 from raycv.results.run_folder import AFRESH, GOOD_COPY, RunFolder, read_record
+from raycv.results.storage import fetched_run, published_runs
 
 if TYPE_CHECKING:
     from raycv.config.schema import RunConfig
@@ -26,24 +29,45 @@ def find_run(runs: Path, run: str) -> RunFolder | None:
     """Returns the folder of the run named `run`, or None if no run has that name.
 
     `latest` means the newest run whose folds are all finished. If no run is finished, it means the newest of all.
+    A run in an object storage is fetched first, without its checkpoints.
 
     Args:
-        runs: The folder that holds the runs.
+        runs: The folder that holds the runs, or that of local copies of an object storage (`runs_folder`).
         run: A name, the path of a run's folder, or `latest`.
 
     Raises:
-        UserError: `latest` is asked for and the folder holds no run, or a folder cannot be read.
+        UserError: `latest` is asked for and the folder holds no run, a folder cannot be read, or the object storage
+            does not answer or refuses.
     """
     with looking_for(run):
+        if address_of(runs.absolute()) and (run == LATEST or Path(run).name == run):
+            return _latest_published(runs) if run == LATEST else fetched_run(runs, run)
         if run != LATEST:
             # The shell completes the path of a run's folder, so we accept it like a name.
             named = (folder for folder in (runs / run, Path(run)) if (folder / "config.yaml").is_file())
             return next((RunFolder(folder.absolute()) for folder in named), None)
         made = runs_in(runs)
         if not made:
-            remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
-            raise UserError(f"{runs.absolute()} holds no run.", kind="run-missing", remedies=remedies)
+            raise _no_run(runs)
         return next((folder for folder in reversed(made) if is_finished(folder)), made[-1])
+
+
+def _no_run(runs: Path) -> UserError:
+    remedies = [QUICKSTART, "name the folder that holds them: dir=<folder>"]
+    return UserError(f"{place_of(runs.absolute())} holds no run.", kind="run-missing", remedies=remedies)
+
+
+def _latest_published(runs: Path) -> RunFolder | None:
+    """The run that `latest` means in an object storage. It fetches the records of few runs, the newest first."""
+    there = published_runs(runs)
+    for name in reversed(there):
+        # A run is finished when it has its report, or all of its folds, which the fetched records tell.
+        folder = fetched_run(runs, name)
+        if folder is not None and is_finished(folder):
+            return folder
+    if not there:
+        raise _no_run(runs)
+    return fetched_run(runs, list(there)[-1])
 
 
 def existing_run(runs: Path, run: str) -> RunFolder:
@@ -51,7 +75,7 @@ def existing_run(runs: Path, run: str) -> RunFolder:
     folder = find_run(runs, run)
     if folder is None:
         there = runs_there(runs, Path(run).name)
-        raise UserError(f"{runs.absolute()} holds no run {run}.", kind="run-missing", remedies=there)
+        raise UserError(f"{place_of(runs.absolute())} holds no run {run}.", kind="run-missing", remedies=there)
     return folder
 
 
@@ -81,14 +105,29 @@ def looking_for(run: str) -> Iterator[None]:
 
 
 def runs_in(runs: Path) -> list[RunFolder]:
-    """Returns all runs in the folder `runs`, the newest last."""
-    made = sorted(runs.absolute().glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path))
-    return [RunFolder(path.parent) for path in made]
+    """Returns all runs in the folder `runs`, the newest last, by the time of their start."""
+    made = [RunFolder(path.parent) for path in runs.absolute().glob("*/config.yaml")]
+    return sorted(made, key=lambda folder: (started_at(folder), folder.root))
+
+
+def started_at(folder: RunFolder) -> float:
+    """When the run in `folder` started, in seconds since 1970.
+
+    The run records it, so a copy is as old as its run. Earlier versions did not: then it is the time of `config.yaml`.
+    """
+    try:
+        started = read_record(folder.environment).get("started")
+    except (UserError, OSError):
+        started = None
+    return float(started) if isinstance(started, int | float) else folder.config.stat().st_mtime
 
 
 def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
     """Returns remedies if the folder `runs`, which `folder_key` sets, has no run named `meant`."""
-    names = [folder.root.name for folder in reversed(runs_in(runs))]
+    if place_of(runs.absolute()) != str(runs.absolute()):
+        names = list(reversed(published_runs(runs)))
+    else:
+        names = [folder.root.name for folder in reversed(runs_in(runs))]
     if near := difflib.get_close_matches(meant, [*names, LATEST], n=1):
         there = f"did you mean {near[0]}?"
     elif names:
@@ -100,11 +139,12 @@ def runs_there(runs: Path, meant: str, folder_key: str = "dir") -> list[str]:
 
 def make_newest(folder: RunFolder) -> None:
     """Makes `latest` mean the run in `folder`, even if the clock was set back since another run was made."""
-    others = (path for path in folder.root.parent.glob("*/config.yaml") if path != folder.config)
-    newest = max((path.stat().st_mtime for path in others), default=0.0)
-    if folder.config.stat().st_mtime <= newest:
+    newest = max((started_at(other) for other in runs_in(folder.root.parent) if other.root != folder.root), default=0.0)
+    if started_at(folder) <= newest:
         # Some file systems count only whole seconds, or every second one, so we add two.
         os.utime(folder.config, (newest + 2, newest + 2))
+        if folder.environment.is_file():
+            write_json(folder.environment, read_record(folder.environment) | {"started": newest + 2})
 
 
 def folds_of(config_file: Path) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.files import record_of
+from raycv.common.locations import address_of
 from raycv.errors import UserError
 from raycv.model.checkpoint import MANIFEST
 from raycv.results.run_folder import GOOD_COPY, RunFolder, read_record
@@ -73,6 +74,15 @@ class FoldResult:
         return result
 
     @classmethod
+    def fault(cls, root: RunFolder, fold: int) -> str | None:
+        """Names the fault in the files of a fold that has its result; None if they are whole."""
+        try:
+            cls.of(root, fold)
+        except UserError as error:
+            return error.what
+        return None
+
+    @classmethod
     def of(cls, folder: RunFolder, fold: int) -> "FoldResult":
         """Returns the result of a finished fold, after checking that its files are unchanged.
 
@@ -87,9 +97,13 @@ class FoldResult:
             there = files.sums()
         except OSError as error:
             raise _damaged(f"{error.filename} cannot be read: {error.strerror}.") from error
+        # A local copy of a run in an object storage has a checkpoint only if it was asked for.
+        optional = f"{files.checkpoint.name}/" if address_of(folder.root) and not files.checkpoint.is_dir() else None
         # Results of earlier versions have no checksums, so we only check that two of the files exist.
         for name in result.sha256 or (files.predictions.name, f"{files.checkpoint.name}/{MANIFEST}"):
             if name not in there:
+                if optional and name.startswith(optional):
+                    continue
                 raise _damaged(f"{files.root / name} is missing.")
             if there[name] != result.sha256.get(name, there[name]):
                 raise _damaged(f"{files.root / name} is damaged: it does not have its checksum.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raycv.common.files import read_json, sha256_of, write_text
+from raycv.common.locations import place_of
 from raycv.errors import UserError
 
 GOOD_COPY = (
@@ -116,7 +117,7 @@ def infer_command(folder: RunFolder) -> str:
 
 
 def _command(module: str, name_key: str, place_key: str, folder: RunFolder, more: Sequence[str] = ()) -> str:
-    elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={folder.root.parent}"]
+    elsewhere = [] if folder.root.parent == Path("runs").absolute() else [f"{place_key}={place_of(folder.root.parent)}"]
     return shlex.join(["python", "-m", module, f"{name_key}={folder.root.name}", *elsewhere, *more])
 
 
@@ -134,6 +135,8 @@ class FoldFolder:
         self.checkpoint = root / "checkpoint"
         self.error = root / "error.json"
         """Why the fold failed, if it did."""
+        self.log = root / "worker.log"
+        """Output of the workers that train the fold; removed when the fold is finished."""
         self.state = root / "state"
         """The training states from which an interrupted fold resumes. They are gone when the fold is finished."""
 

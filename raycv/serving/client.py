@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycv.common.files import record_of
-from raycv.common.locations import absolute_folder, absolute_uri
+from raycv.common.locations import absolute_folder, absolute_uri, runs_folder
 from raycv.common.secrets import mask_secrets
 from raycv.data.types import Criterion
 from raycv.errors import UserError
@@ -156,7 +156,7 @@ def _same_files(chosen: Chosen, model: ServedModel) -> bool:
 def _ask_found(config: "InferConfig", questions: Sequence[Question], tell: Tell, find: Find) -> Reply | None:
     given = Path(config.run).absolute()
     # If `run` is the path of a run or a checkpoint, its scorer may have announced itself in a folder above it.
-    folders = dict.fromkeys([Path(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
+    folders = dict.fromkeys([runs_folder(config.dir).absolute(), *(given.parents[:3] if given.is_dir() else ())])
     try:
         files = [file for folder in folders for file in sorted(folder.glob(PATTERN))]
     except OSError:

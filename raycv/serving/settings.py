@@ -3,10 +3,9 @@
 import os
 import secrets
 import socket
-from pathlib import Path
 
 from raycv.common.devices import CPU_FOR_INFERENCE, check_gpu_before_ray
-from raycv.common.locations import absolute_folder, absolute_uri
+from raycv.common.locations import absolute_folder, absolute_uri, runs_folder
 from raycv.config.schema import ServeConfig, ServerConfig
 from raycv.errors import UserError
 from raycv.inference.answerer import read_criteria
@@ -33,7 +32,7 @@ def setup_of(config: ServeConfig) -> Setup:
     limits = listening(config.serve, os.environ.get(TOKEN_VARIABLE))
     config = on_one_device(config.model_copy(update={"serve": limits}))
     config = config.model_copy(update={"base": config.base and absolute_name(config.base)})
-    chosen = choose(config.run, config.fold, Path(config.dir), named_store(config.tracking.uri))
+    chosen = choose(config.run, config.fold, runs_folder(config.dir), named_store(config.tracking.uri))
     criteria_dir = absolute_folder(config.criteria_dir) if config.criteria_dir else None
     read_criteria(chosen.checkpoints[0], criteria_dir, lambda text: None)
     if config.infer.device == "auto":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sqlite3
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,11 @@ from raycv.common.locations import SQLITE, absolute_uri
 from raycv.config.schema import TrackingConfig
 from raycv.errors import UserError
 
+NETWORK = re.compile(
+    "nfs|cifs|smb|9p|afs|ceph|lustre|gpfs|beegfs|glusterfs|"
+    r"fuse\.(sshfs|s3fs|mountpoint-s3|gcsfuse|rclone|juicefs|glusterfs|ceph|goofys|blobfuse)"
+)
+"""The types of file systems that other machines may write to."""
 LOCK_SECONDS = 60
 """Seconds to wait for another process that makes or migrates the tables of a SQLite file."""
 
@@ -98,6 +104,29 @@ def place_of(error: BaseException, otherwise: Path) -> Path:
     """The folder of the file that could not be written. The copy of an artifact names two files; we take its target."""
     file = getattr(error, "filename2", None) or getattr(error, "filename", None) or otherwise
     return Path(file).parent
+
+
+def network_warning(uri: str) -> str | None:
+    """Warns of a SQLite database on a network file system, whose locks SQLite cannot trust; None for any other store.
+
+    Args:
+        uri: The address of the store.
+    """
+    uri = absolute_uri(uri)
+    if not uri.startswith(SQLITE):
+        return None
+    import psutil
+
+    database = Path(uri.removeprefix(SQLITE))
+    mounts = [part for part in psutil.disk_partitions(all=True) if database.is_relative_to(part.mountpoint)]
+    mount = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    if mount is None or not NETWORK.match(mount.fstype):
+        return None
+    return (
+        f"the MLflow database {database} is on a network file system ({mount.fstype}), where SQLite's locks may fail. "
+        "Serve one from the disk of a machine: mlflow server --backend-store-uri sqlite:////disk/mlflow.db --host "
+        "0.0.0.0, and name it: tracking.uri=http://<machine>:5000"
+    )
 
 
 def lock_of(database: Path) -> str:

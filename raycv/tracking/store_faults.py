@@ -18,6 +18,10 @@ LOG_IN = (
     "or write user:password@ before the host in tracking.uri; the user must have the right to do this"
 )
 REACHABLE = "see that the tracking server or database can be reached and written (tracking.uri)"
+_DATABRICKS = (
+    "install its client, and log in: pip install databricks-sdk, then set DATABRICKS_HOST and DATABRICKS_TOKEN",
+    "name the experiment by its folder in the workspace: tracking.experiment=/Users/<you>/raycv",
+)
 _OTHER = "the server does not answer as MLflow does"
 _CORRECT = (
     "open {uri} in a browser: if MLflow is not there, correct tracking.uri to http://host:port, followed by the path "
@@ -100,6 +104,9 @@ def _explained(text: str, code: str | None, uri: str) -> tuple[str, list[str], E
     """The meaning of an error's text, its remedies and its kind."""
     if "out-of-date database schema" in text:
         return _schema(text, uri)
+    if uri.startswith("databricks"):
+        # The rest of MLflow's text is a paragraph about profiles.
+        return f"{text.partition('. ')[0]}.", [*_DATABRICKS], "tracking-unreachable"
     address = urlsplit(uri)
     host = address.netloc.rpartition("@")[2]
     names = {"uri": uri, "host": host, "name": address.hostname, "rest": uri.removeprefix(address.scheme)}

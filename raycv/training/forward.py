@@ -19,6 +19,7 @@ from raycv.training.packing import (
     can_pack,
     common_prefix,
     groups_of,
+    in_even_lines,
     in_lines,
     pack,
     packed_logits,
@@ -116,12 +117,32 @@ class RowScorer:
             yield from (Batch(rows[start : start + size]) for start in range(0, len(rows), size))
             return
         budget = size * int(lengths[rows].max())
+        yield from map(Batch.packed, in_lines(self._groups(rows, budget, layout), budget, self._fill))
+
+    def even_batches(self, rows: np.ndarray, number: int, layout: Layout) -> list[Batch]:
+        """Returns the sorted `rows` in so many batches of about equal size, or in a few more."""
+        if layout == "padded":
+            return list(self.batches(rows, -(-len(rows) // number), layout))
+        lengths = self.encoded.lengths[rows]
+        groups = self._groups(rows, max(int(lengths.max()), -(-int(lengths.sum()) // number)), layout)
+        return [Batch.packed(lines) for lines in in_even_lines(groups, number, self._fill)]
+
+    def positions(self, batch: Batch) -> int:
+        """Returns the positions that `batch` computes, padding included."""
+        if batch.lines is None:
+            return len(batch.rows) * int(self.encoded.lengths[batch.rows].max())
+        return len(batch.lines) * max(sum(group.positions for group in line) for line in batch.lines)
+
+    def _groups(self, rows: np.ndarray, budget: int, layout: Layout) -> list[Group]:
+        """Returns the groups of `rows`, of at most `budget` positions each: those of a post, or single rows."""
+        lengths = self.encoded.lengths
         if layout == "packed":
-            groups = [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
-        else:
-            groups = list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
-        for lines in in_lines(groups, budget, FILL.get(self.device.type, FILL["cpu"])):
-            yield Batch.packed(lines)
+            return [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
+        return list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
+
+    @property
+    def _fill(self) -> float:
+        return FILL.get(self.device.type, FILL["cpu"])
 
     @cached_property
     def _prefix_of_group(self) -> np.ndarray:

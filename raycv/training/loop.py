@@ -14,6 +14,7 @@ from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision
+from raycv.training.memory import Room
 from raycv.training.metrics import binary_metrics, tune_threshold
 from raycv.training.progress import (
     WORKERS,
@@ -30,6 +31,28 @@ from raycv.utils import random_state, set_random_state
 
 EVAL_STEP_PAIRS = 256
 """Pairs in a step of validation, after which the loss is checked. `eval_batch_size` sets the batches within a step."""
+
+
+MEASURED_STEPS = 10
+"""Steps of an epoch that `FoldTrainer.measure` times at most."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a fold trains on a device."""
+
+    steps: int
+    """optimizer steps of an epoch"""
+    step_seconds: float
+    val_seconds: float
+    """seconds of a validation"""
+    micro_batch: int
+    """the size that fits the heaviest step"""
+    checkpointing: bool
+
+    def seconds(self, epochs: int) -> float:
+        """Seconds of `epochs` epochs."""
+        return epochs * (self.steps * self.step_seconds + self.val_seconds)
 
 
 @dataclass
@@ -132,6 +155,42 @@ class FoldTrainer(Steps):
         set_weights(self.model, progress.best.weights)
         every = None if progress.scores is None else np.stack(progress.scores)
         return TrainResult(progress.epochs, progress.best.result, progress.best.scores, every, self.events)
+
+    def measure(self, train_pairs: np.ndarray, val_pairs: np.ndarray, seconds: float) -> Pace:
+        """Trains the step with the longest pairs, then the first steps of an epoch, and validates a few pairs.
+
+        It changes the weights, and gives its listener no state.
+
+        Args:
+            train_pairs: Indices [n] of the pairs of a fold to train on.
+            val_pairs: Indices [n] of the pairs to validate on.
+            seconds: The time after which no further step begins; three steps are always timed if there are so many.
+        """
+        self.progress = Progress()
+        self._prepare(train_pairs)
+        order, size = epoch_order(self.config, self.encoded, train_pairs, 1), self.config.effective_batch_size
+        longest = np.zeros(len(self.encoded.labels), dtype=np.int64)
+        np.maximum.at(longest, self.encoded.pair_of_row, self.encoded.lengths)
+        heaviest = train_pairs[np.argsort(longest[train_pairs], kind="stable")[-size:]]
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
+        with self.scorer.prepared() as self.refresh:
+            said = self._choose_checkpointing(train_pairs)
+            if said:
+                self.listener.on_event(said)
+            # The first steps of a process are slow, so the heaviest one is not timed.
+            for _ in self._pass([heaviest], training=True):
+                pass
+            started, done = time.monotonic(), 0
+            for _ in self._pass(steps[:MEASURED_STEPS], training=True):
+                done += 1
+                if done >= 3 and time.monotonic() - started > seconds:
+                    break
+            step_seconds = (time.monotonic() - started) / done
+            few = val_pairs[: 2 * size]
+            started = time.monotonic()
+            self.scores(few)
+            val_seconds = (time.monotonic() - started) / len(few) * len(val_pairs)
+        return Pace(len(steps), step_seconds, val_seconds, self.micro_batch[True].size, self.checkpointing.on)
 
     def scores(self, pairs: np.ndarray) -> tuple[np.ndarray, float]:
         """Validates `pairs`.
@@ -240,7 +299,7 @@ class FoldTrainer(Steps):
         """
         device = self.accelerator.device
         sizes = (self.micro_batch[True].size, self.micro_batch[False].size, self.checkpointing.on)
-        own = random_state(device) | {"sizes": torch.tensor(sizes)}
+        own = random_state(device) | {"sizes": torch.tensor(sizes), "room": torch.tensor(self.checkpointing.room)}
         tensors = {f"{WORKERS}{name}": self.workers.gather(tensor, device) for name, tensor in own.items()}
         tensors |= training_tensors(self.model, self.optimizer)
         facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
@@ -270,7 +329,9 @@ class FoldTrainer(Steps):
         # `torch.set_rng_state` crashes on a row of a larger tensor, so we clone.
         own = {name: tensor[self.workers.rank].clone() for name, tensor in workers_tensors(state.tensors).items()}
         self.micro_batch[True].size, self.micro_batch[False].size, checkpointing = own.pop("sizes").tolist()
-        self.checkpointing.restore(bool(checkpointing))
+        # Earlier versions recorded no room.
+        room = own.pop("room", None)
+        self.checkpointing.restore(bool(checkpointing), room if room is None else Room(*room.tolist()))
         set_random_state(own, self.accelerator.device)
         self.events[:] = state.facts["events"]
         then, now = state.facts.get("device"), describe_device(self.accelerator.device)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from raycv.model.attention import ReadingLayer
+from raycv.model.attention import ReadingLayer, mark_documents
 
 FILL = {"cpu": 0.9, "cuda": 0.0}
 """The least share of a batch's positions that hold tokens, by type of device. On a GPU one more batch costs more than
@@ -67,9 +67,10 @@ def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: t
     # These hold the number of each position's segment, and of the prefix that it sees. A query that attends to nothing
     # would give NaN, so padding is a segment of its own.
     segments, prefixes = np.zeros((2, *shape), dtype=np.int64)
-    ends = []
+    ends, documents = [], []
     for index, line in enumerate(packed):
         start = segment = 0
+        documents += [len(ids) for ids, _, _, _ in line]
         for ids, position, own_segments, last in line:
             place = index, slice(start, start + len(ids))
             input_ids[place] = ids
@@ -79,10 +80,12 @@ def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: t
             ends += [(index, start + end) for end in last]
             start += len(ids)
             segment += 1 + len(last)
+        documents += [width - start] if start < width else []
+    mask = _mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device))
     return PackedRows(
         input_ids=torch.from_numpy(input_ids).to(device),
         position_ids=torch.from_numpy(positions).to(device),
-        mask=_mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device)),
+        mask=mark_documents(mask, documents) if device.type == "cpu" else mask,
         ends=torch.tensor(ends, device=device),
         most_ends=max(sum(len(last) for _, _, _, last in line) for line in packed),
     )
@@ -183,6 +186,18 @@ def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Line
             for group in lines[used.pop()[1]]:
                 insort(left, group)
         yield [[groups[-index] for _, index in lines[line]] for _, line in used]
+
+
+def in_even_lines(groups: Sequence[Group], batches: int, fill: float) -> list[Lines]:
+    """Returns `groups` in so many batches of filled lines, each as small as that allows; see `in_lines`.
+
+    There may be more batches where `fill` demands it.
+    """
+    width = max(group.positions for group in groups)
+    lines = -(-sum(group.positions for group in groups) // (width * batches))
+    while len(made := list(in_lines(groups, lines * width, fill))) > batches and lines < len(groups):
+        lines += 1
+    return made
 
 
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:

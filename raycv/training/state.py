@@ -94,8 +94,11 @@ class StateFolder:
             remedies = ["resume the run when the folder can be written: it starts from the last one"]
             raise unwritable("The training state", self.root, error, remedies) from error
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState) -> Path:
         """Writes `state` in full, moves it to its place, and removes all states but it and the one before.
+
+        Returns:
+            The folder of the state.
 
         Raises:
             UserError: `state` cannot be written. The earlier states then still exist.
@@ -117,6 +120,7 @@ class StateFolder:
         for path in self.root.iterdir():
             if path not in keep:
                 shutil.rmtree(path, ignore_errors=True)
+        return target
 
     def check(self) -> None:
         """Checks that this version of raycv can resume from the states.

@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch
 from raycv.training.packing import Group
 from raycv.training.workers import Workers
 from raycv.utils import random_state, set_random_state
+
+PASSES = 3
+"""Passes of a step under `train.batch_size=auto` before gradient checkpointing begins. More of them would be so small
+that a GPU waits for the host."""
+TRIED_ROWS = 8
+"""Rows whose memory `train.batch_size=auto` measures. The memory grows evenly with the rows."""
 
 
 class Steps:
@@ -55,7 +61,7 @@ class Steps:
         self.workers = Workers()
         self.checkpointing = Checkpointing(self.model, config.gradient_checkpointing, memory_share, tell)
         self.micro_batch = {
-            True: MicroBatch(config.batch_size, lambda text: tell(f"training: {text}"), self.checkpointing.relieve),
+            True: MicroBatch(self._most_rows, lambda text: tell(f"training: {text}"), self._relieve),
             False: MicroBatch(config.eval_batch_size, lambda text: tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
@@ -86,7 +92,9 @@ class Steps:
         done: list[tuple[np.ndarray, torch.Tensor]] = []
 
         def work(size: int) -> torch.Tensor:
-            for batch in self.scorer.batches(rows[part], size, layout):
+            for batch in self._batches(rows[part], size, training):
+                if training:
+                    self.checkpointing.prepare(self.scorer.positions(batch))
                 logits = self.scorer.logits(batch)
                 loss = self._loss(batch.rows, logits)
                 if training:
@@ -106,6 +114,35 @@ class Steps:
         mine = in_order(rows[part], done) if done else None
         whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
         return total, rows, whole
+
+    @property
+    def _most_rows(self) -> int:
+        """The rows of a micro-batch at the start."""
+        config = self.config
+        return config.effective_batch_size if config.batch_size == "auto" else config.batch_size
+
+    def _relieve(self) -> bool:
+        """Frees memory other than by a smaller micro-batch. For `batch_size=auto` a few smaller ones come first."""
+        if self.config.batch_size == "auto" and self.micro_batch[True].size * PASSES > self._most_rows:
+            return False
+        return self.checkpointing.relieve()
+
+    def _batches(self, rows: np.ndarray, size: int, training: bool) -> Sequence[Batch]:
+        """Returns the sorted `rows` of one worker in batches of at most `size`, or of the size that fits the memory.
+
+        The latter are as few as fit without gradient checkpointing, but at most `PASSES`. Beyond that number, batches
+        may use it, and there are as few as fit then.
+        """
+        layout = self.layout[training]
+        if not training or self.config.batch_size != "auto":
+            return list(self.scorer.batches(rows, size, layout))
+        batches: list[Batch] = []
+        for number in range(-(-len(rows) // size), len(rows) + 1):
+            batches = self.scorer.even_batches(rows, number, layout)
+            heaviest = max(self.scorer.positions(batch) for batch in batches)
+            if self.checkpointing.fits(heaviest, recomputing=number >= PASSES):
+                break
+        return batches
 
     def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """Returns the sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
@@ -127,13 +164,13 @@ class Steps:
         # In a shuffled step each pair draws its own dropout, so even two pairs of one post share nothing.
         return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
 
-    def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """Returns a micro-batch with as many positions as any in training can have.
+    def _heaviest(self, train_pairs: np.ndarray, size: int) -> Batch:
+        """Returns a micro-batch with as many positions as any of `size` rows in training can have.
 
         It has the longest row in each line.
         """
         rows = self.encoded.rows_of(train_pairs)
-        size, longest = min(self.config.batch_size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
+        size, longest = min(size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
         if self.layout[True] == "padded":
             return Batch(np.repeat(longest, size))
         return Batch.packed([[Group(longest, int(self.encoded.lengths[longest[0]]))]] * size)
@@ -143,20 +180,30 @@ class Steps:
 
         Returns the choice in words, or None if there was nothing to choose.
         """
-        heaviest = self._heaviest(train_pairs)
+        largest = self.config.batch_size == "auto"
+        if not largest and not self.checkpointing.auto:
+            return None
         before = random_state(self.accelerator.device)
 
-        def backward() -> None:
+        def backward(size: int) -> int:
+            batch = self._heaviest(train_pairs, size)
             self.model.train()
             try:
-                self.accelerator.backward(self._loss(heaviest.rows, self.scorer.logits(heaviest)))
+                self.accelerator.backward(self._loss(batch.rows, self.scorer.logits(batch)))
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
                 set_random_state(before, self.accelerator.device)
+            return self.scorer.positions(batch)
 
         # AdamW keeps two numbers for each trainable parameter, and the gradient is a third.
         later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
-        return self.checkpointing.choose(self.accelerator.device, backward, later)
+        heaviest = self.scorer.positions(self._heaviest(train_pairs, self._most_rows))
+        tried = min(TRIED_ROWS, self._most_rows) if largest else self._most_rows
+        said = self.checkpointing.choose(self.accelerator.device, backward, tried, heaviest, later)
+        if not largest:
+            return said
+        room = self.checkpointing.room
+        return f"{said}; a pass has up to {room.without} positions without it, and {room.most} with it"
 
     def _update(self) -> float:
         """Updates the weights by the gradients of a step. Returns the learning rate that it used.

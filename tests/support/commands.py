@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 def users_environment(**more: str) -> dict[str, str]:
     """Without what the test process has set for itself, and apart from any Ray that runs on this machine."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-    return kept | {"RAY_ADDRESS": "local"} | more
+    folder = {key: value for key, value in os.environ.items() if key == "RAY_TMPDIR"}
+    return kept | folder | {"RAY_ADDRESS": "local"} | more
 
 
 def raycv(command: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
