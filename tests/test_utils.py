@@ -203,6 +203,24 @@ def test_a_full_disk_and_a_damaged_record_have_their_kinds(tmp_path):
             read(tmp_path / "record.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("[]", "it is not a JSON object"),
+        ("{}", "it lacks run, folds"),
+        ('{"run": 1, "folds": []}', "it lacks run"),
+        ('{"run": "a", "folds": {}}', "it lacks folds"),
+    ],
+)
+def test_a_record_that_lacks_a_key_or_has_another_type_is_named(tmp_path, content, fault):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with refuses("run-damaged", f"{path} is damaged: {fault}.", "good copy"):
+        read_record(path, "run", folds=list)
+    path.write_text('{"run": "a", "folds": [], "more": 1}')
+    assert read_record(path, "run", folds=list)["more"] == 1
+
+
 def test_a_hidden_package_cannot_be_imported_until_the_block_ends():
     sys.modules.pop("wsgiref", None)
     with hidden("wsgiref", "json"):

@@ -1,6 +1,6 @@
 """A toy task for the loop: posts of words, a criterion is matched when its word stands in the post."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +41,13 @@ FRAME = [
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def toy_dataset(posts: int = 16, seed: int = 0, words: int = 6, criteria: int = 3) -> Dataset:
+def toy_dataset(
+    posts: int = 16, seed: int = 0, words: int = 6, criteria: int = 3, ids: Sequence[str] | None = None
+) -> Dataset:
     """`posts` posts x `criteria` criteria; the words of a post vary in number, so that rows vary in length."""
     generator = np.random.default_rng(seed)
-    asked = {f"C{i}": Criterion(f"C{i}", WORDS[i]) for i in range(criteria)}
+    keys = ids or [f"C{i}" for i in range(criteria)]
+    asked = {key: Criterion(key, WORDS[i]) for i, key in enumerate(keys)}
     texts, pairs = {}, []
     for index in range(posts):
         chosen = generator.choice(WORDS, size=int(generator.integers(2, words + 1)), replace=True).tolist()
