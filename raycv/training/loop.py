@@ -202,8 +202,8 @@ class FoldTrainer(Steps):
         for pairs, following in zip_longest(steps, steps[1:]):
             with torch.set_grad_enabled(training):
                 total, rows, logits = self._step(pairs, training, ahead)
-            # A GPU gets the update and the next norms to do before the host waits for the loss, and the host packs the
-            # next step meanwhile. A loss of NaN spoils the weights in memory, but it ends the training before anything
+            # A GPU gets the update and the next norms to do before the host waits for the loss. Meanwhile the host
+            # packs the next step. A loss of NaN spoils the weights in memory, but it ends the training before anything
             # is saved.
             if training:
                 self.progress.learning_rate = self._update()
