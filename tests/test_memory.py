@@ -163,6 +163,7 @@ def test_the_largest_passes_fit_and_checkpoint_only_where_three_do_not(deep, mon
     assert 0 < few < 5
     assert many > 4
     assert len(loop._batches(rows, 8, training=False)) > 1, "validation has its own batches"
+    assert loop._batches(rows[:0], 30, training=True) == [], "a worker may have no part of a small step"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

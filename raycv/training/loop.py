@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -139,10 +140,9 @@ class FoldTrainer(Steps):
         progress, config = self.progress, self.config
         # From here to the end of the block, only the optimizer changes weights.
         with self.scorer.prepared() as self.refresh:
-            if state is None:
-                said = self._choose_checkpointing(train_pairs)
-                if said:
-                    self.listener.on_event(said)
+            said = self._choose_checkpointing(train_pairs) if state is None else None
+            if said is not None:
+                self.listener.on_event(said)
             self._saved = time.monotonic()
             while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
                 result, scores = self._epoch(train_pairs, val_pairs)
@@ -256,13 +256,16 @@ class FoldTrainer(Steps):
         """
         self.model.train(training)
         last = self.progress.step + len(steps)
-        for pairs in steps:
+        ahead = None
+        for pairs, following in zip_longest(steps, steps[1:]):
             with torch.set_grad_enabled(training):
-                total, rows, logits = self._step(pairs, training)
-            # A GPU gets the update and the next norms to do before the host waits for the loss. A loss of NaN spoils
-            # the weights in memory, but it ends the training before anything is saved.
+                total, rows, logits = self._step(pairs, training, ahead)
+            # A GPU gets the update and the next norms to do before the host waits for the loss. Meanwhile the host
+            # packs the next step. A loss of NaN spoils the weights in memory, but it ends the training before anything
+            # is saved.
             if training:
                 self.progress.learning_rate = self._update()
+            ahead = None if following is None else self._ahead(following, training)
             loss = float(total)
             if not math.isfinite(loss):
                 epoch = len(self.progress.epochs) + 1
