@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 Inputs = PackedRows | dict[str, torch.Tensor]
-"""What the model reads for a batch."""
+"""The tensors that the model reads for a batch."""
 
 
 def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
@@ -205,7 +205,7 @@ class RowScorer:
 
         Args:
             batch: The rows.
-            inputs: What `inputs` returned for them; None to make them now.
+            inputs: The result of `inputs` for these rows; None to make them now.
         """
         inputs = self.inputs(batch) if inputs is None else inputs
         with self.autocast():

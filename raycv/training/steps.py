@@ -46,7 +46,7 @@ class Ahead(NamedTuple):
     part: np.ndarray
     """the positions of this worker's among them: int [m]"""
     cut: tuple[int, Room]
-    """what the batches were cut by"""
+    """the sizes that decided how the batches were cut"""
     batches: list[Ready]
 
 
