@@ -44,7 +44,7 @@ test-faults: install
 
 # The cluster launcher on machines made of network namespaces, each with an ssh server. It needs root, and openssh-server.
 test-cluster: install
-	$(BIN)/python -m pytest tests/test_machines.py
+	$(BIN)/python -m pytest tests/test_machines.py tests/test_slurm.py
 
 # Every test there is, and the docs: well over an hour on two cores.
 test-all: test docs

@@ -77,6 +77,7 @@ def peer_trainer(
 
     `by_length` groups pairs of similar length, as its option group_by_length does.
     """
+    assert isinstance(config.batch_size, int), "Trainer measures no memory"
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         num_train_epochs=1,

@@ -19,8 +19,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(getent ahostsv4 "$head" | awk '{print $1; exit}')
 # Ray waits half a minute for the other nodes, which a busy file system exceeds.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
-# One port for each job: two jobs may share a machine.
-port=$((10000 + SLURM_JOB_ID % 20000))
+# One port for each job, beyond those that Ray takes (10001 to 19999): two jobs may share a machine.
+port=$((20000 + SLURM_JOB_ID % 10000))
 
 # Starts Ray on all nodes, the run on the first of them, and stops Ray when the run ends.
 srun --kill-on-bad-exit=0 ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \

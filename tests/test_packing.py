@@ -245,11 +245,11 @@ def test_a_line_holds_groups_that_do_not_see_each_other():
     assert packed.input_ids.tolist() == [[5, 6, 7, 6, 8, 9], [8, 9, 0, 0, 0, 0]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
     assert packed.ends.tolist() == [[0, 2], [0, 3], [0, 5], [1, 1]]
-    assert packed.mask[0, 0].int().tolist() == [
+    assert packed.mask()[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0],
         [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
     ]  # fmt: skip
-    assert packed.mask.any(dim=-1).all(), "a query that sees nothing would be NaN, padding too"
+    assert packed.mask().any(dim=-1).all(), "a query that sees nothing would be NaN, padding too"
 
 
 def attention(heads=4, keys=2, dtype=torch.float64, *, lines=((150, 290), (40, 3)), size=8):
@@ -258,7 +258,7 @@ def attention(heads=4, keys=2, dtype=torch.float64, *, lines=((150, 290), (40, 3
     rows = [[[generator.integers(1, 9, size=length)] for length in line] for line in lines]
     prefix = generator.integers(1, 9, size=120)
     rows[1] += [[np.append(prefix, generator.integers(1, 9, size=length)) for length in (20, 200)]]
-    mask = pack(rows, pad_id=0, device=CPU).mask
+    mask = pack(rows, pad_id=0, device=CPU).mask()
     torch.manual_seed(0)
     length = mask.shape[-1]
     # transformers makes them [B, L, H, D] and transposes them.
@@ -593,7 +593,7 @@ def test_the_heaviest_batch_has_as_many_positions_as_any_of_training(base, batch
     toy = Toy(base, toy_dataset(words=25))
     config = train_config(batching=batching, batch_size=2, packing=packing)
     loop = FoldTrainer(toy.model(), toy.encoded, config, "fp32", Recorder())
-    heaviest = positions(loop.scorer, loop._heaviest(TRAIN))
+    heaviest = positions(loop.scorer, loop._heaviest(TRAIN, 2))
     assert heaviest == 2 * toy.encoded.lengths[TRAIN].max()
     loop._choose_checkpointing(TRAIN)
     for epoch in range(20):

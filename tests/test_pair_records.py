@@ -20,9 +20,8 @@ from raycv.cv.open_run import OpenRun
 from raycv.data.splits import Split, make_splits
 from raycv.data.types import Criterion, Dataset, Pair
 from raycv.results import near_duplicates as duplicates
-from raycv.results.floors import floor_scores
 from raycv.results.near_duplicates import near_duplicates
-from raycv.results.pair_records import write_pair_records
+from raycv.results.pair_records import floor_scores, write_pair_records
 from raycv.results.run_folder import RunFolder
 
 CANARY = "zebra quilt 4471"

@@ -140,7 +140,7 @@ def test_what_a_fold_waits_for_on_nodes_that_others_use() -> None:
     assert busy(placement, NODES, {"CPU": 12}) == f"{waits}all 4 GPUs are in use"
     assert busy(placement, NODES, {"CPU": 3, "GPU": 1}) == f"{waits}3 of 20 CPU cores are free"
     assert busy(placement, NODES, {}) == f"{waits}all 4 GPUs are in use and all 20 CPU cores are in use"
-    assert busy(placement, NODES, {"CPU": 4, "GPU": 2}) == f"{waits}no single node has them free"
+    assert busy(placement, NODES, {"CPU": 4, "GPU": 2}) == f"{waits}no node that may take it has them free"
 
 
 def test_what_the_cluster_has_and_may_grow_to() -> None:

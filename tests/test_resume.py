@@ -52,6 +52,7 @@ from raycv.model.base_model import fetch_base
 from raycv.model.loading import load_config, load_tokenizer
 from raycv.results.find_run import recorded_config
 from raycv.results.run_folder import RunFolder, resume_command
+from raycv.training import memory
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS
 from raycv.training.state import FACTS, MANIFEST, TENSORS, WRITER, StateFolder, TrainState
@@ -157,8 +158,10 @@ def interrupted(toy, case, folder, stop, **changes):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.long
-def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, case):
+def test_a_training_that_goes_on_is_the_unbroken_one(toy, tmp_path, monkeypatch, case):
     """Stopped in the first epoch, in its last step, and in the second; saving itself changes nothing either."""
+    # A state records the room, and the memory that a machine has left varies.
+    monkeypatch.setattr(memory, "memory_limit", lambda device, share: 10**9)
     unbroken = Saver()
     expected = fit(toy, case, unbroken)
     same(fit(toy, case, Saver(), checkpoint_minutes=None), expected)
@@ -232,6 +235,41 @@ def test_checkpointing_that_is_asked_for_as_it_goes_on_is_done_and_changes_no_bi
     assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 1]]
     same(fit(toy, case, saver, state, gradient_checkpointing="off"), expected)
     assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, 0]]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_largest_passes_that_fitted_are_taken_again_where_others_fit(toy, tmp_path, monkeypatch, packing):
+    """Dropout draws by passes: those of a machine with more memory would be another training."""
+    small = {"batch_size": "auto", "gradient_checkpointing": "auto", "effective_batch_size": 8, "packing": packing}
+
+    def memory_of(bytes_):
+        monkeypatch.setattr(memory, "memory_limit", lambda device, share: bytes_)
+
+    memory_of(700_000)
+    expected = fit(toy, "weighted sampling", Saver(), **small)
+    memory_of(10**12)
+    whole = fit(toy, "weighted sampling", Saver(), **small)
+    assert not np.array_equal(expected[0].val_scores, whole[0].val_scores)
+    memory_of(700_000)
+    with pytest.raises(Stopped):
+        fit(toy, "weighted sampling", Saver(tmp_path, STEPS + 2), **small)
+    kept = StateFolder(tmp_path).newest(pytest.fail)
+    memory_of(10**12)
+    saver = Saver()
+    same(fit(toy, "weighted sampling", saver, kept, **small), expected)
+    assert torch.equal(saver.last[2]["workers.room"], kept.tensors["workers.room"])
+    same(fit(toy, "weighted sampling", Saver(), kept, **(small | {"gradient_checkpointing": "on"})), expected)
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_state_of_an_earlier_version_has_no_room_and_keeps_its_choice(toy, tmp_path, on):
+    case, state, expected = half_a_fold(toy, tmp_path, gradient_checkpointing="auto")
+    tensors = {name: one for name, one in state.tensors.items() if name != "workers.room"}
+    tensors["workers.sizes"] = torch.tensor([[8, 4, on]])
+    saver = Saver()
+    same(fit(toy, case, saver, replace(state, tensors=tensors), gradient_checkpointing="auto"), expected)
+    assert saver.last[2]["workers.sizes"].tolist() == [[8, 4, on]]
+    assert saver.last[2]["workers.room"].tolist() == [[0, 0]]
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycv.training import loop as train
-from raycv.training.forward import Batch
+from raycv.training.forward import Batch, RowScorer
 from raycv.training.loop import FoldTrainer
 from raycv.training.metrics import METRICS, binary_metrics, tune_threshold
 from raycv.training.steps import cross_entropy, epoch_order
@@ -287,6 +287,40 @@ def test_the_host_reads_no_value_before_the_update(toy, monkeypatch, batching):
             assert waits.count == 1, "the loss, after the update"
             waits.count = 0
     assert counts == [0, 0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_next_step_is_packed_before_the_host_waits_for_the_loss(toy, monkeypatch, training):
+    """A device computes meanwhile. Each step is packed once."""
+    loop = trainer(toy, packing=True, batch_size=4)
+    loop._prepare(TRAIN)
+    steps, order = [TRAIN[:8], TRAIN[8:16], TRAIN[16:21]], []
+    inputs, step = RowScorer.inputs, loop._step
+
+    def packing(self, batch):
+        order.append(("packed", waits.count, set(batch.rows.tolist())))
+        return inputs(self, batch)
+
+    def computing(pairs, *args):
+        order.append(("computed", waits.count, set(pairs.tolist())))
+        return step(pairs, *args)
+
+    monkeypatch.setattr(RowScorer, "inputs", packing)
+    monkeypatch.setattr(loop, "_step", computing)
+    monkeypatch.setattr(loop, "_update", lambda: 0.0)  # AdamW reads its own step
+    with Waits() as waits:
+        losses = [loss for loss, _, _ in loop._pass(steps, training=training)]
+    assert len(losses) == 3
+    computed = [index for index, (kind, _, _) in enumerate(order) if kind == "computed"]
+    for number, pairs in enumerate(steps):
+        places = [
+            index for index, (kind, _, rows) in enumerate(order) if kind == "packed" and rows <= set(pairs.tolist())
+        ]
+        assert set().union(*(order[index][2] for index in places)) == set(pairs.tolist())
+        assert sum(len(order[index][2]) for index in places) == len(pairs)
+        if number:
+            assert computed[number - 1] < min(places) < max(places) < computed[number]
+            assert {order[index][1] for index in places} == {number - 1}, "the losses that were read before"
 
 
 def test_a_loss_that_is_no_number_in_the_middle_is_never_saved(toy):

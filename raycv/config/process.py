@@ -107,7 +107,8 @@ def unbroken(text: str, width: int) -> str:
     """
 
     def row(line: str) -> str:
-        parts, column = [], 0
+        parts: list[str] = []
+        column = 0
         for gap, word in _WORD.findall(line):
             size = cell_len(word)
             if column and column + len(gap) + size > width:

@@ -119,9 +119,9 @@ class CvConfig(Section):
 class TrainConfig(Section):
     epochs: Positive = Field(description="epochs, at most (FR-007)")
     patience: Positive = Field(description="stop after this many epochs without a better validation F1 (FR-007)")
-    batch_size: Positive = Field(
-        description="pairs in one micro-batch at the start, halved on out-of-memory; with packing, as many pairs as "
-        "fit the memory of this many longest ones (FR-007)"
+    batch_size: Auto | Positive = Field(
+        description="pairs in one micro-batch at the start, halved on out-of-memory (FR-007). With packing: as many as "
+        "fit the memory of this many longest pairs. auto: the largest passes that fit, for large GPUs"
     )
     effective_batch_size: Positive = Field(
         description="pairs in one optimizer step, at any size of the micro-batch (FR-007)"
@@ -156,7 +156,8 @@ class TrainConfig(Section):
         description="auto: bf16 autocast where the GPU supports it, else fp32 (FR-007)"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        description="recompute activations in the backward pass to save memory; auto: only where they do not fit"
+        description="recompute activations in the backward pass to save memory; auto: in as few layers as the memory "
+        "demands"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
@@ -182,7 +183,7 @@ class TrainConfig(Section):
     @classmethod
     def _whole_micro_batches(cls, value: int, info: ValidationInfo) -> int:
         batch_size = info.data.get("batch_size")
-        if batch_size is not None and value % batch_size:
+        if batch_size not in (None, "auto") and value % batch_size:
             fitting = ", ".join(str(size) for size in range(1, value + 1) if value % size == 0)
             raise ValueError(f"must be a multiple of train.batch_size, which is {batch_size} (it may be: {fitting})")
         return value

@@ -1,4 +1,4 @@
-"""Splits pairs into folds. scikit-learn alone gives the same folds: the docs show the five lines."""
+"""Splits pairs into folds by the seed of the config. scikit-learn alone gives the same folds: the docs show how."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

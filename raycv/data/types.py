@@ -1,4 +1,4 @@
-"""Criterion, Pair and Dataset: the validated data set of every later room. Codes and symptom names of criteria."""
+"""Criterion, Pair and Dataset: the validated data set. Which spellings and symptom names mean a criterion."""
 
 import re
 from dataclasses import dataclass, field

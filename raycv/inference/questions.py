@@ -1,4 +1,4 @@
-"""Questions and answers: finds a criterion by id or name, labels a score, forms answers as JSON or text.
+"""Questions and answers: matches what was asked with the criteria of a run, labels a score, forms JSON or text.
 
 The command and a resident scorer share it. Imports nothing heavy, because a client of the scorer needs only this.
 """

@@ -100,7 +100,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     published = task.published
     publisher = None
     if published is not None:
-        # Ray Train may start a worker again by itself, so even the first attempt looks for a state.
+        # Ray Train may restart a worker automatically, so even the first attempt looks for a state.
         alone, begun = task.placement.workers == 1, arguments["begun"]
         bring_states(published, fold, alone=alone, tell=listener.on_event, begun=begun)
         if not rank:
@@ -201,14 +201,16 @@ def measure_worker(
         from raycv.common.environment import describe_device
         from raycv.model.base_model import fetch_base
         from raycv.model.loading import load_tokenizer
-        from raycv.training.loop import FoldTrainer
+        from raycv.training.loop import FoldTrainer, Pace
         from raycv.training.memory import memory_limit, memory_taken
 
-    files, told = fetch_base(base.name, base.revision), []
+    told: list[str] = []
+    files = fetch_base(base.name, base.revision)
     tokenizer, device = load_tokenizer(files), Accelerator().device
     adapted, precision, _, attention = _adapted(config, files, tokenizer, device, told.append)
     split, share = shared.splits[0], _memory_share(placement, device)
-    limit, paces = memory_limit(device, share), {}
+    limit = memory_limit(device, share)
+    paces: dict[str, Pace] = {}
     for batching in ("shuffled", "post_grouped"):
         train = config.train.model_copy(update={"batching": batching})
         trainer = FoldTrainer(adapted, shared.encoded, train, precision, _Told(told), share)
@@ -223,9 +225,12 @@ class _Told:
     """A listener that keeps events alone."""
 
     def __init__(self, events: list[str]) -> None:
-        self.on_event = events.append
+        self._events = events
 
-    def on_step(self, *_: Any) -> None:
+    def on_event(self, text: str) -> None:
+        self._events.append(text)
+
+    def on_step(self, *_: Any, **__: Any) -> None:
         pass
 
     on_epoch = on_state = on_step

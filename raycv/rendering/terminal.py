@@ -117,7 +117,7 @@ def announce_check(console: Console, config: RunConfig, placement: "Placement", 
     # Patience ends no fold before this epoch.
     least = min(config.train.patience + 1, most)
     for batching, pace in found["paces"].items():
-        per = f"{pace.step_seconds:.2f} s a step, {pace.steps} steps an epoch, {pace.val_seconds:.0f} s a validation"
+        per = f"{pace.step_seconds:.2f} s a step, {pace.steps} steps an epoch, {pace.val_seconds:.1f} s a validation"
         how = f"micro-batch {pace.micro_batch}, gradient checkpointing {'on' if pace.checkpointing else 'off'}"
         say(console, f"train.batching={batching}: {per}\n               {how}")
         for epochs in dict.fromkeys((least, most)):

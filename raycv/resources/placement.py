@@ -184,8 +184,8 @@ def busy(placement: Placement, nodes: Sequence[Mapping[str, float]], free: Mappi
         if needed > left:
             whole = f"all {has:g} {unit}s are in use" if has != 1 else f"the only {unit} is in use"
             used.append(f"{left:g} of {has:g} {unit}s are free" if left else whole)
-    # Enough may be free, but in parts on several nodes.
-    return f"waits for {_needs(placement)}: {' and '.join(used) or 'no single node has them free'}"
+    # Enough may be free, but in parts, or on nodes that are left out.
+    return f"waits for {_needs(placement)}: {' and '.join(used) or 'no node that may take it has them free'}"
 
 
 def _needs(placement: Placement) -> str:

@@ -11,10 +11,9 @@ from raycv.data.types import Dataset
 from raycv.errors import UserError
 from raycv.evaluation.study import Study
 from raycv.results.find_run import folds_of
-from raycv.results.floors import floor_scores
 from raycv.results.fold_result import FoldResult
 from raycv.results.near_duplicates import near_duplicates
-from raycv.results.pair_records import TFIDF, hard_negatives
+from raycv.results.pair_records import TFIDF, floor_scores, hard_negatives
 from raycv.results.run_folder import GOOD_COPY, RunFolder, read_record, resume_command
 
 if TYPE_CHECKING:

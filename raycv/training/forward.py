@@ -16,10 +16,13 @@ from raycv.training.packing import (
     FILL,
     Group,
     Lines,
+    PackedRows,
     can_pack,
     common_prefix,
     groups_of,
+    in_even_lines,
     in_lines,
+    on_device,
     pack,
     packed_logits,
     steady_positions,
@@ -49,6 +52,10 @@ class Batch(NamedTuple):
         return cls(np.concatenate([group.rows for line in lines for group in line]), lines)
 
 
+Inputs = PackedRows | dict[str, torch.Tensor]
+"""The tensors that the model reads for a batch."""
+
+
 def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
     """Returns the logits [n, 2] of `rows` [n] in their order.
 
@@ -76,7 +83,7 @@ class RowScorer:
         self.encoded = encoded
         self.device = device
         self.autocast = autocast
-        read_few(self._classifier())
+        read_few(self.classifier)
         self.group_of_row = encoded.group_of_row()
         longest = np.zeros(self.group_of_row.max() + 1, dtype=np.int64)
         np.maximum.at(longest, self.group_of_row, encoded.lengths)
@@ -116,12 +123,32 @@ class RowScorer:
             yield from (Batch(rows[start : start + size]) for start in range(0, len(rows), size))
             return
         budget = size * int(lengths[rows].max())
+        yield from map(Batch.packed, in_lines(self._groups(rows, budget, layout), budget, self._fill))
+
+    def even_batches(self, rows: np.ndarray, number: int, layout: Layout) -> list[Batch]:
+        """Returns the sorted `rows` in so many batches of about equal size, or in a few more."""
+        if layout == "padded":
+            return list(self.batches(rows, -(-len(rows) // number), layout))
+        lengths = self.encoded.lengths[rows]
+        groups = self._groups(rows, max(int(lengths.max()), -(-int(lengths.sum()) // number)), layout)
+        return [Batch.packed(lines) for lines in in_even_lines(groups, number, self._fill)]
+
+    def positions(self, batch: Batch) -> int:
+        """Returns the positions that `batch` computes, padding included."""
+        if batch.lines is None:
+            return len(batch.rows) * int(self.encoded.lengths[batch.rows].max())
+        return len(batch.lines) * max(sum(group.positions for group in line) for line in batch.lines)
+
+    def _groups(self, rows: np.ndarray, budget: int, layout: Layout) -> list[Group]:
+        """Returns the groups of `rows`, of at most `budget` positions each: those of a post, or single rows."""
+        lengths = self.encoded.lengths
         if layout == "packed":
-            groups = [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
-        else:
-            groups = list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
-        for lines in in_lines(groups, budget, FILL.get(self.device.type, FILL["cpu"])):
-            yield Batch.packed(lines)
+            return [Group(rows[[index]], int(length)) for index, length in enumerate(lengths[rows])]
+        return list(groups_of(rows, self.group_of_row, lengths, self._prefix_of_group, budget))
+
+    @property
+    def _fill(self) -> float:
+        return FILL.get(self.device.type, FILL["cpu"])
 
     @cached_property
     def _prefix_of_group(self) -> np.ndarray:
@@ -139,12 +166,12 @@ class RowScorer:
     @property
     def attention(self) -> str:
         """The attention that the model computes: sdpa or eager."""
-        return attention_of(self._classifier())
+        return attention_of(self.classifier)
 
     @property
     def earlier_attention(self) -> str:
         """The attention that versions which recorded none computed with this model."""
-        return earlier_attention(self._classifier().config)
+        return earlier_attention(self.classifier.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,10 +189,30 @@ class RowScorer:
         """
         return prepared(self.model, self.dtype)
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Returns the float32 (or float64) logits [n, 2] of the rows of `batch`, in their order."""
+    def inputs(self, batch: Batch) -> Inputs:
+        """Returns what the model reads for `batch`, on the device."""
+        if batch.lines is not None:
+            tokens = [[self._tokens(group.rows) for group in line] for line in batch.lines]
+            return pack(tokens, self.encoded.pad_id, self.device)
+        # With padding on the right, columns that are padding for every row change nothing, so we leave them out.
+        width = int(self.encoded.lengths[batch.rows].max())
+        input_ids = self.encoded.input_ids[batch.rows, :width].astype(np.int64)
+        mask = (np.arange(width) < self.encoded.lengths[batch.rows][:, None]).astype(np.int64)
+        return {"input_ids": on_device(input_ids, self.device), "attention_mask": on_device(mask, self.device)}
+
+    def logits(self, batch: Batch, inputs: Inputs | None = None) -> torch.Tensor:
+        """Returns the float32 (or float64) logits [n, 2] of the rows of `batch`, in their order.
+
+        Args:
+            batch: The rows.
+            inputs: The result of `inputs` for these rows; None to make them now.
+        """
+        inputs = self.inputs(batch) if inputs is None else inputs
         with self.autocast():
-            logits = self._plain(batch.rows) if batch.lines is None else self._packed(batch.lines)
+            if isinstance(inputs, PackedRows):
+                logits = packed_logits(self.classifier, inputs)
+            else:
+                logits = self.model(**inputs).logits
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.no_grad()
@@ -180,7 +227,7 @@ class RowScorer:
         Returns:
             None if packing is right, else the reason why not.
         """
-        classifier = self._classifier()
+        classifier = self.classifier
         name = type(classifier).__name__
         if not can_pack(classifier):
             return f"{name} has no causal backbone that takes a mask of its own"
@@ -221,18 +268,7 @@ class RowScorer:
             return None
         return f"{name} is not causal: its logits differ by {worst:.2g} where prompts are packed"
 
-    def _plain(self, rows: np.ndarray) -> torch.Tensor:
-        # With padding on the right, columns that are padding for every row change nothing, so we leave them out.
-        width = int(self.encoded.lengths[rows].max())
-        input_ids = torch.from_numpy(self.encoded.input_ids[rows, :width].astype(np.int64)).to(self.device)
-        lengths = torch.from_numpy(self.encoded.lengths[rows].astype(np.int64)).to(self.device)
-        mask = (torch.arange(width, device=self.device)[None, :] < lengths[:, None]).long()
-        return self.model(input_ids=input_ids, attention_mask=mask).logits
-
-    def _packed(self, lines: Lines) -> torch.Tensor:
-        tokens = [[self._tokens(group.rows) for group in line] for line in lines]
-        return packed_logits(self._classifier(), pack(tokens, self.encoded.pad_id, self.device))
-
-    def _classifier(self) -> Any:
-        """Returns the Hugging Face model inside PEFT's wrapper. The adapters are in its layers."""
+    @property
+    def classifier(self) -> Any:
+        """The Hugging Face model inside PEFT's wrapper. The adapters are in its layers."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision
+from raycv.training.memory import Room
 from raycv.training.metrics import binary_metrics, tune_threshold
 from raycv.training.progress import (
     WORKERS,
@@ -138,10 +140,9 @@ class FoldTrainer(Steps):
         progress, config = self.progress, self.config
         # From here to the end of the block, only the optimizer changes weights.
         with self.scorer.prepared() as self.refresh:
-            if state is None:
-                said = self._choose_checkpointing(train_pairs)
-                if said:
-                    self.listener.on_event(said)
+            said = self._choose_checkpointing(train_pairs) if state is None else None
+            if said is not None:
+                self.listener.on_event(said)
             self._saved = time.monotonic()
             while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
                 result, scores = self._epoch(train_pairs, val_pairs)
@@ -255,13 +256,16 @@ class FoldTrainer(Steps):
         """
         self.model.train(training)
         last = self.progress.step + len(steps)
-        for pairs in steps:
+        ahead = None
+        for pairs, following in zip_longest(steps, steps[1:]):
             with torch.set_grad_enabled(training):
-                total, rows, logits = self._step(pairs, training)
-            # A GPU gets the update and the next norms to do before the host waits for the loss. A loss of NaN spoils
-            # the weights in memory, but it ends the training before anything is saved.
+                total, rows, logits = self._step(pairs, training, ahead)
+            # A GPU gets the update and the next norms to do before the host waits for the loss. Meanwhile the host
+            # packs the next step. A loss of NaN spoils the weights in memory, but it ends the training before anything
+            # is saved.
             if training:
                 self.progress.learning_rate = self._update()
+            ahead = None if following is None else self._ahead(following, training)
             loss = float(total)
             if not math.isfinite(loss):
                 epoch = len(self.progress.epochs) + 1
@@ -298,7 +302,7 @@ class FoldTrainer(Steps):
         """
         device = self.accelerator.device
         sizes = (self.micro_batch[True].size, self.micro_batch[False].size, self.checkpointing.on)
-        own = random_state(device) | {"sizes": torch.tensor(sizes)}
+        own = random_state(device) | {"sizes": torch.tensor(sizes), "room": torch.tensor(self.checkpointing.room)}
         tensors = {f"{WORKERS}{name}": self.workers.gather(tensor, device) for name, tensor in own.items()}
         tensors |= training_tensors(self.model, self.optimizer)
         facts = {"schedule": self.schedule.state_dict(), "events": list(self.events), "precision": self.precision}
@@ -328,7 +332,9 @@ class FoldTrainer(Steps):
         # `torch.set_rng_state` crashes on a row of a larger tensor, so we clone.
         own = {name: tensor[self.workers.rank].clone() for name, tensor in workers_tensors(state.tensors).items()}
         self.micro_batch[True].size, self.micro_batch[False].size, checkpointing = own.pop("sizes").tolist()
-        self.checkpointing.restore(bool(checkpointing))
+        # Earlier versions recorded no room.
+        room = own.pop("room", None)
+        self.checkpointing.restore(bool(checkpointing), room if room is None else Room(*room.tolist()))
         set_random_state(own, self.accelerator.device)
         self.events[:] = state.facts["events"]
         then, now = state.facts.get("device"), describe_device(self.accelerator.device)

@@ -4,10 +4,11 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils.memory import release_memory
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raycv.common.devices import is_out_of_memory
 from raycv.errors import UserError
@@ -78,9 +79,12 @@ class MicroBatch:
 
 
 class Checkpointing:
-    """Gradient checkpointing of `model`: on, off, or chosen by the memory of a backward pass without it.
+    """Gradient checkpointing in the first layers of `model`: in all, in none, or in as few as the memory allows.
 
     With it, the backward pass computes activations again instead of keeping them. The gradients are the same.
+
+    The memory is fullest where the backward pass begins. It frees the layers from the last to the first, so `auto`
+    takes the first ones. In the last layer checkpointing frees nothing: it is computed again before another is freed.
     """
 
     def __init__(
@@ -101,7 +105,13 @@ class Checkpointing:
         self._asked = asked
         self._share = share
         self._tell = tell
-        self.on = False
+        # A family without such layers has one switch for all. Layers without adapters, for images, see no text.
+        self._layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+            and any(value.requires_grad for value in layer.parameters())
+        ]
         possible = getattr(model, "supports_gradient_checkpointing", False)
         if asked == "on" and not possible:
             raise UserError(
@@ -109,68 +119,143 @@ class Checkpointing:
                 kind="base-unsuitable",
                 remedies=["train.gradient_checkpointing=off"],
             )
-        self._switch(asked != "off" and possible)
+        self.auto = asked == "auto" and possible
+        """whether the memory decides"""
+        self._most = max(1, len(self._layers) - self.auto)
+        self.room = Room(0, 0)
+        self.on = self.auto or asked == "on"
+        """whether a pass of training may need it"""
+        self._switched = 0
+        self._switch(self._most if self.on else 0)
 
-    def choose(self, device: torch.device, backward: Callable[[], None], later_bytes: int) -> str | None:
-        """For `auto`, switches gradient checkpointing off if the training's heaviest backward pass fits without it.
+    def choose(
+        self, device: torch.device, backward: Callable[[int], int], rows: int, heaviest: int, later_bytes: int
+    ) -> str:
+        """Measures the bytes of a position, and thereby the room for a pass.
 
         Args:
             device: The device that computes.
-            backward: Runs forward and backward over the heaviest micro-batch, and leaves nothing behind.
+            backward: Runs forward and backward over that many of the longest rows, and leaves nothing behind. It
+                returns their positions.
+            rows: The rows to measure with. Fewer are taken if they do not fit.
+            heaviest: The positions of the heaviest pass of training.
             later_bytes: The memory that the optimizer will still allocate, in bytes.
 
         Returns:
-            The choice in words, or None if there was nothing to choose.
+            The choice in words.
         """
-        if self._asked != "auto" or not self.on:
-            return None
-        self._switch(False)
-        try:
-            with measured_peak(self._model, device) as measured:
-                backward()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            need = None
-        else:
-            need = measured() + later_bytes
-        release_memory()
+        used = later_bytes + (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
+        first = self._most if self.on and not self.auto else 0
+        bytes_of_a_position = self._bytes_of_a_position(first, device, backward, rows)
         limit = memory_limit(device, self._share)
-        fits = need is not None and need <= MARGIN * limit
-        self._switch(not fits)
-        said = "more than there is" if need is None else f"{need / 1e9:.1f} GB"
-        return f"gradient checkpointing {'off' if fits else 'on'}: without it {said} of {limit / 1e9:.1f} GB"
 
-    def restore(self, on: bool) -> None:
-        """Keeps the earlier choice of `auto` in a resumed training, even if `auto` would choose otherwise now."""
-        if self._asked == "auto":
-            self._switch(on)
+        def room(bytes_of_a_position: float | None) -> int:
+            return 0 if bytes_of_a_position is None else max(0, int((MARGIN * limit - used) / bytes_of_a_position))
+
+        without = most = room(bytes_of_a_position)
+        if self.auto and heaviest > without:
+            most = max(without + 1, room(self._bytes_of_a_position(self._most, device, backward, rows)))
+        self.room = Room(without, most)
+        if self.auto:
+            self.on = heaviest > without
+        layers = self._needed(heaviest)
+        self._switch(layers)
+        need = (
+            "more than there is"
+            if bytes_of_a_position is None
+            else f"{(bytes_of_a_position * heaviest + used) / 1e9:.1f} GB"
+        )
+        state = f"on in {layers} of {max(1, len(self._layers))} layers at most" if self.on else "off"
+        return f"gradient checkpointing {state}: {'with' if first else 'without'} it {need} of {limit / 1e9:.1f} GB"
+
+    def prepare(self, positions: int) -> None:
+        """Switches it on in as many layers as a pass of `positions` needs."""
+        self._switch(self._needed(positions))
+
+    def fits(self, positions: int, *, recomputing: bool) -> bool:
+        """Returns whether a pass fits. If it may not be `recomputing`, `auto` leaves gradient checkpointing off."""
+        return positions <= (self.room.most if recomputing else self.room.without)
+
+    def restore(self, on: bool, room: "Room | None") -> None:
+        """Keeps the earlier choice in a resumed training, even if it would be another now.
+
+        Args:
+            on: Whether a pass may need it.
+            room: The room of the earlier training; None from a version that switched it on in all layers or in none.
+        """
+        self.room = room or Room(0, 0)
+        self.on = on if self.auto else self.on
+        self._switch(self._most if self.on else 0)
 
     def relieve(self) -> bool:
-        """For `auto`, switches gradient checkpointing on after out-of-memory. Returns False if nothing changes."""
-        if self._asked != "auto" or self.on or not getattr(self._model, "supports_gradient_checkpointing", False):
+        """For `auto`, switches it on in all layers after out-of-memory. Returns False if nothing changes."""
+        if not self.auto or (self.on and not self.room.without):
             return False
-        self._switch(True)
+        self.on, self.room = True, Room(0, self.room.most)
         self._tell("out of memory: gradient checkpointing on")
         return True
 
-    def _switch(self, on: bool) -> None:
-        if on:
+    def _needed(self, positions: int) -> int:
+        """Returns in how many layers a pass needs it. The bytes of a position fall evenly with the layers.
+
+        A room that is the same with it and without is that of a training which had it in all layers.
+        """
+        without, most = self.room
+        if not self.on or (self.auto and positions <= without < most):
+            return 0
+        if not self.auto or positions >= most or without == most:
+            return self._most
+        return -(-self._most * most * (positions - without) // (positions * (most - without)))
+
+    def _bytes_of_a_position(
+        self, layers: int, device: torch.device, backward: Callable[[int], int], rows: int
+    ) -> float | None:
+        """Measures with checkpointing in `layers` layers. Returns None if one row does not fit."""
+        self._switch(layers)
+        while rows:
+            try:
+                with measured_peak(self._model, device) as measured:
+                    positions = backward(rows)
+                return measured() / positions
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory()
+            rows //= 2
+        return None
+
+    def _switch(self, layers: int) -> None:
+        """Switches it on in the first `layers` layers, and off in all others."""
+        if layers == self._switched:
+            return
+        if layers:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.on:
+            for layer in self._layers[layers:]:
+                layer.gradient_checkpointing = False
+        else:
             self._model.gradient_checkpointing_disable()
-        self.on = on
+        self._switched = layers
+
+
+class Room(NamedTuple):
+    """The positions that fit into a pass."""
+
+    without: int
+    """without gradient checkpointing"""
+    most: int
+    """with it in all layers where it frees memory"""
 
 
 @contextmanager
 def measured_peak(model: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], int]]:
     """Yields a function that returns the bytes which the block needed. Call it after the block.
 
-    On a GPU these are the peak, on a CPU `BACKWARD_FACTOR` times the saved activations.
+    On a GPU these are the peak above what was there before, on a CPU `BACKWARD_FACTOR` times the saved activations.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

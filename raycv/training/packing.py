@@ -39,12 +39,30 @@ class PackedRows:
     """int64 [B, L]"""
     position_ids: torch.Tensor
     """int64 [B, L]"""
-    mask: torch.Tensor
-    """bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)"""
+    segments: torch.Tensor
+    """int64 [B, L]: the number of each position's segment"""
+    prefixes: torch.Tensor
+    """int64 [B, L]: the number of the prefix that each position sees"""
+    documents: list[int]
+    """the positions of each group in all lines one after another; padding is one more"""
     ends: torch.Tensor
     """int64 [R, 2]: batch index and position of each row's logits, in the order in which the rows came"""
     most_ends: int
     """the most rows of a line"""
+
+    def mask(self) -> torch.Tensor:
+        """Returns the mask, bool [B, 1, L, L]: True where a query (third dimension) attends to a key (fourth)."""
+        length = self.segments.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
+        key = self.segments[:, None, :]
+        mask = (causal & ((key == self.segments[:, :, None]) | (key == self.prefixes[:, :, None])))[:, None]
+        return mark_documents(mask, self.documents) if mask.device.type == "cpu" else mask
+
+
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Returns `values` on `device`. A GPU fetches them while it computes, and the host does not wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: torch.device) -> PackedRows:
@@ -81,12 +99,13 @@ def pack(lines: Sequence[Sequence[Sequence[np.ndarray]]], pad_id: int, device: t
             start += len(ids)
             segment += 1 + len(last)
         documents += [width - start] if start < width else []
-    mask = _mask(torch.from_numpy(segments).to(device), torch.from_numpy(prefixes).to(device))
     return PackedRows(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        mask=mark_documents(mask, documents) if device.type == "cpu" else mask,
-        ends=torch.tensor(ends, device=device),
+        input_ids=on_device(input_ids, device),
+        position_ids=on_device(positions, device),
+        segments=on_device(segments, device),
+        prefixes=on_device(prefixes, device),
+        documents=documents,
+        ends=on_device(np.array(ends), device),
         most_ends=max(sum(len(last) for _, _, _, last in line) for line in packed),
     )
 
@@ -116,19 +135,6 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
     heads = np.stack([row[:most] for row in rows])
     differs = (heads != heads[0]).any(axis=0)
     return int(differs.argmax()) if differs.any() else most
-
-
-def _mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-    """Returns the attention mask, bool [B, 1, L, L].
-
-    Args:
-        segments: The number of each position's segment [B, L].
-        prefixes: The number of the prefix that each position sees [B, L].
-    """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    key = segments[:, None, :]
-    return (causal & ((key == segments[:, :, None]) | (key == prefixes[:, :, None])))[:, None]
 
 
 def groups_of(
@@ -188,6 +194,18 @@ def in_lines(groups: Sequence[Group], budget: int, fill: float) -> Iterator[Line
         yield [[groups[-index] for _, index in lines[line]] for _, line in used]
 
 
+def in_even_lines(groups: Sequence[Group], batches: int, fill: float) -> list[Lines]:
+    """Returns `groups` in so many batches of filled lines, each as small as that allows; see `in_lines`.
+
+    There may be more batches where `fill` demands it.
+    """
+    width = max(group.positions for group in groups)
+    lines = -(-sum(group.positions for group in groups) // (width * batches))
+    while len(made := list(in_lines(groups, lines * width, fill))) > batches and lines < len(groups):
+        lines += 1
+    return made
+
+
 def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
     """Returns the logits [R, 2] of the packed rows.
 
@@ -208,7 +226,7 @@ def packed_logits(classifier: Any, packed: PackedRows) -> torch.Tensor:
         ends = number
     states = classifier.model(
         input_ids=packed.input_ids,
-        attention_mask=packed.mask,
+        attention_mask=packed.mask(),
         position_ids=packed.position_ids,
         use_cache=False,
         **reads,

@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,40 @@ from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision, trainable
-from raycv.training.forward import Batch, Layout, RowScorer, in_order
-from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch
-from raycv.training.packing import Group
+from raycv.training.forward import Batch, Inputs, Layout, RowScorer, in_order
+from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch, Room
+from raycv.training.packing import Group, on_device
 from raycv.training.workers import Workers
 from raycv.utils import random_state, set_random_state
+
+PASSES = 3
+"""Passes of a step under `train.batch_size=auto` before gradient checkpointing begins. More of them would be so small
+that a GPU waits for the host."""
+TRIED_ROWS = 8
+"""Rows whose memory `train.batch_size=auto` measures. The memory grows evenly with the rows."""
+
+
+class Ready(NamedTuple):
+    """A batch with all that its loss is computed from, on the device."""
+
+    batch: Batch
+    inputs: Inputs
+    labels: torch.Tensor
+    """int64 [n]"""
+    weights: torch.Tensor
+    """float32 [n]"""
+
+
+class Ahead(NamedTuple):
+    """A worker's part of one step, packed."""
+
+    rows: np.ndarray
+    """the rows of all workers, sorted: int [n]"""
+    part: np.ndarray
+    """the positions of this worker's among them: int [m]"""
+    cut: tuple[int, Room]
+    """the sizes that decided how the batches were cut"""
+    batches: list[Ready]
 
 
 class Steps:
@@ -55,14 +85,31 @@ class Steps:
         self.workers = Workers()
         self.checkpointing = Checkpointing(self.model, config.gradient_checkpointing, memory_share, tell)
         self.micro_batch = {
-            True: MicroBatch(config.batch_size, lambda text: tell(f"training: {text}"), self.checkpointing.relieve),
+            True: MicroBatch(self._most_rows, lambda text: tell(f"training: {text}"), self._relieve),
             False: MicroBatch(config.eval_batch_size, lambda text: tell(f"validation: {text}")),
         }
         self.class_weights = torch.ones(2, device=self.accelerator.device)
         self.refresh: Callable[[], None] = lambda: None
         self.layout = self._layouts()
 
-    def _step(self, pairs: np.ndarray, training: bool) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+    def _ahead(self, pairs: np.ndarray, training: bool) -> Ahead:
+        """Packs one step, and starts to move it to the device."""
+        layout, cut = self.layout[training], self._cut(training)
+        rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
+        part = self.scorer.part(rows, self.workers, layout)
+        batches = [
+            Ready(batch, self.scorer.inputs(batch), *self._answers(batch.rows))
+            for batch in self._batches(rows[part], cut[0], training)
+        ]
+        return Ahead(rows, part, cut, batches)
+
+    def _cut(self, training: bool) -> tuple[int, Room]:
+        """Returns what a step is cut into batches by. It changes when memory runs out."""
+        return self.micro_batch[training].size, self.checkpointing.room
+
+    def _step(
+        self, pairs: np.ndarray, training: bool, ahead: Ahead | None = None
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
         """Runs forward (and backward) over all rows of one step, in micro-batches that fit the memory.
 
         The rows are packed or sorted, so that a micro-batch holds little padding. The step's gradient is a sum over its
@@ -74,25 +121,34 @@ class Steps:
 
         Each of several workers computes its part of the rows. All return the whole step's loss and logits.
 
+        Args:
+            pairs: The pairs of the step.
+            training: Whether to compute gradients, with the batches of training.
+            ahead: The step as `_ahead` packed it; None to pack it now.
+
         Returns:
             The summed loss, the sorted rows, and their logits. Loss and logits are on the device, so that the host does
             not wait for them.
         """
-        layout = self.layout[training]
-        rows = self.scorer.sorted(self.encoded.rows_of(pairs), layout)
-        part = self.scorer.part(rows, self.workers, layout)
+        packed = ahead or self._ahead(pairs, training)
+        rows, part = packed.rows, packed.part
         before = random_state(self.accelerator.device)
         losses: list[torch.Tensor] = []
         done: list[tuple[np.ndarray, torch.Tensor]] = []
 
-        def work(size: int) -> torch.Tensor:
-            for batch in self.scorer.batches(rows[part], size, layout):
-                logits = self.scorer.logits(batch)
-                loss = self._loss(batch.rows, logits)
+        def work(_: int) -> torch.Tensor:
+            nonlocal packed
+            if packed.cut != self._cut(training):
+                packed = self._ahead(pairs, training)
+            for ready in packed.batches:
+                if training:
+                    self.checkpointing.prepare(self.scorer.positions(ready.batch))
+                logits = self.scorer.logits(ready.batch, ready.inputs)
+                loss = self._loss(logits, ready.labels, ready.weights)
                 if training:
                     self.accelerator.backward(loss / len(pairs))
                 losses.append(loss.detach())
-                done.append((batch.rows, logits.detach()))
+                done.append((ready.batch.rows, logits.detach()))
             return torch.stack(losses).sum() if losses else torch.zeros((), device=self.accelerator.device)
 
         def reset() -> None:
@@ -107,11 +163,43 @@ class Steps:
         whole = self.workers.join(mine, part, len(rows), self.accelerator.device)
         return total, rows, whole
 
-    def _loss(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of the weighted losses of `rows`. A pair counts once, however many windows it has."""
-        pairs = self.encoded.pair_of_row[rows]
-        labels = torch.from_numpy(self.encoded.labels[pairs]).to(logits.device)
-        weights = torch.from_numpy((1 / self._rows_per_pair[pairs]).astype(np.float32)).to(logits.device)
+    @property
+    def _most_rows(self) -> int:
+        """The rows of a micro-batch at the start."""
+        config = self.config
+        return config.effective_batch_size if config.batch_size == "auto" else config.batch_size
+
+    def _relieve(self) -> bool:
+        """Frees memory other than by a smaller micro-batch. For `batch_size=auto` a few smaller ones come first."""
+        if self.config.batch_size == "auto" and self.micro_batch[True].size * PASSES > self._most_rows:
+            return False
+        return self.checkpointing.relieve()
+
+    def _batches(self, rows: np.ndarray, size: int, training: bool) -> Sequence[Batch]:
+        """Returns the sorted `rows` of one worker in batches of at most `size`, or of the size that fits the memory.
+
+        The latter are as few as fit without gradient checkpointing, but at most `PASSES`. Beyond that number, batches
+        may use it, and there are as few as fit then.
+        """
+        layout = self.layout[training]
+        if not training or self.config.batch_size != "auto" or not len(rows):
+            return list(self.scorer.batches(rows, size, layout))
+        batches: list[Batch] = []
+        for number in range(-(-len(rows) // size), len(rows) + 1):
+            batches = self.scorer.even_batches(rows, number, layout)
+            heaviest = max(self.scorer.positions(batch) for batch in batches)
+            if self.checkpointing.fits(heaviest, recomputing=number >= PASSES):
+                break
+        return batches
+
+    def _answers(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the labels [n] of `rows` and their weights [n]. A pair counts once, however many windows it has."""
+        pairs, device = self.encoded.pair_of_row[rows], self.accelerator.device
+        weights = (1 / self._rows_per_pair[pairs]).astype(np.float32)
+        return on_device(self.encoded.labels[pairs], device), on_device(weights, device)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the weighted losses of rows."""
         return (cross_entropy(logits, labels) * self.class_weights[labels] * weights).sum()
 
     def _layouts(self) -> dict[bool, Layout]:
@@ -127,13 +215,13 @@ class Steps:
         # In a shuffled step each pair draws its own dropout, so even two pairs of one post share nothing.
         return {True: "shared" if self.config.batching == "post_grouped" else "packed", False: "shared"}
 
-    def _heaviest(self, train_pairs: np.ndarray) -> Batch:
-        """Returns a micro-batch with as many positions as any in training can have.
+    def _heaviest(self, train_pairs: np.ndarray, size: int) -> Batch:
+        """Returns a micro-batch with as many positions as any of `size` rows in training can have.
 
         It has the longest row in each line.
         """
         rows = self.encoded.rows_of(train_pairs)
-        size, longest = min(self.config.batch_size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
+        size, longest = min(size, len(rows)), rows[[self.encoded.lengths[rows].argmax()]]
         if self.layout[True] == "padded":
             return Batch(np.repeat(longest, size))
         return Batch.packed([[Group(longest, int(self.encoded.lengths[longest[0]]))]] * size)
@@ -143,20 +231,31 @@ class Steps:
 
         Returns the choice in words, or None if there was nothing to choose.
         """
-        heaviest = self._heaviest(train_pairs)
-        before = random_state(self.accelerator.device)
-
-        def backward() -> None:
-            self.model.train()
-            try:
-                self.accelerator.backward(self._loss(heaviest.rows, self.scorer.logits(heaviest)))
-            finally:
-                self.optimizer.zero_grad(set_to_none=True)
-                set_random_state(before, self.accelerator.device)
-
+        largest = self.config.batch_size == "auto"
+        if not largest and not self.checkpointing.auto:
+            return None
         # AdamW keeps two numbers for each trainable parameter, and the gradient is a third.
         later = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(self.model))
-        return self.checkpointing.choose(self.accelerator.device, backward, later)
+        heaviest = self.scorer.positions(self._heaviest(train_pairs, self._most_rows))
+        rows = min(TRIED_ROWS, self._most_rows) if largest else self._most_rows
+        said = self.checkpointing.choose(
+            self.accelerator.device, lambda size: self._tried(train_pairs, size), rows, heaviest, later
+        )
+        if not largest:
+            return said
+        room = self.checkpointing.room
+        return f"{said}; a pass has up to {room.without} positions without it, and {room.most} with it"
+
+    def _tried(self, train_pairs: np.ndarray, size: int) -> int:
+        """Runs forward and backward over the heaviest micro-batch of `size` rows, and returns its positions."""
+        batch, before = self._heaviest(train_pairs, size), random_state(self.accelerator.device)
+        self.model.train()
+        try:
+            self.accelerator.backward(self._loss(self.scorer.logits(batch), *self._answers(batch.rows)))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(before, self.accelerator.device)
+        return self.scorer.positions(batch)
 
     def _update(self) -> float:
         """Updates the weights by the gradients of a step. Returns the learning rate that it used.

@@ -36,19 +36,23 @@ class Greedy(nn.Module):
 
 
 class Tight(nn.Module):
-    """A model that asks the real allocator for more than there is unless it checkpoints; `after`: passes that fit."""
+    """A model that asks the real allocator for more than there is unless it checkpoints.
+
+    `after`: passes that fit. `rows`: of how many rows a pass fits without; None: of none.
+    """
 
     supports_gradient_checkpointing = True
 
-    def __init__(self, inner, after):
+    def __init__(self, inner, after, rows=None):
         super().__init__()
-        self.inner, self.after, self.passes = inner, after, 0
+        self.inner, self.after, self.rows, self.passes = inner, after, rows, 0
         self.get_base_model = inner.get_base_model
         self.gradient_checkpointing_enable = inner.gradient_checkpointing_enable
         self.gradient_checkpointing_disable = inner.gradient_checkpointing_disable
 
     def forward(self, input_ids, attention_mask):
         self.passes += self.training
-        if self.training and self.passes > self.after and not self.inner.is_gradient_checkpointing:
+        heavy = self.passes > self.after if self.rows is None else self.passes > 1 and len(input_ids) > self.rows
+        if self.training and heavy and not self.inner.is_gradient_checkpointing:
             torch.empty(2**60)
         return self.inner(input_ids=input_ids, attention_mask=attention_mask)
