@@ -586,7 +586,10 @@ def test_only_a_name_of_the_hub_stays(run, tmp_path, name, revision, kept):
     config["cv"]["note"] = config["note"] = {"by": "alice"}
     folder.config.write_text(yaml.safe_dump(config))
     environment = read_json(folder.environment)
-    write_json(folder.environment, environment | {"base_model": {"name": name, "revision": revision}})
+    write_json(
+        folder.environment,
+        environment | {"platform": "token=alices", "base_model": {"name": name, "revision": revision}},
+    )
     files = inputs_text(*inputs_of(folder))
     assert yaml.safe_load(files["config.yaml"])["model"] == {"name": kept, "target_modules": ["token=***"]}
     assert not [name for name, content in files.items() if b"alice" in content]
