@@ -599,7 +599,9 @@ def test_the_kind_of_a_failed_fold_is_that_of_its_error(tmp_path):
     from raycv.orchestration.ray_tune import FoldStates
 
     run = RunFolder(tmp_path / "runs" / "mine")
-    states = FoldStates(LiveView(range(3), 1, 8, Console(file=io.StringIO())), run, task=None)
+    states = FoldStates(
+        LiveView(range(3), 1, 8, Console(file=io.StringIO())), run, task=SimpleNamespace(published=None)
+    )
     for fold, more in enumerate([{"kind": "memory-full"}, {}, {"kind": "of-a-later-version"}]):
         run.fold(fold).root.mkdir(parents=True)
         write_json(run.fold(fold).error, {"message": "why", "remedies": [], "traceback": "", **more})

@@ -370,7 +370,8 @@ def test_the_schema_knows_the_stores_that_mlflow_has():
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
     # Plain folders are no longer supported.
-    assert {*STORES, "sqlite", "", "file"} == set(_tracking_store_registry._registry)
+    # Stores of Databricks for models alone are refused.
+    assert {*STORES, "sqlite", "", "file", "uc", "databricks-uc"} == set(_tracking_store_registry._registry)
 
 
 @pytest.mark.long

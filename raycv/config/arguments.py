@@ -83,6 +83,10 @@ def _refuse_lists(arguments: list[str], schema: type[Section], known: set[str]) 
             # Hydra takes commas for a sweep.
             if re.match(r"[^\[({]*,", value):
                 remedies = [f"give one value, and start a run for each: {name}={value.partition(',')[0]}"]
+                if re.fullmatch(r"[+-]?\d+,\d+(e[+-]?\d+)?", value, re.IGNORECASE):
+                    remedies.insert(
+                        0, f"if the comma is a decimal one, write a point: {name}={value.replace(',', '.')}"
+                    )
                 raise UserError(
                     f"{name}: takes one value; received {shown(value)}.", kind="config-value", remedies=remedies
                 )
