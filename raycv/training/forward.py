@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raycv.common.devices import is_out_of_memory
 from raycv.data.prompt_encoder import EncodedPairs
@@ -67,6 +69,29 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
     place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")
     joined = torch.cat([logits for _, logits in done])
     return joined[torch.from_numpy(place).to(joined.device)]
+
+
+VARIANTS = 32
+"""Variants of one kind of layer that torch.compile may make: for training and evaluation, for one line and several, for
+a first layer whose input needs no gradient. The lengths of lines are no variants."""
+
+
+def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> int:
+    """Lets torch.compile compute the decoder layers of `model`, each as one graph, and returns their number.
+
+    All layers of a kind share their graphs. Gradient checkpointing stays outside of them. Dropout draws what it draws
+    without compilation.
+    """
+    torch._dynamo.config.recompile_limit = VARIANTS
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    options = {"options": {"fallback_random": True}} if backend == "inductor" else {}
+    kinds = {
+        kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=True, **options)
+        for kind in {type(layer) for layer in layers}
+    }
+    for layer in layers:
+        vars(layer)["forward"] = MethodType(kinds[type(layer)], layer)
+    return len(layers)
 
 
 class RowScorer:

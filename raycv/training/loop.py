@@ -130,7 +130,7 @@ class FoldTrainer(Steps):
 
         Raises:
             UserError: Memory runs out with a micro-batch of 1 or in the optimizer's step. A loss is NaN or infinity.
-                `state` has another precision or attention.
+                `state` has another precision or attention. The layers cannot be compiled.
         """
         self.progress = Progress()
         self._prepare(train_pairs)
@@ -140,8 +140,9 @@ class FoldTrainer(Steps):
         progress, config = self.progress, self.config
         # From here to the end of the block, only the optimizer changes weights.
         with self.scorer.prepared() as self.refresh:
-            said = self._choose_checkpointing(train_pairs) if state is None else None
-            if said is not None:
+            compiled = self._compile(train_pairs)
+            chosen = self._choose_checkpointing(train_pairs) if state is None else None
+            for said in filter(None, (compiled, chosen)):
                 self.listener.on_event(said)
             self._saved = time.monotonic()
             while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:

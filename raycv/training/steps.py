@@ -1,6 +1,7 @@
 """Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,12 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from raycv.common.devices import is_out_of_memory
+from raycv.common.retry import cause_of
 from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision, trainable
-from raycv.training.forward import Batch, Inputs, Layout, RowScorer, in_order
+from raycv.training.forward import Batch, Inputs, Layout, RowScorer, compile_layers, in_order
 from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch, Room
 from raycv.training.packing import Group, on_device
 from raycv.training.workers import Workers
@@ -256,6 +258,34 @@ class Steps:
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(before, self.accelerator.device)
         return self.scorer.positions(batch)
+
+    def _compile(self, train_pairs: np.ndarray) -> str | None:
+        """Compiles the decoder layers if that is asked for, and tries them.
+
+        Returns:
+            What was compiled in words, or None.
+
+        Raises:
+            UserError: The model has no decoder layers, or they cannot be compiled.
+        """
+        if self.config.compile != "on":
+            return None
+        name, began = type(self.scorer.classifier).__name__, time.monotonic()
+        reason = "it has no layers that transformers can checkpoint"
+        if layers := compile_layers(self.scorer.classifier):
+            try:
+                self._tried(train_pairs, 2)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = cause_of(error)
+            else:
+                return f"compiled {layers} layers in {time.monotonic() - began:.0f} s"
+        raise UserError(
+            f"train.compile=on: torch cannot compile {name}: {reason}",
+            kind="base-unsuitable",
+            remedies=["train.compile=off", "on a CPU, torch.compile needs a C++ compiler: install g++"],
+        )
 
     def _update(self) -> float:
         """Updates the weights by the gradients of a step. Returns the learning rate that it used.
