@@ -1,7 +1,7 @@
 """Computes the logits of rows of tokens, padded or packed, and checks that packing changes no logit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from types import MethodType
 from typing import Any, Literal, NamedTuple
@@ -72,26 +72,39 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
 
 
 VARIANTS = 32
-"""Variants of one kind of layer that torch.compile may make: for training and evaluation, for one line and several, for
-a first layer whose input needs no gradient. The lengths of lines are no variants."""
+"""The most graphs that torch.compile may make for one kind of layer. Training and evaluation differ. So do a line and
+several, one read position and several, and a first layer, whose input needs no gradient. Lengths make no other graph."""
 
 
-def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> int:
-    """Lets torch.compile compute the decoder layers of `model`, each as one graph, and returns their number.
+@contextmanager
+def compiled_layers(model: torch.nn.Module, backend: str = "inductor", mode: str | None = None) -> Iterator[int]:
+    """Lets torch.compile compute the decoder layers of `model` within the block, each as one graph.
 
     All layers of a kind share their graphs. Gradient checkpointing stays outside of them. Dropout draws what it draws
-    without compilation.
+    without compilation, unless there is a `mode`.
+
+    Args:
+        model: The classifier. Its last layer must be of its final kind.
+        backend: The backend of torch.compile.
+        mode: The mode of torch.compile.
+
+    Yields:
+        The number of compiled layers.
     """
-    torch._dynamo.config.recompile_limit = VARIANTS
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    options = {"options": {"fallback_random": True}} if backend == "inductor" else {}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    options = {"fallback_random": True} if backend == "inductor" and mode is None else None
     kinds = {
-        kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=True, **options)
+        kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=True, mode=mode, options=options)
         for kind in {type(layer) for layer in layers}
     }
-    for layer in layers:
-        vars(layer)["forward"] = MethodType(kinds[type(layer)], layer)
-    return len(layers)
+    with torch.compiler.config.patch(recompile_limit=VARIANTS):
+        for layer in layers:
+            layer.forward = MethodType(kinds[type(layer)], layer)
+        try:
+            yield len(layers)
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 class RowScorer:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision, trainable
-from raycv.training.forward import Batch, Inputs, Layout, RowScorer, compile_layers, in_order
+from raycv.training.forward import Batch, Inputs, Layout, RowScorer, compiled_layers, in_order
 from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch, Room
 from raycv.training.packing import Group, on_device
 from raycv.training.workers import Workers
@@ -250,42 +251,77 @@ class Steps:
 
     def _tried(self, train_pairs: np.ndarray, size: int) -> int:
         """Runs forward and backward over the heaviest micro-batch of `size` rows, and returns its positions."""
-        batch, before = self._heaviest(train_pairs, size), random_state(self.accelerator.device)
+        batch = self._heaviest(train_pairs, size)
+        self._try(batch)
+        return self.scorer.positions(batch)
+
+    def _try(self, batch: Batch) -> None:
+        """Runs forward and backward over `batch`. Weights and random state stay unchanged."""
+        before = random_state(self.accelerator.device)
         self.model.train()
         try:
             self.accelerator.backward(self._loss(self.scorer.logits(batch), *self._answers(batch.rows)))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(before, self.accelerator.device)
-        return self.scorer.positions(batch)
 
-    def _compile(self, train_pairs: np.ndarray) -> str | None:
-        """Compiles the decoder layers if that is asked for, and tries them.
+    @contextmanager
+    def _compiled(self, train_pairs: np.ndarray) -> Iterator[str | None]:
+        """A block in which the decoder layers are compiled, if that is asked for.
 
-        Returns:
+        Yields:
             What was compiled in words, or None.
 
         Raises:
             UserError: The model has no decoder layers, or they cannot be compiled.
         """
         if self.config.compile != "on":
-            return None
-        name, began = type(self.scorer.classifier).__name__, time.monotonic()
-        reason = "it has no layers that transformers can checkpoint"
-        if layers := compile_layers(self.scorer.classifier):
-            try:
-                self._tried(train_pairs, 2)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = cause_of(error)
-            else:
-                return f"compiled {layers} layers in {time.monotonic() - began:.0f} s"
-        raise UserError(
-            f"train.compile=on: torch cannot compile {name}: {reason}",
-            kind="base-unsuitable",
-            remedies=["train.compile=off", "on a CPU, torch.compile needs a C++ compiler: install g++"],
-        )
+            yield None
+            return
+        began = time.monotonic()
+        with compiled_layers(self.scorer.classifier) as layers:
+            fault = self._compile(train_pairs) if layers else "it has no layers that transformers can checkpoint"
+            if fault:
+                name = type(self.scorer.classifier).__name__
+                raise UserError(
+                    f"train.compile=on: torch cannot compile the layers of {name} here: {fault}",
+                    kind="base-unsuitable",
+                    remedies=[
+                        "train.compile=off",
+                        "if a compiler is missing: install g++ for a CPU, and Triton with a C compiler for a GPU",
+                    ],
+                )
+            yield f"compiled {layers} layers in {time.monotonic() - began:.0f} s"
+
+    def _compile(self, train_pairs: np.ndarray) -> str | None:
+        """Computes small batches of every form, so that the layers are compiled now.
+
+        The graphs then come from the same batches in a fold that resumes, and have the same numbers.
+
+        Returns:
+            None, or why torch cannot compile the layers.
+        """
+        try:
+            for batch in self._forms(train_pairs):
+                self._try(batch)
+                self.model.eval()
+                with torch.no_grad():
+                    self.scorer.logits(batch)
+        except RuntimeError as error:
+            # Training will find out whether its batches fit, and say what helps.
+            return None if is_out_of_memory(error) else cause_of(error)
+        return None
+
+    def _forms(self, train_pairs: np.ndarray) -> list[Batch]:
+        """Returns a batch of each form that torch.compile tells apart: one line or several, of one row or several."""
+        rows = self.encoded.rows_of(train_pairs)
+        lengths = self.encoded.lengths[rows]
+        longest, shortest = rows[[lengths.argmax()]], rows[[lengths.argmin()]]
+        if self.layout[True] == "padded":
+            # Rows of one length need no mask, and others do.
+            return [Batch(np.concatenate(part)) for part in ([longest], [longest, longest], [longest, shortest])]
+        group = Group(longest, int(lengths.max()))
+        return [Batch.packed([[group] * across] * lines) for lines in (1, 2) for across in (1, 2)]
 
     def _update(self) -> float:
         """Updates the weights by the gradients of a step. Returns the learning rate that it used.
