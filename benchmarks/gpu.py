@@ -11,7 +11,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,6 @@ from benchmarks.gpu_parts import (
     Item,
     Row,
     attention,
-    compile_layers,
     host_and_total,
     kernels,
     launches,
@@ -37,7 +36,7 @@ from benchmarks.models import ADAPTERS, LLAMA_7B, Shape, TokenCount, base_weight
 from raycv.common.devices import is_out_of_memory
 from raycv.common.files import read_json
 from raycv.data.prompt_encoder import EncodedPairs
-from raycv.training.forward import Layout, RowScorer
+from raycv.training.forward import Layout, RowScorer, compiled_layers
 from raycv.utils import set_seed
 
 CRITERIA, EFFECTIVE = 9, 32
@@ -117,13 +116,12 @@ class Setting:
         self._base.gradient_checkpointing_disable()
         head = {name: value.clone() for name, value in self._base.score.state_dict().items()}
         model = adapter.on(self._base, checkpointing=case.checkpointing)
-        undo = compile_layers(model, self.backend) if case.compiled else lambda: None
         try:
             scorer = RowScorer(model, self.encoded, self.device, partial(adapter.context, model))
-            with scorer.prepared() as refresh:
+            compiled = compiled_layers(model, self.backend) if case.compiled else nullcontext()
+            with scorer.prepared() as refresh, compiled:
                 yield Work(model, scorer, case, refresh)
         finally:
-            undo()
             model.zero_grad(set_to_none=True)
             self._base = model.unload()
             self._base.score.load_state_dict(head)  # PEFT leaves the trained head
@@ -229,7 +227,6 @@ def _common(one: Row, other: Row) -> tuple[list[float], list[float]]:
 def latency(setting: Setting, adapter: str, mode: str | None = None) -> list[Row]:
     """Seconds from tokens on the host to logits on the host: one pair, and a post under all its criteria."""
     with setting.adapted(Case(adapter, checkpointing=False)) as work:
-        undo = compile_layers(work.model, setting.backend, mode) if mode else lambda: None
         middle = int(np.argsort(setting.encoded.lengths[::CRITERIA])[len(setting.encoded.lengths) // CRITERIA // 2])
         rows = np.arange(CRITERIA) + middle * CRITERIA
         calls = {
@@ -237,10 +234,8 @@ def latency(setting: Setting, adapter: str, mode: str | None = None) -> list[Row
             "a post, nine pairs": partial(work.score, rows, layout="padded"),
             "a post, nine pairs, shared": partial(work.score, rows, layout="shared"),
         }
-        try:
+        with compiled_layers(work.model, setting.backend, mode) if mode else nullcontext():
             seconds = interleaved(calls, LATENCIES, device=setting.device)
-        finally:
-            undo()
         tokens = int(setting.encoded.lengths[rows[0]])
     given = {"adapter": adapter, "tokens_of_a_pair": tokens, **({"mode": mode} if mode else {})}
     return [{**given, "input": name, "seconds": spread(values)} for name, values in seconds.items()]

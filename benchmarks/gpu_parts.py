@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -229,17 +228,3 @@ def attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, small: 
         yield "attention, FlexAttention", flexible
     else:
         yield "attention, flash", partial(rows, "flash of a CPU, dense mask", masked(SDPBackend.FLASH_ATTENTION))
-
-
-def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> Callable[[], None]:
-    """Compiles each decoder layer below its gradient checkpointing; returns what undoes it."""
-    layers: Any = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
-    layers += [module for module in model.modules() if type(module).__name__ == "ReadingLayer"]
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend, mode=mode)
-
-    def undo() -> None:
-        for layer in layers:
-            del layer.forward
-
-    return undo

@@ -159,6 +159,12 @@ class TrainConfig(Section):
         description="recompute activations in the backward pass to save memory; auto: in as few layers as the memory "
         "demands"
     )
+    # Whole config files that users wrote, or copied from a run, may be older than this key, so it has a default.
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="torch.compile of the decoder layers: the same losses to rounding; auto: off, until a GPU has "
+        "shown that it pays",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         description="seed of head, adapters, order and dropout (FR-009)"
     )
@@ -166,7 +172,7 @@ class TrainConfig(Section):
         description="minutes between two training states within an epoch; null: save one after each epoch only"
     )
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "compile", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         # YAML reads a bare on or off as a boolean, so we turn it back.

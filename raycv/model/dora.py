@@ -380,9 +380,14 @@ def _transformed(*tensors: torch.Tensor | None) -> bool:
 def _computed_in(x: torch.Tensor) -> torch.dtype:
     """Returns the type in which a product of `x` is computed: autocast's, if it is on. float64 stays."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
+
+
+def _has_autocast(device: str) -> bool:
+    # torch.compile before torch 2.13 breaks the graph at this question. It compiles for devices that have autocast.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
 
 
 def _in_mkl(tensor: torch.Tensor) -> bool:
@@ -396,7 +401,7 @@ def _in_mkl(tensor: torch.Tensor) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Returns a context that computes in the tensors' own types. A device without autocast (meta) needs none."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 

@@ -1,12 +1,14 @@
 """Computes the logits of rows of tokens, padded or packed, and checks that packing changes no logit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raycv.common.devices import is_out_of_memory
 from raycv.data.prompt_encoder import EncodedPairs
@@ -67,6 +69,42 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
     place[np.argsort(rows, kind="stable")] = np.argsort(np.concatenate([batch for batch, _ in done]), kind="stable")
     joined = torch.cat([logits for _, logits in done])
     return joined[torch.from_numpy(place).to(joined.device)]
+
+
+VARIANTS = 32
+"""The most graphs that torch.compile may make for one kind of layer. Training and evaluation differ. So do a line and
+several, one read position and several, and a first layer, whose input needs no gradient. Lengths make no other graph."""
+
+
+@contextmanager
+def compiled_layers(model: torch.nn.Module, backend: str = "inductor", mode: str | None = None) -> Iterator[int]:
+    """Lets torch.compile compute the decoder layers of `model` within the block, each as one graph.
+
+    All layers of a kind share their graphs. Gradient checkpointing stays outside of them. Dropout draws what it draws
+    without compilation, unless there is a `mode`.
+
+    Args:
+        model: The classifier. Its last layer must be of its final kind.
+        backend: The backend of torch.compile.
+        mode: The mode of torch.compile.
+
+    Yields:
+        The number of compiled layers.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    options = {"fallback_random": True} if backend == "inductor" and mode is None else None
+    kinds = {
+        kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=True, mode=mode, options=options)
+        for kind in {type(layer) for layer in layers}
+    }
+    with torch.compiler.config.patch(recompile_limit=VARIANTS):
+        for layer in layers:
+            layer.forward = MethodType(kinds[type(layer)], layer)
+        try:
+            yield len(layers)
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 class RowScorer:

@@ -130,7 +130,7 @@ class FoldTrainer(Steps):
 
         Raises:
             UserError: Memory runs out with a micro-batch of 1 or in the optimizer's step. A loss is NaN or infinity.
-                `state` has another precision or attention.
+                `state` has another precision or attention. The layers cannot be compiled.
         """
         self.progress = Progress()
         self._prepare(train_pairs)
@@ -139,9 +139,9 @@ class FoldTrainer(Steps):
         self._val_labels = self.encoded.labels[val_pairs]
         progress, config = self.progress, self.config
         # From here to the end of the block, only the optimizer changes weights.
-        with self.scorer.prepared() as self.refresh:
-            said = self._choose_checkpointing(train_pairs) if state is None else None
-            if said is not None:
+        with self.scorer.prepared() as self.refresh, self._compiled(train_pairs) as compiled:
+            chosen = self._choose_checkpointing(train_pairs) if state is None else None
+            for said in filter(None, (compiled, chosen)):
                 self.listener.on_event(said)
             self._saved = time.monotonic()
             while len(progress.epochs) < config.epochs and progress.since_best() < config.patience:
@@ -173,9 +173,8 @@ class FoldTrainer(Steps):
         np.maximum.at(longest, self.encoded.pair_of_row, self.encoded.lengths)
         heaviest = train_pairs[np.argsort(longest[train_pairs], kind="stable")[-size:]]
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        with self.scorer.prepared() as self.refresh:
-            said = self._choose_checkpointing(train_pairs)
-            if said:
+        with self.scorer.prepared() as self.refresh, self._compiled(train_pairs) as compiled:
+            for said in filter(None, (compiled, self._choose_checkpointing(train_pairs))):
                 self.listener.on_event(said)
             # The first steps of a process are slow, so the heaviest one is not timed.
             for _ in self._pass([heaviest], training=True):

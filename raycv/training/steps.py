@@ -1,7 +1,9 @@
 """Optimizer, learning-rate schedule and warm-up; the pairs, loss and update of each optimizer step."""
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +12,12 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from raycv.common.devices import is_out_of_memory
+from raycv.common.retry import cause_of
 from raycv.config.schema import TrainConfig
 from raycv.data.prompt_encoder import EncodedPairs
 from raycv.errors import UserError
 from raycv.model.adapters import Precision, trainable
-from raycv.training.forward import Batch, Inputs, Layout, RowScorer, in_order
+from raycv.training.forward import Batch, Inputs, Layout, RowScorer, compiled_layers, in_order
 from raycv.training.memory import REMEDIES, Checkpointing, MicroBatch, Room
 from raycv.training.packing import Group, on_device
 from raycv.training.workers import Workers
@@ -248,14 +251,77 @@ class Steps:
 
     def _tried(self, train_pairs: np.ndarray, size: int) -> int:
         """Runs forward and backward over the heaviest micro-batch of `size` rows, and returns its positions."""
-        batch, before = self._heaviest(train_pairs, size), random_state(self.accelerator.device)
+        batch = self._heaviest(train_pairs, size)
+        self._try(batch)
+        return self.scorer.positions(batch)
+
+    def _try(self, batch: Batch) -> None:
+        """Runs forward and backward over `batch`. Weights and random state stay unchanged."""
+        before = random_state(self.accelerator.device)
         self.model.train()
         try:
             self.accelerator.backward(self._loss(self.scorer.logits(batch), *self._answers(batch.rows)))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(before, self.accelerator.device)
-        return self.scorer.positions(batch)
+
+    @contextmanager
+    def _compiled(self, train_pairs: np.ndarray) -> Iterator[str | None]:
+        """A block in which the decoder layers are compiled, if that is asked for.
+
+        Yields:
+            What was compiled in words, or None.
+
+        Raises:
+            UserError: The model has no decoder layers, or they cannot be compiled.
+        """
+        if self.config.compile != "on":
+            yield None
+            return
+        began = time.monotonic()
+        with compiled_layers(self.scorer.classifier) as layers:
+            fault = self._compile(train_pairs) if layers else "it has no layers that transformers can checkpoint"
+            if fault:
+                name = type(self.scorer.classifier).__name__
+                raise UserError(
+                    f"train.compile=on: torch cannot compile the layers of {name} here: {fault}",
+                    kind="base-unsuitable",
+                    remedies=[
+                        "train.compile=off",
+                        "if a compiler is missing: install g++ for a CPU, and Triton with a C compiler for a GPU",
+                    ],
+                )
+            yield f"compiled {layers} layers in {time.monotonic() - began:.0f} s"
+
+    def _compile(self, train_pairs: np.ndarray) -> str | None:
+        """Computes small batches of every form, so that the layers are compiled now.
+
+        The graphs then come from the same batches in a fold that resumes, and have the same numbers.
+
+        Returns:
+            None, or why torch cannot compile the layers.
+        """
+        try:
+            for batch in self._forms(train_pairs):
+                self._try(batch)
+                self.model.eval()
+                with torch.no_grad():
+                    self.scorer.logits(batch)
+        except RuntimeError as error:
+            # Training will find out whether its batches fit, and say what helps.
+            return None if is_out_of_memory(error) else cause_of(error)
+        return None
+
+    def _forms(self, train_pairs: np.ndarray) -> list[Batch]:
+        """Returns a batch of each form that torch.compile tells apart: one line or several, of one row or several."""
+        rows = self.encoded.rows_of(train_pairs)
+        lengths = self.encoded.lengths[rows]
+        longest, shortest = rows[[lengths.argmax()]], rows[[lengths.argmin()]]
+        if self.layout[True] == "padded":
+            # Rows of one length need no mask, and others do.
+            return [Batch(np.concatenate(part)) for part in ([longest], [longest, longest], [longest, shortest])]
+        group = Group(longest, int(lengths.max()))
+        return [Batch.packed([[group] * across] * lines) for lines in (1, 2) for across in (1, 2)]
 
     def _update(self) -> float:
         """Updates the weights by the gradients of a step. Returns the learning rate that it used.
