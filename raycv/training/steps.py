@@ -270,7 +270,7 @@ class Steps:
         """A block in which the decoder layers are compiled, if that is asked for.
 
         Yields:
-            What was compiled in words, or None.
+            The number of compiled layers and the seconds in words, or None.
 
         Raises:
             UserError: The model has no decoder layers, or they cannot be compiled.
