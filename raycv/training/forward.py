@@ -72,8 +72,11 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
 
 
 VARIANTS = 32
-"""The most graphs that torch.compile may make for one kind of layer. Training and evaluation differ, and one line and
-several, and one read position and several. The input of a first layer needs no gradient. Lengths make no other graph."""
+"""The most graphs that torch.compile may make for one kind of layer.
+
+Training and evaluation differ, one line and several, one read position and several, and a first layer, whose input needs
+no gradient. Lengths make no other graph.
+"""
 
 
 @contextmanager
@@ -92,12 +95,14 @@ def compiled_layers(model: torch.nn.Module, backend: str = "inductor", mode: str
         The number of compiled layers.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    options = {"fallback_random": True} if backend == "inductor" and mode is None else None
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" and mode is None else None
     kinds = {
         kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=True, mode=mode, options=options)
         for kind in {type(layer) for layer in layers}
     }
-    with torch.compiler.config.patch(recompile_limit=VARIANTS):
+    # PyTorch's annotations lack `patch`.
+    config: Any = torch.compiler.config
+    with config.patch(recompile_limit=VARIANTS):
         for layer in layers:
             layer.forward = MethodType(kinds[type(layer)], layer)
         try:
