@@ -74,8 +74,8 @@ def in_order(rows: np.ndarray, done: Sequence[tuple[np.ndarray, torch.Tensor]]) 
 VARIANTS = 32
 """The most graphs that torch.compile may make for one kind of layer.
 
-Training and evaluation differ, one line and several, one read position and several, and a first layer, whose input needs
-no gradient. Lengths make no other graph.
+Training and evaluation differ, one line and several, one read position and several, and a first layer, whose input
+needs no gradient. Lengths make no other graph.
 """
 
 
