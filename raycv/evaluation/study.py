@@ -1,4 +1,4 @@
-"""The out-of-fold predictions of one run, as arrays: what every statistic of this room is computed from."""
+"""The arrays that each statistic of this room is computed from. It reads no file: `results/study.py` does."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

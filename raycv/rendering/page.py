@@ -1,4 +1,4 @@
-"""Turns sections into HTML and Markdown by the templates in `templates/`. It decides neither content nor order."""
+"""Turns sections into HTML and Markdown by the files in `templates/`, which hold style and colours."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The training loop of one fold: epochs, validation, early stopping, training states. Knows no Ray and no MLflow."""
+"""The training loop of one fold: epochs, validation, patience, training states. Knows no Ray and no MLflow."""
 
 import math
 import time

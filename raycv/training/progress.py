@@ -1,4 +1,4 @@
-"""Holds the finished epochs of a fold and knows the best one; converts them to and from a training state."""
+"""Decides which epoch of a fold is the best, which early stopping counts from; keeps the epochs in a state."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
