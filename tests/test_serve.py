@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,9 +89,15 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    # Sockets of Ray lie below it, and their paths may not be long.
-    home = tmp_path_factory.mktemp("s")
+def homes():
+    """Makes folders for scorers. Sockets of Ray lie below them, and the paths of sockets may not be long."""
+    with tempfile.TemporaryDirectory(prefix="s", ignore_cleanup_errors=True) as folder:
+        yield lambda: Path(tempfile.mkdtemp(dir=folder, prefix=""))
+
+
+@pytest.fixture(scope="module")
+def served(homes):
+    home = homes()
     scorer = Served(home, "serve.max_queued=4", "serve.max_pairs=8", "serve.max_post_characters=1000")
     yield scorer
     if scorer.process.poll() is None:
@@ -242,9 +249,9 @@ def test_text_reaches_no_file_and_stopping_leaves_nothing(served):
 
 
 @pytest.fixture(scope="module")
-def in_bf16(tmp_path_factory):
+def in_bf16(homes):
     """Where each pair moves the scores of those beside it; with criteria that have symptom names."""
-    home = tmp_path_factory.mktemp("t")
+    home = homes()
     criteria = home / "named"
     criteria.mkdir()
     (criteria / "criteria.csv").write_text("criterion_id,criterion,symptom\nA.1,w0,\nA.4,w1 w5,SLEEP_ISSUES\n")
@@ -283,9 +290,9 @@ def test_clients_at_once_print_the_bytes_of_a_process(in_bf16):
 
 
 @ray_test
-def test_two_replicas_answer_as_one_a_token_is_asked_for_and_sigterm_stops_it(tmp_path_factory):
+def test_two_replicas_answer_as_one_a_token_is_asked_for_and_sigterm_stops_it(homes):
     # Of three at most, so that Ray Serve decides how many there are.
-    scorer = Served(tmp_path_factory.mktemp("t"), "serve.replicas=2", "serve.max_replicas=3", token=TOKEN)
+    scorer = Served(homes(), "serve.replicas=2", "serve.max_replicas=3", token=TOKEN)
     body, pids, answers = {"post": "w0 w1", "criterion": "C0", "log": True}, set(), []
     try:
         while len(answers) < 8 or (len(pids) < 2 and len(answers) < 200):
