@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from support.builders import no_gpu
+from support.builders import base_without_numbers, no_gpu
 from support.commands import ROOT, background, processes_with, raycv, statuses, users_environment, wait_until
 from support.mlflow_runs import finished_run
 from support.refusals import refuses, said_refusal
@@ -305,11 +304,7 @@ def test_a_fold_that_can_never_be_placed_is_refused_at_once(tmp_path):
 @pytest.mark.ray
 def test_a_failed_fold_fails_the_run_with_its_own_error(tmp_path):
     """Weights that are no numbers: found when a worker computes with them."""
-    base = shutil.copytree(ROOT / "models/tiny_llama", tmp_path / "base")
-    tensors = load_file(base / "model.safetensors")
-    save_file(
-        {name: value * float("nan") for name, value in tensors.items()}, base / "model.safetensors", {"format": "pt"}
-    )
+    base = base_without_numbers(tmp_path / "base")
     overrides = ["experiment=quickstart", "cv.folds=2", f"model.name={base}", "run.name=broken"]
     result = raycv("run", *overrides, cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from support.builders import base_without_numbers
 from support.commands import ROOT, background, raycv, wait_until
 from support.mlflow_runs import server  # noqa: F401
 
@@ -132,9 +133,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         # Outside the working directory: the texts' own place is not searched.
         data = planted_data(root / "data")
         own = (f"data.dir={data}", f"data.criteria_dir={data}")
-        broken = shutil.copytree(ROOT / "models" / "tiny_llama", root / "broken")
-        with (broken / "model.safetensors").open("r+b") as weights:
-            weights.truncate(100_000)
+        broken = base_without_numbers(root / "broken")
         place.raycv("run", *TINY, *own, "run.name=bad", f"model.name={broken}", exit_code=1)
         damaged = shutil.copytree(data, root / "damaged")
         with (damaged / "groundtruth.csv").open("a") as table:
@@ -293,9 +292,7 @@ def test_the_password_of_a_tracking_server_opens_it_and_is_written_nowhere(place
     place.raycv("infer", "post=I cannot sleep.", "criterion=A.4", f"tracking.uri={uri}")
     assert 401 not in guarded.statuses
     # From the environment, and the run fails: Ray's own state is then kept.
-    broken = shutil.copytree(ROOT / "models" / "tiny_llama", place.root / "broken")
-    with (broken / "model.safetensors").open("r+b") as weights:
-        weights.truncate(100_000)
+    broken = base_without_numbers(place.root / "broken")
     bad = ("run.name=bad", f"model.name={broken}")
     place.raycv("run", *TINY, *bad, exit_code=1, MLFLOW_TRACKING_URI=uri)
     assert (place.work / "runs/bad/ray").is_dir()

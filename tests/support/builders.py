@@ -1,5 +1,6 @@
 """Small models and tokenizers in the real formats, for tests: same arguments, same bytes, well under a second each."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,13 @@ def files_of_a_gpu(root: Path, version: str = NVIDIA_VERSION) -> Path:
     (root / "proc/driver/nvidia").mkdir(parents=True)
     (root / "proc/driver/nvidia/version").write_text(version)
     return root
+
+
+def base_without_numbers(folder: Path) -> Path:
+    """The tiny base that ships with raycv, copied into `folder` with weights that are all NaN: its training fails."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(Path(__file__).parents[2] / "models" / "tiny_llama", folder)
+    weights = base / "model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    return base
