@@ -140,7 +140,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "address": ray.util.get_node_ip_address(),
         "device": describe_device(device),
         "precision": precision,
-        # The log has the speed of this CPU beside it, which each worker measures anew.
+        # The log has the speed of this CPU beside it, which each worker measures again.
         "precision_reason": why.partition(";")[0],
         "attention": attention,
         "workers": trainer.workers.size,
