@@ -14,7 +14,7 @@ What makes the interval narrow:
 The rule, written before the study: post_grouped costs nothing that matters if the whole interval of F1's difference is
 above -MARGIN. MARGIN is the 0.5 % F1 by which the specification lets two runs of one config differ (SC-003).
 
-`mixed` is no setting of raycv: three criteria of a post at a time, so that a step has three times the posts.
+raycv does not offer `mixed`: three criteria of a post at a time, so that a step has three times the posts.
 
 Started again, it continues after the last replicate that was written, if the settings are the same. A replicate is
 trained by one process, so all its ways have the same code.

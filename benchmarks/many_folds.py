@@ -27,16 +27,13 @@ from ray import tune
 
 from benchmarks.corpus import BASE, run_config
 from benchmarks.harness import Bar, Result, parser
-from benchmarks.scale import Trials, chains
+from benchmarks.scale import Trials, chains, idle_task
 from raycv.common.files import write_bytes, write_json, write_text
 from raycv.config.schema import RunConfig
 from raycv.config.validation import as_yaml
-from raycv.data.prompt_template import PromptRules
-from raycv.model.base_model import fetch_base
 from raycv.orchestration.fold_task import FOLD_KEY, FoldTask
 from raycv.orchestration.mlflow_callback import FoldRuns
-from raycv.orchestration.ray_tune import progress_board, run_folds
-from raycv.resources.nodes import NodeNeeds
+from raycv.orchestration.ray_tune import run_folds
 from raycv.resources.placement import Placement
 from raycv.results.fold_result import FoldResult
 from raycv.results.run_folder import RunFolder
@@ -90,22 +87,8 @@ def study(config: RunConfig, folder: RunFolder, folds: int, at_once: int, second
     experiment_id = open_experiment(store, config.tracking)
     parent_id = store.start_parent(experiment_id, "many", {})
     write_text(folder.config, as_yaml(config))
-    task = FoldTask(
-        config=config,
-        run="many",
-        root=str(folder.root),
-        shared=ray.put(None),
-        base=fetch_base(BASE, None),
-        base_sums={},
-        rules=PromptRules("head_tail", 512, 0.25, 0.5, 400),
-        criteria={},
-        criteria_dir="",
-        criteria_hash="",
-        needs=NodeNeeds.of(folder),
-        placement=Placement(gpus=0, cpus=1, workers=1, concurrent=at_once, at_most=at_once, alone=True),
-        board=progress_board(folder),
-        worker=lambda _: {},
-    )
+    placement = Placement(gpus=0, cpus=1, workers=1, concurrent=at_once, at_most=at_once, alone=True)
+    task = idle_task(config, "many", folder, placement, lambda _: {})
     runs = FoldRuns(config.tracking, parent_id, folder, {"model.name": BASE}, FOLD_KEY)
     driver, over = psutil.Process(), threading.Event()
     at_start = driver.memory_info().rss

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from benchmarks.corpus import BASE, run_config
 from benchmarks.harness import Bar, Result, interleaved, parser, spread
+from raycv.config.schema import RunConfig
 from raycv.data.prompt_template import PromptRules
 from raycv.model.base_model import fetch_base
 from raycv.orchestration.fold_task import FoldTask
@@ -102,27 +103,36 @@ def facts(begin: float, end: float, places: list[list[int]], slept: dict[int, di
     return {"wall": end - begin, "beyond": beyond, "first": max(first), "later": fmean(later) if later else None}
 
 
+def idle_task(
+    config: RunConfig, name: str, folder: RunFolder, placement: Placement, worker: Callable[..., Any]
+) -> FoldTask:
+    """The task of folds whose `worker` neither reads data nor loads a model."""
+    return FoldTask(
+        config=config,
+        run=name,
+        root=str(folder.root),
+        shared=ray.put(None),
+        base=fetch_base(BASE, None),
+        base_sums={},
+        rules=PromptRules("head_tail", 512, 0.25, 0.5, 400),
+        criteria={},
+        criteria_dir="",
+        criteria_hash="",
+        needs=NodeNeeds.of(folder),
+        placement=placement,
+        board=progress_board(folder),
+        worker=worker,
+    )
+
+
 def run(folds: int, workers: int, seconds: float) -> dict[str, Any]:
     """`facts` of `folds` on `workers` logical workers, the start of Ray not counted."""
     ray.init("local", num_cpus=workers, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            task = FoldTask(
-                config=run_config("experiment=quickstart"),
-                run="scale",
-                root=folder,
-                shared=ray.put(None),
-                base=fetch_base(BASE, None),
-                base_sums={},
-                rules=PromptRules("head_tail", 512, 0.25, 0.5, 400),
-                criteria={},
-                criteria_dir="",
-                criteria_hash="",
-                needs=NodeNeeds.of(RunFolder(Path(folder))),
-                placement=Placement(gpus=0, cpus=1, workers=1, concurrent=workers, at_most=workers),
-                board=progress_board(RunFolder(Path(folder))),
-                worker=partial(sleep, seconds),
-            )
+            placement = Placement(gpus=0, cpus=1, workers=1, concurrent=workers, at_most=workers)
+            config = run_config("experiment=quickstart")
+            task = idle_task(config, "scale", RunFolder(Path(folder)), placement, partial(sleep, seconds))
             trials = Trials(folds)
             with trials:
                 begin = time.time()

@@ -230,7 +230,7 @@ def test_post_grouped_is_harmless_only_if_a_loss_that_matters_is_ruled_out():
 
     assert is_harmless({"low": -0.004, "high": 0.003})
     assert not is_harmless({"low": -0.013, "high": 0.023}), "it holds zero, and a loss of a point of F1"
-    assert is_harmless({"low": 0.001, "high": 0.006}), "a gain is no loss"
+    assert is_harmless({"low": 0.001, "high": 0.006}), "a gain loses nothing"
 
 
 def test_the_interval_is_that_of_a_paired_t_test():

@@ -360,7 +360,7 @@ DAMAGED = {
         lambda text: json_changed(text, lambda run: run["versions"].update(numpy="zebra zebra")),
     ),
     "a number for yes": ("run.json", lambda text: json_changed(text, lambda run: run.update(control=1))),
-    "an F1 that is no number": (
+    "an F1 that is not a number": (
         "run.json",
         lambda text: json_changed(text, lambda run: run["history"][0].append({"f1": float("nan")})),
     ),

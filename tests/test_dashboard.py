@@ -37,7 +37,7 @@ def test_folds_have_names_states_and_gauges(tmp_path):
         return shown["gauges"].keys() >= GAUGES.keys() - {"raycv_gpu_memory_bytes"}
 
     try:
-        # With autoscaling a cluster is no single machine, so each fold has a trial of its own.
+        # With autoscaling a cluster counts as several machines, so each fold has a trial of its own.
         more = ("train.epochs=60", "train.patience=60", "resources.autoscaling=true", "resources.gpus_per_fold=0")
         cluster = {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
         with started(tmp_path, *more, **cluster) as process:

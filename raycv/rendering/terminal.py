@@ -384,7 +384,7 @@ class LiveView:
         return total / len(running)
 
     def _epoch_seconds(self, state: dict[str, Any]) -> float | None:
-        """Seconds of the latest epoch; in the first one at the pace of its steps so far. None if there is no pace."""
+        """Seconds of the latest epoch; in the first one at the pace of its steps so far. None before the first step."""
         if state.get("history"):
             seconds: float = state["history"]["seconds"]
             return seconds

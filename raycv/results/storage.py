@@ -134,20 +134,15 @@ class Bucket:
 
     def upload(self, name: str, file: Path) -> str:
         """Writes a local file as an object. Returns the SHA-256 of what was sent."""
-        sent = hashlib.sha256()
         with (
             file.open("rb") as source,
             self._asked("written", name) as files,
             files.open_output_stream(f"{self._base}/{name}") as opened,
         ):
-            while piece := source.read(PIECE):
-                sent.update(piece)
-                opened.write(piece)
-        return sent.hexdigest()
+            return _copy(source, opened)
 
     def download(self, name: str, file: Path) -> str:
         """Writes an object as a local file, whole or not at all. Returns the SHA-256 of what came."""
-        came = hashlib.sha256()
         file.parent.mkdir(parents=True, exist_ok=True)
         with (
             replaced(file, private=True) as temporary,
@@ -155,10 +150,7 @@ class Bucket:
             self._asked("read", name) as files,
             files.open_input_file(f"{self._base}/{name}") as opened,
         ):
-            while piece := opened.read(PIECE):
-                came.update(piece)
-                target.write(piece)
-        return came.hexdigest()
+            return _copy(opened, target)
 
     def delete(self, name: str) -> None:
         """Deletes an object, if it exists."""
@@ -169,6 +161,15 @@ class Bucket:
         """Deletes all objects below `name`."""
         with suppress(FileNotFoundError), self._asked("deleted", name) as files:
             files.delete_dir(f"{self._base}/{name}")
+
+
+def _copy(source: Any, target: Any) -> str:
+    """Copies an open file into another, piece by piece. Returns the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    while piece := source.read(PIECE):
+        digest.update(piece)
+        target.write(piece)
+    return digest.hexdigest()
 
 
 def fold_part(fold: int) -> str:
